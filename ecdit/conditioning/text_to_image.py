@@ -1,0 +1,79 @@
+"""The whole model: text tower, codec and denoiser, and its parameters as a nested dict."""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh
+
+from ecdit.conditioning.autoencoder import CODECS
+from ecdit.conditioning.text_tower import TextConfig, TextTower
+from ecdit.config import require
+from ecdit.models.config import DiTConfig
+from ecdit.models.dit import DiT
+from ecdit.partitioning import param_shardings
+
+Params = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class SystemConfig:
+    """What a text-to-image model is made of."""
+
+    model: DiTConfig
+    text: TextConfig
+    codec: Literal["identity"]
+    caption_length: int  # L, tokens
+
+    def __post_init__(self):
+        channels = CODECS[self.codec].channels
+        require(
+            self.model.latent_channels == channels,
+            "model.latent_channels",
+            self.model.latent_channels,
+            f"the {self.codec} codec has {channels}",
+        )
+
+    @property
+    def image_size(self) -> int:
+        """Side of a picture, pixels."""
+        return self.model.latent_size * CODECS[self.codec].downsampling
+
+
+class TextToImage(nnx.Module):
+    """Text tower, codec and denoiser."""
+
+    def __init__(self, config: SystemConfig, rngs: nnx.Rngs):
+        self.text = TextTower(config.text, config.caption_length, rngs)
+        self.codec = CODECS[config.codec]()
+        self.denoiser = DiT(config.model, config.text.width, rngs)
+
+
+@dataclasses.dataclass(frozen=True)
+class System:
+    """A model's structure without its parameters: `bind` joins them."""
+
+    config: SystemConfig
+    graphdef: nnx.GraphDef
+    abstract: nnx.State  # Params of ShapeDtypeStructs, with their logical axes
+
+    def init(self, key: jax.Array) -> Params:
+        """Draws the parameters, float32; call it inside jit with out_shardings, so that they are created sharded."""
+        with nnx.use_eager_sharding(False):
+            return nnx.to_pure_dict(nnx.state(TextToImage(self.config, nnx.Rngs(key)), nnx.Param))
+
+    def bind(self, params: Params) -> TextToImage:
+        """The model with these parameters."""
+        return nnx.merge(self.graphdef, nnx.State(params))
+
+    def shardings(self, mesh: Mesh) -> dict[str, Any]:
+        """Where each parameter lives; see `partitioning.param_shardings` for what it refuses."""
+        return param_shardings(self.abstract, mesh)
+
+
+def make_system(config: SystemConfig) -> System:
+    """The structure of the model that `config` describes; allocates nothing."""
+    with nnx.use_eager_sharding(False):
+        graphdef, abstract = nnx.split(nnx.eval_shape(lambda: TextToImage(config, nnx.Rngs(0))), nnx.Param)
+    return System(config, graphdef, abstract)

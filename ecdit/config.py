@@ -1,0 +1,156 @@
+"""Config files to frozen dataclasses, strictly.
+
+An experiment is one Python file with `get_config([argument])` that returns an `ml_collections.ConfigDict`
+in which every field is present. `build` turns it into frozen dataclasses that live beside the code they
+configure. There are no defaults anywhere else: an unknown key, a missing key, a wrong type or an impossible
+value raises `ConfigError` with the key, the value and what is allowed.
+"""
+
+import dataclasses
+import re
+import sys
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import ml_collections
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+T = TypeVar("T")
+
+
+class UserError(Exception):
+    """Something the user can mend: commands print its message without a traceback."""
+
+
+class ConfigError(UserError, ValueError):
+    """A config key has a value that cannot work. `key` is the dotted path of the key."""
+
+    def __init__(self, key: str, value: Any, allowed: str):
+        self.key, self.value, self.allowed = key, value, allowed
+        super().__init__(f"config.{key} = {value!r}: {allowed}")
+
+    def under(self, prefix: str) -> "ConfigError":
+        """The same error with `prefix` before its key."""
+        return ConfigError(f"{prefix}.{self.key}", self.value, self.allowed)
+
+
+def require(condition: bool, key: str, value: Any, allowed: str) -> None:
+    """Raises ConfigError unless `condition`: for `__post_init__` of config dataclasses."""
+    if not condition:
+        raise ConfigError(key, value, allowed)
+
+
+def build(cls: type[T], values: Mapping[str, Any]) -> T:
+    """Makes the frozen dataclass `cls` from nested mappings.
+
+    Raises:
+      ConfigError: unknown key, missing key, wrong type, or a value that the dataclass refuses.
+    """
+    known = {field.name for field in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        if key not in known:
+            raise ConfigError(key, values[key], f"unknown key; {cls.__name__} has {', '.join(sorted(known))}")
+    for key in sorted(known - set(values)):
+        raise ConfigError(key, None, f"missing; it must be {_describe(hints[key])}")
+    fields = {}
+    for key, value in values.items():
+        if dataclasses.is_dataclass(hints[key]):
+            require(isinstance(value, Mapping | ml_collections.ConfigDict), key, value, "must be a group of keys")
+            try:
+                fields[key] = build(hints[key], value)
+            except ConfigError as error:
+                raise error.under(key) from None
+        else:
+            fields[key] = _typed(hints[key], key, value)
+    return cls(**fields)
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config dataclass as nested plain dicts and lists: what JSON gives back unchanged."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: plain(item) for key, item in value.items()}
+        return [plain(item) for item in value] if isinstance(value, tuple | list) else value
+
+    return plain(dataclasses.asdict(config))
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as {'a.b': value}."""
+    flat = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _describe(hint: Any) -> str:
+    if typing.get_origin(hint) is typing.Literal:
+        return "one of " + ", ".join(repr(choice) for choice in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        return f"a sequence of {_describe(typing.get_args(hint)[0])}"
+    if isinstance(hint, types.UnionType):
+        return " or ".join(_describe(option) for option in typing.get_args(hint))
+    return getattr(hint, "__name__", str(hint))
+
+
+def _typed(hint: Any, key: str, value: Any) -> Any:
+    """`value` as `hint`; an int is a valid float, a list a valid tuple, nothing else is converted."""
+    wrong = ConfigError(key, value, f"must be {_describe(hint)}")
+    origin = typing.get_origin(hint)
+    if origin is typing.Literal:
+        if value in typing.get_args(hint) and not isinstance(value, bool):
+            return value
+        raise wrong
+    if origin is tuple:
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            raise wrong
+        return tuple(_typed(typing.get_args(hint)[0], key, item) for item in value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise wrong
+    return value
+
+
+def define_config_flag() -> flags.FlagHolder:
+    """Defines `--config=FILE.py[:ARGUMENT]` with its overrides `--config.a.b=value`."""
+    return config_flags.DEFINE_config_file("config", None, "Experiment file, with an optional :argument.")
+
+
+def run_command(main: Callable[[list[str]], None]) -> None:
+    """Runs a command: parses its flags, calls `main(remaining argv)`, prints a `UserError` without a traceback.
+
+    Exits with 2 after a UserError.
+    """
+
+    def quiet_main(argv: list[str]) -> None:
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)  # Orbax tells each save in twenty lines
+        main(argv)
+
+    try:
+        app.run(quiet_main, flags_parser=_parse_flags)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+    """absl's parser, which does not say which override has an unknown key."""
+    try:
+        return flags.FLAGS(argv)
+    except (AttributeError, KeyError) as error:
+        overrides = [argument.removeprefix("--config.") for argument in argv if argument.startswith("--config.")]
+        unknown = re.sub(r"\W+", " ", str(error)).split()[0]
+        for key, _, value in (override.partition("=") for override in overrides):
+            if unknown in key.split("."):
+                raise ConfigError(key, value, f"the config file has no key {unknown!r}") from None
+        raise

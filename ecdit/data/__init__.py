@@ -1,0 +1,7 @@
+"""Pictures with captions: prepared once into ArrayRecord, read by global row while training."""
+
+from ecdit.config import UserError
+
+
+class DataError(UserError):
+    """The data, or what the config says about it, cannot be used: the message says what to do."""

@@ -1,0 +1,78 @@
+"""Captions to tokens: a SentencePiece vocabulary, trained with the data and kept beside it.
+
+Needs the `sentencepiece` package only, so that sampling never imports TensorFlow. What seqio makes of a caption
+at preparation and what `tokenize` makes of it later is the same (tests/data/test_records.py).
+"""
+
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+
+from ecdit.data import DataError
+
+VOCABULARY = "vocabulary.model"
+PAD, EOS, UNKNOWN = 0, 1, 2
+
+
+def train_vocabulary(captions: Iterable[str], vocab_size: int, path: Path) -> None:
+    """Trains a unigram vocabulary of at most `vocab_size` pieces, with byte fallback, and writes it to `path`.
+
+    Raises:
+      DataError: the captions have more distinct characters than `vocab_size` has room for.
+    """
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(captions),
+            model_writer=model,
+            vocab_size=vocab_size,
+            model_type="unigram",
+            byte_fallback=True,
+            hard_vocab_limit=False,  # few captions give fewer pieces
+            num_threads=1,  # the order of its sums decides the pieces
+            minloglevel=2,
+            pad_id=PAD,
+            eos_id=EOS,
+            unk_id=UNKNOWN,
+            bos_id=-1,
+        )
+    except RuntimeError as error:
+        raise DataError(f"no vocabulary of data.vocab_size = {vocab_size} pieces for these captions: {error}") from None
+    path.write_bytes(model.getvalue())
+
+
+def tokenize(directory: str | Path, captions: Sequence[str], caption_length: int) -> np.ndarray:
+    """Tokens of `captions`, int32[n, caption_length], by the vocabulary of a prepared directory.
+
+    Each row ends in EOS, then zeros; a caption that is too long is cut before its EOS.
+
+    Raises:
+      DataError: the directory has no vocabulary.
+    """
+    encode = load_vocabulary(directory).encode
+    rows = [fit([*encode(caption), EOS], caption_length) for caption in captions]
+    return np.array(rows, np.int32).reshape(len(captions), caption_length)
+
+
+def load_vocabulary(directory: str | Path) -> sentencepiece.SentencePieceProcessor:
+    """The vocabulary of a prepared directory.
+
+    Raises:
+      DataError: there is none, or it cannot be read.
+    """
+    path = Path(directory) / VOCABULARY
+    try:
+        return sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
+    except (OSError, RuntimeError) as error:
+        raise DataError(f"cannot read the vocabulary {path}: {error}") from None
+
+
+def fit(tokens: Sequence[int], caption_length: int) -> np.ndarray:
+    """Tokens that end in EOS as int32[caption_length]: padded with zeros, or cut with the EOS kept."""
+    row = np.full(caption_length, PAD, np.int32)
+    kept = tokens if len(tokens) <= caption_length else [*tokens[: caption_length - 1], EOS]
+    row[: len(kept)] = kept
+    return row

@@ -1,0 +1,1 @@
+"""Rectified flow: objective, guidance, solvers. No network in here."""

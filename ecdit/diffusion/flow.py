@@ -1,0 +1,138 @@
+"""The flow objective: path, times, loss, and the random keys behind both training and sampling.
+
+Time: t = 0 is data, t = 1 is noise. Rectified flow (arXiv 2209.03003, with its time axis reversed):
+
+    x_t = t noise + (1 - t) data                    (1)
+    v   = d x_t / dt = noise - data                 (2)  what the network predicts
+    t   = sigmoid(z),  z ~ N(time_mean, time_std^2) (3)  arXiv 2403.03206, section 3.1
+
+A sampler integrates v from t = 1 down to t = 0. Path and velocity are float32, whatever comes in.
+
+Keys: nothing random is stored, all of it is rebuilt from numbers a run already has.
+
+    training   fold_in(fold_in(fold_in(key, step), row), use)   row: index in the global batch; use: ExampleKeys' order
+    sampling   fold_in(fold_in(fold_in(key(seed), word_0), word_1), repeat)
+               word_0, word_1: the first 8 bytes of sha256(prompt in UTF-8) as two big-endian uint32
+
+So an example's noise depends neither on how many hosts share the batch nor on its neighbours, and a picture depends
+only on (seed, prompt, repeat). A new use of randomness goes to the end of ExampleKeys and leaves the others unchanged.
+
+Axes: B batch, N tokens, D channels of a token (patch^2 * channels); `...` any shape of one example.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Float32, Int, Key
+
+from ecdit.config import require
+
+# (x_t, t) -> velocity: all that guidance and solvers know of a network.
+Velocity: TypeAlias = Callable[[Float[Array, "B ..."], Float[Array, " B"]], Float[Array, "B ..."]]
+
+
+@dataclass(frozen=True)
+class FlowConfig:
+    """How times are drawn and the loss is weighted."""
+
+    time_mean: float  # of z in (3); above 0 favours noise
+    time_std: float  # of z in (3)
+    dropped_token_weight: float  # of the mean squared error on dropped tokens; 0: the loss sees kept tokens only
+
+    def __post_init__(self):
+        require(math.isfinite(self.time_mean), "time_mean", self.time_mean, "must be finite")
+        require(0 < self.time_std < math.inf, "time_std", self.time_std, "must be positive and finite")
+        weight = self.dropped_token_weight
+        require(0 <= weight < math.inf, "dropped_token_weight", weight, "must be finite and at least 0")
+
+
+def sample_time(key: Key[Array, ""], config: FlowConfig) -> Float32[Array, ""]:
+    """One example's time, equation (3)."""
+    return jax.nn.sigmoid(config.time_mean + config.time_std * jax.random.normal(key, (), jnp.float32))
+
+
+def interpolate(
+    data: Float[Array, "B ..."], noise: Float[Array, "B ..."], time: Float[Array, " B"]
+) -> Float32[Array, "B ..."]:
+    """x_t, equation (1)."""
+    time = time.astype(jnp.float32).reshape(time.shape + (1,) * (data.ndim - time.ndim))
+    return time * noise.astype(jnp.float32) + (1 - time) * data.astype(jnp.float32)
+
+
+def velocity_target(data: Float[Array, "B ..."], noise: Float[Array, "B ..."]) -> Float32[Array, "B ..."]:
+    """v, equation (2)."""
+    return noise.astype(jnp.float32) - data.astype(jnp.float32)
+
+
+def loss_per_example(
+    predicted: Float[Array, "B N D"],
+    target: Float[Array, "B N D"],
+    kept_mask: Bool[Array, "B N"],
+    dropped_token_weight: float,
+) -> Float32[Array, " B"]:
+    """Mean squared error over kept tokens + weight * mean squared error over dropped tokens.
+
+    Each mean is over its tokens' elements, so that the masked share does not change the loss's scale; a mean over no
+    tokens is 0. With weight 0 dropped tokens do not enter at all: even a NaN there changes neither loss nor gradient.
+    """
+    error = predicted.astype(jnp.float32) - target.astype(jnp.float32)
+    kept = _mean_square(error, kept_mask)
+    if dropped_token_weight == 0:
+        return kept
+    return kept + dropped_token_weight * _mean_square(error, ~kept_mask)
+
+
+def _mean_square(error: Float32[Array, "B N D"], mask: Bool[Array, "B N"]) -> Float32[Array, " B"]:
+    # The mask goes on before the square: after it, the gradient of a masked NaN would be NaN * 0.
+    error = jnp.where(mask[..., None], error, 0)
+    num_elements = jnp.sum(mask, axis=-1) * error.shape[-1]
+    return jnp.sum(jnp.square(error), axis=(-2, -1)) / jnp.maximum(num_elements, 1)
+
+
+class ExampleKeys(NamedTuple):
+    """One training example's keys, by use. The order is part of the recipe: append only."""
+
+    noise: Key[Array, ""]
+    time: Key[Array, ""]
+    mask: Key[Array, ""]  # which tokens are dropped
+    codec: Key[Array, ""]  # latents drawn from an autoencoder's posterior
+
+
+def example_key(key: Key[Array, ""], step: int | Int[Array, ""], row: int | Int[Array, ""]) -> Key[Array, ""]:
+    """The key of one example: `row` counts from 0 in the global batch of `step`."""
+    return jax.random.fold_in(jax.random.fold_in(key, step), row)
+
+
+def example_keys(key: Key[Array, ""], step: int | Int[Array, ""], row: int | Int[Array, ""]) -> ExampleKeys:
+    """`example_key`, split by use. For a batch: `jax.vmap(example_keys, (None, None, 0))(key, step, rows)`."""
+    key = example_key(key, step, row)
+    return ExampleKeys(*(jax.random.fold_in(key, use) for use in range(len(ExampleKeys._fields))))
+
+
+def sample_key(seed: int, prompt: str, repeat: int) -> Key[Array, ""]:
+    """The key of picture number `repeat` of `prompt`. On the host: it hashes text."""
+    return sample_keys(seed, [prompt], [repeat])[0]
+
+
+def sample_keys(seed: int, prompts: Sequence[str], repeats: Sequence[int]) -> Key[Array, " B"]:
+    """`sample_key` of each (prompt, repeat), stacked. `prompts` and `repeats` are equally long, repeats at least 0."""
+    digests = b"".join(hashlib.sha256(prompt.encode("utf-8")).digest()[:8] for prompt in prompts)
+    words = np.frombuffer(digests, dtype=">u4").astype(np.uint32).reshape(len(prompts), 2)
+    # Threefry by name: with the `rbg` generator, numbers drawn under vmap depend on the rest of the batch.
+    root = jax.random.key(seed, impl="threefry2x32")
+
+    def fold(words: Array, repeat: Array) -> Array:
+        return jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(root, words[0]), words[1]), repeat)
+
+    return jax.vmap(fold)(words, np.array(repeats, np.uint32))
+
+
+def sample_noise(keys: Key[Array, " B"], shape: tuple[int, ...]) -> Float32[Array, "B ..."]:
+    """Standard normal noise of `shape` (of one example) for each key: x at t = 1."""
+    return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)

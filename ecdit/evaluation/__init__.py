@@ -1,0 +1,1 @@
+"""Samples and what to measure of them."""

@@ -1,0 +1,36 @@
+"""Pictures as files: PNGs, and a grid with captions."""
+
+import math
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageDraw, ImageFont
+
+CELL_WIDTH = 128  # pixels of a grid cell
+CAPTION_LINES = 2
+LINE_HEIGHT = 13
+
+
+def save_png(picture: UInt8[np.ndarray, "h w 3"], path: Path) -> None:
+    """Writes one picture."""
+    Image.fromarray(picture).save(path)
+
+
+def save_grid(pictures: UInt8[np.ndarray, "n h w 3"], captions: Sequence[str], path: Path) -> None:
+    """Writes the pictures as one PNG, in rows, each above its caption; small ones are enlarged without smoothing."""
+    side = pictures.shape[1]
+    shown = max(side, CELL_WIDTH // side * side)
+    cell_height = shown + CAPTION_LINES * LINE_HEIGHT + 6
+    columns = math.ceil(math.sqrt(len(pictures)))
+    rows = math.ceil(len(pictures) / columns)
+    grid = Image.new("RGB", (columns * (shown + 8), rows * cell_height), "white")
+    draw, font = ImageDraw.Draw(grid), ImageFont.load_default(11)
+    for i, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+        left, top = i % columns * (shown + 8) + 4, i // columns * cell_height
+        grid.paste(Image.fromarray(picture).resize((shown, shown), Image.Resampling.NEAREST), (left, top))
+        lines = textwrap.wrap(caption, max(8, shown // 6))[:CAPTION_LINES]
+        draw.multiline_text((left, top + shown + 1), "\n".join(lines), fill="black", font=font, spacing=1)
+    grid.save(path)

@@ -1,0 +1,149 @@
+"""Captions to pictures: encode, integrate the guided velocity from noise, decode."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, Key, UInt8
+
+from ecdit.conditioning.autoencoder import to_bytes
+from ecdit.conditioning.text_to_image import Params, System, TextToImage
+from ecdit.config import require
+from ecdit.diffusion.flow import sample_keys, sample_noise
+from ecdit.diffusion.guidance import GuidanceConfig, combine
+from ecdit.diffusion.solvers import SOLVERS
+from ecdit.models.config import DiTConfig, check_group, group_size
+from ecdit.models.dit import TextStates
+from ecdit.models.embeddings import unpatchify
+from ecdit.partitioning import batch_sharding, batch_shards
+
+Sampler = Callable[[Params, Int[Array, "B L"], Int[Array, "1 L"], Key[Array, " B"]], UInt8[Array, "B h w 3"]]
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """How pictures are drawn."""
+
+    solver: Literal["euler", "heun"]
+    num_steps: int
+    guidance: GuidanceConfig
+    group: str  # tokens that compete for experts: "image", or a number (a guided image and its null are neighbours)
+    original_size: int  # pixels, of the micro-condition; crop is (0, 0)
+    batch_size: int
+    seed: int
+    num_grid: int  # pictures of the grid that a training run ends with
+
+    def __post_init__(self):
+        for key in ("num_steps", "original_size", "batch_size", "num_grid"):
+            require(getattr(self, key) >= 1, key, getattr(self, key), "must be 1 or more")
+        require(self.seed >= 0, "seed", self.seed, "must be 0 or more")
+
+
+def check_sampling(config: SamplingConfig, model: DiTConfig, mesh: Mesh) -> None:
+    """Raises ConfigError when the batch or its groups do not divide over the mesh."""
+    shards = batch_shards(mesh)
+    require(
+        config.batch_size % shards == 0,
+        "sampling.batch_size",
+        config.batch_size,
+        f"must be a multiple of the {shards} parts the mesh splits a batch into",
+    )
+    check_group("sampling.group", config.group, model.num_tokens)
+    rows = config.batch_size // shards * (1 if config.guidance.scale == 1 else 2)
+    require(
+        rows * model.num_tokens % group_size(config.group, model.num_tokens) == 0,
+        "sampling.group",
+        config.group,
+        f"must divide a device's tokens, {rows} x {model.num_tokens} (rows with their null captions x tokens)",
+    )
+
+
+def make_sampler(system: System, config: SamplingConfig, mesh: Mesh) -> Sampler:
+    """A compiled function (params, tokens[B, L], null tokens[1, L], keys[B]) -> uint8 pictures [B, h, w, 3].
+
+    B is config.batch_size; the noise of row i is drawn from keys[i] alone.
+    """
+    check_sampling(config, system.config.model, mesh)
+    rows = batch_sharding(mesh)
+
+    def sample(params: Params, tokens: Array, null_tokens: Array, keys: Array) -> UInt8[Array, "B h w 3"]:
+        model = system.bind(params)
+        side, channels = system.config.model.latent_size, system.config.model.latent_channels
+        noise = sample_noise(keys, (side, side, channels))
+        velocity = _velocity(model, system.config.model, config, tokens, null_tokens)
+        latents = SOLVERS[config.solver](velocity, noise, config.num_steps)
+        return to_bytes(model.codec.decode(latents))
+
+    jitted = jax.jit(sample, in_shardings=(system.shardings(mesh), rows, None, rows), out_shardings=rows)
+
+    def run(params: Params, tokens: Array, null_tokens: Array, keys: Array) -> UInt8[Array, "B h w 3"]:
+        with jax.set_mesh(mesh):
+            return jitted(params, tokens, null_tokens, keys)
+
+    return run
+
+
+def _velocity(
+    model: TextToImage, dit: DiTConfig, config: SamplingConfig, tokens: Array, null_tokens: Array
+) -> Callable[[Float[Array, "B h w c"], Float[Array, " B"]], Float[Array, "B h w c"]]:
+    """The guided velocity; an image and its null-caption twin are neighbours in one batch of 2 B."""
+    guided = config.guidance.scale != 1
+    text: TextStates = model.text(tokens, dit.dtype, dit.remat)
+    if guided:
+        null: TextStates = model.text(null_tokens, dit.dtype, dit.remat)
+        text = jax.tree.map(lambda c, u: _interleave(c, jnp.broadcast_to(u, c.shape)), text, null)
+    sizes = jnp.array([config.original_size, config.original_size, 0, 0], jnp.float32)
+    size_crop = jnp.broadcast_to(sizes[None], (text.mask.shape[0], 4))
+    tokens_per_group = group_size(config.group, dit.num_tokens)
+
+    def velocity(x: Float[Array, "B h w c"], time: Float[Array, " B"]) -> Float[Array, "B h w c"]:
+        if guided:
+            x, time = _interleave(x, x), _interleave(time, time)
+        patches, _ = model.denoiser(x, time, text, size_crop, None, tokens_per_group)
+        predicted = unpatchify(patches, dit.patch_size, dit.latent_channels)
+        return combine(predicted[0::2], predicted[1::2], config.guidance) if guided else predicted
+
+    return velocity
+
+
+def _interleave(first: Array, second: Array) -> Array:
+    """[first_0, second_0, first_1, ...] along axis 0."""
+    return jnp.stack([first, second], axis=1).reshape(2 * first.shape[0], *first.shape[1:])
+
+
+def sample_pictures(
+    sampler: Sampler,
+    params: Params,
+    tokenize: Callable[[Sequence[str]], np.ndarray],
+    prompts: Sequence[str],
+    repeats: Sequence[int],
+    config: SamplingConfig,
+) -> UInt8[np.ndarray, "n h w 3"]:
+    """One picture for each (prompt, repeat), in order; `sampler` comes from `make_sampler`.
+
+    The same (seed, prompt, repeat) gives the same picture whatever the batch size, the devices or the neighbours, up to
+    float32 rounding (and up to near-ties of top-k that it decides), where config.group is "image".
+    """
+    keys = sample_keys(config.seed, prompts, repeats)
+    tokens, null_tokens = tokenize(prompts), tokenize([""])
+    # The last batch is filled up with its own first rows: their pictures are dropped.
+    count = math.ceil(len(prompts) / config.batch_size) * config.batch_size
+    filled = np.arange(count) % len(prompts)
+    pictures = [
+        _fetch(sampler(params, tokens[rows], null_tokens, keys[rows])) for rows in filled.reshape(-1, config.batch_size)
+    ]
+    return np.concatenate(pictures)[: len(prompts)]
+
+
+def _fetch(x: jax.Array) -> np.ndarray:
+    """A sharded array on every host."""
+    if jax.process_count() == 1:
+        return np.asarray(x)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))

@@ -1,0 +1,25 @@
+"""Weights as one safetensors file."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from safetensors.numpy import save_file
+
+
+def flat_names(params: dict[str, Any]) -> dict[str, Any]:
+    """A nested dict of arrays as {'denoiser.pairs.even.experts.up': array}."""
+    leaves = jax.tree_util.tree_flatten_with_path(params)[0]
+    return {".".join(str(key.key) for key in path): leaf for path, leaf in leaves}
+
+
+def save_weights(params: dict[str, Any], path: Path, metadata: dict[str, str]) -> None:
+    """Writes the arrays under their dotted names; the file appears whole or not at all."""
+    scratch = path.with_name(path.name + ".tmp")
+    try:
+        save_file({name: np.asarray(array) for name, array in flat_names(params).items()}, scratch, metadata)
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)

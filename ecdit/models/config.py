@@ -1,0 +1,116 @@
+"""The denoiser's hyper-parameters. Marks of certainty and sources stand beside the values in configs/."""
+
+import dataclasses
+from typing import Literal
+
+from ecdit.config import require
+from ecdit.models.layers import REMAT_POLICIES
+
+
+@dataclasses.dataclass(frozen=True)
+class DiTConfig:
+    """An EC-DIT or one of its baselines."""
+
+    latent_size: int  # side of the square latent, in latent pixels
+    latent_channels: int
+    patch_size: int  # latent pixels
+    width: int  # d
+    depth: int  # blocks on masked tokens, even: odd ones are dense, even ones sparse
+    extra_blocks: int  # dense blocks on all tokens, after the mask tokens are filled in
+    heads: int
+    kv_heads: int  # of self-attention; cross-attention has all heads
+    rope_theta: float
+    ffn_multiplier: int  # hidden width of an FFN and of an expert, in d
+    ffn: Literal["dense", "token_choice", "expert_choice"]  # of the even blocks
+    num_experts: int  # E
+    capacity_factor: float  # f_c of expert choice
+    token_choice_dropless: bool  # C = S instead of ceil(2 S / E)
+    balance_loss_weight: float  # of token choice
+    router_init_std: float
+    group: str  # tokens that compete for experts in training: "image" or a number of tokens
+    dispatch: Literal["gather", "one_hot"]
+    moe_output_norm: Literal["sandwich", "none", "expert"]
+    mask_ratio: float  # share of tokens dropped in training
+    block_table: bool  # a learned offset of (shift, scale, gate) x 2 per block
+    gate_init: float  # of the block table's gates
+    remat: Literal["none", "minimal", "attention_out", "full"]
+    dtype: Literal["float32", "bfloat16"]  # of activations; parameters are float32
+
+    def __post_init__(self):
+        for key in ("latent_size", "latent_channels", "patch_size", "width", "heads", "kv_heads", "ffn_multiplier"):
+            require(getattr(self, key) >= 1, key, getattr(self, key), "must be 1 or more")
+        require(
+            self.latent_size % self.patch_size == 0, "patch_size", self.patch_size, f"must divide {self.latent_size}"
+        )
+        require(
+            self.depth >= 2 and self.depth % 2 == 0, "depth", self.depth, "must be even, 2 or more: (dense, sparse)"
+        )
+        require(self.extra_blocks >= 0, "extra_blocks", self.extra_blocks, "must be 0 or more")
+        require(self.width % self.heads == 0, "heads", self.heads, f"must divide the width, {self.width}")
+        require(self.head_dim % 4 == 0, "heads", self.heads, f"width / heads = {self.head_dim} must be a multiple of 4")
+        require(self.heads % self.kv_heads == 0, "kv_heads", self.kv_heads, f"must divide heads, {self.heads}")
+        require(self.num_experts >= 1, "num_experts", self.num_experts, "must be 1 or more")
+        if self.ffn == "token_choice":
+            require(self.num_experts >= 2, "num_experts", self.num_experts, "token choice picks 2 experts")
+        require(
+            0 < self.capacity_factor <= self.num_experts,
+            "capacity_factor",
+            self.capacity_factor,
+            f"must be above 0 and at most the number of experts, {self.num_experts}",
+        )
+        require(0 <= self.mask_ratio < 1, "mask_ratio", self.mask_ratio, "must be in [0, 1)")
+        require(
+            self.mask_ratio == 0 or self.extra_blocks > 0,
+            "extra_blocks",
+            self.extra_blocks,
+            "masked training needs blocks after the mask tokens are filled in",
+        )
+        require(self.rope_theta > 0, "rope_theta", self.rope_theta, "must be above 0")
+        require(self.router_init_std >= 0, "router_init_std", self.router_init_std, "must be 0 or more")
+        require(self.balance_loss_weight >= 0, "balance_loss_weight", self.balance_loss_weight, "must be 0 or more")
+        require(self.remat in REMAT_POLICIES, "remat", self.remat, f"must be one of {', '.join(REMAT_POLICIES)}")
+        check_group("group", self.group, self.num_kept)
+
+    @property
+    def head_dim(self) -> int:
+        """Width of an attention head."""
+        return self.width // self.heads
+
+    @property
+    def grid(self) -> int:
+        """Patches along a side."""
+        return self.latent_size // self.patch_size
+
+    @property
+    def num_tokens(self) -> int:
+        """N: patches of an image."""
+        return self.grid**2
+
+    @property
+    def num_kept(self) -> int:
+        """Tokens that training keeps after masking."""
+        return max(1, round(self.num_tokens * (1 - self.mask_ratio)))
+
+    @property
+    def patch_dim(self) -> int:
+        """Numbers in a patch."""
+        return self.patch_size**2 * self.latent_channels
+
+
+def check_group(key: str, group: str, num_tokens: int) -> None:
+    """Raises ConfigError unless `group` is "image" or holds whole images of `num_tokens`, or divides them."""
+    if group == "image":
+        return
+    require(group.isdigit() and int(group) > 0, key, group, 'must be "image" or a number of tokens')
+    size = int(group)
+    require(
+        size % num_tokens == 0 or num_tokens % size == 0,
+        key,
+        group,
+        f"must be a multiple or a divisor of the {num_tokens} tokens of an image",
+    )
+
+
+def group_size(group: str, num_tokens: int) -> int:
+    """S: the tokens of a group, where an image has `num_tokens`."""
+    return num_tokens if group == "image" else int(group)

@@ -1,0 +1,174 @@
+"""EC-DIT: a diffusion transformer whose even blocks are mixtures of experts (arXiv 2410.02098).
+
+Axes: B batch, N tokens of an image, M kept tokens, L text tokens, d width, p numbers in a patch.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from ecdit.models.attention import CrossAttention, SelfAttention
+from ecdit.models.config import DiTConfig
+from ecdit.models.embeddings import patchify, put_tokens, rope_angles, sinusoid, take_tokens
+from ecdit.models.layers import Linear, Mlp, layer_norm, matrix, named, param, scan_stack, stack, zeros
+from ecdit.models.moe import FeedForward, MixtureOfExperts, RoutingReport
+from ecdit.partitioning import constrain
+
+SINUSOID_WIDTH = 256
+
+
+class TextStates(NamedTuple):
+    """An encoded caption."""
+
+    states: Float[Array, "B L t"]
+    mask: Bool[Array, "B L"]  # False on padding; never False for a whole row
+    pooled: Float[Array, "B t"]
+
+
+class Block(nnx.Module):
+    """x + gate norm(f(norm(x) (1 + scale) + shift)) for self-attention and FFN, with cross-attention between them."""
+
+    def __init__(self, config: DiTConfig, text_width: int, sparse: bool, rngs: nnx.Rngs):
+        self.moe_output_norm = config.moe_output_norm if sparse else "sandwich"
+        self.attention = SelfAttention(config.width, config.heads, config.kv_heads, rngs)
+        self.cross_attention = CrossAttention(config.width, text_width, config.heads, rngs)
+        if sparse:
+            self.experts = MixtureOfExperts(config, rngs)
+        else:
+            self.feed_forward = FeedForward(config.width, config.ffn_multiplier * config.width, rngs)
+        self.sparse = sparse
+        self.table = _block_table(config, rngs) if config.block_table else None
+
+    def __call__(
+        self,
+        x: Float[Array, "B N d"],
+        angles: Float[Array, "B N k/2"],
+        modulation: Float[Array, "B 6 d"],
+        text: TextStates,
+        group_size: int,
+    ) -> tuple[Float[Array, "B N d"], RoutingReport | None]:
+        """The block's output, and how its tokens were routed if it is sparse."""
+        if self.table is not None:
+            modulation = modulation + self.table[...].astype(x.dtype)[None]
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (row[:, 0:1] for row in jnp.split(modulation, 6, axis=1))
+        x = x + gate * layer_norm(self.attention(layer_norm(x) * (1 + scale) + shift, angles))
+        x = x + self.cross_attention(layer_norm(x), text.states, text.mask)
+        branch_input = layer_norm(x) * (1 + ffn_scale) + ffn_shift
+        branch, report = (
+            self.experts(branch_input, group_size) if self.sparse else (self.feed_forward(branch_input), None)
+        )
+        branch = named(branch, "ffn_out")
+        if self.moe_output_norm == "sandwich":
+            branch = layer_norm(branch)
+        return constrain(x + ffn_gate * branch, "batch", None, None), report
+
+
+class Pair(nnx.Module):
+    """A dense block, then a sparse one (dense too where the config says so)."""
+
+    def __init__(self, config: DiTConfig, text_width: int, rngs: nnx.Rngs):
+        self.odd = Block(config, text_width, False, rngs)
+        self.even = Block(config, text_width, config.ffn != "dense", rngs)
+
+
+class DiT(nnx.Module):
+    """The velocity of a noisy latent, given time, caption and micro-conditions."""
+
+    def __init__(self, config: DiTConfig, text_width: int, rngs: nnx.Rngs):
+        self.config = config
+        self.patches = Linear(config.patch_dim, config.width, ("features", "embed"), rngs)
+        self.time = Mlp(SINUSOID_WIDTH, config.width, rngs)
+        self.caption = Mlp(text_width, config.width, rngs)
+        self.size_crop = Mlp(4 * SINUSOID_WIDTH, config.width, rngs)
+        self.modulation = matrix(rngs, (config.width,), (6, config.width), ("embed", "modulation", "mlp"), zeros)
+        self.modulation_bias = param(rngs, zeros, (6, config.width), ("modulation", "embed"))
+        self.pairs = stack(lambda rngs: Pair(config, text_width, rngs), config.depth // 2, rngs)
+        if config.extra_blocks:
+            self.mask_token = param(rngs, jax.nn.initializers.normal(0.02), (config.width,), ("embed",))
+            self.extra = stack(lambda rngs: Block(config, text_width, False, rngs), config.extra_blocks, rngs)
+        self.head_modulation = matrix(rngs, (config.width,), (2, config.width), ("embed", "modulation", "mlp"), zeros)
+        self.head_modulation_bias = param(rngs, zeros, (2, config.width), ("modulation", "embed"))
+        self.head = Linear(config.width, config.patch_dim, ("embed", "features"), rngs, init=zeros)
+
+    def __call__(
+        self,
+        latents: Float[Array, "B h w c"],
+        time: Float[Array, " B"],
+        text: TextStates,
+        size_crop: Float[Array, "B 4"],
+        kept: Int[Array, "B M"] | None,
+        group_size: int,
+    ) -> tuple[Float[Array, "B N p"], RoutingReport | None]:
+        """Predicts the velocity of every patch (see `embeddings.patchify`), float32.
+
+        Args:
+          latents: x_t, noise at time 1.
+          time: in [0, 1].
+          text: the encoded caption.
+          size_crop: original height and width, crop top and left, in pixels.
+          kept: the tokens that the first blocks see, in any order, without repeats; None for all.
+          group_size: tokens that compete for experts; divides B * M.
+
+        Returns:
+          The velocity, and the report of all sparse layers, stacked; None without sparse layers.
+        """
+        config, dtype = self.config, jnp.dtype(self.config.dtype)
+        all_angles = rope_angles(config.grid, config.head_dim, config.rope_theta)
+        all_angles = jnp.broadcast_to(all_angles[None], (latents.shape[0], *all_angles.shape))
+        condition = self.condition(time, text, size_crop, dtype)
+        modulation = _modulate(condition, self.modulation, self.modulation_bias)
+        text = text._replace(states=text.states.astype(dtype))
+
+        x = self.patches(patchify(latents, config.patch_size).astype(dtype))
+        angles = all_angles
+        if kept is not None:
+            x, angles = take_tokens(x, kept), take_tokens(all_angles, kept)
+        x = constrain(x, "batch", None, None)
+
+        def run_pair(pair: Pair, x: Array) -> tuple[Array, RoutingReport | None]:
+            x, _ = pair.odd(x, angles, modulation, text, group_size)
+            return pair.even(x, angles, modulation, text, group_size)
+
+        x, report = scan_stack(self.pairs, run_pair, x, config.remat)
+        if kept is not None:
+            gaps = jnp.broadcast_to(
+                self.mask_token[...].astype(dtype)[None, None], (x.shape[0], config.num_tokens, config.width)
+            )
+            x = put_tokens(x, kept, gaps)
+        if config.extra_blocks:
+            x, _ = scan_stack(self.extra, lambda b, x: b(x, all_angles, modulation, text, group_size), x, config.remat)
+        return self.velocity(x, condition), report
+
+    def condition(
+        self, time: Float[Array, " B"], text: TextStates, size_crop: Float[Array, "B 4"], dtype: jnp.dtype
+    ) -> Float[Array, "B d"]:
+        """SiLU of the sum of the normed embeddings of time, pooled caption and micro-conditions (arXiv 2412.07730)."""
+        sizes = sinusoid(size_crop.reshape(-1), SINUSOID_WIDTH).reshape(size_crop.shape[0], -1)
+        parts = (
+            self.time(sinusoid(1000.0 * time, SINUSOID_WIDTH).astype(dtype)),
+            self.caption(text.pooled.astype(dtype)),
+            self.size_crop(sizes.astype(dtype)),
+        )
+        return jax.nn.silu(sum(layer_norm(part) for part in parts))
+
+    def velocity(self, x: Float[Array, "B N d"], condition: Float[Array, "B d"]) -> Float[Array, "B N p"]:
+        """The head: a modulated norm and a linear map, zero at the start."""
+        shift, scale = jnp.split(_modulate(condition, self.head_modulation, self.head_modulation_bias), 2, axis=1)
+        return self.head(layer_norm(x) * (1 + scale) + shift).astype(jnp.float32)
+
+
+def _block_table(config: DiTConfig, rngs: nnx.Rngs) -> nnx.Param:
+    """(shift, scale, gate) x 2 that a block adds to the shared modulation: 0, and `gate_init` for the gates."""
+
+    def init(_: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+        return jnp.broadcast_to(jnp.array([0.0, 0.0, config.gate_init] * 2, dtype)[:, None], shape)
+
+    return param(rngs, init, (6, config.width), ("modulation", "embed"))
+
+
+def _modulate(condition: Float[Array, "B d"], kernel: nnx.Param, bias: nnx.Param) -> Float[Array, "B rows d"]:
+    modulation = jnp.einsum("bd,dre->bre", condition, kernel[...].astype(condition.dtype))
+    return modulation + bias[...].astype(condition.dtype)[None]

@@ -1,0 +1,56 @@
+"""Patches, positions and scalars as vectors. Axes: B batch, N tokens, k head width."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def patchify(x: Float[Array, "B h w c"], patch: int) -> Float[Array, "B N p"]:
+    """Cuts images into patches, row by row; a patch is flattened as (row, column, channel)."""
+    batch, height, width, channels = x.shape
+    x = x.reshape(batch, height // patch, patch, width // patch, patch, channels)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, patch * patch * channels)
+
+
+def unpatchify(tokens: Float[Array, "B N p"], patch: int, channels: int) -> Float[Array, "B h w c"]:
+    """The inverse of `patchify` for square images."""
+    batch, num_tokens, _ = tokens.shape
+    grid = round(num_tokens**0.5)
+    x = tokens.reshape(batch, grid, grid, patch, patch, channels)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, grid * patch, grid * patch, channels)
+
+
+def sinusoid(x: Float[Array, " B"], width: int, max_period: float = 10_000.0) -> Float[Array, "B width"]:
+    """Cosines, then sines, of x at width / 2 frequencies from 1 to about 1 / max_period (DiT, arXiv 2212.09748)."""
+    half = width // 2
+    frequencies = jnp.exp(-jnp.log(max_period) * jnp.arange(half, dtype=jnp.float32) / half)
+    angles = x.astype(jnp.float32)[:, None] * frequencies[None, :]
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def rope_angles(grid: int, head_dim: int, theta: float) -> Float[Array, "N k/2"]:
+    """Angles of 2D rotary positions: the first half of the pairs turns with the row, the second with the column."""
+    pairs = head_dim // 4
+    frequencies = theta ** (-jnp.arange(pairs, dtype=jnp.float32) / pairs)
+    position = jnp.arange(grid * grid)
+    row, column = (position // grid).astype(jnp.float32), (position % grid).astype(jnp.float32)
+    return jnp.concatenate([row[:, None] * frequencies[None, :], column[:, None] * frequencies[None, :]], axis=-1)
+
+
+def rotate(x: Float[Array, "B N heads k"], angles: Float[Array, "B N k/2"]) -> Float[Array, "B N heads k"]:
+    """Turns the pairs (x_i, x_{i + k/2}) by `angles` (RoFormer, arXiv 2104.09864), in float32."""
+    cos, sin = jnp.cos(angles)[:, :, None, :], jnp.sin(angles)[:, :, None, :]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1).astype(x.dtype)
+
+
+def take_tokens(x: Float[Array, "B N d"], index: Int[Array, "B M"]) -> Float[Array, "B M d"]:
+    """The tokens at `index` of every image."""
+    return jax.vmap(lambda tokens, kept: tokens[kept])(x, index)
+
+
+def put_tokens(
+    x: Float[Array, "B M d"], index: Int[Array, "B M"], into: Float[Array, "B N d"]
+) -> Float[Array, "B N d"]:
+    """`into` with the tokens at `index` of every image replaced by those of x."""
+    return jax.vmap(lambda base, kept, tokens: base.at[kept].set(tokens))(into, index, x)

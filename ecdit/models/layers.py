@@ -1,0 +1,123 @@
+"""Parameters with logical axes, norms, and stacks of equal blocks. Axes: B batch, N tokens, d width."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
+
+Block = TypeVar("Block", bound=nnx.Module)
+Initializer = Callable[[jax.Array, Sequence[int], Any], jax.Array]
+
+zeros = jax.nn.initializers.zeros
+xavier = jax.nn.initializers.xavier_uniform()
+# For [E, in, out]: every expert is drawn as if it were alone.
+xavier_experts = jax.nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", in_axis=-2, out_axis=-1, batch_axis=0)
+
+REMAT_POLICIES = {
+    "none": None,  # save everything
+    "minimal": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "attention_out": jax.checkpoint_policies.save_only_these_names("attention_out"),
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def param(rngs: nnx.Rngs, init: Initializer, shape: Sequence[int], axes: Sequence[str]) -> nnx.Param:
+    """A float32 parameter whose dimensions have the logical `axes` (see partitioning.AXIS_RULES)."""
+    return nnx.Param(init(rngs.params(), tuple(shape), jnp.float32), out_sharding=tuple(axes))
+
+
+def matrix(
+    rngs: nnx.Rngs, inputs: Sequence[int], outputs: Sequence[int], axes: Sequence[str], init: Initializer = xavier
+) -> nnx.Param:
+    """A parameter of shape inputs + outputs, initialised as the matrix prod(inputs) x prod(outputs)."""
+
+    def flat_init(key: jax.Array, shape: Sequence[int], dtype: Any) -> jax.Array:
+        return init(key, (math.prod(inputs), math.prod(outputs)), dtype).reshape(shape)
+
+    return param(rngs, flat_init, (*inputs, *outputs), axes)
+
+
+class Linear(nnx.Module):
+    """x @ kernel + bias, computed in the dtype of x."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        axes: tuple[str, str],
+        rngs: nnx.Rngs,
+        bias: bool = True,
+        init: Initializer = xavier,
+    ):
+        self.kernel = matrix(rngs, (inputs,), (outputs,), axes, init)
+        self.bias = param(rngs, zeros, (outputs,), axes[1:]) if bias else None
+
+    def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
+        """Maps the last axis."""
+        y = x @ self.kernel[...].astype(x.dtype)
+        return y if self.bias is None else y + jnp.broadcast_to(self.bias[...].astype(x.dtype), y.shape)
+
+
+class Mlp(nnx.Module):
+    """inputs -> width -> width with SiLU between: for conditions."""
+
+    def __init__(self, inputs: int, width: int, rngs: nnx.Rngs):
+        self.hidden = Linear(inputs, width, ("features", "embed"), rngs)
+        self.out = Linear(width, width, ("embed", "mlp"), rngs)
+
+    def __call__(self, x: Float[Array, "B i"]) -> Float[Array, "B d"]:
+        """Maps the last axis."""
+        return self.out(jax.nn.silu(self.hidden(x)))
+
+
+def layer_norm(x: Float[Array, "*b d"], epsilon: float = 1e-6) -> Float[Array, "*b d"]:
+    """LayerNorm without parameters, computed in float32, returned in the dtype of x."""
+    y = x.astype(jnp.float32)
+    y = y - y.mean(axis=-1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.square(y).mean(axis=-1, keepdims=True) + epsilon)
+    return y.astype(x.dtype)
+
+
+def rms_norm(x: Float[Array, "*b k"], scale: Float[Array, " k"], epsilon: float = 1e-6) -> Float[Array, "*b k"]:
+    """RMSNorm with a learned scale, computed in float32, returned in the dtype of x."""
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.square(y).mean(axis=-1, keepdims=True) + epsilon)
+    return (y * jnp.broadcast_to(scale.astype(jnp.float32), y.shape)).astype(x.dtype)
+
+
+def stack(make: Callable[[nnx.Rngs], Block], count: int, rngs: nnx.Rngs) -> Block:
+    """`count` independently initialised blocks as one whose parameters have a leading "layers" axis."""
+
+    @nnx.split_rngs(splits=count)
+    @nnx.vmap(in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layers"})
+    def make_all(rngs: nnx.Rngs) -> Block:
+        return make(rngs)
+
+    return make_all(rngs)
+
+
+def scan_stack(
+    blocks: Block, apply: Callable[[Block, Any], tuple[Any, Any]], carry: Any, remat: str
+) -> tuple[Any, Any]:
+    """Runs the blocks of a `stack` in order: apply(block, carry) -> (carry, output); outputs are stacked.
+
+    `remat` names a policy of REMAT_POLICIES for what the backward pass finds saved.
+    """
+    graphdef, params = nnx.split(blocks)
+
+    def step(carry: Any, params: nnx.State) -> tuple[Any, Any]:
+        return apply(nnx.merge(graphdef, params), carry)
+
+    if remat != "none":
+        step = jax.checkpoint(step, policy=REMAT_POLICIES[remat], prevent_cse=False)
+    return jax.lax.scan(step, carry, params)
+
+
+def named(x: Array, name: str) -> Array:
+    """Marks an activation that a remat policy can save by name."""
+    return checkpoint_name(x, name)

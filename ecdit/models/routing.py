@@ -1,0 +1,106 @@
+"""Which expert works on which token: expert choice (arXiv 2410.02098, Algorithm 1) and token choice (2006.16668).
+
+Axes: G groups, S tokens of a group, E experts, C capacity (slots of an expert in a group), K choices of a token.
+Both rules return the same record, so the same dispatch and combine serve both. Everything here is float32.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+class Routing(NamedTuple):
+    """The slots of every expert. A slot that took no token has taken False, gate 0 and index 0 or a masked token's."""
+
+    index: Int[Array, "G E C"]  # the token in the slot, int32
+    gate: Float[Array, "G E C"]  # what its output is multiplied by, float32
+    taken: Bool[Array, "G E C"]
+    balance_loss: Float[Array, " G"]  # unweighted; 0 for expert choice, which is balanced by construction
+    drop_rate: Float[Array, " G"]  # share of the (token, choice) pairs that found no slot; 0 for expert choice
+
+
+def expert_capacity(group_size: int, num_experts: int, capacity_factor: float) -> int:
+    """C = clip(ceil(S f_c / E), 1, S): the slots of an expert in a group. The effective factor is E C / S."""
+    # A product such as 1.1 * 10 is 11.000000000000002 in binary: it must not round up to one more slot.
+    return min(max(math.ceil(group_size * capacity_factor / num_experts - 1e-9), 1), group_size)
+
+
+def expert_choice(
+    router_logits: Float[Array, "G S E"], capacity: int, token_mask: Bool[Array, "G S"] | None = None
+) -> Routing:
+    """Each expert takes the `capacity` tokens of a group for which its softmax affinity is highest.
+
+    Ties go to the lowest index. The gate is the affinity itself, not renormalised. Tokens whose `token_mask` is
+    False are taken by nobody. Gradients reach the logits through the gates.
+
+    Raises:
+      ValueError: capacity is not in 1..S.
+    """
+    _check_capacity(capacity, router_logits.shape[1])
+    affinity = jax.nn.softmax(router_logits.astype(jnp.float32), axis=-1)  # over E
+    affinity = affinity.swapaxes(1, 2)  # (G, E, S)
+    if token_mask is not None:
+        affinity = jnp.where(token_mask[:, None, :], affinity, -jnp.inf)
+    gate, index = jax.lax.top_k(affinity, capacity)
+    taken = gate > -jnp.inf
+    nothing = jnp.zeros(router_logits.shape[0], jnp.float32)
+    return Routing(index, jnp.where(taken, gate, 0.0), taken, nothing, nothing)
+
+
+def token_choice(
+    router_logits: Float[Array, "G S E"],
+    capacity: int,
+    token_mask: Bool[Array, "G S"] | None = None,
+    num_choices: int = 2,
+) -> Routing:
+    """Each token chooses its `num_choices` best experts; an expert takes up to `capacity` of those who chose it.
+
+    Gates are renormalised over a token's choices (also where one of them is dropped). All first choices are placed
+    before second ones; within a choice the higher affinity goes first: position would drop the bottom of every image.
+    The balance loss of a group is E * sum_e f_e p_e, with f_e the share of tokens whose first choice is e and p_e
+    the mean affinity (arXiv 2006.16668, Algorithm 1): 1 when balanced.
+
+    Raises:
+      ValueError: capacity is not in 1..S, or num_choices not in 1..E.
+    """
+    num_groups, group_size, num_experts = router_logits.shape
+    _check_capacity(capacity, group_size)
+    if not 1 <= num_choices <= num_experts:
+        raise ValueError(f"num_choices = {num_choices}: must be in 1..{num_experts}, the number of experts")
+    mask = jnp.ones((num_groups, group_size), bool) if token_mask is None else token_mask
+    affinity = jax.nn.softmax(router_logits.astype(jnp.float32), axis=-1)
+    chosen_affinity, chosen = jax.lax.top_k(affinity, num_choices)  # (G, S, K)
+    chosen_gate = chosen_affinity / chosen_affinity.sum(axis=-1, keepdims=True)
+    choice = jax.nn.one_hot(chosen, num_experts, dtype=jnp.float32) * mask[:, :, None, None]  # (G, S, K, E)
+
+    # The k-th choices get priorities in (-k, 1 - k], so that no k-th choice comes before a (k-1)-th one.
+    priority = chosen_affinity - jnp.arange(num_choices, dtype=jnp.float32)[None, None, :]
+    priority = jnp.where(choice > 0, priority[..., None], -jnp.inf).max(axis=2)  # (G, S, E)
+    best, index = jax.lax.top_k(jax.lax.stop_gradient(priority).swapaxes(1, 2), capacity)
+    taken = best > -jnp.inf
+    gates = jnp.einsum("gsk,gske->ges", chosen_gate, choice)
+    gate = jnp.where(taken, jnp.take_along_axis(gates, index, axis=2), 0.0)
+
+    tokens = jnp.maximum(mask.sum(axis=1).astype(jnp.float32), 1.0)  # (G,)
+    first_share = choice[:, :, 0].sum(axis=1) / tokens[:, None]
+    mean_affinity = (affinity * mask[..., None]).sum(axis=1) / tokens[:, None]
+    balance_loss = num_experts * (first_share * mean_affinity).sum(axis=-1)
+    drop_rate = 1.0 - taken.sum(axis=(1, 2)) / (tokens * num_choices)
+    return Routing(jnp.where(taken, index, 0), gate, taken, balance_loss, drop_rate)
+
+
+def experts_per_token(routing: Routing, group_size: int) -> Int[Array, "G S"]:
+    """How many experts took each token, int32: 0 means that the branch gives it exactly 0."""
+
+    def count(index: Int[Array, "E C"], taken: Bool[Array, "E C"]) -> Int[Array, " S"]:
+        return jnp.zeros(group_size, jnp.int32).at[index].add(taken.astype(jnp.int32))
+
+    return jax.vmap(count)(routing.index, routing.taken)
+
+
+def _check_capacity(capacity: int, group_size: int) -> None:
+    if not 1 <= capacity <= group_size:
+        raise ValueError(f"capacity = {capacity}: must be in 1..{group_size}, the tokens of a group")

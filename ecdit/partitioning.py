@@ -1,0 +1,159 @@
+"""The device mesh, and the one table from logical axes to mesh axes.
+
+Every parameter names its logical axes where it is created (T5X's names where they exist); `AXIS_RULES` says
+over which mesh axes each is sharded. An axis without a rule is an error, never a guess.
+
+Mesh axes: `slices` (pods joined by data-centre network), `data` (replicas), `fsdp` (parameters sharded, gathered
+at use), `expert` (experts sharded, tokens exchanged), `tensor` (heads and hidden units sharded). The batch is split
+over all of them but `tensor`.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from ecdit.config import ConfigError, require
+
+MESH_AXES = ("slices", "data", "fsdp", "expert", "tensor")
+BATCH_AXES = ("slices", "data", "fsdp", "expert")
+
+AXIS_RULES: Mapping[str, tuple[str, ...]] = {
+    # parameters
+    "embed": ("fsdp", "expert"),  # the width of everything that is not an expert
+    "experts": ("expert",),
+    "expert_embed": ("fsdp",),  # the width inside an expert: `expert` already holds its E
+    "mlp": ("tensor",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "kv": (),
+    "vocab": ("tensor",),
+    "layers": (),
+    "length": (),
+    "features": (),  # small inputs and outputs: sinusoids, patches, E of the router
+    "modulation": (),
+    "norm": (),
+    # activations
+    "batch": BATCH_AXES,
+    "expert_groups": ("slices", "data", "fsdp"),  # groups of tokens while they are with their experts
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Sizes of the mesh axes; one of them may be -1: what the devices leave."""
+
+    slices: int
+    data: int
+    fsdp: int
+    expert: int
+    tensor: int
+
+    def __post_init__(self):
+        sizes = dataclasses.asdict(self)
+        for axis, size in sizes.items():
+            require(size == -1 or size >= 1, axis, size, "must be 1 or more, or -1 for what the devices leave")
+        free = [axis for axis, size in sizes.items() if size == -1]
+        require(len(free) <= 1, free[-1] if free else "", -1, f"only one axis can be -1, {' and '.join(free)} are")
+
+
+def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, ...]:
+    """The sizes of MESH_AXES with -1 resolved.
+
+    Raises:
+      ConfigError: the product is not the number of devices.
+    """
+    sizes = [getattr(config, axis) for axis in MESH_AXES]
+    fixed = math.prod(size for size in sizes if size != -1)
+    if -1 in sizes and num_devices % fixed == 0:
+        sizes[sizes.index(-1)] = num_devices // fixed
+    if math.prod(sizes) != num_devices:
+        shown = " x ".join(f"{axis} {size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
+        raise ConfigError("mesh", shown, f"must multiply to the number of devices, {num_devices}")
+    return tuple(sizes)
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh over `devices` (default: all), laid out so that the last axes are nearest neighbours."""
+    devices = jax.devices() if devices is None else devices
+    shape = mesh_shape(config, len(devices))
+    if getattr(devices[0], "platform", "cpu") == "cpu":
+        grid = np.asarray(devices).reshape(shape)
+    elif config.slices != 1:
+        from jax.experimental import mesh_utils
+
+        grid = mesh_utils.create_hybrid_device_mesh((1, *shape[1:]), (shape[0], 1, 1, 1, 1), devices)
+    else:
+        from jax.experimental import mesh_utils
+
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def logical_spec(axes: Sequence[str | None], name: str) -> PartitionSpec:
+    """The PartitionSpec of an array whose dimensions have these logical axes (None: not sharded).
+
+    Raises:
+      ValueError: an axis without a rule; the message names the array and the axis.
+    """
+    for axis in axes:
+        if axis is not None and axis not in AXIS_RULES:
+            raise ValueError(
+                f"{name}: logical axis {axis!r} of {tuple(axes)} has no rule; rules: {', '.join(AXIS_RULES)}"
+            )
+    return PartitionSpec(*(AXIS_RULES[axis] or None if axis is not None else None for axis in axes))
+
+
+def param_shardings(params: nnx.State, mesh: Mesh) -> dict[str, Any]:
+    """NamedShardings for an abstract or real state of annotated Params, as a nested dict like its pure dict.
+
+    Raises:
+      ValueError: a parameter without logical axes, with an axis without a rule, or with a size that does not divide;
+        the message names the parameter, the axis and the sizes.
+    """
+    shardings: dict[tuple, NamedSharding] = {}
+    for path, variable in nnx.to_flat_state(params):
+        name = "/".join(map(str, path))
+        shape, axes = variable.get_value().shape, variable.get_metadata().get("out_sharding")
+        if axes is None or len(axes) != len(shape):
+            raise ValueError(f"{name}: shape {shape} needs one logical axis a dimension, it has {axes}")
+        spec = logical_spec(axes, name)
+        check_divides(name, shape, axes, mesh)
+        shardings[path] = NamedSharding(mesh, spec)
+    return nnx.traversals.unflatten_mapping(shardings)
+
+
+def check_divides(name: str, shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh) -> None:
+    """Raises ValueError when a dimension is not a multiple of the mesh axes that its logical axis is sharded over."""
+    for size, axis in zip(shape, axes, strict=True):
+        parts = {mesh_axis: mesh.shape[mesh_axis] for mesh_axis in AXIS_RULES[axis]} if axis is not None else {}
+        if size % math.prod(parts.values()):
+            over = " x ".join(f"{mesh_axis} {count}" for mesh_axis, count in parts.items())
+            raise ValueError(f"{name}: axis {axis!r} of size {size} (shape {tuple(shape)}) does not divide over {over}")
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The sharding of a batch: its first dimension over BATCH_AXES."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Into how many parts the batch is split."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of what every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Asks the compiler to shard an activation by its logical axes; does nothing where no mesh is set."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, logical_spec(axes, "activation"))

@@ -1,0 +1,90 @@
+"""Samples a run's EMA weights: `python -m ecdit.sample --workdir=runs/emoji --prompt="a red heart" --out=pictures`."""
+
+import json
+from pathlib import Path
+
+from absl import flags
+
+from ecdit import runtime
+from ecdit.conditioning.text_to_image import make_system
+from ecdit.config import UserError, run_command
+from ecdit.data.records import dataset_directory
+from ecdit.data.text import tokenize
+from ecdit.evaluation.pictures import save_grid, save_png
+from ecdit.evaluation.sampling import make_sampler, sample_pictures
+from ecdit.partitioning import make_mesh
+from ecdit.training.checkpoint import restore_ema, saved_experiment
+
+WORKDIR = flags.DEFINE_string("workdir", None, "The run to sample from.", required=True)
+OUT = flags.DEFINE_string("out", None, "Directory for the pictures, grid.png and manifest.json.", required=True)
+PROMPT = flags.DEFINE_string("prompt", None, "One prompt.")
+PROMPTS = flags.DEFINE_string("prompts", None, "A UTF-8 file with one prompt a line.")
+REPEATS = flags.DEFINE_integer("repeats", 1, "Pictures of each prompt.", lower_bound=1)
+SET = flags.DEFINE_multi_string("set", [], "KEY=VALUE for a key of the run's config, such as sampling.num_steps=25.")
+
+
+def read_prompts(prompt: str | None, file: str | None) -> list[str]:
+    """The prompts of --prompt or --prompts.
+
+    Raises:
+      UserError: both or neither, a file that cannot be read, an empty line (the null caption is no prompt).
+    """
+    if (prompt is None) == (file is None):
+        raise UserError("give one of --prompt and --prompts")
+    if prompt is not None:
+        if not prompt.strip():
+            raise UserError(f"--prompt={prompt!r} is empty")
+        return [prompt]
+    try:
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompts={file}: {error}") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            raise UserError(f"--prompts={file}: line {number} is empty")
+    if not lines:
+        raise UserError(f"--prompts={file}: no prompts")
+    return lines
+
+
+def main(argv: list[str]) -> None:
+    """Writes one PNG for each prompt and repeat, a grid of all, and a manifest."""
+    del argv
+    prompts = [prompt for prompt in read_prompts(PROMPT.value, PROMPTS.value) for _ in range(REPEATS.value)]
+    repeats = [i % REPEATS.value for i in range(len(prompts))]
+    workdir, out = Path(WORKDIR.value), Path(OUT.value)
+    experiment, step = saved_experiment(workdir, SET.value)
+    runtime.configure(experiment.runtime)
+    mesh, system, directory = (
+        make_mesh(experiment.mesh),
+        make_system(experiment.system),
+        dataset_directory(experiment.data),
+    )
+    sampler = make_sampler(system, experiment.sampling, mesh)
+    pictures = sample_pictures(
+        sampler,
+        restore_ema(workdir, system, mesh, step),
+        lambda texts: tokenize(directory, texts, experiment.data.caption_length),
+        prompts,
+        repeats,
+        experiment.sampling,
+    )
+    write_pictures(
+        out, pictures, prompts, repeats, {"workdir": str(workdir), "step": step, "seed": experiment.sampling.seed}
+    )
+    print(f"{len(prompts)} pictures of step {step} in {out}")
+
+
+def write_pictures(out: Path, pictures, prompts: list[str], repeats: list[int], source: dict) -> None:
+    """Writes `00000.png`, ..., `grid.png` and `manifest.json` into `out`."""
+    out.mkdir(parents=True, exist_ok=True)
+    names = [f"{i:05d}.png" for i in range(len(prompts))]
+    for name, picture in zip(names, pictures, strict=True):
+        save_png(picture, out / name)
+    save_grid(pictures, prompts, out / "grid.png")
+    rows = [{"file": n, "prompt": p, "repeat": r} for n, p, r in zip(names, prompts, repeats, strict=True)]
+    (out / "manifest.json").write_text(json.dumps(source | {"pictures": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,28 @@
+"""Trains: `python -m ecdit.train --config=configs/emoji.py --workdir=runs/emoji`. The same command again resumes."""
+
+import sys
+from pathlib import Path
+
+from absl import flags
+
+from ecdit import runtime
+from ecdit.config import define_config_flag, run_command
+from ecdit.training.experiment import make_experiment
+from ecdit.training.loop import train
+
+CONFIG = define_config_flag()
+WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and samples go.", required=True)
+
+
+def main(argv: list[str]) -> None:
+    """Exits with what `loop.train` returns."""
+    del argv
+    experiment = make_experiment(CONFIG.value)
+    runtime.configure(experiment.runtime)
+    workdir = Path(WORKDIR.value)
+    workdir.mkdir(parents=True, exist_ok=True)
+    sys.exit(train(experiment, workdir))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,241 @@
+"""Checkpoints of a run: `<workdir>/checkpoints/<step>/{state,meta}`, by Orbax, asynchronous.
+
+`state` holds the arrays of a TrainState; `meta` is JSON: resolved config, data position and dataset fingerprint.
+Three verbs that never mix: resume (the same run goes on), start from another run's weights (`restore_ema` into a new
+run), export (see interop.weights).
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh
+
+from ecdit.conditioning.text_to_image import Params, System
+from ecdit.config import ConfigError, UserError, flatten, require, to_dict
+from ecdit.training.experiment import CheckpointConfig, Experiment, make_experiment
+from ecdit.training.state import TrainState
+
+FORMAT = 1
+
+# Keys, or groups of keys, that a resumed run may change: they alter how it runs, not what it computes.
+MAY_CHANGE = (
+    "train.num_steps",
+    "train.log_every",
+    "train.max_bad_steps",
+    "train.accumulation",
+    "model.remat",
+    "model.dispatch",
+    "data.directory",
+    "data.source",
+    "data.num_threads",
+    "data.prefetch",
+    "checkpoint.",
+    "mesh.",
+    "sampling.",
+    "runtime.",
+)
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing, does not fit, or could not be written."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Meta:
+    """What a checkpoint holds beside its arrays."""
+
+    format: int
+    config: dict[str, Any]  # the resolved Experiment, as config.to_dict gives it
+    next_row: int  # global row of the data that the next step reads first
+    dataset: str  # fingerprint of the prepared data
+    versions: dict[str, str]  # of the libraries that wrote it
+
+
+def open_manager(workdir: Path, config: CheckpointConfig | None) -> ocp.CheckpointManager:
+    """The manager of a run's checkpoints; None for one that only reads."""
+    if config is None:
+        options = ocp.CheckpointManagerOptions(read_only=True)
+    else:
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=ocp.checkpoint_managers.LatestN(config.keep),
+            cleanup_tmp_directories=True,  # what a killed save left
+        )
+    return ocp.CheckpointManager(checkpoint_directory(workdir), options=options)
+
+
+def checkpoint_directory(workdir: Path) -> Path:
+    """Where a run keeps its checkpoints."""
+    return workdir.absolute() / "checkpoints"
+
+
+def save(manager: ocp.CheckpointManager, state: TrainState, step: int, meta: Meta) -> None:
+    """Starts saving `state`; returns when its arrays are copied off the devices.
+
+    Raises:
+      CheckpointError: this or an earlier save failed.
+    """
+    items = ocp.args.Composite(state=ocp.args.StandardSave(_as_dict(state)), meta=ocp.args.JsonSave(to_dict(meta)))
+    try:
+        manager.save(step, args=items, force=True)
+    except Exception as error:
+        raise _save_failed(manager, error) from error
+
+
+def check_saves(manager: ocp.CheckpointManager) -> None:
+    """Raises CheckpointError if a save that has ended since the last call failed."""
+    try:
+        manager.check_for_errors()
+    except Exception as error:
+        raise _save_failed(manager, error) from error
+
+
+def finish_saves(manager: ocp.CheckpointManager) -> None:
+    """Waits for running saves; raises CheckpointError if one failed."""
+    try:
+        manager.wait_until_finished()
+    except Exception as error:
+        raise _save_failed(manager, error) from error
+    check_saves(manager)
+
+
+def read_meta(manager: ocp.CheckpointManager, step: int) -> Meta:
+    """The JSON of a checkpoint.
+
+    Raises:
+      CheckpointError: written in another format.
+    """
+    values = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+    if values.get("format") != FORMAT:
+        raise CheckpointError(f"{manager.directory}/{step}: format {values.get('format')}, this version reads {FORMAT}")
+    return Meta(**values)
+
+
+def restore(manager: ocp.CheckpointManager, step: int, abstract: TrainState) -> TrainState:
+    """The state of a checkpoint, with the shapes, dtypes and shardings of `abstract`.
+
+    Raises:
+      CheckpointError: an array is missing, or has another shape or dtype.
+    """
+    target = _as_dict(abstract)
+    _check_arrays(manager, step, target)
+    items = ocp.args.Composite(state=ocp.args.StandardRestore(target))
+    return TrainState(**manager.restore(step, args=items).state)
+
+
+def saved_experiment(workdir: Path, overrides: Sequence[str]) -> tuple[Experiment, int]:
+    """The config of a run's newest checkpoint, with `overrides` ("key=value", value as JSON or a string), and its step.
+
+    Raises:
+      CheckpointError: no checkpoint.
+      ConfigError: an override that the config refuses.
+    """
+    with open_reader(workdir) as manager:
+        step = manager.latest_step()
+        values = read_meta(manager, step).config
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        *groups, name = key.split(".")
+        group = functools.reduce(lambda node, part: node.get(part, {}), groups, values)
+        require(bool(separator) and name in group, key, text, "no such key of the run's config; write key=value")
+        group[name] = text if isinstance(group[name], str) else _json(key, text)
+    return make_experiment(values), step
+
+
+def _json(key: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise ConfigError(key, text, "must be written as JSON: a number, true, false or a list") from None
+
+
+def restore_ema(workdir: Path, system: System, mesh: Mesh, step: int | None = None) -> Params:
+    """The EMA weights of a checkpoint (default: the run's newest), sharded over `mesh`; reads nothing else.
+
+    Raises:
+      CheckpointError: no checkpoint, or one of another model.
+    """
+    with open_reader(workdir) as manager:
+        step = manager.latest_step() if step is None else step
+        shardings = system.shardings(mesh)
+        abstract = jax.eval_shape(system.init, jax.random.key(0))
+        ema = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
+        target = {"ema": ema}
+        _check_arrays(manager, step, target)
+        arguments = ocp.checkpoint_utils.construct_restore_args(target)
+        item = ocp.args.PyTreeRestore(item=target, restore_args=arguments, partial_restore=True)
+        return manager.restore(step, args=ocp.args.Composite(state=item)).state["ema"]
+
+
+def open_reader(workdir: Path) -> ocp.CheckpointManager:
+    """A manager that only reads.
+
+    Raises:
+      CheckpointError: the run has no checkpoint.
+    """
+    if not checkpoint_directory(workdir).is_dir():
+        raise CheckpointError(f"{workdir}: no run's workdir, it has no {checkpoint_directory(workdir).name}/")
+    manager = open_manager(workdir, None)
+    if manager.latest_step() is None:
+        raise CheckpointError(f"{workdir}: the run has no finished checkpoint yet")
+    return manager
+
+
+def check_resume(saved: Meta, experiment: Experiment, fingerprint: str) -> None:
+    """Raises CheckpointError naming every key that differs from the saved run's and may not (see MAY_CHANGE)."""
+    old, new = flatten(saved.config), flatten(to_dict(experiment))
+    differences = [
+        f"config.{key}: saved {old.get(key)!r}, now {new.get(key)!r}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not _may_change(key)
+    ]
+    if not differences and saved.dataset != fingerprint:
+        differences = [f"prepared data: saved fingerprint {saved.dataset[:12]}, now {fingerprint[:12]}"]
+    if differences:
+        raise CheckpointError(
+            "this workdir holds a run that differs in what cannot change on resume:\n  "
+            + "\n  ".join(differences)
+            + "\nUse another --workdir, or set these back; to start anew from its weights, set checkpoint.init_from."
+        )
+
+
+def _may_change(key: str) -> bool:
+    return any(key == allowed or (allowed.endswith(".") and key.startswith(allowed)) for allowed in MAY_CHANGE)
+
+
+def _as_dict(state: TrainState) -> dict[str, Any]:
+    return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+
+
+def _check_arrays(manager: ocp.CheckpointManager, step: int, target: Mapping[str, Any]) -> None:
+    """Orbax casts a dtype that differs in silence, so compare before restoring."""
+    saved = _arrays(manager.item_metadata(step).state.tree)
+    for name, wanted in _arrays(ocp.tree.serialize_tree(target, keep_empty_nodes=True)).items():
+        if name not in saved:
+            raise CheckpointError(f"{manager.directory}/{step}: has no array {name}")
+        found = saved[name]
+        if tuple(found.shape) != tuple(wanted.shape) or np.dtype(found.dtype) != np.dtype(wanted.dtype):
+            raise CheckpointError(
+                f"{manager.directory}/{step}: {name} is {np.dtype(found.dtype)}{list(found.shape)}, "
+                f"this run needs {np.dtype(wanted.dtype)}{list(wanted.shape)}"
+            )
+
+
+def _arrays(tree: Any) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))[0]
+    return {
+        "/".join(str(getattr(k, "key", getattr(k, "idx", k))) for k in path): x
+        for path, x in leaves
+        if hasattr(x, "shape")
+    }
+
+
+def _save_failed(manager: ocp.CheckpointManager, error: Exception) -> CheckpointError:
+    first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return CheckpointError(f"saving to {manager.directory} failed: {first_line}. Earlier checkpoints are untouched.")

@@ -1,0 +1,77 @@
+"""The training state: created sharded, saved whole."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jaxtyping import Array, Int
+
+from ecdit.conditioning.text_to_image import Params, System
+from ecdit.partitioning import replicated
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Everything a step changes. Parameters, EMA and moments are float32."""
+
+    step: Int[Array, ""]  # steps done, bad ones included, int32
+    params: Params
+    ema: Params
+    optimizer: optax.OptState
+    bad_steps: Int[Array, ""]  # steps whose loss or gradients were not finite, int32
+    bad_in_row: Int[Array, ""]  # those since the last good one, int32
+
+
+def state_shardings(system: System, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """Shardings of a TrainState: EMA and moments like their parameters, all else replicated.
+
+    Raises:
+      ValueError: as `partitioning.param_shardings`.
+    """
+    params = system.shardings(mesh)
+    whole = replicated(mesh)
+    abstract_params = jax.eval_shape(system.init, jax.random.key(0))
+    abstract = jax.eval_shape(optimizer.init, abstract_params)
+
+    def like(moment: Any, param: Any, sharding: NamedSharding) -> NamedSharding:
+        # Factored moments (adafactor) have other shapes than their parameters, and are small.
+        return sharding if moment.shape == param.shape else whole
+
+    moments = optax.tree_utils.tree_map_params(
+        optimizer, like, abstract, abstract_params, params, transform_non_params=lambda _: whole
+    )
+    return TrainState(whole, params, params, moments, whole, whole)
+
+
+def init_state(
+    system: System,
+    optimizer: optax.GradientTransformation,
+    shardings: TrainState,
+    seed: int,
+    params: Params | None = None,
+) -> TrainState:
+    """A state at step 0, created sharded; `params` replaces the drawn parameters (sharded as they should be)."""
+
+    def init(params: Params | None) -> TrainState:
+        if params is None:
+            params = system.init(jax.random.key(seed))
+        zero = jnp.zeros((), jnp.int32)
+        return TrainState(zero, params, jax.tree.map(jnp.copy, params), optimizer.init(params), zero, zero)
+
+    return jax.jit(init, out_shardings=shardings)(params)
+
+
+def abstract_state(system: System, optimizer: optax.GradientTransformation, shardings: TrainState) -> TrainState:
+    """Shapes, dtypes and shardings of a TrainState; allocates nothing."""
+    abstract = jax.eval_shape(lambda: _unsharded_init(system, optimizer))
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
+
+
+def _unsharded_init(system: System, optimizer: optax.GradientTransformation) -> TrainState:
+    params = system.init(jax.random.key(0))
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(zero, params, params, optimizer.init(params), zero, zero)

@@ -1,0 +1,194 @@
+"""One training step: (state, batch) -> (state, metrics), pure.
+
+Axes: B batch, N tokens of an image, M kept tokens, P sparse layers.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from ecdit.conditioning.autoencoder import to_unit
+from ecdit.conditioning.text_to_image import Params, System
+from ecdit.diffusion.flow import ExampleKeys, example_keys, interpolate, loss_per_example, sample_time, velocity_target
+from ecdit.models.config import DiTConfig, group_size
+from ecdit.models.dit import RoutingReport
+from ecdit.models.embeddings import patchify
+from ecdit.partitioning import batch_sharding, constrain, replicated
+from ecdit.training.experiment import Experiment
+from ecdit.training.optimizer import make_optimizer, make_schedule
+from ecdit.training.state import TrainState, state_shardings
+
+Batch = dict[str, Array]  # image uint8[B, h, w, 3], tokens int32[B, L], size_crop float32[B, 4]
+Metrics = dict[str, Array]
+
+
+def make_train_step(
+    experiment: Experiment, system: System, mesh: Mesh
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The jitted step on `mesh`; it donates the state and the batch. Call it with the mesh set."""
+    optimizer = make_optimizer(experiment.optimizer)
+    shardings = state_shardings(system, optimizer, mesh)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        loss, aux, grads = _accumulated_gradients(experiment, system, state, batch)
+        return _gated_update(experiment, optimizer, state, loss, aux, grads)
+
+    return jax.jit(
+        train_step,
+        in_shardings=(shardings, batch_sharding(mesh)),
+        out_shardings=(shardings, replicated(mesh)),
+        donate_argnums=(0, 1),
+    )
+
+
+def kept_tokens(key: Key[Array, ""], config: DiTConfig) -> Int[Array, " M"]:
+    """A uniformly random subset of the tokens, in raster order."""
+    order = jnp.argsort(jax.random.uniform(key, (config.num_tokens,)))
+    return jnp.sort(order[: config.num_kept])
+
+
+def _loss(
+    params: Params, experiment: Experiment, system: System, batch: Batch, keys: ExampleKeys
+) -> tuple[Float[Array, ""], Metrics]:
+    """The loss of a microbatch, and what to report of it."""
+    model, config = system.bind(params), experiment.model
+    latents = model.codec.encode(to_unit(batch["image"]), keys.codec)
+    noise = jax.vmap(lambda key: jax.random.normal(key, latents.shape[1:], jnp.float32))(keys.noise)
+    time = jax.vmap(lambda key: sample_time(key, experiment.flow))(keys.time)
+    target = patchify(velocity_target(latents, noise), config.patch_size)
+
+    kept, kept_mask = None, jnp.ones(target.shape[:2], bool)
+    if config.mask_ratio > 0:
+        kept = jax.vmap(lambda key: kept_tokens(key, config))(keys.mask)
+        kept_mask = jax.vmap(lambda row: jnp.zeros(config.num_tokens, bool).at[row].set(True))(kept)
+
+    text = model.text(batch["tokens"], config.dtype, config.remat)
+    size = group_size(config.group, config.num_kept)
+    predicted, report = model.denoiser(interpolate(latents, noise, time), time, text, batch["size_crop"], kept, size)
+    flow_loss = loss_per_example(predicted, target, kept_mask, experiment.flow.dropped_token_weight).mean()
+    metrics = {"flow_loss": flow_loss}
+    loss = flow_loss
+    if report is not None:
+        metrics |= routing_metrics(report)
+        if config.ffn == "token_choice":
+            metrics["balance_loss"] = report.balance_loss.mean()
+            metrics["drop_rate"] = report.drop_rate.mean()
+            loss = loss + config.balance_loss_weight * metrics["balance_loss"]
+    return loss, metrics
+
+
+def routing_metrics(report: RoutingReport) -> Metrics:
+    """Per sparse layer, float32[P]: share of tokens with 0, 1, 2 and 3 or more experts, and the most on one token."""
+    counts = report.experts_per_token
+    shares = {f"coverage_{n}": (counts == n).mean(axis=(1, 2)) for n in range(3)}
+    return shares | {
+        "coverage_3_or_more": (counts >= 3).mean(axis=(1, 2)),
+        "coverage_most": counts.max(axis=(1, 2)).astype(jnp.float32),
+    }
+
+
+def _accumulated_gradients(
+    experiment: Experiment, system: System, state: TrainState, batch: Batch
+) -> tuple[Float[Array, ""], Metrics, Params]:
+    """Loss, metrics and gradients of the whole batch, as means over its microbatches."""
+    rows = jnp.arange(experiment.train.batch_size, dtype=jnp.int32)
+    keys = jax.vmap(example_keys, in_axes=(None, None, 0))(jax.random.key(experiment.seed), state.step, rows)
+    gradient = jax.value_and_grad(_loss, has_aux=True)
+    count = experiment.train.accumulation
+    if count == 1:
+        (loss, metrics), grads = gradient(state.params, experiment, system, batch, keys)
+        return loss, metrics, grads
+
+    def add_microbatch(total: Any, microbatch: tuple[Batch, ExampleKeys]) -> tuple[Any, None]:
+        (loss, metrics), grads = gradient(state.params, experiment, system, *microbatch)
+        return jax.tree.map(jnp.add, total, (loss, metrics, grads)), None
+
+    microbatches = _split_microbatches((batch, keys), experiment)
+    first = jax.tree.map(lambda x: x[0], microbatches)
+    shapes = jax.eval_shape(lambda: gradient(state.params, experiment, system, *first))
+    (loss, metrics), grads = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    total, _ = jax.lax.scan(add_microbatch, (loss, metrics, grads), microbatches)
+    return jax.tree.map(lambda x: x / count, total)
+
+
+def _split_microbatches(tree: Any, experiment: Experiment) -> Any:
+    """[B, ...] as [count, B / count, ...]; images that share a group stay together, and rows on their device.
+
+    Consecutive groups go to different microbatches, so that each device finds its part of every microbatch in its own
+    rows, and accumulation changes neither groups nor result.
+    """
+    model, count = experiment.model, experiment.train.accumulation
+    together = max(1, group_size(model.group, model.num_kept) // model.num_kept)  # images of a group
+
+    def split(x: Array) -> Array:
+        x = x.reshape(-1, count, together, *x.shape[1:]).swapaxes(0, 1)
+        x = x.reshape(count, -1, *x.shape[3:])
+        return (
+            x if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else constrain(x, None, "batch", *[None] * (x.ndim - 2))
+        )
+
+    return jax.tree.map(split, tree)
+
+
+def _gated_update(
+    experiment: Experiment,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    loss: Float[Array, ""],
+    metrics: Metrics,
+    grads: Params,
+) -> tuple[TrainState, Metrics]:
+    """The next state; a step whose loss or gradients are not finite leaves parameters, EMA and moments as they were."""
+    squares = jnp.stack([jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(grads)])
+    grad_norm = jnp.sqrt(squares.sum())
+    good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+
+    updates, new_optimizer = optimizer.update(grads, state.optimizer, state.params)
+    new_params = optax.apply_updates(state.params, updates)
+    step = state.step.astype(jnp.float32)
+    decay = jnp.minimum(experiment.train.ema_decay, (1 + step) / (10 + step))
+    new_ema = jax.tree.map(lambda ema, param: decay * ema + (1 - decay) * param, state.ema, new_params)
+
+    def gate(new: Any, old: Any) -> Any:
+        return jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
+
+    bad = 1 - good.astype(jnp.int32)
+    new_state = TrainState(
+        step=state.step + 1,
+        params=gate(new_params, state.params),
+        ema=gate(new_ema, state.ema),
+        optimizer=gate(new_optimizer, state.optimizer),
+        bad_steps=state.bad_steps + bad,
+        bad_in_row=(state.bad_in_row + 1) * bad,
+    )
+    metrics |= {
+        "loss": loss,
+        "grad_norm": grad_norm,
+        "router_grad_norm": router_grad_norm(grads),
+        "bad_steps": new_state.bad_steps,
+        "bad_in_row": new_state.bad_in_row,
+        "bad_leaf": _first_bad(squares),
+    }
+    return new_state, metrics
+
+
+def _first_bad(squares: Float[Array, " leaves"]) -> Int[Array, ""]:
+    """Index of the first leaf whose gradient is not finite, -1 for none."""
+    bad: Bool[Array, " leaves"] = ~jnp.isfinite(squares)
+    return jnp.where(bad.any(), jnp.argmax(bad), -1)
+
+
+def router_grad_norm(grads: Params) -> Float[Array, " P"]:
+    """Norm of the router's gradient in every sparse layer, float32; empty without experts."""
+    experts = grads["denoiser"]["pairs"]["even"].get("experts")
+    return jnp.zeros((0,)) if experts is None else jnp.sqrt(jnp.square(experts["router"]).sum(axis=(1, 2)))
+
+
+def learning_rate(experiment: Experiment, step: int) -> float:
+    """The learning rate of the update that makes `step` steps done."""
+    return float(make_schedule(experiment.optimizer)(step - 1))
