@@ -19,9 +19,7 @@ def main(argv: list[str]) -> None:
     del argv
     experiment = make_experiment(CONFIG.value)
     runtime.configure(experiment.runtime)
-    workdir = Path(WORKDIR.value)
-    workdir.mkdir(parents=True, exist_ok=True)
-    sys.exit(train(experiment, workdir))
+    sys.exit(train(experiment, Path(WORKDIR.value)))
 
 
 if __name__ == "__main__":

@@ -33,6 +33,9 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Key
 
 from ecdit.config import require
 
+# Threefry by name: with the `rbg` generator, numbers drawn under vmap depend on the rest of the batch.
+SAMPLE_KEY_IMPL = "threefry2x32"
+
 # (x_t, t) -> velocity: all that guidance and solvers know of a network.
 Velocity: TypeAlias = Callable[[Float[Array, "B ..."], Float[Array, " B"]], Float[Array, "B ..."]]
 
@@ -91,7 +94,7 @@ def loss_per_example(
 def _mean_square(error: Float32[Array, "B N D"], mask: Bool[Array, "B N"]) -> Float32[Array, " B"]:
     # The mask goes on before the square: after it, the gradient of a masked NaN would be NaN * 0.
     error = jnp.where(mask[..., None], error, 0)
-    num_elements = jnp.sum(mask, axis=-1) * error.shape[-1]
+    num_elements = jnp.sum(mask, axis=-1, dtype=jnp.float32) * error.shape[-1]
     return jnp.sum(jnp.square(error), axis=(-2, -1)) / jnp.maximum(num_elements, 1)
 
 
@@ -124,8 +127,7 @@ def sample_keys(seed: int, prompts: Sequence[str], repeats: Sequence[int]) -> Ke
     """`sample_key` of each (prompt, repeat), stacked. `prompts` and `repeats` are equally long, repeats at least 0."""
     digests = b"".join(hashlib.sha256(prompt.encode("utf-8")).digest()[:8] for prompt in prompts)
     words = np.frombuffer(digests, dtype=">u4").astype(np.uint32).reshape(len(prompts), 2)
-    # Threefry by name: with the `rbg` generator, numbers drawn under vmap depend on the rest of the batch.
-    root = jax.random.key(seed, impl="threefry2x32")
+    root = jax.random.key(seed, impl=SAMPLE_KEY_IMPL)
 
     def fold(words: Array, repeat: Array) -> Array:
         return jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(root, words[0]), words[1]), repeat)

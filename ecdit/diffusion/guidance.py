@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
 from ecdit.config import require
-from ecdit.diffusion.flow import Velocity
 
 
 @dataclass(frozen=True)
@@ -57,15 +56,8 @@ def _norm(velocity: Float[Array, "B ..."]) -> Float32[Array, "B ..."]:
 def combine(
     conditional: Float[Array, "B ..."], unconditional: Float[Array, "B ..."], config: GuidanceConfig
 ) -> Float32[Array, "B ..."]:
-    """The guided velocity from both passes, for callers that run them as one batch."""
+    """The guided velocity from both passes; at scale 1 it is the conditional pass, and nobody needs the other."""
     velocity = guide(conditional, unconditional, config.scale)
-    if config.mode == "plain" or config.scale == 1:
+    if config.mode == "plain" or config.scale == 1:  # at scale 1 the norms agree already; dividing them could round
         return velocity
     return renormalize(velocity, conditional)
-
-
-def guided_velocity(conditional: Velocity, unconditional: Velocity, config: GuidanceConfig) -> Velocity:
-    """The guided velocity as a function. At scale 1 it is `conditional` itself: `unconditional` is never called."""
-    if config.scale == 1:
-        return conditional
-    return lambda x, time: combine(conditional(x, time), unconditional(x, time), config)

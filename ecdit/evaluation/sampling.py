@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, Key, UInt8
 from ecdit.conditioning.autoencoder import to_bytes
 from ecdit.conditioning.text_to_image import Params, System, TextToImage
 from ecdit.config import require
-from ecdit.diffusion.flow import sample_keys, sample_noise
+from ecdit.diffusion.flow import SAMPLE_KEY_IMPL, sample_keys, sample_noise
 from ecdit.diffusion.guidance import GuidanceConfig, combine
 from ecdit.diffusion.solvers import SOLVERS
 from ecdit.models.config import DiTConfig, check_group, group_size
@@ -71,8 +71,9 @@ def make_sampler(system: System, config: SamplingConfig, mesh: Mesh) -> Sampler:
     check_sampling(config, system.config.model, mesh)
     rows = batch_sharding(mesh)
 
-    def sample(params: Params, tokens: Array, null_tokens: Array, keys: Array) -> UInt8[Array, "B h w 3"]:
+    def sample(params: Params, tokens: Array, null_tokens: Array, key_data: Array) -> UInt8[Array, "B h w 3"]:
         model = system.bind(params)
+        keys = jax.random.wrap_key_data(key_data, impl=SAMPLE_KEY_IMPL)
         side, channels = system.config.model.latent_size, system.config.model.latent_channels
         noise = sample_noise(keys, (side, side, channels))
         velocity = _velocity(model, system.config.model, config, tokens, null_tokens)
@@ -81,9 +82,14 @@ def make_sampler(system: System, config: SamplingConfig, mesh: Mesh) -> Sampler:
 
     jitted = jax.jit(sample, in_shardings=(system.shardings(mesh), rows, None, rows), out_shardings=rows)
 
+    def split(x: Array) -> Array:
+        """The rows of an array that every host has whole, on the devices that the batch's sharding gives them."""
+        host = np.asarray(x)
+        return jax.make_array_from_callback(host.shape, rows, lambda index: host[index])
+
     def run(params: Params, tokens: Array, null_tokens: Array, keys: Array) -> UInt8[Array, "B h w 3"]:
         with jax.set_mesh(mesh):
-            return jitted(params, tokens, null_tokens, keys)
+            return jitted(params, split(tokens), null_tokens, split(jax.random.key_data(keys)))
 
     return run
 

@@ -47,6 +47,7 @@ def train(experiment: Experiment, workdir: Path) -> int:
     check_mesh(experiment, mesh)
     system = make_system(experiment.system)
     manifest = _prepared_data(experiment)
+    workdir.mkdir(parents=True, exist_ok=True)
     with jax.set_mesh(mesh), checkpoint.open_manager(workdir, experiment.checkpoint) as manager:
         state, next_row = _first_state(experiment, system, mesh, manager, manifest)
         _write_config(experiment, workdir)
@@ -92,6 +93,7 @@ def _run(
         _report(reporter, *pending, experiment, state)
     reporter.close()
     checkpoint.finish_saves(manager)
+    preempted.close()
     return state, stop and int(state.step) < config.num_steps
 
 
@@ -113,8 +115,7 @@ class PreemptionFlag:
     def __init__(self, manager: ocp.CheckpointManager):
         self.manager, self.signalled = manager, False
         # With several processes Orbax agrees on a step; with one it does not even notice the signal.
-        if jax.process_count() == 1:
-            signal.signal(signal.SIGTERM, self._on_signal)
+        self.previous = signal.signal(signal.SIGTERM, self._on_signal) if jax.process_count() == 1 else None
 
     def _on_signal(self, *_: Any) -> None:
         self.signalled = True
@@ -122,6 +123,11 @@ class PreemptionFlag:
     def reached(self, step: int) -> bool:
         """True from the step on at which all processes stop; every process asks at every step."""
         return self.signalled if jax.process_count() == 1 else self.manager.reached_preemption(step)
+
+    def close(self) -> None:
+        """Gives the signal back to whom it belonged."""
+        if self.previous is not None:
+            signal.signal(signal.SIGTERM, self.previous)
 
 
 def device_batches(experiment: Experiment, mesh: Mesh, start_row: int) -> Iterator[Batch]:

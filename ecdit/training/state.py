@@ -1,13 +1,13 @@
 """The training state: created sharded, saved whole."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, Key
 
 from ecdit.conditioning.text_to_image import Params, System
 from ecdit.partitioning import replicated
@@ -24,6 +24,11 @@ class TrainState:
     optimizer: optax.OptState
     bad_steps: Int[Array, ""]  # steps whose loss or gradients were not finite, int32
     bad_in_row: Int[Array, ""]  # those since the last good one, int32
+
+
+def run_key(seed: int, use: Literal["init", "examples"]) -> Key[Array, ""]:
+    """The run's key for drawing parameters, or for what is random in training examples."""
+    return jax.random.fold_in(jax.random.key(seed), {"init": 0, "examples": 1}[use])
 
 
 def state_shardings(system: System, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
@@ -58,7 +63,7 @@ def init_state(
 
     def init(params: Params | None) -> TrainState:
         if params is None:
-            params = system.init(jax.random.key(seed))
+            params = system.init(run_key(seed, "init"))
         zero = jnp.zeros((), jnp.int32)
         return TrainState(zero, params, jax.tree.map(jnp.copy, params), optimizer.init(params), zero, zero)
 

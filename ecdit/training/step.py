@@ -21,7 +21,7 @@ from ecdit.models.embeddings import patchify
 from ecdit.partitioning import batch_sharding, constrain, replicated
 from ecdit.training.experiment import Experiment
 from ecdit.training.optimizer import make_optimizer, make_schedule
-from ecdit.training.state import TrainState, state_shardings
+from ecdit.training.state import TrainState, run_key, state_shardings
 
 Batch = dict[str, Array]  # image uint8[B, h, w, 3], tokens int32[B, L], size_crop float32[B, 4]
 Metrics = dict[str, Array]
@@ -97,7 +97,7 @@ def _accumulated_gradients(
 ) -> tuple[Float[Array, ""], Metrics, Params]:
     """Loss, metrics and gradients of the whole batch, as means over its microbatches."""
     rows = jnp.arange(experiment.train.batch_size, dtype=jnp.int32)
-    keys = jax.vmap(example_keys, in_axes=(None, None, 0))(jax.random.key(experiment.seed), state.step, rows)
+    keys = jax.vmap(example_keys, in_axes=(None, None, 0))(run_key(experiment.seed, "examples"), state.step, rows)
     gradient = jax.value_and_grad(_loss, has_aux=True)
     count = experiment.train.accumulation
     if count == 1:
