@@ -10,7 +10,7 @@ over all of them but `tensor`.
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -150,6 +150,17 @@ def batch_shards(mesh: Mesh) -> int:
 def replicated(mesh: Mesh) -> NamedSharding:
     """The sharding of what every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+def on_each_shard(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` of arrays whose first dimension is split like a batch, run on each device's part by itself.
+
+    For operations that the compiler would gather the whole batch for, such as top-k. The first dimension of each
+    argument and result is a multiple of `batch_shards`. Where no mesh is set, `function` itself.
+    """
+    if jax.sharding.get_abstract_mesh().empty:
+        return function
+    return jax.shard_map(function, in_specs=PartitionSpec(BATCH_AXES), out_specs=PartitionSpec(BATCH_AXES))
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

@@ -59,7 +59,11 @@ class TextBlock(nnx.Module):
         """The block's output, in the dtype of x."""
         x = x + self.attention(self.attention_norm(x))
         hidden = self.up(self.ffn_norm(x))
-        hidden = jax.nn.gelu(hidden) if self.activation == "gelu" else hidden * jax.nn.sigmoid(1.702 * hidden)
+        hidden = (
+            jax.nn.gelu(hidden, approximate=False)
+            if self.activation == "gelu"
+            else hidden * jax.nn.sigmoid(1.702 * hidden)
+        )
         return x + self.down(hidden)
 
 

@@ -4,11 +4,13 @@ Axes: B batch, N tokens, L text tokens, H heads, K key-value heads, k head width
 """
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from ecdit.models.embeddings import rotate
 from ecdit.models.layers import Initializer, matrix, named, param, rms_norm, xavier, zeros
+from ecdit.partitioning import constrain
 
 ones = jax.nn.initializers.ones
 
@@ -27,9 +29,10 @@ class SelfAttention(nnx.Module):
 
     def __call__(self, x: Float[Array, "B N d"], angles: Float[Array, "B N k/2"]) -> Float[Array, "B N d"]:
         """Attends within each image; `angles` are the tokens' positions (see embeddings.rope_angles)."""
-        query = rotate(rms_norm(_project(x, self.query), self.query_scale[...]), angles)
-        key = rotate(rms_norm(_project(x, self.key), self.key_scale[...]), angles)
-        attended = named(jax.nn.dot_product_attention(query, key, _project(x, self.value)), "attention_out")
+        query = rotate(rms_norm(_project(x, self.query, "heads"), self.query_scale[...]), angles)
+        key = rotate(rms_norm(_project(x, self.key, "kv_heads"), self.key_scale[...]), angles)
+        attended = jax.nn.dot_product_attention(query, key, _project(x, self.value, "kv_heads"))
+        attended = named(attended, "attention_out")
         return _merge(attended, self.out)
 
 
@@ -49,9 +52,10 @@ class CrossAttention(nnx.Module):
         self, x: Float[Array, "B N d"], states: Float[Array, "B L t"], mask: Bool[Array, "B L"]
     ) -> Float[Array, "B N d"]:
         """Attends to the states whose `mask` is True: one a row at least, or the row gets the padding's mean."""
-        query = rms_norm(_project(x, self.query), self.query_scale[...])
-        key = rms_norm(_project(states, self.key), self.key_scale[...])
-        attended = jax.nn.dot_product_attention(query, key, _project(states, self.value), mask=mask[:, None, None, :])
+        query = rms_norm(_project(x, self.query, "heads"), self.query_scale[...])
+        key = rms_norm(_project(states, self.key, "heads"), self.key_scale[...])
+        value = _project(states, self.value, "heads")
+        attended = jax.nn.dot_product_attention(query, key, value, mask=mask[:, None, None, :])
         return _merge(named(attended, "attention_out"), self.out)
 
 
@@ -69,16 +73,16 @@ class CausalAttention(nnx.Module):
     def __call__(self, x: Float[Array, "B L d"]) -> Float[Array, "B L d"]:
         """Attends to earlier tokens and the token itself."""
         query, key, value = (
-            _project(x, getattr(self, name)) + getattr(self, f"{name}_bias")[...].astype(x.dtype)[None, None]
+            _project(x, getattr(self, name), "heads") + getattr(self, f"{name}_bias")[...].astype(x.dtype)[None, None]
             for name in ("query", "key", "value")
         )
         attended = jax.nn.dot_product_attention(query, key, value, is_causal=True)
         return _merge(attended, self.out) + self.out_bias[...].astype(x.dtype)[None, None]
 
 
-def _project(x: Float[Array, "B N d"], kernel: nnx.Param) -> Float[Array, "B N H k"]:
-    return jax.numpy.einsum("bnd,dhk->bnhk", x, kernel[...].astype(x.dtype))
+def _project(x: Float[Array, "B N d"], kernel: nnx.Param, heads: str) -> Float[Array, "B N H k"]:
+    return constrain(jnp.einsum("bnd,dhk->bnhk", x, kernel[...].astype(x.dtype)), "batch", None, heads, None)
 
 
 def _merge(attended: Float[Array, "B N H k"], kernel: nnx.Param) -> Float[Array, "B N d"]:
-    return jax.numpy.einsum("bnhk,hkd->bnd", attended, kernel[...].astype(attended.dtype))
+    return constrain(jnp.einsum("bnhk,hkd->bnd", attended, kernel[...].astype(attended.dtype)), "batch", None, None)

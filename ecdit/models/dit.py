@@ -152,7 +152,7 @@ class DiT(nnx.Module):
             self.caption(text.pooled.astype(dtype)),
             self.size_crop(sizes.astype(dtype)),
         )
-        return jax.nn.silu(sum(layer_norm(part) for part in parts))
+        return constrain(jax.nn.silu(sum(layer_norm(part) for part in parts)), "batch", None)
 
     def velocity(self, x: Float[Array, "B N d"], condition: Float[Array, "B d"]) -> Float[Array, "B N p"]:
         """The head: a modulated norm and a linear map, zero at the start."""
@@ -171,4 +171,5 @@ def _block_table(config: DiTConfig, rngs: nnx.Rngs) -> nnx.Param:
 
 def _modulate(condition: Float[Array, "B d"], kernel: nnx.Param, bias: nnx.Param) -> Float[Array, "B rows d"]:
     modulation = jnp.einsum("bd,dre->bre", condition, kernel[...].astype(condition.dtype))
+    modulation = constrain(modulation, "batch", None, None)  # small: every use of it would gather tokens instead
     return modulation + bias[...].astype(condition.dtype)[None]

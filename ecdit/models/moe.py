@@ -3,6 +3,7 @@
 Axes: B batch, N tokens of an image, G groups, S tokens of a group, E experts, C capacity, d width, f hidden width.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -13,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from ecdit.models.config import DiTConfig
 from ecdit.models.layers import layer_norm, matrix, param, xavier_experts
 from ecdit.models.routing import Routing, expert_capacity, expert_choice, experts_per_token, token_choice
-from ecdit.partitioning import constrain
+from ecdit.partitioning import constrain, on_each_shard
 
 # GShard's capacity factor: as many slots as first and second choices (arXiv 2006.16668).
 TOKEN_CHOICES = 2
@@ -37,6 +38,7 @@ class FeedForward(nnx.Module):
     def __call__(self, x: Float[Array, "B N d"]) -> Float[Array, "B N d"]:
         """Maps every token alone, in the dtype of x."""
         hidden = jax.nn.gelu(x @ self.up[...].astype(x.dtype), approximate=True)
+        hidden = constrain(hidden, "batch", None, "mlp")
         return hidden @ self.down[...].astype(x.dtype)
 
 
@@ -62,11 +64,14 @@ class MixtureOfExperts(nnx.Module):
         dispatch, combine = (
             (one_hot_dispatch, one_hot_combine) if self.config.dispatch == "one_hot" else (gather, scatter)
         )
-        inputs = constrain(dispatch(grouped, routing), "experts", "expert_groups", None, None)
-        outputs = self.experts(inputs)
+        # Each exchange is a pair of constraints: the slots where their groups are, then where their experts are. With
+        # one of them alone the compiler may gather every token everywhere instead.
+        slots = constrain(dispatch(grouped, routing), None, "batch", None, None)
+        outputs = self.experts(constrain(slots, "experts", "expert_groups", None, None))
         if self.config.moe_output_norm == "expert":
             outputs = layer_norm(outputs)
         outputs = constrain(outputs, "experts", "expert_groups", None, None)
+        outputs = constrain(outputs, None, "batch", None, None)
         combined = constrain(combine(outputs, routing, group_size), "batch", None, None)
         report = RoutingReport(
             experts_per_token(routing, group_size).reshape(x.shape[:2]), routing.balance_loss, routing.drop_rate
@@ -84,14 +89,18 @@ class MixtureOfExperts(nnx.Module):
             precision=jax.lax.Precision.HIGHEST,
         )
         if config.ffn == "expert_choice":
-            return expert_choice(logits, expert_capacity(group_size, config.num_experts, config.capacity_factor))
+            capacity = expert_capacity(group_size, config.num_experts, config.capacity_factor)
+            return on_each_shard(functools.partial(expert_choice, capacity=capacity))(logits)
         capacity = expert_capacity(group_size, config.num_experts, TOKEN_CHOICES)
-        return token_choice(logits, group_size if config.token_choice_dropless else capacity, num_choices=TOKEN_CHOICES)
+        if config.token_choice_dropless:
+            capacity = group_size
+        return on_each_shard(functools.partial(token_choice, capacity=capacity, num_choices=TOKEN_CHOICES))(logits)
 
     def experts(self, inputs: Float[Array, "E G C d"]) -> Float[Array, "E G C d"]:
         """Every expert on its own slots."""
         up, down = self.up[...].astype(inputs.dtype), self.down[...].astype(inputs.dtype)
         hidden = jax.nn.gelu(jnp.einsum("egcd,edf->egcf", inputs, up), approximate=True)
+        hidden = constrain(hidden, "experts", "expert_groups", None, "mlp")
         return jnp.einsum("egcf,efd->egcd", hidden, down)
 
 
