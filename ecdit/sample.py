@@ -2,18 +2,15 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from absl import flags
+from jaxtyping import UInt8
+from numpy import ndarray
 
-from ecdit import runtime
-from ecdit.conditioning.text_to_image import make_system
 from ecdit.config import UserError, run_command
-from ecdit.data.records import dataset_directory
-from ecdit.data.text import tokenize
 from ecdit.evaluation.pictures import save_grid, save_png
-from ecdit.evaluation.sampling import make_sampler, sample_pictures
-from ecdit.partitioning import make_mesh
-from ecdit.training.checkpoint import restore_ema, saved_experiment
+from ecdit.training.restored import open_run, sample_run
 
 WORKDIR = flags.DEFINE_string("workdir", None, "The run to sample from.", required=True)
 OUT = flags.DEFINE_string("out", None, "Directory for the pictures, grid.png and manifest.json.", required=True)
@@ -52,30 +49,16 @@ def main(argv: list[str]) -> None:
     del argv
     prompts = [prompt for prompt in read_prompts(PROMPT.value, PROMPTS.value) for _ in range(REPEATS.value)]
     repeats = [i % REPEATS.value for i in range(len(prompts))]
-    workdir, out = Path(WORKDIR.value), Path(OUT.value)
-    experiment, step = saved_experiment(workdir, SET.value)
-    runtime.configure(experiment.runtime)
-    mesh, system, directory = (
-        make_mesh(experiment.mesh),
-        make_system(experiment.system),
-        dataset_directory(experiment.data),
-    )
-    sampler = make_sampler(system, experiment.sampling, mesh)
-    pictures = sample_pictures(
-        sampler,
-        restore_ema(workdir, system, mesh, step),
-        lambda texts: tokenize(directory, texts, experiment.data.caption_length),
-        prompts,
-        repeats,
-        experiment.sampling,
-    )
-    write_pictures(
-        out, pictures, prompts, repeats, {"workdir": str(workdir), "step": step, "seed": experiment.sampling.seed}
-    )
-    print(f"{len(prompts)} pictures of step {step} in {out}")
+    out, run = Path(OUT.value), open_run(Path(WORKDIR.value), SET.value)
+    pictures = sample_run(run, prompts, repeats)
+    source = {"workdir": WORKDIR.value, "step": run.step, "seed": run.experiment.sampling.seed}
+    write_pictures(out, pictures, prompts, repeats, source)
+    print(f"{len(prompts)} pictures of step {run.step} in {out}")
 
 
-def write_pictures(out: Path, pictures, prompts: list[str], repeats: list[int], source: dict) -> None:
+def write_pictures(
+    out: Path, pictures: UInt8[ndarray, "n h w 3"], prompts: list[str], repeats: list[int], source: dict[str, Any]
+) -> None:
     """Writes `00000.png`, ..., `grid.png` and `manifest.json` into `out`."""
     out.mkdir(parents=True, exist_ok=True)
     names = [f"{i:05d}.png" for i in range(len(prompts))]

@@ -6,9 +6,7 @@ run), export (see interop.weights).
 """
 
 import dataclasses
-import functools
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +16,8 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
 from ecdit.conditioning.text_to_image import Params, System
-from ecdit.config import ConfigError, UserError, flatten, require, to_dict
-from ecdit.training.experiment import CheckpointConfig, Experiment, make_experiment
+from ecdit.config import UserError, flatten, to_dict
+from ecdit.training.experiment import CheckpointConfig, Experiment
 from ecdit.training.state import TrainState
 
 FORMAT = 1
@@ -61,7 +59,7 @@ class Meta:
 def open_manager(workdir: Path, config: CheckpointConfig | None) -> ocp.CheckpointManager:
     """The manager of a run's checkpoints; None for one that only reads."""
     if config is None:
-        options = ocp.CheckpointManagerOptions(read_only=True)
+        options = ocp.CheckpointManagerOptions(create=False)  # read_only=True says the same with three warnings
     else:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=ocp.checkpoint_managers.LatestN(config.keep),
@@ -127,44 +125,18 @@ def restore(manager: ocp.CheckpointManager, step: int, abstract: TrainState) -> 
     return TrainState(**_restore_arrays(manager, step, _as_dict(abstract)))
 
 
-def saved_experiment(workdir: Path, overrides: Sequence[str]) -> tuple[Experiment, int]:
-    """The config of a run's newest checkpoint, with `overrides` ("key=value", value as JSON or a string), and its step.
-
-    Raises:
-      CheckpointError: no checkpoint.
-      ConfigError: an override that the config refuses.
-    """
-    with open_reader(workdir) as manager:
-        step = manager.latest_step()
-        values = read_meta(manager, step).config
-    for override in overrides:
-        key, separator, text = override.partition("=")
-        *groups, name = key.split(".")
-        group = functools.reduce(lambda node, part: node.get(part, {}), groups, values)
-        require(bool(separator) and name in group, key, text, "no such key of the run's config; write key=value")
-        group[name] = text if isinstance(group[name], str) else _json(key, text)
-    return make_experiment(values), step
-
-
-def _json(key: str, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError:
-        raise ConfigError(key, text, "must be written as JSON: a number, true, false or a list") from None
-
-
-def restore_ema(workdir: Path, system: System, mesh: Mesh, step: int | None = None) -> Params:
-    """The EMA weights of a checkpoint (default: the run's newest), sharded over `mesh`; reads nothing else.
+def restore_ema(workdir: Path, system: System, mesh: Mesh) -> tuple[Params, int]:
+    """The EMA weights of a run's newest checkpoint, sharded over `mesh`, and its step; reads nothing else.
 
     Raises:
       CheckpointError: no checkpoint, or one of another model.
     """
     with open_reader(workdir) as manager:
-        step = manager.latest_step() if step is None else step
+        step = manager.latest_step()
         shardings = system.shardings(mesh)
         abstract = jax.eval_shape(system.init, jax.random.key(0))
         ema = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
-        return _restore_arrays(manager, step, {"ema": ema})["ema"]
+        return _restore_arrays(manager, step, {"ema": ema})["ema"], step
 
 
 def open_reader(workdir: Path) -> ocp.CheckpointManager:

@@ -15,16 +15,15 @@ from jax.sharding import Mesh
 from ecdit.conditioning.text_to_image import System, make_system
 from ecdit.config import UserError, to_dict
 from ecdit.data.loader import make_loader
-from ecdit.data.records import Manifest, captions, dataset_directory, prepare
-from ecdit.data.text import tokenize
+from ecdit.data.records import Manifest, captions, prepare
 from ecdit.evaluation.pictures import save_grid
-from ecdit.evaluation.sampling import make_sampler, sample_pictures
 from ecdit.interop.weights import flat_names
 from ecdit.partitioning import batch_sharding, make_mesh
 from ecdit.training import checkpoint
 from ecdit.training.experiment import Experiment, check_mesh
 from ecdit.training.optimizer import make_optimizer
 from ecdit.training.reporting import Reporter
+from ecdit.training.restored import CONFIG_FILE, Run, sample_run
 from ecdit.training.state import TrainState, abstract_state, init_state, state_shardings
 from ecdit.training.step import Batch, make_train_step
 
@@ -174,7 +173,7 @@ def _first_state(
         return state, saved.next_row
     weights = None
     if experiment.checkpoint.init_from:
-        weights = checkpoint.restore_ema(Path(experiment.checkpoint.init_from), system, mesh)
+        weights, _ = checkpoint.restore_ema(Path(experiment.checkpoint.init_from), system, mesh)
         _say(f"started from the EMA weights of {experiment.checkpoint.init_from}")
     return init_state(system, optimizer, shardings, experiment.seed, weights), 0
 
@@ -189,7 +188,7 @@ def _meta(experiment: Experiment, manifest: Manifest, step: int) -> checkpoint.M
 
 def _write_config(experiment: Experiment, workdir: Path) -> None:
     if jax.process_index() == 0:
-        (workdir / "config.json").write_text(json.dumps(to_dict(experiment), indent=2) + "\n")
+        (workdir / CONFIG_FILE).write_text(json.dumps(to_dict(experiment), indent=2) + "\n")
 
 
 def _sample_grid(experiment: Experiment, system: System, mesh: Mesh, state: TrainState, workdir: Path) -> Path:
@@ -197,16 +196,9 @@ def _sample_grid(experiment: Experiment, system: System, mesh: Mesh, state: Trai
     everything = captions(experiment.data)
     count = min(experiment.sampling.num_grid, len(everything))
     prompts = [everything[i] for i in np.linspace(0, len(everything) - 1, count).astype(int)]
-    directory = dataset_directory(experiment.data)
-    pictures = sample_pictures(
-        make_sampler(system, experiment.sampling, mesh),
-        state.ema,
-        lambda texts: tokenize(directory, texts, experiment.data.caption_length),
-        prompts,
-        [0] * count,
-        experiment.sampling,
-    )
-    path = workdir / "samples" / f"step_{int(state.step):08d}.png"
+    run = Run(experiment, system, mesh, state.ema, int(state.step))
+    pictures = sample_run(run, prompts, [0] * count)
+    path = workdir / "samples" / f"step_{run.step:08d}.png"
     if jax.process_index() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_grid(pictures, prompts, path)

@@ -1,0 +1,87 @@
+"""A finished or running run, opened to sample from: its config, model and EMA weights."""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+from jaxtyping import UInt8
+from numpy import ndarray
+
+from ecdit import runtime
+from ecdit.conditioning.text_to_image import Params, System, make_system
+from ecdit.config import ConfigError, require
+from ecdit.data.records import dataset_directory
+from ecdit.data.text import tokenize
+from ecdit.evaluation.sampling import SamplingConfig, make_sampler, sample_pictures
+from ecdit.partitioning import make_mesh
+from ecdit.training.checkpoint import CheckpointError, restore_ema
+from ecdit.training.experiment import Experiment, make_experiment
+
+CONFIG_FILE = "config.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What sampling needs."""
+
+    experiment: Experiment
+    system: System
+    mesh: Mesh
+    params: Params
+    step: int
+
+
+def open_run(workdir: Path, overrides: Sequence[str] = ()) -> Run:
+    """The newest checkpoint's EMA weights, on the mesh of the run's config.
+
+    Args:
+      workdir: of the run.
+      overrides: "key=value" for keys of its config, the value as JSON or a plain string.
+
+    Raises:
+      CheckpointError: no run, or no finished checkpoint.
+      ConfigError: an override that the config refuses.
+    """
+    experiment = saved_experiment(workdir, overrides)
+    runtime.configure(experiment.runtime)
+    system, mesh = make_system(experiment.system), make_mesh(experiment.mesh)
+    params, step = restore_ema(workdir, system, mesh)
+    return Run(experiment, system, mesh, params, step)
+
+
+def saved_experiment(workdir: Path, overrides: Sequence[str] = ()) -> Experiment:
+    """The config of a run, as it wrote it; touches no device. Raises as `open_run` does."""
+    try:
+        values = json.loads((workdir / CONFIG_FILE).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{workdir} is no run's workdir: {error}") from None
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        *groups, name = key.split(".")
+        group = functools.reduce(lambda node, part: node.get(part, {}), groups, values)
+        require(bool(separator) and name in group, key, text, "no such key of the run's config; write key=value")
+        group[name] = text if isinstance(group[name], str) else _json(key, text)
+    return make_experiment(values)
+
+
+def sample_run(
+    run: Run, prompts: Sequence[str], repeats: Sequence[int], sampling: SamplingConfig | None = None
+) -> UInt8[ndarray, "n h w 3"]:
+    """One picture for each (prompt, repeat), by the run's own sampling config unless another is given."""
+    sampling = run.experiment.sampling if sampling is None else sampling
+    directory, length = dataset_directory(run.experiment.data), run.experiment.data.caption_length
+    sampler = make_sampler(run.system, sampling, run.mesh)
+    return sample_pictures(
+        sampler, run.params, lambda texts: tokenize(directory, texts, length), prompts, repeats, sampling
+    )
+
+
+def _json(key: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise ConfigError(key, text, "must be written as JSON: a number, true, false or a list") from None
