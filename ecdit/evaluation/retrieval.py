@@ -30,7 +30,7 @@ def target_ranks(
 ) -> Int[np.ndarray, " n"]:
     """How many pictures are strictly nearer to each sample than its target is, by root mean square over pixels.
 
-    A picture identical to the target is as near as the target and so never counts against it. Distances are exact integers.
+    A picture identical to the target is as near as the target, so it never counts against it: distances are exact.
     """
     flat = pictures.reshape(len(pictures), -1).astype(np.float64)
     ranks = []

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 
 def flat_names(params: dict[str, Any]) -> dict[str, Any]:
@@ -19,7 +19,7 @@ def save_weights(params: dict[str, Any], path: Path, metadata: dict[str, str]) -
     """Writes the arrays under their dotted names; the file appears whole or not at all."""
     scratch = path.with_name(path.name + ".tmp")
     try:
-        save_file({name: np.asarray(array) for name, array in flat_names(params).items()}, scratch, metadata)
+        scratch.write_bytes(save({name: np.asarray(array) for name, array in flat_names(params).items()}, metadata))
         os.replace(scratch, path)
     finally:
         scratch.unlink(missing_ok=True)

@@ -74,10 +74,11 @@ def sample_run(
     """One picture for each (prompt, repeat), by the run's own sampling config unless another is given."""
     sampling = run.experiment.sampling if sampling is None else sampling
     directory, length = dataset_directory(run.experiment.data), run.experiment.data.caption_length
-    sampler = make_sampler(run.system, sampling, run.mesh)
-    return sample_pictures(
-        sampler, run.params, lambda texts: tokenize(directory, texts, length), prompts, repeats, sampling
-    )
+
+    def tokens(captions: Sequence[str]) -> ndarray:
+        return tokenize(directory, captions, length)
+
+    return sample_pictures(make_sampler(run.system, sampling, run.mesh), run.params, tokens, prompts, repeats, sampling)
 
 
 def _json(key: str, text: str) -> Any:
