@@ -40,6 +40,7 @@ setup(
         "tensorflow-datasets>=4.9.10,<5",
         # Not imported here but by seqio, and its binaries load only beside the same minor version of TensorFlow.
         f"tensorflow-text{TENSORFLOW}",
+        "tqdm>=4.66,<5",
     ],
     extras_require={
         # The emoji dataset is these two packages, pictures and names: another version is another dataset.

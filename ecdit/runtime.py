@@ -3,6 +3,7 @@
 A run and its plan both call `configure`, so that both compile the same program.
 """
 
+import ctypes
 import dataclasses
 import os
 
@@ -16,6 +17,7 @@ class RuntimeConfig:
     """Process-wide settings."""
 
     xla_flags: tuple[str, ...]  # each "--xla_...=value", added to XLA_FLAGS
+    keep_host_memory: bool  # do not give freed memory back to the system: halves the time of a step on CPU
     compilation_cache: str  # directory of the persistent compilation cache; "" for none
     distributed: bool  # join the other hosts by jax.distributed (a TPU pod; needs no further setting there)
 
@@ -32,6 +34,8 @@ def configure(config: RuntimeConfig) -> None:
     """
     present = os.environ.get("XLA_FLAGS", "").split()
     os.environ["XLA_FLAGS"] = " ".join(present + [flag for flag in config.xla_flags if flag not in present])
+    if config.keep_host_memory:
+        _keep_freed_memory()
     if config.compilation_cache:
         cache = os.path.expanduser(config.compilation_cache)
         jax.config.update("jax_compilation_cache_dir", cache)
@@ -44,3 +48,19 @@ def configure(config: RuntimeConfig) -> None:
         )
     elif config.distributed:
         jax.distributed.initialize()
+
+
+def _keep_freed_memory() -> None:
+    """Tells glibc to reuse what is freed; does nothing where the C library has no mallopt.
+
+    XLA's CPU client takes and frees its buffers anew in each step. By default malloc maps and unmaps the large ones,
+    and the kernel zeroes about a gigabyte of fresh pages a step.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return
+    trim_threshold, top_pad, mmap_max, arena_max = -1, -2, -4, -8  # <malloc.h>
+    mallopt(arena_max, 1)
+    mallopt(mmap_max, 0)
+    mallopt(trim_threshold, 2**31 - 1)
+    mallopt(top_pad, 2**28)

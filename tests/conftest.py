@@ -9,6 +9,8 @@ from launch.local import cpu_environment
 
 assert "jax" not in sys.modules, "jax reads these variables when it is imported, so nothing may import it before"
 os.environ.update(cpu_environment(devices=8))
+# Tests compile much and run little: LLVM's optimisations would take most of the suite's time.
+os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 # Tests of plans load libtpu: without these it looks for a TPU host's metadata and locks out a second process.
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"
@@ -34,3 +36,14 @@ def cpu_env(compilation_cache):
         return {**cpu_environment(devices), "JAX_COMPILATION_CACHE_DIR": str(compilation_cache)}
 
     return environment
+
+
+@pytest.fixture(scope="session")
+def emoji_data(tmp_path_factory):
+    """The directory of the emoji data, prepared once as configs/emoji.py says."""
+    from ecdit.data.records import prepare
+    from tests.runs import tiny
+
+    directory = tmp_path_factory.mktemp("emoji_data")
+    prepare(tiny(data__directory=str(directory)).data)
+    return directory

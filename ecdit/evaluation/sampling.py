@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key, UInt8
+from tqdm import tqdm
 
 from ecdit.conditioning.autoencoder import to_bytes
 from ecdit.conditioning.text_to_image import Params, System, TextToImage
@@ -140,9 +141,8 @@ def sample_pictures(
     # The last batch is filled up with its own first rows: their pictures are dropped.
     count = math.ceil(len(prompts) / config.batch_size) * config.batch_size
     filled = np.arange(count) % len(prompts)
-    pictures = [
-        _fetch(sampler(params, tokens[rows], null_tokens, keys[rows])) for rows in filled.reshape(-1, config.batch_size)
-    ]
+    batches = tqdm(filled.reshape(-1, config.batch_size), "sampling", unit="batch", disable=jax.process_index() > 0)
+    pictures = [_fetch(sampler(params, tokens[rows], null_tokens, keys[rows])) for rows in batches]
     return np.concatenate(pictures)[: len(prompts)]
 
 

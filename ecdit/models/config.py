@@ -20,6 +20,7 @@ class DiTConfig:
     heads: int
     kv_heads: int  # of self-attention; cross-attention has all heads
     rope_theta: float
+    absolute_positions: bool  # adds sine-cosine positions to tokens and mask tokens: RoPE alone says nothing absolute
     ffn_multiplier: int  # hidden width of an FFN and of an expert, in d
     ffn: Literal["dense", "token_choice", "expert_choice"]  # of the even blocks
     num_experts: int  # E
@@ -48,6 +49,7 @@ class DiTConfig:
         require(self.extra_blocks >= 0, "extra_blocks", self.extra_blocks, "must be 0 or more")
         require(self.width % self.heads == 0, "heads", self.heads, f"must divide the width, {self.width}")
         require(self.head_dim % 4 == 0, "heads", self.heads, f"width / heads = {self.head_dim} must be a multiple of 4")
+        require(self.width % 4 == 0, "width", self.width, "must be a multiple of 4")
         require(self.heads % self.kv_heads == 0, "kv_heads", self.kv_heads, f"must divide heads, {self.heads}")
         require(self.num_experts >= 1, "num_experts", self.num_experts, "must be 1 or more")
         if self.ffn == "token_choice":

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ecdit.models.attention import CrossAttention, SelfAttention
 from ecdit.models.config import DiTConfig
-from ecdit.models.embeddings import patchify, put_tokens, rope_angles, sinusoid, take_tokens
+from ecdit.models.embeddings import grid_positions, patchify, put_tokens, rope_angles, sinusoid, take_tokens
 from ecdit.models.layers import Linear, Mlp, layer_norm, matrix, named, param, scan_stack, stack, zeros
 from ecdit.models.moe import FeedForward, MixtureOfExperts, RoutingReport
 from ecdit.partitioning import constrain
@@ -52,8 +52,9 @@ class Block(nnx.Module):
     ) -> tuple[Float[Array, "B N d"], RoutingReport | None]:
         """The block's output, and how its tokens were routed if it is sparse."""
         if self.table is not None:
-            modulation = modulation + self.table[...].astype(x.dtype)[None]
-        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (row[:, 0:1] for row in jnp.split(modulation, 6, axis=1))
+            modulation = modulation + self.table[...][None]
+        modulation = modulation.astype(x.dtype)
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = jnp.split(modulation, 6, axis=1)
         x = x + gate * layer_norm(self.attention(layer_norm(x) * (1 + scale) + shift, angles))
         x = x + self.cross_attention(layer_norm(x), text.states, text.mask)
         branch_input = layer_norm(x) * (1 + ffn_scale) + ffn_shift
@@ -122,7 +123,9 @@ class DiT(nnx.Module):
         modulation = _modulate(condition, self.modulation, self.modulation_bias)
         text = text._replace(states=text.states.astype(dtype))
 
-        x = self.patches(patchify(latents, config.patch_size).astype(dtype))
+        places = grid_positions(config.grid, config.width) * config.absolute_positions
+        places = places.astype(dtype)[None]
+        x = self.patches(patchify(latents, config.patch_size).astype(dtype)) + places
         angles = all_angles
         if kept is not None:
             x, angles = take_tokens(x, kept), take_tokens(all_angles, kept)
@@ -134,10 +137,9 @@ class DiT(nnx.Module):
 
         x, report = scan_stack(self.pairs, run_pair, x, config.remat)
         if kept is not None:
-            gaps = jnp.broadcast_to(
-                self.mask_token[...].astype(dtype)[None, None], (x.shape[0], config.num_tokens, config.width)
-            )
-            x = put_tokens(x, kept, gaps)
+            gaps = places + self.mask_token[...].astype(dtype)[None, None]
+            gaps = constrain(jnp.broadcast_to(gaps, (x.shape[0], *gaps.shape[1:])), "batch", None, None)
+            x = constrain(put_tokens(x, kept, gaps), "batch", None, None)
         if config.extra_blocks:
             x, _ = scan_stack(self.extra, lambda b, x: b(x, all_angles, modulation, text, group_size), x, config.remat)
         return self.velocity(x, condition), report
@@ -157,7 +159,8 @@ class DiT(nnx.Module):
     def velocity(self, x: Float[Array, "B N d"], condition: Float[Array, "B d"]) -> Float[Array, "B N p"]:
         """The head: a modulated norm and a linear map, zero at the start."""
         shift, scale = jnp.split(_modulate(condition, self.head_modulation, self.head_modulation_bias), 2, axis=1)
-        return self.head(layer_norm(x) * (1 + scale) + shift).astype(jnp.float32)
+        # In float32: guidance takes differences of velocities, which bfloat16 would have rounded away.
+        return self.head(layer_norm(x.astype(jnp.float32)) * (1 + scale) + shift)
 
 
 def _block_table(config: DiTConfig, rngs: nnx.Rngs) -> nnx.Param:
@@ -170,6 +173,7 @@ def _block_table(config: DiTConfig, rngs: nnx.Rngs) -> nnx.Param:
 
 
 def _modulate(condition: Float[Array, "B d"], kernel: nnx.Param, bias: nnx.Param) -> Float[Array, "B rows d"]:
-    modulation = jnp.einsum("bd,dre->bre", condition, kernel[...].astype(condition.dtype))
+    """In float32, as its gradient is a sum over all blocks."""
+    modulation = jnp.einsum("bd,dre->bre", condition, kernel[...].astype(condition.dtype)).astype(jnp.float32)
     modulation = constrain(modulation, "batch", None, None)  # small: every use of it would gather tokens instead
-    return modulation + bias[...].astype(condition.dtype)[None]
+    return modulation + bias[...].astype(jnp.float32)[None]

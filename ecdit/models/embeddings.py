@@ -28,6 +28,12 @@ def sinusoid(x: Float[Array, " B"], width: int, max_period: float = 10_000.0) ->
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
+def grid_positions(grid: int, width: int) -> Float[Array, "N d"]:
+    """Sine-cosine embedding of each patch's place: half of the width for its row, half for its column (ViT, DiT)."""
+    position = jnp.arange(grid * grid)
+    return jnp.concatenate([sinusoid(position // grid, width // 2), sinusoid(position % grid, width // 2)], axis=-1)
+
+
 def rope_angles(grid: int, head_dim: int, theta: float) -> Float[Array, "N k/2"]:
     """Angles of 2D rotary positions: the first half of the pairs turns with the row, the second with the column."""
     pairs = head_dim // 4

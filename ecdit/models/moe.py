@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from ecdit.models.config import DiTConfig
-from ecdit.models.layers import layer_norm, matrix, param, xavier_experts
+from ecdit.models.layers import gelu, layer_norm, matrix, named, param, xavier_experts
 from ecdit.models.routing import Routing, expert_capacity, expert_choice, experts_per_token, token_choice
 from ecdit.partitioning import constrain, on_each_shard
 
@@ -29,7 +29,7 @@ class RoutingReport(NamedTuple):
 
 
 class FeedForward(nnx.Module):
-    """GELU(x W1) W2, hidden width `multiplier` times d, no biases: what each expert is, too."""
+    """GELU(x W1) W2 without biases: what each expert is, too."""
 
     def __init__(self, width: int, hidden: int, rngs: nnx.Rngs):
         self.up = matrix(rngs, (width,), (hidden,), ("embed", "mlp"))
@@ -37,7 +37,7 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: Float[Array, "B N d"]) -> Float[Array, "B N d"]:
         """Maps every token alone, in the dtype of x."""
-        hidden = jax.nn.gelu(x @ self.up[...].astype(x.dtype), approximate=True)
+        hidden = gelu(x @ self.up[...].astype(x.dtype))
         hidden = constrain(hidden, "batch", None, "mlp")
         return hidden @ self.down[...].astype(x.dtype)
 
@@ -60,7 +60,8 @@ class MixtureOfExperts(nnx.Module):
         """
         grouped = x.reshape(-1, group_size, x.shape[-1])
         grouped = constrain(grouped, "batch", None, None)
-        routing = self.route(grouped)
+        # Saved whatever else is recomputed: rounded differently, a second routing could differ from the first.
+        routing = jax.tree.map(lambda x: named(x, "routing"), self.route(grouped))
         dispatch, combine = (
             (one_hot_dispatch, one_hot_combine) if self.config.dispatch == "one_hot" else (gather, scatter)
         )
@@ -99,7 +100,7 @@ class MixtureOfExperts(nnx.Module):
     def experts(self, inputs: Float[Array, "E G C d"]) -> Float[Array, "E G C d"]:
         """Every expert on its own slots."""
         up, down = self.up[...].astype(inputs.dtype), self.down[...].astype(inputs.dtype)
-        hidden = jax.nn.gelu(jnp.einsum("egcd,edf->egcf", inputs, up), approximate=True)
+        hidden = gelu(jnp.einsum("egcd,edf->egcf", inputs, up))
         hidden = constrain(hidden, "experts", "expert_groups", None, "mlp")
         return jnp.einsum("egcf,efd->egcd", hidden, down)
 
@@ -127,5 +128,6 @@ def one_hot_dispatch(x: Float[Array, "G S d"], routing: Routing) -> Float[Array,
 
 def one_hot_combine(y: Float[Array, "E G C d"], routing: Routing, group_size: int) -> Float[Array, "G S d"]:
     """`scatter` as a matrix product that accumulates in float32."""
-    weights = jax.nn.one_hot(routing.index, group_size, dtype=jnp.float32) * routing.gate[..., None]
-    return jnp.einsum("gecs,egcd->gsd", weights.astype(y.dtype), y, preferred_element_type=jnp.float32)
+    chosen = jax.nn.one_hot(routing.index, group_size, dtype=y.dtype) * routing.taken[..., None].astype(y.dtype)
+    weighted = (y.astype(jnp.float32) * routing.gate.swapaxes(0, 1)[..., None]).astype(y.dtype)
+    return jnp.einsum("gecs,egcd->gsd", chosen, weighted, preferred_element_type=jnp.float32)

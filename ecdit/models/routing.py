@@ -45,7 +45,7 @@ def expert_choice(
     if token_mask is not None:
         affinity = jnp.where(token_mask[:, None, :], affinity, -jnp.inf)
     gate, index = jax.lax.top_k(affinity, capacity)
-    taken = gate > -jnp.inf
+    taken = gate != -jnp.inf  # NaN stays taken, so that it shows in the output
     nothing = jnp.zeros(router_logits.shape[0], jnp.float32)
     return Routing(index, jnp.where(taken, gate, 0.0), taken, nothing, nothing)
 

@@ -1,0 +1,59 @@
+"""Evaluates a run: `python -m ecdit.evaluate retrieval --workdir=runs/emoji` samples captions and looks them up."""
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+
+from ecdit.config import UserError, run_command, to_dict
+from ecdit.data.records import Records
+from ecdit.evaluation.retrieval import fixed_choice, protocol, recall, target_ranks
+from ecdit.training.restored import open_run, sample_run
+
+WORKDIR = flags.DEFINE_string("workdir", None, "The run.", required=True)
+ALL = flags.DEFINE_bool("all", False, "Sample every caption, not the fixed choice.")
+JSON = flags.DEFINE_string("json", None, "File for the result.")
+
+
+def main(argv: list[str]) -> None:
+    """Runs the evaluation that the command line names."""
+    if argv[1:] != ["retrieval"]:
+        raise UserError(f"evaluations: retrieval; got {' '.join(argv[1:]) or 'none'}")
+    result = retrieval(Path(WORKDIR.value), ALL.value)
+    if JSON.value:
+        Path(JSON.value).write_text(json.dumps(result, indent=2) + "\n")
+
+
+def retrieval(workdir: Path, every_caption: bool) -> dict:
+    """Samples training captions; prints and returns how often the captioned picture is among the nearest."""
+    start = time.monotonic()
+    run = open_run(workdir)
+    records = list(Records(run.experiment.data))
+    chosen = np.arange(len(records)) if every_caption else fixed_choice(len(records))
+    sampling = protocol(run.experiment.sampling)
+    samples = sample_run(run, [records[i]["caption"] for i in chosen], [0] * len(chosen), sampling)
+    ranks = target_ranks(samples, np.stack([record["image"] for record in records]), chosen)
+    result = {
+        "r_at_1": float(recall(ranks, 1)),
+        "r_at_5": float(recall(ranks, 5)),
+        "num_images": len(chosen),
+        "num_pictures": len(records),
+        "step": run.step,
+        "seconds": round(time.monotonic() - start, 1),
+        "protocol": {"weights": "ema", "distance": "RMS over pixels, identical pictures count as right"}
+        | to_dict(sampling),
+    }
+    print(
+        f"step {run.step}: R@1 {result['r_at_1']:.2%}, R@5 {result['r_at_5']:.2%} "
+        f"(chance {1 / len(records):.2%} and {5 / len(records):.2%}) over {len(chosen)} training captions, "
+        f"the nearest of {len(records)} pictures; {sampling.solver}, {sampling.num_steps} steps, guidance "
+        f"{sampling.guidance.scale}, seed {sampling.seed}, EMA weights; {result['seconds']} s. "
+        "This measures fit to the training captions, not generality."
+    )
+    return result
+
+
+if __name__ == "__main__":
+    run_command(main)

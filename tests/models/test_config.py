@@ -1,0 +1,50 @@
+import pytest
+
+from ecdit.config import ConfigError
+from ecdit.models.config import check_group, group_size
+from tests.models.helpers import CONFIG, config
+
+
+@pytest.mark.parametrize(
+    ("key", "changes"),
+    [
+        ("latent_size", {"latent_size": 0}),
+        ("patch_size", {"patch_size": 3}),  # does not divide 8
+        ("depth", {"depth": 3}),
+        ("depth", {"depth": 0}),
+        ("heads", {"heads": 3}),  # does not divide 16
+        ("heads", {"heads": 8}),  # heads of 2: no room for two axes of pairs
+        ("kv_heads", {"kv_heads": 3}),
+        ("num_experts", {"num_experts": 0}),
+        ("num_experts", {"num_experts": 1, "capacity_factor": 1.0, "ffn": "token_choice"}),
+        ("capacity_factor", {"capacity_factor": 0.0}),
+        ("capacity_factor", {"capacity_factor": 4.1}),  # more than every expert on every token
+        ("mask_ratio", {"mask_ratio": 1.0}),
+        ("mask_ratio", {"mask_ratio": -0.1}),
+        ("extra_blocks", {"extra_blocks": 0}),  # with masking
+        ("rope_theta", {"rope_theta": 0.0}),
+        ("router_init_std", {"router_init_std": -1.0}),
+        ("balance_loss_weight", {"balance_loss_weight": -1.0}),
+        ("remat", {"remat": "some"}),
+        ("group", {"group": "pixels"}),
+        ("group", {"group": "0"}),
+        ("group", {"group": "12"}),  # neither a multiple nor a divisor of the 8 kept tokens
+    ],
+)
+def test_impossible_values_are_refused_by_name(key, changes):
+    with pytest.raises(ConfigError, match=rf"config\.{key} = ") as error:
+        config(**changes)
+    assert error.value.key == key
+
+
+def test_sizes_by_hand():
+    values = config(latent_size=8, patch_size=2, width=16, heads=4, latent_channels=3, mask_ratio=0.75)
+    assert (values.grid, values.num_tokens, values.num_kept, values.head_dim, values.patch_dim) == (4, 16, 4, 4, 12)
+    assert config(mask_ratio=0.99).num_kept == 1
+
+
+def test_groups_are_an_image_or_a_number_of_tokens():
+    assert group_size("image", 256) == 256
+    assert group_size("1024", 256) == 1024
+    for group in ("image", "4", "8", "16", "1024"):
+        check_group("group", group, CONFIG.num_kept)

@@ -1,0 +1,70 @@
+"""Tiny runs: the emoji config made small, in this process or as the real command."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+from ecdit.training.experiment import make_experiment
+
+ROOT = Path(__file__).parents[1]
+
+# Small enough to compile in seconds; two pairs of blocks, so that layers are scanned.
+TINY = {
+    "model.width": 32,
+    "model.depth": 4,
+    "model.heads": 2,
+    "model.kv_heads": 2,
+    "model.num_experts": 4,
+    "model.patch_size": 8,
+    "model.mask_ratio": 0.5,
+    "model.extra_blocks": 2,
+    "text.width": 32,
+    "text.layers": 1,
+    "text.heads": 2,
+    "train.batch_size": 16,
+    "train.log_every": 1,
+    "sampling.num_steps": 2,
+    "sampling.batch_size": 8,
+    "sampling.num_grid": 4,
+    "runtime.compilation_cache": "",
+    "runtime.keep_host_memory": False,
+}
+
+
+def emoji_config():
+    spec = importlib.util.spec_from_file_location("emoji_config", ROOT / "configs/emoji.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
+def tiny_values(**overrides):
+    """The config file's values with TINY and `overrides`, whose keys have __ for dots."""
+    config = emoji_config()
+    for key, value in {**TINY, **{key.replace("__", "."): value for key, value in overrides.items()}}.items():
+        *groups, name = key.split(".")
+        node = config
+        for group in groups:
+            node = node[group]
+        node[name] = value
+    return config
+
+
+def tiny(**overrides):
+    return make_experiment(tiny_values(**overrides))
+
+
+def command(module, *flags):
+    return [sys.executable, "-m", f"ecdit.{module}", *flags]
+
+
+def train_command(workdir, data, **overrides):
+    """The command line of a tiny training run."""
+    changes = {**TINY, "data.directory": str(data), **{k.replace("__", "."): v for k, v in overrides.items()}}
+    flags = [f"--config.{key}={value}" for key, value in changes.items()]
+    return command("train", f"--config={ROOT}/configs/emoji.py", f"--workdir={workdir}", *flags)
+
+
+def run(arguments, env, timeout=300):
+    return subprocess.run(arguments, env=env, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
