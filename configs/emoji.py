@@ -10,6 +10,8 @@ Marks of certainty, beside values that the paper or its relatives speak of: [P] 
 
 from ml_collections import ConfigDict
 
+from ecdit.config import UserError
+
 LENGTHS = {
     # steps, warm-up steps, EMA decay
     "quick": (900, 100, 0.99),
@@ -19,7 +21,7 @@ LENGTHS = {
 
 def get_config(length: str = "quick") -> ConfigDict:
     if length not in LENGTHS:
-        raise ValueError(f"configs/emoji.py:{length}: the argument must be one of {', '.join(LENGTHS)}")
+        raise UserError(f"configs/emoji.py:{length}: the argument must be one of {', '.join(LENGTHS)}")
     num_steps, warmup_steps, ema_decay = LENGTHS[length]
     config = ConfigDict()
     config.seed = 0
@@ -30,7 +32,7 @@ def get_config(length: str = "quick") -> ConfigDict:
     model.patch_size = 4  # latent pixels; 2 in the paper [P]
     model.width = 128
     model.depth = 6  # blocks, dense and sparse in turn [P]
-    model.extra_blocks = 2  # dense blocks on all tokens, after unmasking [S]
+    model.extra_blocks = 0  # dense blocks on all tokens, after unmasking; 2 in the recipe [S]
     model.heads = 4
     model.kv_heads = 2  # of self-attention
     model.rope_theta = 1e4  # [?]
@@ -45,7 +47,7 @@ def get_config(length: str = "quick") -> ConfigDict:
     model.group = "image"  # tokens that compete in training: image, or a number of tokens; 1024 in the paper [N]
     model.dispatch = "gather"  # gather | one_hot: the same result
     model.moe_output_norm = "expert"  # sandwich [S] | none | expert [?]
-    model.mask_ratio = 0.5  # share of tokens dropped in training [P]
+    model.mask_ratio = 0.0  # share of tokens dropped in training; 0.5 in the paper [P]
     model.block_table = True  # a learned offset of the shared modulation in every block [?]
     model.gate_init = 0.2  # where that offset's gates start [?]
     model.remat = "none"  # none | minimal | attention_out | full

@@ -125,6 +125,19 @@ def define_config_flag() -> flags.FlagHolder:
     return config_flags.DEFINE_config_file("config", None, "Experiment file, with an optional :argument.")
 
 
+def config_values(flag: flags.FlagHolder) -> ml_collections.ConfigDict:
+    """The values of the config file that the flag names.
+
+    Raises:
+      UserError: no file was named, or it does not exist.
+    """
+    if flag.value is None:
+        raise UserError("--config is missing: name a config file, such as configs/emoji.py")
+    if not isinstance(flag.value, ml_collections.ConfigDict):
+        raise UserError(f"--config={flags.FLAGS['config'].config_filename}: no such config file")
+    return flag.value
+
+
 def run_command(main: Callable[[list[str]], None]) -> None:
     """Runs a command: parses its flags, calls `main(remaining argv)`, prints a `UserError` without a traceback.
 
@@ -144,9 +157,11 @@ def run_command(main: Callable[[list[str]], None]) -> None:
 
 
 def _parse_flags(argv: list[str]) -> list[str]:
-    """absl's parser, which does not say which override has an unknown key."""
+    """absl's parser, whose errors are many lines long and do not name the override that has an unknown key."""
     try:
         return flags.FLAGS(argv)
+    except flags.Error as error:
+        raise UserError(str(error)) from None
     except (AttributeError, KeyError) as error:
         overrides = [argument.removeprefix("--config.") for argument in argv if argument.startswith("--config.")]
         unknown = re.sub(r"\W+", " ", str(error)).split()[0]

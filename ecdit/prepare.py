@@ -1,6 +1,6 @@
 """Prepares a config's data: `python -m ecdit.prepare --config=configs/emoji.py`. Does nothing if it is prepared."""
 
-from ecdit.config import define_config_flag, run_command
+from ecdit.config import config_values, define_config_flag, run_command
 from ecdit.data.records import dataset_directory, prepare
 from ecdit.training.experiment import make_experiment
 
@@ -10,7 +10,7 @@ CONFIG = define_config_flag()
 def main(argv: list[str]) -> None:
     """Prepares, and says where the data is."""
     del argv
-    experiment = make_experiment(CONFIG.value)
+    experiment = make_experiment(config_values(CONFIG))
     manifest = prepare(experiment.data)
     print(f"{manifest.num_records} records in {dataset_directory(experiment.data)}")
 

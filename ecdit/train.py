@@ -6,7 +6,7 @@ from pathlib import Path
 from absl import flags
 
 from ecdit import runtime
-from ecdit.config import define_config_flag, run_command
+from ecdit.config import config_values, define_config_flag, run_command
 from ecdit.training.experiment import make_experiment
 from ecdit.training.loop import train
 
@@ -17,7 +17,7 @@ WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and s
 def main(argv: list[str]) -> None:
     """Exits with what `loop.train` returns."""
     del argv
-    experiment = make_experiment(CONFIG.value)
+    experiment = make_experiment(config_values(CONFIG))
     runtime.configure(experiment.runtime)
     sys.exit(train(experiment, Path(WORKDIR.value)))
 

@@ -6,6 +6,7 @@ run), export (see interop.weights).
 """
 
 import dataclasses
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,8 @@ def open_manager(workdir: Path, config: CheckpointConfig | None) -> ocp.Checkpoi
             preservation_policy=ocp.checkpoint_managers.LatestN(config.keep),
             cleanup_tmp_directories=True,  # what a killed save left
         )
+    # A save that fails is raised once, by check_saves; asyncio would print it again for each of its arrays.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     handlers = {"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
     return ocp.CheckpointManager(checkpoint_directory(workdir), options=options, item_handlers=handlers)
 

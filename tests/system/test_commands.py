@@ -1,0 +1,268 @@
+"""The commands as a user runs them, and what they say to bad input."""
+
+import json
+
+import numpy as np
+import pytest
+from absl import flags
+from PIL import Image
+from safetensors import safe_open
+
+from ecdit.config import ConfigError, build, flatten, to_dict
+from ecdit.interop.weights import flat_names
+from ecdit.training.experiment import Experiment, make_experiment
+from ecdit.training.restored import open_run
+from tests.runs import ROOT, TINY, command, emoji_config, run, tiny_values, train_command
+
+
+@pytest.fixture(scope="module")
+def env(compilation_cache):
+    from launch.local import cpu_environment
+
+    return {**cpu_environment(1), "JAX_COMPILATION_CACHE_DIR": str(compilation_cache)}
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory, emoji_data, env):
+    """A run of three steps."""
+    workdir = tmp_path_factory.mktemp("commands") / "run"
+    result = run(train_command(workdir, emoji_data, train__num_steps=3), env)
+    assert result.returncode == 0, result.stderr
+    grid = workdir / "samples" / "step_00000003.png"
+    assert result.stdout.splitlines()[-1] == f"done: step 3, checkpoint and metrics in {workdir}, samples in {grid}"
+    assert read_png(grid).shape[1] > 200
+    return workdir
+
+
+def read_png(path):
+    with Image.open(path) as picture:
+        return np.asarray(picture)
+
+
+def refused(arguments, env, *said):
+    result = run(arguments, env)
+    assert result.returncode not in (0, -6, -9, -11)
+    assert "Traceback" not in result.stderr
+    for words in said:
+        assert words in result.stderr
+    return result
+
+
+def test_metrics_have_an_integer_step_and_every_step(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    for line in lines:
+        assert isinstance(line["step"], int)
+        assert {"loss", "grad_norm", "router_grad_norm", "coverage_0", "images_per_second"} <= set(line)
+        shares = np.array([line[f"coverage_{n}"] for n in ("0", "1", "2", "3_or_more")])
+        np.testing.assert_allclose(shares.sum(axis=0), 1, rtol=1e-5)  # for each sparse layer
+
+
+def test_a_finished_run_is_left_as_it_is(workdir, emoji_data, env):
+    before = (workdir / "metrics.jsonl").read_text()
+    result = run(train_command(workdir, emoji_data, train__num_steps=3), env)
+    assert result.returncode == 0, result.stderr
+    assert (workdir / "metrics.jsonl").read_text() == before
+
+
+def test_sample_writes_pictures_grid_and_manifest_in_order(workdir, tmp_path, env):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("red heart\ntiger\n")
+    out = tmp_path / "out"
+    flags = [f"--workdir={workdir}", f"--prompts={prompts}", f"--out={out}", "--repeats=2"]
+    result = run(command("sample", *flags), env)
+    assert result.returncode == 0, result.stderr
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["step"] == 3
+    named = [(row["prompt"], row["repeat"], row["file"]) for row in manifest["pictures"]]
+    assert named == [
+        ("red heart", 0, "00000.png"),
+        ("red heart", 1, "00001.png"),
+        ("tiger", 0, "00002.png"),
+        ("tiger", 1, "00003.png"),
+    ]
+    pictures = [read_png(out / name) for *_, name in named]
+    assert {picture.shape for picture in pictures} == {(32, 32, 3)}
+    assert read_png(out / "grid.png").shape[1] > 200
+    # The same picture alone, by --prompt; and another seed gives another.
+    again = tmp_path / "again"
+    one = [f"--workdir={workdir}", "--prompt=tiger", f"--out={again}"]
+    assert run(command("sample", *one), env).returncode == 0
+    np.testing.assert_array_equal(read_png(again / "00000.png"), pictures[2])
+    assert run(command("sample", *one, "--set=sampling.seed=7"), env).returncode == 0
+    assert (read_png(again / "00000.png") != pictures[2]).mean() > 0.5
+
+
+def test_export_writes_the_ema_weights(workdir, tmp_path, env):
+    out = tmp_path / "weights.safetensors"
+    result = run(command("checkpoint", "export", f"--workdir={workdir}", f"--out={out}"), env)
+    assert result.returncode == 0, result.stderr
+    opened = open_run(workdir, ["mesh.fsdp=2"])
+    expected = flat_names(opened.params)
+    with safe_open(out, "numpy") as file:
+        assert set(file.keys()) == set(expected)
+        assert "denoiser.pairs.even.experts.up" in expected
+        for name, array in expected.items():
+            np.testing.assert_array_equal(file.get_tensor(name), array, err_msg=name)
+        assert file.metadata()["step"] == "3"
+        assert json.loads(file.metadata()["config"])["model"]["num_experts"] == 4
+    assert [path.name for path in tmp_path.iterdir()] == [out.name]
+
+
+def test_retrieval_prints_and_writes_what_it_measured(workdir, tmp_path, env):
+    out = tmp_path / "retrieval.json"
+    result = run(command("evaluate", "retrieval", f"--workdir={workdir}", f"--json={out}"), env)
+    assert result.returncode == 0, result.stderr
+    measured = json.loads(out.read_text())
+    assert 0 <= measured["r_at_1"] <= measured["r_at_5"] <= 0.1  # three steps teach nothing
+    assert (measured["num_images"], measured["num_pictures"]) == (480, 1913)
+    assert measured["seconds"] > 0
+    assert (measured["protocol"]["solver"], measured["protocol"]["num_steps"]) == ("euler", 25)
+    assert "fit to the training captions" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--config.model.widht=3"], ["config.model.widht", "no key 'widht'"]),
+        (["--config.train.num_steps=many"], ["config.train.num_steps", "many"]),
+        (["--config.model.kv_heads=3"], ["config.model.kv_heads = 3", "must divide heads, 4"]),
+        (["--config.model.ffn=sparse"], ["config.model.ffn = 'sparse'", "'token_choice'"]),
+        (["--config.mesh.data=3"], ["config.mesh", "number of devices, 1"]),
+        (["--config.model.group=48"], ["config.model.group = '48'", "tokens of an image"]),
+        (["--config.model.group=65536"], ["config.model.group = '65536'", "device's tokens per microbatch"]),
+        (["--config.data.caption_dropout=1.5"], ["config.data.caption_dropout = 1.5"]),
+    ],
+)
+def test_train_refuses_bad_config(flags, said, tmp_path, env):
+    refused(command("train", f"--config={ROOT}/configs/emoji.py", f"--workdir={tmp_path}/run", *flags), env, *said)
+    assert not (tmp_path / "run").exists()
+
+
+def test_train_refuses_an_unknown_argument_and_a_missing_file(tmp_path, env):
+    refused(command("train", f"--config={ROOT}/configs/emoji.py:short", f"--workdir={tmp_path}/r"), env, "quick, long")
+    refused(command("train", f"--config={tmp_path}/none.py", f"--workdir={tmp_path}/r"), env, "none.py: no such config")
+    refused(command("train", f"--workdir={tmp_path}/r"), env, "--config is missing")
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--prompts={tmp}/none.txt"], ["none.txt", "No such file"]),
+        (["--prompts={tmp}/gap.txt"], ["gap.txt", "line 2 is empty"]),
+        (["--prompts={tmp}/nothing.txt"], ["nothing.txt", "no prompts"]),
+        (["--prompt= "], ["is empty"]),
+        ([], ["give one of --prompt and --prompts"]),
+        (["--prompt=a", "--prompts={tmp}/gap.txt"], ["give one of --prompt and --prompts"]),
+        (["--prompt=a", "--set=sampling.steps=3"], ["config.sampling.steps", "no such key"]),
+        (["--prompt=a", "--set=sampling.num_steps=0"], ["config.sampling.num_steps = 0"]),
+    ],
+)
+def test_sample_refuses_bad_input(flags, said, workdir, tmp_path, env):
+    (tmp_path / "gap.txt").write_text("red heart\n\ntiger\n")
+    (tmp_path / "nothing.txt").write_text("")
+    flags = [flag.format(tmp=tmp_path) for flag in flags]
+    refused(command("sample", f"--workdir={workdir}", f"--out={tmp_path}/out", *flags), env, *said)
+    assert not (tmp_path / "out").exists()
+
+
+def test_commands_refuse_a_workdir_without_a_run(tmp_path, env):
+    refused(command("sample", f"--workdir={tmp_path}", "--prompt=a", f"--out={tmp_path}/out"), env, str(tmp_path))
+    refused(
+        command("checkpoint", "export", f"--workdir={tmp_path}", f"--out={tmp_path}/w.safetensors"), env, str(tmp_path)
+    )
+    refused(command("checkpoint", "import", f"--workdir={tmp_path}"), env, "verbs: export")
+
+
+def test_prepare_does_nothing_twice(emoji_data, env):
+    flags = [f"--config={ROOT}/configs/emoji.py", f"--config.data.directory={emoji_data}"]
+    result = run(command("prepare", *flags), env)
+    assert result.returncode == 0, result.stderr
+    assert f"1913 records in {emoji_data}/emoji" in result.stdout
+
+
+# Config files to dataclasses
+
+
+def values(**overrides):
+    return json.loads(json.dumps(to_dict(make_experiment(tiny_values(**overrides)))))
+
+
+def test_a_config_survives_json():
+    assert to_dict(build(Experiment, values())) == values()
+    assert flatten(values())["model.width"] == 32
+
+
+@pytest.mark.parametrize(
+    ("group", "key", "value", "said"),
+    [
+        ("model", "depht", 4, "unknown key"),
+        ("model", "width", "32", "must be int"),
+        ("model", "width", 32.0, "must be int"),
+        ("model", "width", True, "must be int"),
+        ("model", "block_table", 1, "must be bool"),
+        ("model", "capacity_factor", "2", "must be float"),
+        ("model", "ffn", "moe", "one of 'dense', 'token_choice', 'expert_choice'"),
+        ("runtime", "xla_flags", "--xla_a=b", "a sequence of str"),
+        ("runtime", "xla_flags", [1], "must be str"),
+        ("model", "capacity_factor", 9.0, "at most the number of experts"),
+        ("model", "depth", 3, "must be even"),
+        ("train", "ema_decay", 1.0, r"must be in [0, 1)"),
+        ("mesh", "fsdp", 0, "must be 1 or more"),
+        ("data", "image_size", 64, "pictures of 32 pixels"),
+        ("text", "vocab_size", 64, "at least data.vocab_size"),
+    ],
+)
+def test_config_errors_name_key_value_and_what_is_allowed(group, key, value, said):
+    changed = values()
+    changed[group][key] = value
+    with pytest.raises(ConfigError) as error:
+        make_experiment(changed)
+    name, _, shown = str(error.value).partition(" = ")
+    assert name == f"config.{group}.{key}"
+    assert shown.startswith(f"{value!r}: " if not isinstance(value, list) else "1: ")
+    assert said in shown
+
+
+def test_a_missing_key_and_a_group_that_is_none_are_named():
+    changed = values()
+    del changed["optimizer"]["warmup_steps"]
+    with pytest.raises(ConfigError, match=r"config\.optimizer\.warmup_steps = None: missing; it must be int"):
+        make_experiment(changed)
+    with pytest.raises(ConfigError, match=r"config\.mesh = 3: must be a group of keys"):
+        make_experiment({**values(), "mesh": 3})
+
+
+def test_ints_are_floats_and_lists_are_tuples():
+    changed = values()
+    changed["flow"]["time_mean"] = 0
+    experiment = make_experiment(changed)
+    assert isinstance(experiment.flow.time_mean, float)
+    assert isinstance(experiment.runtime.xla_flags, tuple)
+
+
+def test_num_steps_alone_may_be_set_below_the_warm_up():
+    config = emoji_config()
+    config.train.num_steps = 3
+    assert make_experiment(config).optimizer.warmup_steps > 3
+    assert flags.FLAGS is not None
+    assert set(TINY) <= set(flatten(config.to_dict()))
+
+
+def test_a_run_that_diverges_says_where_and_stops(tmp_path, emoji_data, env):
+    """With the emoji config's own XLA flags: they may reorder sums, but not hide what is not finite."""
+    workdir = tmp_path / "run"
+    changes = {
+        "optimizer__learning_rate": 1e38,
+        "train__num_steps": 50,
+        "train__max_bad_steps": 3,
+        "checkpoint__every": 2,
+    }
+    result = refused(
+        train_command(workdir, emoji_data, **changes), env, "not finite", "3 steps in a row", "max_bad_steps = 3"
+    )
+    assert result.returncode == 2
+    assert result.stdout.count("SKIPPED") == 3
+    opened = open_run(workdir)
+    for name, array in flat_names(opened.params).items():
+        assert np.isfinite(array).all(), name

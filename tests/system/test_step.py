@@ -1,0 +1,210 @@
+"""The training step on real data and on meshes of eight devices."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from ecdit.conditioning.text_to_image import make_system
+from ecdit.config import ConfigError
+from ecdit.interop.weights import flat_names
+from ecdit.partitioning import make_mesh
+from ecdit.training.experiment import check_mesh
+from ecdit.training.loop import device_batches
+from ecdit.training.optimizer import make_optimizer, make_schedule
+from ecdit.training.state import init_state, state_shardings
+from ecdit.training.step import kept_tokens, make_train_step
+from tests.runs import tiny
+
+MESHES = {
+    "one device": (1, 1, 1, 1),
+    "data 8": (8, 1, 1, 1),
+    "data 2 fsdp 2 expert 2": (2, 2, 2, 1),
+    "fsdp 2 expert 2 tensor 2": (1, 2, 2, 2),
+}
+
+
+def mesh_overrides(sizes):
+    return {f"mesh__{axis}": size for axis, size in zip(("data", "fsdp", "expert", "tensor"), sizes, strict=True)}
+
+
+def step_experiment(data, **overrides):
+    """Tests share what this gives them, down to the compiled step: state another field only where the test needs it."""
+    return tiny(data__directory=str(data), **{"mesh__data": 1, "optimizer__warmup_steps": 2, **overrides})
+
+
+@functools.cache
+def compiled(experiment):
+    mesh = make_mesh(experiment.mesh, jax.devices()[: np.prod([abs(s) for s in vars(experiment.mesh).values()])])
+    check_mesh(experiment, mesh)
+    system, optimizer = make_system(experiment.system), make_optimizer(experiment.optimizer)
+    shardings = state_shardings(system, optimizer, mesh)
+    with jax.set_mesh(mesh):
+        first = jax.device_get(init_state(system, optimizer, shardings, experiment.seed))
+        return mesh, first, shardings, make_train_step(experiment, system, mesh)
+
+
+def start(experiment):
+    """The mesh, the first state, the step and the batches of a run."""
+    mesh, first, shardings, step = compiled(experiment)
+    return mesh, jax.device_put(first, shardings), step, device_batches(experiment, mesh, 0)
+
+
+def train(experiment, num_steps):
+    """Losses of the first steps, the last state and its metrics."""
+    mesh, state, step, batches = start(experiment)
+    losses = []
+    with jax.set_mesh(mesh):
+        for batch in itertools.islice(batches, num_steps):
+            state, metrics = step(state, batch)
+            losses.append(float(metrics["loss"]))
+    return np.array(losses), state, metrics
+
+
+@pytest.fixture(scope="module")
+def one_device_losses(emoji_data):
+    return train(step_experiment(emoji_data), 20)[0]
+
+
+@pytest.mark.parametrize("name", list(MESHES)[1:])
+def test_every_mesh_gives_the_losses_of_one_device(name, emoji_data, one_device_losses):
+    losses = train(step_experiment(emoji_data, **mesh_overrides(MESHES[name])), 20)[0]
+    np.testing.assert_allclose(losses, one_device_losses, rtol=1e-4)
+    assert one_device_losses[-5:].mean() < one_device_losses[:5].mean() - 0.05  # it learned: equal is not constant
+
+
+@pytest.mark.parametrize("ffn", ["dense", "token_choice", "expert_choice"])
+def test_each_ffn_trains_by_changing_one_field(ffn, emoji_data):
+    losses, _, metrics = train(step_experiment(emoji_data, model__ffn=ffn), 12)
+    assert losses[-4:].mean() < losses[:4].mean()
+    assert ("balance_loss" in metrics) == (ffn == "token_choice")
+    assert metrics["router_grad_norm"].shape == ((0,) if ffn == "dense" else (2,))
+    assert ffn == "dense" or (np.asarray(metrics["router_grad_norm"]) > 0).all()
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+def test_other_optimizers_train(name, emoji_data):
+    losses, _, _ = train(step_experiment(emoji_data, optimizer__name=name, optimizer__learning_rate=1e-3), 12)
+    assert losses[-4:].mean() < losses[:4].mean()
+
+
+@pytest.mark.parametrize("group", ["image", "16"])  # an image has 8 kept tokens
+def test_accumulation_changes_no_result(group, emoji_data):
+    whole, state, _ = train(step_experiment(emoji_data, model__group=group), 4)
+    accumulated = step_experiment(emoji_data, model__group=group, train__accumulation=4, mesh__data=2)
+    split, split_state, _ = train(accumulated, 4)
+    np.testing.assert_allclose(split, whole, rtol=1e-5)
+    for (name, a), b in zip(flat_names(state.params).items(), jax.tree.leaves(split_state.params), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-4, err_msg=name)
+
+
+def test_groups_of_two_images_compete(emoji_data):
+    """The control of the test above: groups do matter to the loss."""
+    alone, together = (train(step_experiment(emoji_data, model__group=group), 4)[0] for group in ("image", "16"))
+    assert (alone[1:] != together[1:]).all()
+
+
+@pytest.mark.parametrize("poison", ["image", "parameter"])
+def test_a_step_that_is_not_finite_changes_nothing_but_its_counters(poison, emoji_data):
+    experiment = step_experiment(emoji_data, **mesh_overrides((2, 2, 2, 1)))
+    mesh, state, step, batches = start(experiment)
+    with jax.set_mesh(mesh):
+        state, metrics = step(state, next(batches))
+        assert (int(metrics["bad_steps"]), int(metrics["bad_leaf"])) == (0, -1)
+        batch = next(batches)
+        if poison == "image":
+            bad = {**batch, "size_crop": batch["size_crop"] * jnp.nan}
+        else:
+            bad = batch
+            head = state.params["denoiser"]["head"]
+            head["kernel"] = head["kernel"].at[0, 0].set(jnp.inf)
+        before = jax.device_get((state.params, state.ema, state.optimizer))
+        state, metrics = step(state, bad)
+        state, metrics = step(state, {name: jnp.copy(x) for name, x in bad.items()})
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get((state.params, state.ema, state.optimizer)), before)
+    assert (int(state.step), int(state.bad_steps), int(state.bad_in_row)) == (3, 2, 2)
+    assert not np.isfinite(metrics["grad_norm"])
+    assert 0 <= int(metrics["bad_leaf"]) < len(flat_names(state.params))
+    if poison == "image":
+        with jax.set_mesh(mesh):
+            state, metrics = step(state, next(batches))
+        assert (int(state.bad_steps), int(state.bad_in_row)) == (2, 0)
+
+
+def test_ema_follows_the_warmed_up_decay(emoji_data):
+    mesh, state, step, batches = start(step_experiment(emoji_data))
+    with jax.set_mesh(mesh):
+        expected = np.asarray(state.params["denoiser"]["head"]["bias"])
+        for decay in (1 / 10, 2 / 11, 3 / 12):  # (1 + n) / (10 + n), below the config's
+            state, _ = step(state, next(batches))
+            expected = decay * expected + (1 - decay) * np.asarray(state.params["denoiser"]["head"]["bias"])
+            np.testing.assert_allclose(state.ema["denoiser"]["head"]["bias"], expected, rtol=1e-5, atol=1e-9)
+
+
+def test_rmsprop_by_hand():
+    """Clipped gradient, mean square with bias correction, eps outside the root, momentum behind the rate."""
+    config = tiny(optimizer__warmup_steps=2, optimizer__learning_rate=0.5, optimizer__clip_norm=3.0).optimizer
+    optimizer = make_optimizer(config)
+    params = {"w": jnp.array(1.0)}
+    state, w, nu, trace = optimizer.init(params), 1.0, 0.0, 0.0
+    for n, gradient in enumerate([2.0, -5.0, 1.0]):
+        updates, state = optimizer.update({"w": jnp.array(gradient)}, state, params)
+        params = optax.apply_updates(params, updates)
+        clipped = np.clip(gradient, -3, 3)
+        nu = 0.99 * nu + 0.01 * clipped**2
+        rate = 0.5 * min(1.0, (n + 1) / 2)
+        trace = 0.9 * trace + rate * clipped / (np.sqrt(nu / (1 - 0.99 ** (n + 1))) + 1e-8)
+        w -= trace
+        np.testing.assert_allclose(params["w"], w, rtol=1e-5)
+
+
+def test_warm_up_is_linear_then_constant():
+    schedule = make_schedule(tiny(optimizer__warmup_steps=4, optimizer__learning_rate=2.0).optimizer)
+    np.testing.assert_allclose([schedule(jnp.int32(n)) for n in range(6)], [0.5, 1.0, 1.5, 2.0, 2.0, 2.0])
+
+
+def test_moments_and_ema_are_sharded_like_their_parameters():
+    experiment = tiny(**mesh_overrides((2, 2, 2, 1)))
+    mesh, system = make_mesh(experiment.mesh), make_system(experiment.system)
+    optimizer = make_optimizer(experiment.optimizer)
+    shardings = state_shardings(system, optimizer, mesh)
+    with jax.set_mesh(mesh):
+        state = init_state(system, optimizer, shardings, 0)
+    experts = lambda tree: tree["denoiser"]["pairs"]["even"]["experts"]["up"]  # noqa: E731
+    moments = [leaf for leaf in jax.tree.leaves(state.optimizer) if leaf.shape == experts(state.params).shape]
+    assert len(moments) == 2  # mean square and trace
+    for leaf in (experts(state.params), experts(state.ema), *moments):
+        # layers, E over expert, d over fsdp, f over tensor
+        assert leaf.sharding.spec == jax.sharding.PartitionSpec(None, ("expert",), ("fsdp",), ("tensor",))
+        assert leaf.addressable_shards[0].data.shape == (2, 2, 16, 128)
+
+
+def test_kept_tokens_are_a_uniform_sorted_subset():
+    config = tiny().model  # 16 tokens, 8 kept
+    kept = np.asarray(jax.vmap(lambda key: kept_tokens(key, config))(jax.random.split(jax.random.key(0), 4000)))
+    assert kept.shape == (4000, 8)
+    assert (np.diff(kept, axis=1) > 0).all()
+    share = np.bincount(kept.ravel(), minlength=16) / 4000
+    np.testing.assert_allclose(share, 0.5, atol=0.04)  # five standard deviations
+
+
+@pytest.mark.parametrize(
+    ("overrides", "key", "said"),
+    [
+        ({"mesh__data": 8, "train__batch_size": 12}, "train.batch_size", "multiple of 8"),
+        ({"mesh__data": 8, "train__accumulation": 4}, "train.batch_size", "8 parts of the mesh x 4 microbatches"),
+        ({"mesh__data": 8, "model__group": "32"}, "model.group", "2 images x 8 tokens"),
+        ({"mesh__data": 8, "sampling__batch_size": 12}, "sampling.batch_size", "8 parts"),
+        ({"mesh__data": 8, "sampling__group": "64"}, "sampling.group", "2 x 16"),
+    ],
+)
+def test_what_does_not_divide_is_refused_with_its_numbers(overrides, key, said):
+    experiment = tiny(**overrides)
+    with pytest.raises(ConfigError) as error:
+        check_mesh(experiment, make_mesh(experiment.mesh))
+    assert error.value.key == key
+    assert said in str(error.value)
