@@ -62,5 +62,5 @@ def _keep_freed_memory() -> None:
     trim_threshold, top_pad, mmap_max, arena_max = -1, -2, -4, -8  # <malloc.h>
     mallopt(arena_max, 1)
     mallopt(mmap_max, 0)
-    mallopt(trim_threshold, 2**31 - 1)
+    mallopt(trim_threshold, -1)  # never
     mallopt(top_pad, 2**28)
