@@ -18,10 +18,15 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from ecdit.config import ConfigError, require
+from ecdit.config import ConfigError, UserError, require
 
 MESH_AXES = ("slices", "data", "fsdp", "expert", "tensor")
 BATCH_AXES = ("slices", "data", "fsdp", "expert")
+
+
+class ShardingError(UserError, ValueError):
+    """An array that cannot be laid out on the mesh."""
+
 
 AXIS_RULES: Mapping[str, tuple[str, ...]] = {
     # parameters
@@ -99,11 +104,11 @@ def logical_spec(axes: Sequence[str | None], name: str) -> PartitionSpec:
     """The PartitionSpec of an array whose dimensions have these logical axes (None: not sharded).
 
     Raises:
-      ValueError: an axis without a rule; the message names the array and the axis.
+      ShardingError: an axis without a rule; the message names the array and the axis.
     """
     for axis in axes:
         if axis is not None and axis not in AXIS_RULES:
-            raise ValueError(
+            raise ShardingError(
                 f"{name}: logical axis {axis!r} of {tuple(axes)} has no rule; rules: {', '.join(AXIS_RULES)}"
             )
     return PartitionSpec(*(AXIS_RULES[axis] or None if axis is not None else None for axis in axes))
@@ -113,7 +118,7 @@ def param_shardings(params: nnx.State, mesh: Mesh) -> dict[str, Any]:
     """NamedShardings for an abstract or real state of annotated Params, as a nested dict like its pure dict.
 
     Raises:
-      ValueError: a parameter without logical axes, with an axis without a rule, or with a size that does not divide;
+      ShardingError: a parameter without logical axes, with an axis without a rule, or with a size that does not divide;
         the message names the parameter, the axis and the sizes.
     """
     shardings: dict[tuple, NamedSharding] = {}
@@ -121,7 +126,7 @@ def param_shardings(params: nnx.State, mesh: Mesh) -> dict[str, Any]:
         name = "/".join(map(str, path))
         shape, axes = variable.get_value().shape, variable.get_metadata().get("out_sharding")
         if axes is None or len(axes) != len(shape):
-            raise ValueError(f"{name}: shape {shape} needs one logical axis a dimension, it has {axes}")
+            raise ShardingError(f"{name}: shape {shape} needs one logical axis a dimension, it has {axes}")
         spec = logical_spec(axes, name)
         check_divides(name, shape, axes, mesh)
         shardings[path] = NamedSharding(mesh, spec)
@@ -129,12 +134,14 @@ def param_shardings(params: nnx.State, mesh: Mesh) -> dict[str, Any]:
 
 
 def check_divides(name: str, shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh) -> None:
-    """Raises ValueError when a dimension is not a multiple of the mesh axes that its logical axis is sharded over."""
+    """Raises ShardingError when a dimension is no multiple of the mesh axes that its logical axis is sharded over."""
     for size, axis in zip(shape, axes, strict=True):
         parts = {mesh_axis: mesh.shape[mesh_axis] for mesh_axis in AXIS_RULES[axis]} if axis is not None else {}
         if size % math.prod(parts.values()):
             over = " x ".join(f"{mesh_axis} {count}" for mesh_axis, count in parts.items())
-            raise ValueError(f"{name}: axis {axis!r} of size {size} (shape {tuple(shape)}) does not divide over {over}")
+            raise ShardingError(
+                f"{name}: axis {axis!r} of size {size} (shape {tuple(shape)}) does not divide over {over}"
+            )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
 from ecdit.conditioning.text_to_image import System, make_system
-from ecdit.config import UserError, to_dict
+from ecdit.config import to_dict
 from ecdit.data.loader import make_loader
 from ecdit.data.records import Manifest, captions, prepare
 from ecdit.evaluation.pictures import save_grid
@@ -30,10 +30,6 @@ from ecdit.training.step import Batch, make_train_step
 PREEMPTED = 42  # exit code: saved after SIGTERM, start me again
 
 
-class DivergedError(UserError):
-    """Too many steps in a row were not finite."""
-
-
 def train(experiment: Experiment, workdir: Path) -> int:
     """Trains `experiment` in `workdir`, from its newest checkpoint if it has one.
 
@@ -45,6 +41,7 @@ def train(experiment: Experiment, workdir: Path) -> int:
     mesh = make_mesh(experiment.mesh)
     check_mesh(experiment, mesh)
     system = make_system(experiment.system)
+    system.shardings(mesh)  # refuses what cannot be laid out, before anything is written
     manifest = _prepared_data(experiment)
     workdir.mkdir(parents=True, exist_ok=True)
     with jax.set_mesh(mesh), checkpoint.open_manager(workdir, experiment.checkpoint) as manager:
@@ -73,14 +70,14 @@ def _run(
     """Steps until the last step or a preemption; the state it returns is saved."""
     config, start = experiment.train, int(state.step)
     train_step = make_train_step(experiment, system, mesh)
-    reporter = Reporter(workdir, start, config.num_steps, config.batch_size, config.log_every)
+    reporter = Reporter(workdir, start, config, list(flat_names(state.params)))
     preempted = PreemptionFlag(manager)
     pending: tuple[int, Any] | None = None
     stop = False
     for step in range(start + 1, config.num_steps + 1):
         state, metrics = train_step(state, next(batches))
         if pending is not None:  # step n - 1 is read once step n is dispatched, so the device never waits for us
-            _report(reporter, *pending, experiment, state)
+            reporter.report(*pending)
         pending = (step, metrics)
         stop = preempted.reached(step)
         if step % experiment.checkpoint.every == 0 or step == config.num_steps or stop:
@@ -89,23 +86,11 @@ def _run(
         if stop:
             break
     if pending is not None:
-        _report(reporter, *pending, experiment, state)
+        reporter.report(*pending)
     reporter.close()
     checkpoint.finish_saves(manager)
     preempted.close()
     return state, stop and int(state.step) < config.num_steps
-
-
-def _report(reporter: Reporter, step: int, metrics: dict[str, Any], experiment: Experiment, state: TrainState) -> None:
-    """Reports a step; raises DivergedError after too many bad ones in a row."""
-    reporter.report(step, metrics)
-    if int(metrics["bad_in_row"]) >= experiment.train.max_bad_steps:
-        leaf = int(metrics["bad_leaf"])
-        where = "the loss" if leaf < 0 else f"the gradient of {list(flat_names(state.params))[leaf]}"
-        raise DivergedError(
-            f"step {step}: {where} was not finite, and so {int(metrics['bad_in_row'])} steps in a row were skipped "
-            f"(config.train.max_bad_steps = {experiment.train.max_bad_steps}). The newest checkpoint is sound."
-        )
 
 
 class PreemptionFlag:

@@ -3,18 +3,26 @@
 import json
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from ecdit.config import UserError
+from ecdit.training.experiment import TrainConfig
+
+
+class DivergedError(UserError):
+    """Too many steps in a row were not finite."""
+
 
 class Reporter:
-    """Writes metrics; on other processes than 0 it does nothing."""
+    """Writes metrics, and stops a run that has diverged; on other processes than 0 it only does the latter."""
 
-    def __init__(self, workdir: Path, start_step: int, num_steps: int, batch_size: int, log_every: int):
-        self.num_steps, self.batch_size, self.log_every = num_steps, batch_size, log_every
+    def __init__(self, workdir: Path, start_step: int, config: TrainConfig, leaf_names: Sequence[str]):
+        self.config, self.leaf_names = config, leaf_names
         self.file = None
         if jax.process_index() == 0:
             path = workdir / "metrics.jsonl"
@@ -24,20 +32,28 @@ class Reporter:
         self.durations: list[float] = []  # of the steps since the first, which compiles
 
     def report(self, step: int, metrics: dict[str, Any]) -> None:
-        """Writes the metrics of step `step` (steps done, from 1), which waits until they are computed."""
-        if self.file is None:
-            return
+        """Writes the metrics of step `step` (steps done, from 1), which waits until they are computed.
+
+        Raises:
+          DivergedError: train.max_bad_steps steps in a row were not finite.
+        """
         values = {name: np.asarray(value).tolist() for name, value in metrics.items()}
         now = time.monotonic()
         rate = None
         if self.last_time is not None:
             self.durations = [*self.durations[-99:], now - self.last_time]
-            rate = self.batch_size / (now - self.last_time)
+            rate = self.config.batch_size / (now - self.last_time)
         self.last_time = now
-        self.file.write(json.dumps({"step": step, **values, "images_per_second": rate, "time": time.time()}) + "\n")
-        self.file.flush()
-        if step % self.log_every == 0 or step == self.num_steps or values["bad_in_row"]:
-            print(self._line(step, values), flush=True)
+        if self.file is not None:
+            self.file.write(json.dumps({"step": step, **values, "images_per_second": rate, "time": time.time()}) + "\n")
+            self.file.flush()
+            if step % self.config.log_every == 0 or step == self.config.num_steps or values["bad_in_row"]:
+                print(self._line(step, values), flush=True)
+        if values["bad_in_row"] >= self.config.max_bad_steps:
+            raise DivergedError(
+                f"step {step}: {self._culprit(values)}, and so {values['bad_in_row']} steps in a row were skipped "
+                f"(config.train.max_bad_steps = {self.config.max_bad_steps}). The newest checkpoint is sound."
+            )
 
     def close(self) -> None:
         """Closes the file."""
@@ -45,19 +61,23 @@ class Reporter:
             self.file.close()
 
     def _line(self, step: int, values: dict[str, Any]) -> str:
+        config = self.config
         seconds = sum(self.durations) / len(self.durations) if self.durations else 0.0
-        speed = f"{self.batch_size / seconds:.1f} images/s" if seconds else "compiled"
-        left = time.strftime("%H:%M:%S", time.gmtime(seconds * (self.num_steps - step))) if seconds else "?"
+        left = time.strftime("%H:%M:%S", time.gmtime(seconds * (config.num_steps - step))) if seconds else "?"
         parts = [
-            f"step {step}/{self.num_steps}",
+            f"step {step}/{config.num_steps}",
             f"loss {values['loss']:.4f}",
             f"grad {values['grad_norm']:.3f}",
-            speed,
+            f"{config.batch_size / seconds:.1f} images/s" if seconds else "compiled",
             f"{left} left",
         ]
         if values["bad_in_row"]:
-            parts.append(f"SKIPPED: not finite ({values['bad_in_row']} in a row)")
+            parts.append(f"SKIPPED: {self._culprit(values)} ({values['bad_in_row']} in a row)")
         return "  ".join(parts)
+
+    def _culprit(self, values: dict[str, Any]) -> str:
+        leaf = values["bad_leaf"]
+        return ("the loss" if leaf < 0 else f"the gradient of {self.leaf_names[leaf]}") + " was not finite"
 
 
 def drop_lines_after(path: Path, step: int) -> None:

@@ -35,7 +35,7 @@ def state_shardings(system: System, optimizer: optax.GradientTransformation, mes
     """Shardings of a TrainState: EMA and moments like their parameters, all else replicated.
 
     Raises:
-      ValueError: as `partitioning.param_shardings`.
+      ShardingError: as `partitioning.param_shardings`.
     """
     params = system.shardings(mesh)
     whole = replicated(mesh)

@@ -12,13 +12,12 @@ from ecdit.config import ConfigError, build, flatten, to_dict
 from ecdit.interop.weights import flat_names
 from ecdit.training.experiment import Experiment, make_experiment
 from ecdit.training.restored import open_run
+from launch.local import cpu_environment
 from tests.runs import ROOT, TINY, command, emoji_config, run, tiny_values, train_command
 
 
 @pytest.fixture(scope="module")
 def env(compilation_cache):
-    from launch.local import cpu_environment
-
     return {**cpu_environment(1), "JAX_COMPILATION_CACHE_DIR": str(compilation_cache)}
 
 
@@ -136,6 +135,14 @@ def test_retrieval_prints_and_writes_what_it_measured(workdir, tmp_path, env):
 )
 def test_train_refuses_bad_config(flags, said, tmp_path, env):
     refused(command("train", f"--config={ROOT}/configs/emoji.py", f"--workdir={tmp_path}/run", *flags), env, *said)
+    assert not (tmp_path / "run").exists()
+
+
+def test_train_refuses_parameters_that_do_not_divide_over_the_mesh(tmp_path):
+    sizes = {"mesh.data": 1, "mesh.fsdp": 3, "train.batch_size": 66, "sampling.batch_size": 33}
+    overrides = [f"--config.{key}={value}" for key, value in sizes.items()]
+    arguments = command("train", f"--config={ROOT}/configs/emoji.py", f"--workdir={tmp_path}/run", *overrides)
+    refused(arguments, cpu_environment(3), "axis 'embed' of size 128", "fsdp 3 x expert 1", "denoiser/")
     assert not (tmp_path / "run").exists()
 
 
@@ -262,7 +269,7 @@ def test_a_run_that_diverges_says_where_and_stops(tmp_path, emoji_data, env):
         train_command(workdir, emoji_data, **changes), env, "not finite", "3 steps in a row", "max_bad_steps = 3"
     )
     assert result.returncode == 2
-    assert result.stdout.count("SKIPPED") == 3
+    assert result.stdout.count("SKIPPED: the gradient of ") == 3
     opened = open_run(workdir)
     for name, array in flat_names(opened.params).items():
         assert np.isfinite(array).all(), name
