@@ -20,7 +20,7 @@ from ecdit.models.dit import RoutingReport
 from ecdit.models.embeddings import patchify
 from ecdit.partitioning import batch_sharding, constrain, replicated
 from ecdit.training.experiment import Experiment
-from ecdit.training.optimizer import make_optimizer, make_schedule
+from ecdit.training.optimizer import make_optimizer
 from ecdit.training.state import TrainState, run_key, state_shardings
 
 Batch = dict[str, Array]  # image uint8[B, h, w, 3], tokens int32[B, L], size_crop float32[B, 4]
@@ -187,8 +187,3 @@ def router_grad_norm(grads: Params) -> Float[Array, " P"]:
     """Norm of the router's gradient in every sparse layer, float32; empty without experts."""
     experts = grads["denoiser"]["pairs"]["even"].get("experts")
     return jnp.zeros((0,)) if experts is None else jnp.sqrt(jnp.square(experts["router"]).sum(axis=(1, 2)))
-
-
-def learning_rate(experiment: Experiment, step: int) -> float:
-    """The learning rate of the update that makes `step` steps done."""
-    return float(make_schedule(experiment.optimizer)(step - 1))
