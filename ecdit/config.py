@@ -7,11 +7,13 @@ value raises `ConfigError` with the key, the value and what is allowed.
 """
 
 import dataclasses
+import os
 import re
 import sys
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import ml_collections
@@ -120,6 +122,13 @@ def _typed(hint: Any, key: str, value: Any) -> Any:
     return value
 
 
+def check_writable(path: Path) -> None:
+    """Raises UserError, before work is done for nothing, where `path` could not be made or written."""
+    existing = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if (existing != path and not existing.is_dir()) or not os.access(existing, os.W_OK):
+        raise UserError(f"{path} cannot be written: {existing} is no directory to write in")
+
+
 def define_config_flag() -> flags.FlagHolder:
     """Defines `--config=FILE.py[:ARGUMENT]` with its overrides `--config.a.b=value`."""
     return config_flags.DEFINE_config_file("config", None, "Experiment file, with an optional :argument.")
@@ -139,9 +148,9 @@ def config_values(flag: flags.FlagHolder) -> ml_collections.ConfigDict:
 
 
 def run_command(main: Callable[[list[str]], None]) -> None:
-    """Runs a command: parses its flags, calls `main(remaining argv)`, prints a `UserError` without a traceback.
+    """Runs a command: parses its flags, calls `main(remaining argv)`, prints user errors without a traceback.
 
-    Exits with 2 after a UserError.
+    Exits with 2 after a UserError or an OSError, whose message names the path.
     """
 
     def quiet_main(argv: list[str]) -> None:
@@ -151,7 +160,7 @@ def run_command(main: Callable[[list[str]], None]) -> None:
 
     try:
         app.run(quiet_main, flags_parser=_parse_flags)
-    except UserError as error:
+    except (UserError, OSError) as error:  # OSError: a path that is missing, forbidden or on a full disk
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from ecdit.config import UserError, run_command, to_dict
+from ecdit.config import UserError, check_writable, run_command, to_dict
 from ecdit.data.records import Records
 from ecdit.evaluation.retrieval import fixed_choice, protocol, recall, target_ranks
 from ecdit.training.restored import open_run, sample_run
@@ -21,6 +21,8 @@ def main(argv: list[str]) -> None:
     """Runs the evaluation that the command line names."""
     if argv[1:] != ["retrieval"]:
         raise UserError(f"evaluations: retrieval; got {' '.join(argv[1:]) or 'none'}")
+    if JSON.value:
+        check_writable(Path(JSON.value))
     result = retrieval(Path(WORKDIR.value), ALL.value)
     if JSON.value:
         Path(JSON.value).write_text(json.dumps(result, indent=2) + "\n")

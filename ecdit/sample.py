@@ -8,7 +8,7 @@ from absl import flags
 from jaxtyping import UInt8
 from numpy import ndarray
 
-from ecdit.config import UserError, run_command
+from ecdit.config import UserError, check_writable, run_command
 from ecdit.evaluation.pictures import save_grid, save_png
 from ecdit.training.restored import open_run, sample_run
 
@@ -33,9 +33,10 @@ def read_prompts(prompt: str | None, file: str | None) -> list[str]:
             raise UserError(f"--prompt={prompt!r} is empty")
         return [prompt]
     try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
+        text = Path(file).read_text(encoding="utf-8-sig")  # an editor's byte order mark is no part of a prompt
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompts={file}: {error}") from None
+    lines = text.removesuffix("\n").split("\n") if text else []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             raise UserError(f"--prompts={file}: line {number} is empty")
@@ -49,7 +50,9 @@ def main(argv: list[str]) -> None:
     del argv
     prompts = [prompt for prompt in read_prompts(PROMPT.value, PROMPTS.value) for _ in range(REPEATS.value)]
     repeats = [i % REPEATS.value for i in range(len(prompts))]
-    out, run = Path(OUT.value), open_run(Path(WORKDIR.value), SET.value)
+    out = Path(OUT.value)
+    check_writable(out / "grid.png")
+    run = open_run(Path(WORKDIR.value), SET.value)
     pictures = sample_run(run, prompts, repeats)
     source = {"workdir": WORKDIR.value, "step": run.step, "seed": run.experiment.sampling.seed}
     write_pictures(out, pictures, prompts, repeats, source)

@@ -42,7 +42,7 @@ class SamplingConfig:
     def __post_init__(self):
         for key in ("num_steps", "original_size", "batch_size", "num_grid"):
             require(getattr(self, key) >= 1, key, getattr(self, key), "must be 1 or more")
-        require(self.seed >= 0, "seed", self.seed, "must be 0 or more")
+        require(0 <= self.seed < 2**32, "seed", self.seed, "must be in 0 .. 2**32 - 1")
 
 
 def check_sampling(config: SamplingConfig, model: DiTConfig, mesh: Mesh) -> None:

@@ -8,6 +8,8 @@ import jax
 import numpy as np
 from safetensors.numpy import save
 
+from ecdit.config import UserError, check_writable
+
 
 def flat_names(params: dict[str, Any]) -> dict[str, Any]:
     """A nested dict of arrays as {'denoiser.pairs.even.experts.up': array}."""
@@ -16,7 +18,14 @@ def flat_names(params: dict[str, Any]) -> dict[str, Any]:
 
 
 def save_weights(params: dict[str, Any], path: Path, metadata: dict[str, str]) -> None:
-    """Writes the arrays under their dotted names; the file appears whole or not at all."""
+    """Writes the arrays under their dotted names; the file appears whole or not at all.
+
+    Raises:
+      UserError: `path` cannot be written.
+    """
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"{path.absolute()}: its directory does not exist")
+    check_writable(path)
     scratch = path.with_name(path.name + ".tmp")
     try:
         scratch.write_bytes(save({name: np.asarray(array) for name, array in flat_names(params).items()}, metadata))

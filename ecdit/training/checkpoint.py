@@ -5,9 +5,10 @@ Three verbs that never mix: resume (the same run goes on), start from another ru
 run), export (see interop.weights).
 """
 
+import contextlib
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -111,9 +112,10 @@ def read_meta(manager: ocp.CheckpointManager, step: int) -> Meta:
     """The JSON of a checkpoint.
 
     Raises:
-      CheckpointError: written in another format.
+      CheckpointError: damaged, or written in another format.
     """
-    values = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
+    with _readable(manager, step):
+        values = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
     if values.get("format") != FORMAT:
         raise CheckpointError(f"{manager.directory}/{step}: format {values.get('format')}, this version reads {FORMAT}")
     return Meta(**values)
@@ -184,10 +186,22 @@ def _as_dict(state: TrainState) -> dict[str, Any]:
 
 def _restore_arrays(manager: ocp.CheckpointManager, step: int, target: dict[str, Any]) -> dict[str, Any]:
     """The arrays that `target` has, of which the checkpoint may hold more."""
-    _check_arrays(manager, step, target)
-    arguments = ocp.checkpoint_utils.construct_restore_args(target)
-    item = ocp.args.PyTreeRestore(item=target, restore_args=arguments, partial_restore=True)
-    return manager.restore(step, args=ocp.args.Composite(state=item)).state
+    with _readable(manager, step):
+        _check_arrays(manager, step, target)
+        arguments = ocp.checkpoint_utils.construct_restore_args(target)
+        item = ocp.args.PyTreeRestore(item=target, restore_args=arguments, partial_restore=True)
+        return manager.restore(step, args=ocp.args.Composite(state=item)).state
+
+
+@contextlib.contextmanager
+def _readable(manager: ocp.CheckpointManager, step: int) -> Iterator[None]:
+    """Whatever a damaged checkpoint makes the libraries raise, as a CheckpointError that names it."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{manager.directory}/{step} cannot be read: {_first_line(error)}") from error
 
 
 def _check_arrays(manager: ocp.CheckpointManager, step: int, target: Mapping[str, Any]) -> None:
@@ -214,5 +228,9 @@ def _arrays(tree: Any) -> dict[str, Any]:
 
 
 def _save_failed(manager: ocp.CheckpointManager, error: Exception) -> CheckpointError:
-    first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return CheckpointError(f"saving to {manager.directory} failed: {first_line}. Earlier checkpoints are untouched.")
+    failed = f"saving to {manager.directory} failed: {_first_line(error)}"
+    return CheckpointError(f"{failed}. Earlier checkpoints are untouched.")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

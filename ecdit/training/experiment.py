@@ -72,7 +72,7 @@ class Experiment:
     runtime: RuntimeConfig
 
     def __post_init__(self):
-        require(self.seed >= 0, "seed", self.seed, "must be 0 or more")
+        require(0 <= self.seed < 2**32, "seed", self.seed, "must be in 0 .. 2**32 - 1")
         require(
             self.text.vocab_size >= self.data.vocab_size,
             "text.vocab_size",

@@ -1,5 +1,6 @@
 """The training loop: sets up, resumes, steps, saves."""
 
+import contextlib
 import importlib.metadata
 import json
 import signal
@@ -70,26 +71,26 @@ def _run(
     """Steps until the last step or a preemption; the state it returns is saved."""
     config, start = experiment.train, int(state.step)
     train_step = make_train_step(experiment, system, mesh)
-    reporter = Reporter(workdir, start, config, list(flat_names(state.params)))
-    preempted = PreemptionFlag(manager)
     pending: tuple[int, Any] | None = None
     stop = False
-    for step in range(start + 1, config.num_steps + 1):
-        state, metrics = train_step(state, next(batches))
-        if pending is not None:  # step n - 1 is read once step n is dispatched, so the device never waits for us
-            reporter.report(*pending)
-        pending = (step, metrics)
-        stop = preempted.reached(step)
-        if step % experiment.checkpoint.every == 0 or step == config.num_steps or stop:
-            checkpoint.save(manager, state, step, _meta(experiment, manifest, step))
-        checkpoint.check_saves(manager)
-        if stop:
-            break
-    if pending is not None:
-        reporter.report(*pending)
-    reporter.close()
-    checkpoint.finish_saves(manager)
-    preempted.close()
+    with (
+        contextlib.closing(Reporter(workdir, start, config, list(flat_names(state.params)))) as reporter,
+        contextlib.closing(PreemptionFlag(manager)) as preempted,
+    ):
+        for step in range(start + 1, config.num_steps + 1):
+            state, metrics = train_step(state, next(batches))
+            if pending is not None:  # step n - 1 is read once step n is dispatched: the device never waits for us
+                reporter.report(*pending)
+            pending = (step, metrics)
+            stop = preempted.reached(step)
+            if step % experiment.checkpoint.every == 0 or step == config.num_steps or stop:
+                reporter.report(*pending)  # first, so that a run that resumes from here has this line
+                pending = None
+                checkpoint.save(manager, state, step, _meta(experiment, manifest, step))
+            checkpoint.check_saves(manager)
+            if stop:
+                break
+        checkpoint.finish_saves(manager)
     return state, stop and int(state.step) < config.num_steps
 
 

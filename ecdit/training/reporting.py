@@ -1,6 +1,8 @@
 """What a run says of itself: `metrics.jsonl` (a flushed line per step) and the printed step lines. Process 0 only."""
 
+import datetime
 import json
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -45,7 +47,8 @@ class Reporter:
             rate = self.config.batch_size / (now - self.last_time)
         self.last_time = now
         if self.file is not None:
-            self.file.write(json.dumps({"step": step, **values, "images_per_second": rate, "time": time.time()}) + "\n")
+            line = {"step": step, **_without_nan(values), "images_per_second": rate, "time": time.time()}
+            self.file.write(json.dumps(line, allow_nan=False) + "\n")
             self.file.flush()
             if step % self.config.log_every == 0 or step == self.config.num_steps or values["bad_in_row"]:
                 print(self._line(step, values), flush=True)
@@ -63,7 +66,7 @@ class Reporter:
     def _line(self, step: int, values: dict[str, Any]) -> str:
         config = self.config
         seconds = sum(self.durations) / len(self.durations) if self.durations else 0.0
-        left = time.strftime("%H:%M:%S", time.gmtime(seconds * (config.num_steps - step))) if seconds else "?"
+        left = datetime.timedelta(seconds=round(seconds * (config.num_steps - step))) if seconds else "?"
         parts = [
             f"step {step}/{config.num_steps}",
             f"loss {values['loss']:.4f}",
@@ -80,12 +83,29 @@ class Reporter:
         return ("the loss" if leaf < 0 else f"the gradient of {self.leaf_names[leaf]}") + " was not finite"
 
 
+def _without_nan(value: Any) -> Any:
+    """JSON has no numbers that are not finite: they become null."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _step_of(line: str) -> float:
+    """A line's step; infinity for a line that a crash has garbled."""
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return math.inf
+
+
 def drop_lines_after(path: Path, step: int) -> None:
     """Removes the lines of steps after `step`, and a torn last one: a resumed run writes them anew."""
     if not path.exists():
         return
     lines = path.read_text().splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    kept = [line for line in lines if line.endswith("\n") and _step_of(line) <= step]
     scratch = path.with_suffix(".tmp")
     scratch.write_text("".join(kept))
     os.replace(scratch, path)

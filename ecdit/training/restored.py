@@ -1,7 +1,6 @@
 """A finished or running run, opened to sample from: its config, model and EMA weights."""
 
 import dataclasses
-import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,11 +58,16 @@ def saved_experiment(workdir: Path, overrides: Sequence[str] = ()) -> Experiment
         values = json.loads((workdir / CONFIG_FILE).read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{workdir} is no run's workdir: {error}") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{workdir} is no run's workdir: its {CONFIG_FILE} is no config")
     for override in overrides:
         key, separator, text = override.partition("=")
         *groups, name = key.split(".")
-        group = functools.reduce(lambda node, part: node.get(part, {}), groups, values)
-        require(bool(separator) and name in group, key, text, "no such key of the run's config; write key=value")
+        group: Any = values
+        for part in groups:
+            group = group.get(part) if isinstance(group, dict) else None
+        found = bool(separator) and isinstance(group, dict) and name in group
+        require(found, key, text, "no such key of the run's config; write key=value")
         group[name] = text if isinstance(group[name], str) else _json(key, text)
     return make_experiment(values)
 

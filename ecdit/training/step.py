@@ -104,16 +104,15 @@ def _accumulated_gradients(
         (loss, metrics), grads = gradient(state.params, experiment, system, batch, keys)
         return loss, metrics, grads
 
-    def add_microbatch(total: Any, microbatch: tuple[Batch, ExampleKeys]) -> tuple[Any, None]:
+    def add_microbatch(total: Params, microbatch: tuple[Batch, ExampleKeys]) -> tuple[Params, tuple[Array, Metrics]]:
         (loss, metrics), grads = gradient(state.params, experiment, system, *microbatch)
-        return jax.tree.map(jnp.add, total, (loss, metrics, grads)), None
+        return jax.tree.map(jnp.add, total, grads), (loss, metrics)
 
     microbatches = _split_microbatches((batch, keys), experiment)
-    first = jax.tree.map(lambda x: x[0], microbatches)
-    shapes = jax.eval_shape(lambda: gradient(state.params, experiment, system, *first))
-    (loss, metrics), grads = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    total, _ = jax.lax.scan(add_microbatch, (loss, metrics, grads), microbatches)
-    return jax.tree.map(lambda x: x / count, total)
+    zeros = jax.tree.map(jnp.zeros_like, state.params)
+    total, (losses, stacked) = jax.lax.scan(add_microbatch, zeros, microbatches)
+    metrics = {name: x.max(axis=0) if name == "coverage_most" else x.mean(axis=0) for name, x in stacked.items()}
+    return losses.mean(), metrics, jax.tree.map(lambda x: x / count, total)
 
 
 def _split_microbatches(tree: Any, experiment: Experiment) -> Any:
@@ -172,7 +171,7 @@ def _gated_update(
         "router_grad_norm": router_grad_norm(grads),
         "bad_steps": new_state.bad_steps,
         "bad_in_row": new_state.bad_in_row,
-        "bad_leaf": _first_bad(squares),
+        "bad_leaf": jnp.where(jnp.isfinite(loss), _first_bad(squares), -1),
     }
     return new_state, metrics
 

@@ -1,0 +1,92 @@
+"""Bad input to the commands, beyond a wrong config: prompts, seeds and paths."""
+
+import json
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from ecdit.conditioning.text_to_image import make_system
+from ecdit.config import ConfigError, UserError, to_dict
+from ecdit.sample import read_prompts
+from ecdit.training import checkpoint
+from ecdit.training.experiment import CheckpointConfig, make_experiment
+from tests.runs import ROOT, command, run, tiny, tiny_values
+
+
+@pytest.mark.parametrize(
+    ("content", "prompts"),
+    [
+        (b"red heart\ntiger\nred heart\n", ["red heart", "tiger", "red heart"]),
+        (b"red heart\r\ntiger", ["red heart", "tiger"]),
+        ("caf\u00e9\n\U0001f42f\n".encode(), ["caf\u00e9", "\U0001f42f"]),
+        (b"\xef\xbb\xbfred heart\ntiger\n", ["red heart", "tiger"]),  # an editor's mark, not a part of the prompt
+        ("red\u2028heart\ntiger\x0cface\n".encode(), ["red\u2028heart", "tiger\x0cface"]),  # one line to every editor
+    ],
+    ids=["order and repeats", "crlf and no end", "utf-8", "byte order mark", "other separators"],
+)
+def test_a_prompt_is_a_line(tmp_path, content, prompts):
+    (tmp_path / "prompts.txt").write_bytes(content)
+    assert read_prompts(None, str(tmp_path / "prompts.txt")) == prompts
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(b"a\n \t\nb\n", "line 2 is empty"), (b"\n", "line 1 is empty"), (b"a\n\xff\n", "utf-8"), (b"", "no prompts")],
+)
+def test_prompts_that_are_none_are_refused(tmp_path, content, said):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=said) as error:
+        read_prompts(None, str(path))
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("key", ["seed", "sampling.seed"])
+@pytest.mark.parametrize("value", [-1, 2**32, 2**40])
+def test_seeds_that_are_no_uint32_are_refused_and_not_cut_to_32_bits(key, value):
+    """Cut to 32 bits, 2**32 draws what 0 draws."""
+    with pytest.raises(ConfigError) as error:
+        make_experiment(tiny_values(**{key.replace(".", "__"): value}))
+    assert (error.value.key, error.value.value) == (key, value)
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory, emoji_data):
+    """A run of which only the drawn weights are left, as its EMA."""
+    workdir = tmp_path_factory.mktemp("run")
+    experiment = tiny(data__directory=str(emoji_data))
+    (workdir / "config.json").write_text(json.dumps(to_dict(experiment)))
+    system = make_system(experiment.system)
+    ema = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(system.init, jax.random.key(0)))
+    meta = checkpoint.Meta(checkpoint.FORMAT, to_dict(experiment), 0, "", {})
+    with checkpoint.open_manager(workdir, CheckpointConfig(every=1, keep=1, init_from="")) as manager:
+        state, values = ocp.args.PyTreeSave({"ema": ema}), ocp.args.JsonSave(to_dict(meta))
+        manager.save(1, args=ocp.args.Composite(state=state, meta=values))
+    return workdir
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "--config={root}/configs/emoji.py", "--config.data.directory={data}", "--workdir={file}"],
+        ["train", "--config={root}/configs/emoji.py", "--config.data.directory={data}", "--workdir={file}/below"],
+        ["prepare", "--config={root}/configs/emoji.py", "--config.data.directory={file}"],
+        ["sample", "--workdir={run}", "--prompt=tiger", "--out={file}"],
+        ["checkpoint", "export", "--workdir={run}", "--out={file}/w.safetensors"],
+        ["evaluate", "retrieval", "--workdir={run}", "--json={file}/r.json"],
+    ],
+    ids=lambda arguments: " ".join(arguments[:2]).split(" --")[0],
+)
+def test_a_path_that_cannot_be_written_is_named_before_the_work(arguments, workdir, tmp_path, emoji_data, cpu_env):
+    file = tmp_path / "file"
+    file.write_text("in the way")
+    known = {"root": ROOT, "data": emoji_data, "run": workdir, "file": file}
+    result = run(command(*(argument.format(**known) for argument in arguments)), cpu_env())
+    assert result.returncode == 2, result.stderr[-2000:]
+    assert "Traceback" not in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("error: ")
+    assert str(file) in result.stderr.splitlines()[-1]
+    assert "sampling" not in result.stderr  # it took minutes, for nothing
+    assert file.read_text() == "in the way"

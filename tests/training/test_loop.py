@@ -1,0 +1,199 @@
+"""The loop with a toy in the model's place: what it saves, writes and raises, and in which order.
+
+The toy's step adds 1 to every parameter, so a state tells which step it belongs to. Data is a counter.
+"""
+
+import dataclasses
+import itertools
+import json
+import os
+import signal
+from functools import partial
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ecdit.config import UserError
+from ecdit.partitioning import make_mesh, replicated
+from ecdit.training import checkpoint, loop
+from ecdit.training.loop import PREEMPTED, device_batches
+from ecdit.training.reporting import DivergedError
+from ecdit.training.state import TrainState
+from tests.runs import tiny
+
+SIZE = 1 << 20  # floats of a parameter: saving them takes longer than the next steps
+
+
+def toy_state():
+    zero = jnp.zeros((), jnp.int32)
+    params = lambda: {"denoiser": {"head": jnp.zeros(SIZE), "tail": jnp.zeros(3)}}  # noqa: E731
+    return TrainState(zero, params(), params(), {"count": jnp.copy(zero)}, jnp.copy(zero), jnp.copy(zero))
+
+
+def toy_sharding():
+    return replicated(make_mesh(tiny().mesh))
+
+
+def toy_abstract():
+    like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=toy_sharding())  # noqa: E731
+    return jax.tree.map(like, jax.eval_shape(toy_state))
+
+
+@partial(jax.jit, donate_argnums=0)
+def toy_step(state, bad, leaf):
+    """`bad` says whether the step counts as not finite, `leaf` which gradient it blames."""
+    step, bad_in_row = state.step + 1, (state.bad_in_row + 1) * bad
+    params, ema = jax.tree.map(lambda x: x + 1, (state.params, state.ema))
+    new = TrainState(step, params, ema, state.optimizer, state.bad_steps + bad, bad_in_row)
+    loss = jnp.where(bad & (leaf < 0), jnp.nan, step.astype(jnp.float32))
+    return new, {"loss": loss, "grad_norm": loss, "bad_in_row": bad_in_row, "bad_leaf": leaf}
+
+
+class Toy:
+    """A run of the toy in `workdir`. `at[n]` is called when batch n is asked for (n counts from 1, over all runs)."""
+
+    def __init__(self, workdir):
+        self.workdir, self.at, self.bad, self.leaf = workdir, {}, (), -1
+
+    def batches(self, experiment, mesh, start_row):
+        for n in itertools.count(start_row // experiment.train.batch_size + 1):
+            self.at.get(n, lambda: None)()
+            yield jnp.int32(n in self.bad)
+
+    def train(self, num_steps, every, keep=100, max_bad_steps=3):
+        overrides = {"num_steps": num_steps, "max_bad_steps": max_bad_steps, "log_every": 1000}
+        values = {f"train__{key}": value for key, value in overrides.items()}
+        return loop.train(tiny(checkpoint__every=every, checkpoint__keep=keep, **values), self.workdir)
+
+    def losses(self):
+        lines = (self.workdir / "metrics.jsonl").read_text().splitlines()
+        return [(row["step"], row["loss"]) for row in map(json.loads, lines)]
+
+    def saved(self):
+        """{step: (one number of each array that was saved)} of all checkpoints."""
+        states = {}
+        with checkpoint.open_reader(self.workdir) as manager:
+            for step in manager.all_steps():
+                state = checkpoint.restore(manager, step, toy_abstract())
+                states[step] = {tuple(np.unique(x).tolist()) for x in jax.tree.leaves((state.params, state.ema))}
+                assert int(state.step) == step
+                assert checkpoint.read_meta(manager, step).next_row == 16 * step
+        return states
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    toy = Toy(tmp_path / "run")
+    monkeypatch.setattr(loop, "prepare", lambda config: SimpleNamespace(fingerprint="toy"))
+    monkeypatch.setattr(loop, "captions", lambda config: ["a"])
+    monkeypatch.setattr(loop, "sample_run", lambda *_: np.zeros((1, 8, 8, 3), np.uint8))
+    monkeypatch.setattr(loop, "init_state", lambda *_: jax.jit(toy_state, out_shardings=toy_sharding())())
+    monkeypatch.setattr(loop, "abstract_state", lambda *_: toy_abstract())
+    monkeypatch.setattr(loop, "make_train_step", lambda *_: lambda state, bad: toy_step(state, bad, toy.leaf))
+    monkeypatch.setattr(loop, "device_batches", toy.batches)
+    return toy
+
+
+def test_a_checkpoint_holds_its_own_step_though_the_next_ones_overwrite_the_buffers(toy):
+    assert toy.train(num_steps=9, every=2) == 0
+    assert toy.saved() == {step: {(float(step),)} for step in (2, 4, 6, 8, 9)}
+
+
+def test_keep_leaves_the_newest(toy):
+    toy.train(num_steps=9, every=2, keep=2)
+    assert sorted(toy.saved()) == [8, 9]
+
+
+def test_fewer_steps_than_saved_changes_nothing(toy):
+    toy.train(num_steps=6, every=4)
+    before = toy.losses()
+    assert toy.train(num_steps=2, every=4) == 0
+    assert toy.losses() == before
+    assert sorted(toy.saved()) == [4, 6]
+
+
+@pytest.mark.parametrize("stop", range(3, 8))
+def test_a_run_that_dies_between_steps_resumes_without_a_gap_or_a_repeat(toy, stop):
+    """The save of step 4 is running when batch 5 fails: it still ends, and the run goes on from it."""
+
+    def fail():
+        raise ConnectionError("the data is gone")
+
+    toy.at[stop] = fail
+    with pytest.raises(ConnectionError):
+        toy.train(num_steps=9, every=4)
+    toy.at.clear()
+    assert toy.train(num_steps=9, every=4) == 0
+    assert toy.losses() == [(step, float(step)) for step in range(1, 10)]
+    assert toy.saved()[9] == {(9.0,)}
+
+
+def test_sigterm_saves_the_running_step_and_the_same_command_goes_on(toy, capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    toy.at[5] = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    assert toy.train(num_steps=9, every=1000) == PREEMPTED
+    assert "saved step 5" in capsys.readouterr().out
+    assert sorted(toy.saved()) == [5]
+    assert signal.getsignal(signal.SIGTERM) == before
+    toy.at.clear()
+    assert toy.train(num_steps=9, every=1000) == 0
+    assert toy.losses() == [(step, float(step)) for step in range(1, 10)]
+
+
+def test_sigterm_in_the_last_step_is_a_finished_run(toy):
+    toy.at[9] = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    assert toy.train(num_steps=9, every=1000) == 0
+
+
+@pytest.mark.parametrize("first", [4, 7])  # the second of these is found after the last step
+def test_bad_steps_in_a_row_stop_the_run(toy, first):
+    toy.bad, toy.leaf = range(first, 100), 1
+    with pytest.raises(
+        DivergedError, match=rf"step {first + 2}: .*denoiser\.tail.*3 steps in a row.*max_bad_steps = 3"
+    ):
+        toy.train(num_steps=9, every=2)
+    assert toy.losses()[-1][0] == first + 2  # all of them are on record
+    assert len(toy.losses()) == first + 2
+
+
+def test_bad_steps_that_are_not_in_a_row_do_not(toy, capsys):
+    toy.bad = (2, 3, 5, 6, 8, 9)
+    assert toy.train(num_steps=9, every=2) == 0
+    assert capsys.readouterr().out.count("not finite") == 6
+
+
+def test_every_line_of_the_metrics_is_json_also_of_a_step_that_was_not_finite(toy):
+    """RFC 8259 has no NaN: what reads the file with anything but Python's json would stop there."""
+    toy.bad = (2,)
+    toy.train(num_steps=3, every=100)
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    for line in (toy.workdir / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=refuse)
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1, 1), (2, 2, 2, 1), (1, 2, 2, 2), (1, 1, 1, 8)])
+def test_batches_are_the_same_on_any_mesh_and_from_any_start(sizes, emoji_data):
+    mesh_values = dict(zip(("data", "fsdp", "expert", "tensor"), sizes, strict=True))
+    experiment = tiny(data__directory=str(emoji_data), **{f"mesh__{axis}": size for axis, size in mesh_values.items()})
+    one = make_mesh(dataclasses.replace(experiment.mesh, data=1, fsdp=1, expert=1, tensor=1), jax.devices()[:1])
+    batches = device_batches(experiment, make_mesh(experiment.mesh), 16)
+    expected = itertools.islice(device_batches(experiment, one, 0), 1, None)
+    for batch, other in itertools.islice(zip(batches, expected, strict=False), 3):
+        assert set(batch) == {"image", "tokens", "size_crop"}
+        for name in batch:
+            np.testing.assert_array_equal(batch[name], other[name], err_msg=name)
+            assert len(batch[name].sharding.device_set) == 8
+
+
+def test_a_mesh_that_does_not_divide_a_parameter_is_refused_before_anything_is_made(toy):
+    """One key-value head over two devices."""
+    experiment = tiny(model__kv_heads=1, mesh__data=4, mesh__tensor=2)
+    with pytest.raises(UserError, match=r"kv_heads.* 1 .*tensor 2"):
+        loop.train(experiment, toy.workdir)
+    assert not toy.workdir.exists()
