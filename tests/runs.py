@@ -19,6 +19,7 @@ TINY = {
     "model.patch_size": 8,
     "model.mask_ratio": 0.5,
     "model.extra_blocks": 2,
+    "model.scan_unroll": 1,
     "text.width": 32,
     "text.layers": 1,
     "text.heads": 2,

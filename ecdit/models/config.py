@@ -35,6 +35,7 @@ class DiTConfig:
     block_table: bool  # a learned offset of (shift, scale, gate) x 2 per block
     gate_init: float  # of the block table's gates
     remat: Literal["none", "minimal", "attention_out", "full"]
+    scan_unroll: int  # pairs of blocks in one iteration of the loop over them; depth / 2 or more: no loop
     dtype: Literal["float32", "bfloat16"]  # of activations; parameters are float32
 
     def __post_init__(self):
@@ -71,6 +72,7 @@ class DiTConfig:
         require(self.router_init_std >= 0, "router_init_std", self.router_init_std, "must be 0 or more")
         require(self.balance_loss_weight >= 0, "balance_loss_weight", self.balance_loss_weight, "must be 0 or more")
         require(self.remat in REMAT_POLICIES, "remat", self.remat, f"must be one of {', '.join(REMAT_POLICIES)}")
+        require(self.scan_unroll >= 1, "scan_unroll", self.scan_unroll, "must be 1 or more")
         check_group("group", self.group, self.num_kept)
 
     @property

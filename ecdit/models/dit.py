@@ -135,7 +135,7 @@ class DiT(nnx.Module):
             x, _ = pair.odd(x, angles, modulation, text, group_size)
             return pair.even(x, angles, modulation, text, group_size)
 
-        x, report = scan_stack(self.pairs, run_pair, x, config.remat)
+        x, report = scan_stack(self.pairs, run_pair, x, config.remat, config.scan_unroll)
         if kept is not None:
             gaps = places + self.mask_token[...].astype(dtype)[None, None]
             gaps = constrain(jnp.broadcast_to(gaps, (x.shape[0], *gaps.shape[1:])), "batch", None, None)

@@ -113,11 +113,12 @@ def stack(make: Callable[[nnx.Rngs], Block], count: int, rngs: nnx.Rngs) -> Bloc
 
 
 def scan_stack(
-    blocks: Block, apply: Callable[[Block, Any], tuple[Any, Any]], carry: Any, remat: str
+    blocks: Block, apply: Callable[[Block, Any], tuple[Any, Any]], carry: Any, remat: str, unroll: int = 1
 ) -> tuple[Any, Any]:
     """Runs the blocks of a `stack` in order: apply(block, carry) -> (carry, output); outputs are stacked.
 
-    `remat` names a policy of REMAT_POLICIES for what the backward pass finds saved.
+    `remat` names a policy of REMAT_POLICIES for what the backward pass finds saved; `unroll` is how many blocks one
+    iteration of the loop runs.
     """
     graphdef, params = nnx.split(blocks)
 
@@ -126,7 +127,7 @@ def scan_stack(
 
     if remat != "none":
         step = jax.checkpoint(step, policy=REMAT_POLICIES[remat], prevent_cse=False)
-    return jax.lax.scan(step, carry, params)
+    return jax.lax.scan(step, carry, params, unroll=unroll)
 
 
 def named(x: Array, name: str) -> Array:

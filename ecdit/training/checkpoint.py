@@ -31,6 +31,7 @@ MAY_CHANGE = (
     "train.max_bad_steps",
     "train.accumulation",
     "model.remat",
+    "model.scan_unroll",
     "model.dispatch",
     "data.directory",
     "data.source",

@@ -41,6 +41,7 @@ CONFIG = DiTConfig(
     block_table=True,
     gate_init=0.2,
     remat="none",
+    scan_unroll=1,
     dtype="float32",
 )
 TEXT_WIDTH, TEXT_LENGTH = 12, 5

@@ -26,6 +26,7 @@ from tests.models.helpers import CONFIG, config
         ("router_init_std", {"router_init_std": -1.0}),
         ("balance_loss_weight", {"balance_loss_weight": -1.0}),
         ("remat", {"remat": "some"}),
+        ("scan_unroll", {"scan_unroll": 0}),
         ("group", {"group": "pixels"}),
         ("group", {"group": "0"}),
         ("group", {"group": "12"}),  # neither a multiple nor a divisor of the 8 kept tokens

@@ -338,8 +338,8 @@ def test_bfloat16_stays_near_float32(ffn):
 
 
 @functools.cache
-def gradients(remat):
-    values = config(extra_blocks=0, mask_ratio=0.0, remat=remat)
+def gradients(remat, unroll=1):
+    values = config(extra_blocks=0, mask_ratio=0.0, remat=remat, scan_unroll=unroll)
     model, data = dit(values), inputs(values, 2, masked=False)
     return jit(jax.value_and_grad(lambda params: jnp.square(model(params)(*data, ALL)[0] - 1).mean()))(model.params)
 
@@ -347,6 +347,11 @@ def gradients(remat):
 @pytest.mark.parametrize("remat", sorted(set(REMAT_POLICIES) - {"none"}))
 def test_rematerialisation_changes_neither_values_nor_gradients(remat):
     close(gradients(remat), gradients("none"), 1e-5)
+
+
+@pytest.mark.parametrize("remat", ["none", "minimal"])
+def test_unrolling_changes_neither_values_nor_gradients(remat):
+    close(gradients(remat, unroll=2), gradients("none"), 1e-5)
 
 
 def test_every_parameter_gets_a_gradient():

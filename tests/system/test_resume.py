@@ -165,6 +165,7 @@ def test_every_key_either_may_change_or_refuses(experiment, uninterrupted):
     checkpoint.check_resume(meta, experiment, meta.dataset)
     allowed = tiny(
         data__directory="elsewhere", mesh__data=8, train__num_steps=99, train__accumulation=2, model__remat="full",
+        model__scan_unroll=2,
         sampling__seed=9, checkpoint__keep=1, data__num_threads=0, **{k: v for k, v in SHORT.items() if "warmup" in k},
     )  # fmt: skip
     checkpoint.check_resume(meta, allowed, meta.dataset)
