@@ -28,6 +28,15 @@ class RoutingReport(NamedTuple):
     drop_rate: Float[Array, " G"]  # float32
 
 
+def capacity(config: DiTConfig, group_size: int) -> int:
+    """C: the slots of an expert in a group of `group_size` tokens."""
+    if config.ffn == "expert_choice":
+        return expert_capacity(group_size, config.num_experts, config.capacity_factor)
+    return (
+        group_size if config.token_choice_dropless else expert_capacity(group_size, config.num_experts, TOKEN_CHOICES)
+    )
+
+
 class FeedForward(nnx.Module):
     """GELU(x W1) W2 without biases: what each expert is, too."""
 
@@ -90,13 +99,10 @@ class MixtureOfExperts(nnx.Module):
             self.router[...].astype(jnp.float32),
             precision=jax.lax.Precision.HIGHEST,
         )
+        slots = capacity(config, group_size)
         if config.ffn == "expert_choice":
-            capacity = expert_capacity(group_size, config.num_experts, config.capacity_factor)
-            return on_each_shard(functools.partial(expert_choice, capacity=capacity))(logits)
-        capacity = expert_capacity(group_size, config.num_experts, TOKEN_CHOICES)
-        if config.token_choice_dropless:
-            capacity = group_size
-        return on_each_shard(functools.partial(token_choice, capacity=capacity, num_choices=TOKEN_CHOICES))(logits)
+            return on_each_shard(functools.partial(expert_choice, capacity=slots))(logits)
+        return on_each_shard(functools.partial(token_choice, capacity=slots, num_choices=TOKEN_CHOICES))(logits)
 
     def experts(self, inputs: Float[Array, "E G C d"]) -> Float[Array, "E G C d"]:
         """Every expert on its own slots."""

@@ -1,0 +1,64 @@
+"""Counts the floating-point operations of the denoiser, part by part, from its config alone.
+
+A multiply-add counts as two operations, and only matrix products and attention count: what is left (norms, softmax,
+GELU, gates, positions) is a few per cent. Nor do the products of dispatch = "one_hot", which only move tokens.
+Axes: N tokens of an image, M kept tokens, L text tokens, t text width, d width, f hidden width, E experts, C capacity.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+
+from ecdit.models.config import DiTConfig, group_size
+from ecdit.models.dit import SINUSOID_WIDTH
+from ecdit.models.moe import TOKEN_CHOICES, capacity
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """The work of one part of the model on one image, forward."""
+
+    name: str
+    tokens: float  # rows of its inputs (image or text tokens, slots of experts, vectors), summed over its layers
+    flops: float
+
+
+def denoiser_parts(config: DiTConfig, text_width: int, text_length: int, tokens: int, group: str) -> tuple[Part, ...]:
+    """What one forward pass of the DiT does for one image.
+
+    Args:
+      config: the denoiser's.
+      text_width: t.
+      text_length: L, with padding: it is computed with, then masked.
+      tokens: that the first blocks see: config.num_kept in training, config.num_tokens in sampling.
+      group: tokens that compete for experts, config.group in training; where a group holds several images, an
+        image's share of its slots is counted.
+    """
+    width, all_tokens, hidden = config.width, config.num_tokens, config.ffn_multiplier * config.width
+    rows = config.depth * tokens + config.extra_blocks * all_tokens
+    squares = config.depth * tokens**2 + config.extra_blocks * all_tokens**2
+    sparse_layers = 0 if config.ffn == "dense" else config.depth // 2
+    routed = sparse_layers * tokens
+    size = group_size(group, tokens)
+    slots = routed * config.num_experts * capacity(config, size) / size if sparse_layers else 0
+
+    projections = rows * (2 * width**2 + 2 * width * config.kv_heads * config.head_dim)
+    layers = config.depth + config.extra_blocks
+    text_projections = layers * text_length * 2 * text_width * width
+    # Token choice looks up each expert's gate by a product over a token's choices.
+    router = width + (TOKEN_CHOICES if config.ffn == "token_choice" else 0)
+    embeddings = (SINUSOID_WIDTH + text_width + 4 * SINUSOID_WIDTH + 3 * width) * width
+    counts = (
+        ("self_attention", rows, projections + 2 * squares * width),
+        ("cross_attention", rows, rows * 2 * width**2 + text_projections + 2 * rows * text_length * width),
+        ("ffn", rows - routed, (rows - routed) * 2 * width * hidden),
+        ("experts", slots, slots * 2 * width * hidden),
+        ("router", routed, routed * router * config.num_experts),
+        ("conditioning", 1, embeddings + (6 + 2) * width**2),
+        ("head", 2 * all_tokens, 2 * all_tokens * config.patch_dim * width),  # with the embedding of patches
+    )
+    return tuple(Part(name, float(seen), 2.0 * products) for name, seen, products in counts)
+
+
+def total_flops(parts: Iterable[Part]) -> float:
+    """Of all parts together."""
+    return sum(part.flops for part in parts)
