@@ -1,45 +1,56 @@
 """Solvers of dx/dt = velocity(x, t) from noise at t = 1 to data at t = 0, on uniform times.
 
-The state is float32 whatever the network's dtype, so that small steps are not rounded away. The loop is a
-`fori_loop`: the network is compiled once, however many steps there are.
+The state is float32 whatever the network's dtype, so that small steps are not rounded away. The loop is a `scan`: the
+network is compiled once, however many steps there are.
+
+As in jax.grad, `has_aux` says that `velocity` returns (velocity, aux) with an aux of any arrays; the solver then
+returns (x, aux), with that of each step's first call stacked along a new first axis.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float
 
 from ecdit.diffusion.flow import Velocity
 
-Solver = Callable[[Velocity, Float[Array, "B ..."], int], Float32[Array, "B ..."]]
+Solver = Callable[..., Any]  # (velocity, x[B, ...], num_steps, has_aux = False) -> float32[B, ...], or that and aux
 
 
-def euler(velocity: Velocity, x: Float[Array, "B ..."], num_steps: int) -> Float32[Array, "B ..."]:
+def euler(velocity: Velocity, x: Float[Array, "B ..."], num_steps: int, has_aux: bool = False) -> Any:
     """First order, one call of `velocity` a step. `x` is at t = 1, the result at t = 0."""
-    return _integrate(lambda x, start, end: velocity(x, start), x, num_steps)
+    call = _with_aux(velocity, has_aux)
+    return _integrate(lambda x, start, end: call(x, start), x, num_steps, has_aux)
 
 
-def heun(velocity: Velocity, x: Float[Array, "B ..."], num_steps: int) -> Float32[Array, "B ..."]:
+def heun(velocity: Velocity, x: Float[Array, "B ..."], num_steps: int, has_aux: bool = False) -> Any:
     """Second order, two calls of `velocity` a step. `x` is at t = 1, the result at t = 0.
 
     The last step is a full one as well: it calls `velocity` at t = 0, where a flow is regular. (Solvers for
     parametrisations that divide by the noise level, as arXiv 2206.00364, must end with an Euler step.)
     """
+    call = _with_aux(velocity, has_aux)
 
-    def slope(x: Array, start: Array, end: Array) -> Array:
-        first = velocity(x, start).astype(jnp.float32)
-        second = velocity(_step(x, first, num_steps), end).astype(jnp.float32)
-        return (first + second) / 2
+    def slope(x: Array, start: Array, end: Array) -> tuple[Array, Any]:
+        first, aux = call(x, start)
+        first = first.astype(jnp.float32)
+        second = call(_step(x, first, num_steps), end)[0].astype(jnp.float32)
+        return (first + second) / 2, aux
 
-    return _integrate(slope, x, num_steps)
+    return _integrate(slope, x, num_steps, has_aux)
 
 
-def _step(x: Float32[Array, "B ..."], slope: Float[Array, "B ..."], num_steps: int) -> Float32[Array, "B ..."]:
+def _with_aux(velocity: Velocity, has_aux: bool) -> Callable[[Array, Array], tuple[Array, Any]]:
+    return velocity if has_aux else lambda x, time: (velocity(x, time), None)
+
+
+def _step(x: Array, slope: Array, num_steps: int) -> Array:
     return x - slope.astype(jnp.float32) / num_steps
 
 
-def _integrate(slope: Callable[[Array, Array, Array], Array], x: Array, num_steps: int) -> Array:
+def _integrate(slope: Callable[..., tuple[Array, Any]], x: Array, num_steps: int, has_aux: bool) -> Any:
     """`num_steps` steps of x -= slope(x, start, end) / num_steps; times are float32[B]."""
     if num_steps < 1:
         raise ValueError(f"num_steps = {num_steps}: must be at least 1")
@@ -47,10 +58,12 @@ def _integrate(slope: Callable[[Array, Array, Array], Array], x: Array, num_step
     def time(step: Array) -> Array:  # from the index: a running sum would drift, and miss t = 0
         return jnp.full(x.shape[:1], 1 - step / num_steps, jnp.float32)
 
-    def body(step: Array, x: Array) -> Array:
-        return _step(x, slope(x, time(step), time(step + 1)), num_steps)
+    def body(x: Array, step: Array) -> tuple[Array, Any]:
+        direction, aux = slope(x, time(step), time(step + 1))
+        return _step(x, direction, num_steps), aux
 
-    return jax.lax.fori_loop(0, num_steps, body, x.astype(jnp.float32))
+    x, aux = jax.lax.scan(body, x.astype(jnp.float32), jnp.arange(num_steps))
+    return (x, aux) if has_aux else x
 
 
 SOLVERS: dict[str, Solver] = {"euler": euler, "heun": heun}

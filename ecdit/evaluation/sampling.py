@@ -3,13 +3,13 @@
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, Key, UInt8
+from jaxtyping import Array, Float, Int, Key
 from tqdm import tqdm
 
 from ecdit.conditioning.autoencoder import to_bytes
@@ -22,8 +22,10 @@ from ecdit.models.config import DiTConfig, check_group, group_size
 from ecdit.models.dit import TextStates
 from ecdit.models.embeddings import unpatchify
 from ecdit.partitioning import batch_sharding, batch_shards
+from ecdit.runtime import not_shown
 
-Sampler = Callable[[Params, Int[Array, "B L"], Int[Array, "1 L"], Key[Array, " B"]], UInt8[Array, "B h w 3"]]
+# (params, tokens[B, L], null tokens[1, L], keys[B]) -> pictures uint8[B, h, w, 3], or those and counts: `make_sampler`.
+Sampler = Callable[[Params, Int[Array, "B L"], Int[Array, "1 L"], Key[Array, " B"]], Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,22 +66,27 @@ def check_sampling(config: SamplingConfig, model: DiTConfig, mesh: Mesh) -> None
     )
 
 
-def make_sampler(system: System, config: SamplingConfig, mesh: Mesh) -> Sampler:
+def make_sampler(system: System, config: SamplingConfig, mesh: Mesh, with_experts: bool = False) -> Sampler:
     """A compiled function (params, tokens[B, L], null tokens[1, L], keys[B]) -> uint8 pictures [B, h, w, 3].
 
-    B is config.batch_size; the noise of row i is drawn from keys[i] alone.
+    B is config.batch_size; the noise of row i is drawn from keys[i] alone. With `with_experts` it returns (pictures,
+    counts) instead: how many experts took each token, int32[B, steps, P, N] over solver steps (the first call of each)
+    and sparse layers, in the pass with the caption. The pictures are the same.
     """
     check_sampling(config, system.config.model, mesh)
+    if with_experts and system.config.model.ffn == "dense":
+        raise ValueError("with_experts: a dense model has no experts to count")
     rows = batch_sharding(mesh)
 
-    def sample(params: Params, tokens: Array, null_tokens: Array, key_data: Array) -> UInt8[Array, "B h w 3"]:
+    def sample(params: Params, tokens: Array, null_tokens: Array, key_data: Array) -> Any:
         model = system.bind(params)
         keys = jax.random.wrap_key_data(key_data, impl=SAMPLE_KEY_IMPL)
         side, channels = system.config.model.latent_size, system.config.model.latent_channels
         noise = sample_noise(keys, (side, side, channels))
-        velocity = _velocity(model, system.config.model, config, tokens, null_tokens)
-        latents = SOLVERS[config.solver](velocity, noise, config.num_steps)
-        return to_bytes(model.codec.decode(latents))
+        velocity = _velocity(model, system.config.model, config, tokens, null_tokens, with_experts)
+        latents, counts = SOLVERS[config.solver](velocity, noise, config.num_steps, has_aux=True)
+        pictures = to_bytes(model.codec.decode(latents))
+        return (pictures, jnp.moveaxis(counts, 2, 0)) if with_experts else pictures
 
     jitted = jax.jit(sample, in_shardings=(system.shardings(mesh), rows, None, rows), out_shardings=rows)
 
@@ -88,7 +95,7 @@ def make_sampler(system: System, config: SamplingConfig, mesh: Mesh) -> Sampler:
         host = np.asarray(x)
         return jax.make_array_from_callback(host.shape, rows, lambda index: host[index])
 
-    def run(params: Params, tokens: Array, null_tokens: Array, keys: Array) -> UInt8[Array, "B h w 3"]:
+    def run(params: Params, tokens: Array, null_tokens: Array, keys: Array) -> Any:
         with jax.set_mesh(mesh):
             return jitted(params, split(tokens), null_tokens, split(jax.random.key_data(keys)))
 
@@ -96,9 +103,14 @@ def make_sampler(system: System, config: SamplingConfig, mesh: Mesh) -> Sampler:
 
 
 def _velocity(
-    model: TextToImage, dit: DiTConfig, config: SamplingConfig, tokens: Array, null_tokens: Array
-) -> Callable[[Float[Array, "B h w c"], Float[Array, " B"]], Float[Array, "B h w c"]]:
-    """The guided velocity; an image and its null-caption twin are neighbours in one batch of 2 B."""
+    model: TextToImage, dit: DiTConfig, config: SamplingConfig, tokens: Array, null_tokens: Array, with_experts: bool
+) -> Callable[
+    [Float[Array, "B h w c"], Float[Array, " B"]], tuple[Float[Array, "B h w c"], Int[Array, "P B N"] | None]
+]:
+    """The guided velocity and the experts of each token in the pass with the caption (None unless asked).
+
+    An image and its null-caption twin are neighbours in one batch of 2 B.
+    """
     guided = config.guidance.scale != 1
     text: TextStates = model.text(tokens, dit.dtype, dit.remat)
     if guided:
@@ -108,12 +120,16 @@ def _velocity(
     size_crop = jnp.broadcast_to(sizes[None], (text.mask.shape[0], 4))
     tokens_per_group = group_size(config.group, dit.num_tokens)
 
-    def velocity(x: Float[Array, "B h w c"], time: Float[Array, " B"]) -> Float[Array, "B h w c"]:
+    def velocity(x: Float[Array, "B h w c"], time: Float[Array, " B"]) -> tuple[Array, Array | None]:
         if guided:
             x, time = _interleave(x, x), _interleave(time, time)
-        patches, _ = model.denoiser(x, time, text, size_crop, None, tokens_per_group)
+        patches, report = model.denoiser(x, time, text, size_crop, None, tokens_per_group)
         predicted = unpatchify(patches, dit.patch_size, dit.latent_channels)
-        return combine(predicted[0::2], predicted[1::2], config.guidance) if guided else predicted
+        counts = report.experts_per_token if with_experts else None
+        if not guided:
+            return predicted, counts
+        counts = counts[:, 0::2] if with_experts else None
+        return combine(predicted[0::2], predicted[1::2], config.guidance), counts
 
     return velocity
 
@@ -130,8 +146,8 @@ def sample_pictures(
     prompts: Sequence[str],
     repeats: Sequence[int],
     config: SamplingConfig,
-) -> UInt8[np.ndarray, "n h w 3"]:
-    """One picture for each (prompt, repeat), in order; `sampler` comes from `make_sampler`.
+) -> Any:
+    """One picture for each (prompt, repeat), in order: uint8[n, h, w, 3], or what else `sampler` returns, n for B.
 
     The same (seed, prompt, repeat) gives the same picture whatever the batch size, the devices or the neighbours, up to
     float32 rounding (and up to near-ties of top-k that it decides), where config.group is "image".
@@ -141,9 +157,9 @@ def sample_pictures(
     # The last batch is filled up with its own first rows: their pictures are dropped.
     count = math.ceil(len(prompts) / config.batch_size) * config.batch_size
     filled = np.arange(count) % len(prompts)
-    batches = tqdm(filled.reshape(-1, config.batch_size), "sampling", unit="batch", disable=jax.process_index() > 0)
-    pictures = [_fetch(sampler(params, tokens[rows], null_tokens, keys[rows])) for rows in batches]
-    return np.concatenate(pictures)[: len(prompts)]
+    batches = tqdm(filled.reshape(-1, config.batch_size), "sampling", unit="batch", disable=not_shown())
+    fetched = [jax.tree.map(_fetch, sampler(params, tokens[rows], null_tokens, keys[rows])) for rows in batches]
+    return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(prompts)], *fetched)
 
 
 def _fetch(x: jax.Array) -> np.ndarray:

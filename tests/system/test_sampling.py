@@ -22,17 +22,18 @@ REPEATS = [0, 0, 0, 0, 0, 1, 0, 0]
 class Samples:
     """Draws pictures with weights that are random everywhere, so that nothing is hidden by zeros at the start."""
 
-    def __init__(self, data):
-        self.base = tiny(data__directory=str(data), mesh__data=1)
+    def __init__(self, data, **model):
+        self.base = tiny(data__directory=str(data), mesh__data=1, **model)
         self.system = make_system(self.base.system)
         params = self.system.init(jax.random.key(3))
         keys = iter(jax.random.split(jax.random.key(4), len(jax.tree.leaves(params))))
         self.params = jax.tree.map(lambda p: p + 0.1 * jax.random.normal(next(keys), p.shape), params)
 
-    def __call__(self, prompts=PROMPTS, repeats=REPEATS, devices=1, **changes):
+    def __call__(self, prompts=PROMPTS, repeats=REPEATS, devices=1, with_experts=False, **changes):
         sampling = dataclasses.replace(self.base.sampling, **{"num_steps": 4, **changes})
         experiment = tiny(mesh__data=devices)
-        sampler = make_sampler(self.system, sampling, make_mesh(experiment.mesh, jax.devices()[:devices]))
+        mesh = make_mesh(experiment.mesh, jax.devices()[:devices])
+        sampler = make_sampler(self.system, sampling, mesh, with_experts)
         directory, length = dataset_directory(self.base.data), self.base.data.caption_length
         tokens = lambda texts: tokenize(directory, texts, length)  # noqa: E731
         return sample_pictures(sampler, self.params, tokens, prompts, repeats, sampling)
@@ -111,6 +112,34 @@ def test_heun_and_euler_meet_with_many_steps(samples, mode):
         return np.abs(euler.astype(float) - heun.astype(float)).mean()
 
     assert gap(32) < gap(4) / 3
+
+
+@pytest.mark.parametrize(("scale", "solver"), [(3.0, "euler"), (1.0, "heun")])
+def test_counting_experts_changes_no_picture_and_counts_each_slot(samples, scale, solver):
+    """Each of 4 experts takes ceil(16 * 2 / 4) = 8 of an image's 16 tokens, in 2 sparse layers and 4 steps."""
+    changes = {"guidance": GuidanceConfig(scale, "plain"), "solver": solver}
+    order = [3, 1, 7, 0, 2, 6, 5, 4]
+    twice = PROMPTS + [PROMPTS[i] for i in order], REPEATS + [REPEATS[i] for i in order]
+    pictures, counts = samples(*twice, with_experts=True, **changes)
+    np.testing.assert_array_equal(pictures[:8], samples(**changes))
+    assert counts.shape == (16, 4, 2, 16)
+    assert (counts.sum(axis=-1) == 4 * 8).all()
+    np.testing.assert_array_equal(counts[8:], counts[order])
+    assert len({row.tobytes() for row in counts[:8]}) == 8, "each prompt has counts of its own"
+    assert (counts[:, 0] != counts[:, -1]).any(), "and so has each step"
+
+
+def test_counts_are_those_of_the_pass_with_the_caption(samples):
+    """Step 0 of a guided sample routes as an unguided one does: both start from the same noise."""
+    _, guided = samples(with_experts=True, guidance=GuidanceConfig(3.0, "plain"), num_steps=1)
+    _, plain = samples(with_experts=True, guidance=GuidanceConfig(1.0, "plain"), num_steps=1)
+    assert (guided != plain).mean() < 0.002  # near-ties, rounded differently in a batch of twice the size
+
+
+def test_token_choice_without_drops_gives_each_token_two_experts(emoji_data):
+    samples = Samples(emoji_data, model__ffn="token_choice", model__token_choice_dropless=True)
+    _, counts = samples(with_experts=True, num_steps=1)
+    assert (counts == 2).all()
 
 
 def test_ranks_by_hand():
