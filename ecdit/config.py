@@ -6,13 +6,14 @@ configure. There are no defaults anywhere else: an unknown key, a missing key, a
 value raises `ConfigError` with the key, the value and what is allowed.
 """
 
+import contextlib
 import dataclasses
 import os
 import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -129,6 +130,15 @@ def check_writable(path: Path) -> None:
         raise UserError(f"{path} cannot be written: {existing} is no directory to write in")
 
 
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Makes an OSError a UserError that names `path`: that of a full disk does not."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"writing {path} failed: {error}") from error
+
+
 def define_config_flag() -> flags.FlagHolder:
     """Defines `--config=FILE.py[:ARGUMENT]` with its overrides `--config.a.b=value`."""
     return config_flags.DEFINE_config_file("config", None, "Experiment file, with an optional :argument.")
@@ -145,6 +155,13 @@ def config_values(flag: flags.FlagHolder) -> ml_collections.ConfigDict:
     if not isinstance(flag.value, ml_collections.ConfigDict):
         raise UserError(f"--config={flags.FLAGS['config'].config_filename}: no such config file")
     return flag.value
+
+
+def config_origin(flag: flags.FlagHolder) -> dict[str, Any]:
+    """Where the values of `config_values` came from: the file with its :argument, and what the flags changed in it."""
+    chosen = flags.FLAGS[flag.name]
+    overrides = config_flags.get_override_values(chosen)
+    return {"config": config_flags.get_config_filename(chosen), "overrides": overrides}
 
 
 def run_command(main: Callable[[list[str]], None]) -> None:

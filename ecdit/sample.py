@@ -10,6 +10,7 @@ from numpy import ndarray
 
 from ecdit.config import UserError, check_writable, run_command
 from ecdit.evaluation.pictures import save_grid, save_png
+from ecdit.evaluation.routing_maps import draw_maps
 from ecdit.training.restored import open_run, sample_run
 
 WORKDIR = flags.DEFINE_string("workdir", None, "The run to sample from.", required=True)
@@ -17,6 +18,7 @@ OUT = flags.DEFINE_string("out", None, "Directory for the pictures, grid.png and
 PROMPT = flags.DEFINE_string("prompt", None, "One prompt.")
 PROMPTS = flags.DEFINE_string("prompts", None, "A UTF-8 file with one prompt a line.")
 REPEATS = flags.DEFINE_integer("repeats", 1, "Pictures of each prompt.", lower_bound=1)
+EXPERTS = flags.DEFINE_bool("experts", False, "Draw experts.png too: how many experts took each token.")
 SET = flags.DEFINE_multi_string("set", [], "KEY=VALUE for a key of the run's config, such as sampling.num_steps=25.")
 
 
@@ -53,9 +55,14 @@ def main(argv: list[str]) -> None:
     out = Path(OUT.value)
     check_writable(out / "grid.png")
     run = open_run(Path(WORKDIR.value), SET.value)
-    pictures = sample_run(run, prompts, repeats)
+    if EXPERTS.value and run.experiment.model.ffn == "dense":
+        raise UserError(f"--experts: the model of {WORKDIR.value} is dense, it has no experts to count")
+    drawn = sample_run(run, prompts, repeats, with_experts=EXPERTS.value)
+    pictures, counts = drawn if EXPERTS.value else (drawn, None)
     source = {"workdir": WORKDIR.value, "step": run.step, "seed": run.experiment.sampling.seed}
     write_pictures(out, pictures, prompts, repeats, source)
+    if counts is not None:
+        draw_maps(pictures, prompts, counts).save(out / "experts.png")
     print(f"{len(prompts)} pictures of step {run.step} in {out}")
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from absl import flags
 
 from ecdit import runtime
-from ecdit.config import config_values, define_config_flag, run_command
+from ecdit.config import config_origin, config_values, define_config_flag, run_command
 from ecdit.training.experiment import make_experiment
 from ecdit.training.loop import train
 
@@ -19,7 +19,7 @@ def main(argv: list[str]) -> None:
     del argv
     experiment = make_experiment(config_values(CONFIG))
     runtime.configure(experiment.runtime)
-    sys.exit(train(experiment, Path(WORKDIR.value)))
+    sys.exit(train(experiment, Path(WORKDIR.value), config_origin(CONFIG)))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ LAYERS = [
 FOUNDATION = {"config", "runtime", "chips", "partitioning"}  # the modules of ecdit/ that are no commands
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 80
 # Heavy, or in an extra that training does not install.
-LAZY = ["tensorflow", "torch", "transformers", "diffusers"]
+LAZY = ["tensorflow", "torch", "transformers", "diffusers", "wandb", "tensorboardX"]
 
 FILES = sorted(
     path.relative_to(ROOT).as_posix() for folder in ("ecdit", "launch") for path in (ROOT / folder).rglob("*.py")

@@ -17,8 +17,10 @@ import emoji as cldr
 import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
+from tqdm import tqdm
 
 from ecdit.data import DataError
+from ecdit.runtime import not_shown
 
 ATTRIBUTION = (
     "Graphics: Twemoji, copyright Twitter, Inc and other contributors, CC-BY 4.0 "
@@ -66,7 +68,8 @@ class Emoji(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self) -> Iterator[tuple[str, dict[str, Any]]]:
         config, captions, made = self.builder_config, names(), 0
         self.skipped: list[str] = []
-        for path in sorted(config.source.glob("*.png")):
+        paths = sorted(config.source.glob("*.png"))
+        for path in tqdm(paths, "reading", unit="picture", disable=not_shown()):
             if path.stem not in captions:
                 continue
             try:

@@ -20,11 +20,13 @@ from typing import Any
 
 import grain
 from flax import serialization
+from tqdm import tqdm
 
 from ecdit.config import ConfigError, build, to_dict
 from ecdit.data import DataError
 from ecdit.data.tasks import TASKS, Corpus, DataConfig
 from ecdit.data.text import VOCABULARY, fit, load_vocabulary
+from ecdit.runtime import not_shown
 
 MANIFEST = "dataset.json"
 _FORMAT = 1
@@ -165,7 +167,7 @@ def _write(config: DataConfig, corpus: Corpus, directory: Path) -> Manifest:
 
     shards, truncated, digest, num_records = [], 0, hashlib.sha256(), 0
     examples = corpus.task.get_dataset(sequence_length=None, split="train", shuffle=False).as_numpy_iterator()
-    for shard in _shards(examples):
+    for shard in _shards(tqdm(examples, "writing", unit="record", disable=not_shown())):
         shards.append(f"records-{len(shards):05d}.array_record")
         # One record a group: reading one at random decompresses no other.
         with contextlib.closing(ArrayRecordWriter(str(directory / shards[-1]), "group_size:1")) as writer:

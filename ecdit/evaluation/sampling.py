@@ -39,7 +39,7 @@ class SamplingConfig:
     original_size: int  # pixels, of the micro-condition; crop is (0, 0)
     batch_size: int
     seed: int
-    num_grid: int  # pictures of the grid that a training run ends with
+    num_grid: int  # pictures of the grid that a training run draws as it goes on
 
     def __post_init__(self):
         for key in ("num_steps", "original_size", "batch_size", "num_grid"):

@@ -1,10 +1,9 @@
 """The training loop: sets up, resumes, steps, saves."""
 
 import contextlib
-import importlib.metadata
-import json
+import dataclasses
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,82 +15,116 @@ from jax.sharding import Mesh
 from ecdit.conditioning.text_to_image import System, make_system
 from ecdit.config import to_dict
 from ecdit.data.loader import make_loader
-from ecdit.data.records import Manifest, captions, prepare
-from ecdit.evaluation.pictures import save_grid
+from ecdit.data.records import Manifest, prepare
 from ecdit.interop.weights import flat_names
 from ecdit.partitioning import batch_sharding, make_mesh
 from ecdit.training import checkpoint
-from ecdit.training.experiment import Experiment, check_mesh
+from ecdit.training.experiment import Experiment, TrainConfig, check_mesh
 from ecdit.training.optimizer import make_optimizer
+from ecdit.training.profiling import Profile
+from ecdit.training.provenance import library_versions, record_start
 from ecdit.training.reporting import Reporter
-from ecdit.training.restored import CONFIG_FILE, Run, sample_run
+from ecdit.training.samples import SampleWriter
+from ecdit.training.speed import TimedBatches, stopwatch
 from ecdit.training.state import TrainState, abstract_state, init_state, state_shardings
-from ecdit.training.step import Batch, make_train_step
+from ecdit.training.step import Batch, Metrics, make_train_step
+from ecdit.training.writers import check_writers, open_writers
 
 PREEMPTED = 42  # exit code: saved after SIGTERM, start me again
 
 
-def train(experiment: Experiment, workdir: Path) -> int:
+def train(experiment: Experiment, workdir: Path, origin: dict[str, Any] | None = None) -> int:
     """Trains `experiment` in `workdir`, from its newest checkpoint if it has one.
+
+    Args:
+      experiment: what to train.
+      workdir: made if it is missing.
+      origin: of the experiment, for overrides.json: see `config.config_origin`.
 
     Returns the exit code: 0 when all steps are done, PREEMPTED after a save on SIGTERM.
 
     Raises:
-      UserError: (its subclasses) what does not fit, before the first step; a failed save; a diverged run.
+      UserError: (its subclasses) what does not fit, before the first step; a failed save or write; a diverged run.
     """
+    check_writers(experiment)
     mesh = make_mesh(experiment.mesh)
     check_mesh(experiment, mesh)
     system = make_system(experiment.system)
     system.shardings(mesh)  # refuses what cannot be laid out, before anything is written
     manifest = _prepared_data(experiment)
     workdir.mkdir(parents=True, exist_ok=True)
-    with jax.set_mesh(mesh), checkpoint.open_manager(workdir, experiment.checkpoint) as manager:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(jax.set_mesh(mesh))
+        manager = stack.enter_context(checkpoint.open_manager(workdir, experiment.checkpoint))
         state, next_row = _first_state(experiment, system, mesh, manager, manifest)
-        _write_config(experiment, workdir)
-        batches = device_batches(experiment, mesh, next_row)
-        state, preempted = _run(experiment, system, mesh, manager, manifest, state, batches, workdir)
+        start = int(state.step)
+        record_start(experiment, workdir, start, origin or {})
+        batches = TimedBatches(device_batches(experiment, mesh, next_row))
+        samples = SampleWriter(experiment, system, mesh, workdir)
+        writers, leaf_names = open_writers(experiment, workdir, start), list(flat_names(state.params))
+        reporter = Reporter(workdir, start, experiment.train, leaf_names, stopwatch(experiment), writers)
+        stack.enter_context(contextlib.closing(reporter))
+        train_step = make_train_step(experiment, system, mesh)
+        run = Running(experiment, manager, manifest, train_step, batches, samples, reporter, workdir)
+        state, preempted = _steps(run, state)
         if preempted:
             _say(f"stopped by a signal; saved step {int(state.step)}, the same command goes on from it")
             return PREEMPTED
-        grid = _sample_grid(experiment, system, mesh, state, workdir)
-    _say(f"done: step {int(state.step)}, checkpoint and metrics in {workdir}, samples in {grid}")
+        files = samples.write(state.ema, int(state.step))
+        reporter.pictures(int(state.step), files)
+    _say(f"done: step {int(state.step)}, checkpoint and metrics in {workdir}, samples in {files['samples']}")
     return 0
 
 
-def _run(
-    experiment: Experiment,
-    system: System,
-    mesh: Mesh,
-    manager: ocp.CheckpointManager,
-    manifest: Manifest,
-    state: TrainState,
-    batches: Iterator[Batch],
-    workdir: Path,
-) -> tuple[TrainState, bool]:
-    """Steps until the last step or a preemption; the state it returns is saved."""
-    config, start = experiment.train, int(state.step)
-    train_step = make_train_step(experiment, system, mesh)
-    pending: tuple[int, Any] | None = None
+@dataclasses.dataclass(frozen=True)
+class Running:
+    """What the steps of a run need beside its state."""
+
+    experiment: Experiment
+    manager: ocp.CheckpointManager
+    manifest: Manifest
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+    batches: TimedBatches
+    samples: SampleWriter
+    reporter: Reporter
+    workdir: Path
+
+
+def _steps(run: Running, state: TrainState) -> tuple[TrainState, bool]:
+    """Steps until the last step or a preemption (True); the state it returns is saved."""
+    config, every, reporter = run.experiment.train, run.experiment.checkpoint.every, run.reporter
+    pending: tuple[int, Metrics, float] | None = None
     stop = False
     with (
-        contextlib.closing(Reporter(workdir, start, config, list(flat_names(state.params)))) as reporter,
-        contextlib.closing(PreemptionFlag(manager)) as preempted,
+        contextlib.closing(PreemptionFlag(run.manager)) as preempted,
+        contextlib.closing(Profile(config, run.workdir)) as profile,
     ):
-        for step in range(start + 1, config.num_steps + 1):
-            state, metrics = train_step(state, next(batches))
+        for step in range(int(state.step) + 1, config.num_steps + 1):
+            profile.before(step, state)
+            state, metrics = run.train_step(state, run.batches.next())
             if pending is not None:  # step n - 1 is read once step n is dispatched: the device never waits for us
                 reporter.report(*pending)
-            pending = (step, metrics)
+            pending = (step, metrics, run.batches.seconds)
             stop = preempted.reached(step)
-            if step % experiment.checkpoint.every == 0 or step == config.num_steps or stop:
+            last = step == config.num_steps
+            draw, save = pictures_due(config, step) and not stop, step % every == 0 or last or stop
+            if draw or save:
                 reporter.report(*pending)  # first, so that a run that resumes from here has this line
                 pending = None
-                checkpoint.save(manager, state, step, _meta(experiment, manifest, step))
-            checkpoint.check_saves(manager)
+            if draw:  # before the save, for the same reason; and before the next step takes the state's memory
+                reporter.pictures(step, run.samples.write(state.ema, step))
+            if save:
+                checkpoint.save(run.manager, state, step, _meta(run.experiment, run.manifest, step))
+            checkpoint.check_saves(run.manager)
             if stop:
                 break
-        checkpoint.finish_saves(manager)
+        checkpoint.finish_saves(run.manager)
     return state, stop and int(state.step) < config.num_steps
+
+
+def pictures_due(config: TrainConfig, step: int) -> bool:
+    """Whether `step` is one after which samples are drawn; those of the last step come when it is saved."""
+    return config.pictures_every > 0 and step % config.pictures_every == 0 and step < config.num_steps
 
 
 class PreemptionFlag:
@@ -165,30 +198,8 @@ def _first_state(
 
 
 def _meta(experiment: Experiment, manifest: Manifest, step: int) -> checkpoint.Meta:
-    versions = {
-        name: importlib.metadata.version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint", "grain")
-    }
     next_row = step * experiment.train.batch_size
-    return checkpoint.Meta(checkpoint.FORMAT, to_dict(experiment), next_row, manifest.fingerprint, versions)
-
-
-def _write_config(experiment: Experiment, workdir: Path) -> None:
-    if jax.process_index() == 0:
-        (workdir / CONFIG_FILE).write_text(json.dumps(to_dict(experiment), indent=2) + "\n")
-
-
-def _sample_grid(experiment: Experiment, system: System, mesh: Mesh, state: TrainState, workdir: Path) -> Path:
-    """Samples training captions, evenly spaced over the data, with the EMA weights."""
-    everything = captions(experiment.data)
-    count = min(experiment.sampling.num_grid, len(everything))
-    prompts = [everything[i] for i in np.linspace(0, len(everything) - 1, count).astype(int)]
-    run = Run(experiment, system, mesh, state.ema, int(state.step))
-    pictures = sample_run(run, prompts, [0] * count)
-    path = workdir / "samples" / f"step_{run.step:08d}.png"
-    if jax.process_index() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_grid(pictures, prompts, path)
-    return path
+    return checkpoint.Meta(checkpoint.FORMAT, to_dict(experiment), next_row, manifest.fingerprint, library_versions())
 
 
 def _say(line: str) -> None:

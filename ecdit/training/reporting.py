@@ -1,19 +1,22 @@
-"""What a run says of itself: `metrics.jsonl` (a flushed line per step) and the printed step lines. Process 0 only."""
+"""What a run says of itself: `metrics.jsonl` (a flushed line per step), printed lines and writers. Process 0 only."""
 
+import contextlib
 import datetime
 import json
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from ecdit.config import UserError
+from ecdit.config import UserError, writing
 from ecdit.training.experiment import TrainConfig
+from ecdit.training.speed import Stopwatch, flops_text
+from ecdit.training.writers import Writer
 
 
 class DivergedError(UserError):
@@ -21,36 +24,50 @@ class DivergedError(UserError):
 
 
 class Reporter:
-    """Writes metrics, and stops a run that has diverged; on other processes than 0 it only does the latter."""
+    """Tells what the steps did, and stops a run that has diverged; other processes than 0 only do the latter."""
 
-    def __init__(self, workdir: Path, start_step: int, config: TrainConfig, leaf_names: Sequence[str]):
-        self.config, self.leaf_names = config, leaf_names
+    def __init__(
+        self,
+        workdir: Path,
+        start_step: int,
+        config: TrainConfig,
+        leaf_names: Sequence[str],
+        watch: Stopwatch,
+        writers: Sequence[Writer] = (),
+    ):
+        """Takes up `metrics.jsonl` after `start_step`; closes `writers` when it is closed."""
+        self.config, self.leaf_names, self.watch, self.writers = config, leaf_names, watch, writers
+        self.path, self.start_step = workdir / "metrics.jsonl", start_step
         self.file = None
         if jax.process_index() == 0:
-            path = workdir / "metrics.jsonl"
-            drop_lines_after(path, start_step)
-            self.file = path.open("a")
-        self.last_time: float | None = None
-        self.durations: list[float] = []  # of the steps since the first, which compiles
+            with writing(self.path):
+                drop_lines_after(self.path, start_step)
+                self.file = self.path.open("a")
 
-    def report(self, step: int, metrics: dict[str, Any]) -> None:
+    def report(self, step: int, metrics: dict[str, Any], data_seconds: float) -> None:
         """Writes the metrics of step `step` (steps done, from 1), which waits until they are computed.
 
         Raises:
           DivergedError: train.max_bad_steps steps in a row were not finite.
+          UserError: a file cannot be written.
         """
         values = {name: np.asarray(value).tolist() for name, value in metrics.items()}
-        now = time.monotonic()
-        rate = None
-        if self.last_time is not None:
-            self.durations = [*self.durations[-99:], now - self.last_time]
-            rate = self.config.batch_size / (now - self.last_time)
-        self.last_time = now
+        speed = self.watch.tick(data_seconds)
+        values |= {
+            "images_per_second": speed and speed.images_per_second,
+            "model_flops_per_second": speed and speed.model_flops_per_second,
+            "data_seconds": data_seconds,
+        }
+        if self.watch.peak:
+            values["peak_share"] = speed and speed.peak_share
         if self.file is not None:
-            line = {"step": step, **_without_nan(values), "images_per_second": rate, "time": time.time()}
-            self.file.write(json.dumps(line, allow_nan=False) + "\n")
-            self.file.flush()
+            line = {"step": step, **_without_nan(values), "time": time.time()}
+            with writing(self.path):
+                self.file.write(json.dumps(line, allow_nan=False) + "\n")
+                self.file.flush()
             if step % self.config.log_every == 0 or step == self.config.num_steps or values["bad_in_row"]:
+                for writer in self.writers:
+                    writer.scalars(step, named_scalars(values))
                 print(self._line(step, values), flush=True)
         if values["bad_in_row"] >= self.config.max_bad_steps:
             raise DivergedError(
@@ -58,22 +75,37 @@ class Reporter:
                 f"(config.train.max_bad_steps = {self.config.max_bad_steps}). The newest checkpoint is sound."
             )
 
+    def pictures(self, step: int, files: Mapping[str, Path]) -> None:
+        """Shows the PNGs of step `step` by name, unless an earlier start did; the time they took is no step's."""
+        self.watch.pause()
+        for writer in self.writers if step > self.start_step else ():
+            for name, path in files.items():
+                writer.picture(step, name, path)
+
     def close(self) -> None:
-        """Closes the file."""
-        if self.file is not None:
-            self.file.close()
+        """Closes the file and the writers."""
+        with contextlib.ExitStack() as stack:
+            for writer in self.writers:
+                stack.callback(writer.close)
+            if self.file is not None:
+                stack.enter_context(writing(self.path))
+                stack.callback(self.file.close)
 
     def _line(self, step: int, values: dict[str, Any]) -> str:
-        config = self.config
-        seconds = sum(self.durations) / len(self.durations) if self.durations else 0.0
-        left = datetime.timedelta(seconds=round(seconds * (config.num_steps - step))) if seconds else "?"
-        parts = [
-            f"step {step}/{config.num_steps}",
-            f"loss {values['loss']:.4f}",
-            f"grad {values['grad_norm']:.3f}",
-            f"{config.batch_size / seconds:.1f} images/s" if seconds else "compiled",
-            f"{left} left",
-        ]
+        config, speed = self.config, self.watch.recent()
+        parts = [f"step {step}/{config.num_steps}", f"loss {values['loss']:.4f}", f"grad {values['grad_norm']:.3f}"]
+        if speed is None:
+            parts.append("compiled")
+        else:
+            left = datetime.timedelta(seconds=round(speed.step_seconds * (config.num_steps - step)))
+            share = [] if speed.peak_share is None else [f"{speed.peak_share:.1%} of peak"]
+            parts += [
+                f"{speed.images_per_second:.1f} images/s",
+                f"{flops_text(speed.model_flops_per_second)} model",
+                *share,
+                f"data wait {speed.data_seconds:.3f} s",
+                f"{left} left",
+            ]
         if values["bad_in_row"]:
             parts.append(f"SKIPPED: {self._culprit(values)} ({values['bad_in_row']} in a row)")
         return "  ".join(parts)
@@ -81,6 +113,17 @@ class Reporter:
     def _culprit(self, values: dict[str, Any]) -> str:
         leaf = values["bad_leaf"]
         return ("the loss" if leaf < 0 else f"the gradient of {self.leaf_names[leaf]}") + " was not finite"
+
+
+def named_scalars(values: Mapping[str, Any]) -> dict[str, float]:
+    """Metrics as single numbers, without those not known: one per sparse layer becomes `name/layer_1`, ..."""
+    named = {}
+    for name, value in values.items():
+        if isinstance(value, list):
+            named |= {f"{name}/layer_{i}": item for i, item in enumerate(value, 1)}
+        elif value is not None:
+            named[name] = value
+    return named
 
 
 def _without_nan(value: Any) -> Any:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
-from jaxtyping import UInt8
 from numpy import ndarray
 
 from ecdit import runtime
@@ -73,16 +72,24 @@ def saved_experiment(workdir: Path, overrides: Sequence[str] = ()) -> Experiment
 
 
 def sample_run(
-    run: Run, prompts: Sequence[str], repeats: Sequence[int], sampling: SamplingConfig | None = None
-) -> UInt8[ndarray, "n h w 3"]:
-    """One picture for each (prompt, repeat), by the run's own sampling config unless another is given."""
+    run: Run,
+    prompts: Sequence[str],
+    repeats: Sequence[int],
+    sampling: SamplingConfig | None = None,
+    with_experts: bool = False,
+) -> Any:
+    """One picture for each (prompt, repeat), by the run's own sampling config unless another is given.
+
+    Returns uint8[n, h, w, 3]; that and the experts per token, int32[n, steps, P, N], if `with_experts`.
+    """
     sampling = run.experiment.sampling if sampling is None else sampling
     directory, length = dataset_directory(run.experiment.data), run.experiment.data.caption_length
 
     def tokens(captions: Sequence[str]) -> ndarray:
         return tokenize(directory, captions, length)
 
-    return sample_pictures(make_sampler(run.system, sampling, run.mesh), run.params, tokens, prompts, repeats, sampling)
+    sampler = make_sampler(run.system, sampling, run.mesh, with_experts)
+    return sample_pictures(sampler, run.params, tokens, prompts, repeats, sampling)
 
 
 def _json(key: str, text: str) -> Any:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from ecdit.config import UserError
 from ecdit.partitioning import make_mesh, replicated
@@ -22,6 +23,7 @@ from ecdit.training import checkpoint, loop
 from ecdit.training.loop import PREEMPTED, device_batches
 from ecdit.training.reporting import DivergedError
 from ecdit.training.state import TrainState
+from tests.events import pictures
 from tests.runs import tiny
 
 SIZE = 1 << 20  # floats of a parameter: saving them takes longer than the next steps
@@ -57,14 +59,22 @@ class Toy:
 
     def __init__(self, workdir):
         self.workdir, self.at, self.bad, self.leaf = workdir, {}, (), -1
+        self.drawn = {}  # step: the numbers of the parameters that its pictures were drawn with
 
     def batches(self, experiment, mesh, start_row):
         for n in itertools.count(start_row // experiment.train.batch_size + 1):
             self.at.get(n, lambda: None)()
             yield jnp.int32(n in self.bad)
 
-    def train(self, num_steps, every, keep=100, max_bad_steps=3):
+    def write(self, params, step):
+        self.drawn[step] = {tuple(np.unique(x).tolist()) for x in jax.tree.leaves(params)}
+        path = self.workdir / f"{step}.png"
+        Image.new("RGB", (4, 3)).save(path)
+        return {"samples": path}
+
+    def train(self, num_steps, every, keep=100, max_bad_steps=3, pictures_every=0):
         overrides = {"num_steps": num_steps, "max_bad_steps": max_bad_steps, "log_every": 1000}
+        overrides["pictures_every"] = pictures_every
         values = {f"train__{key}": value for key, value in overrides.items()}
         return loop.train(tiny(checkpoint__every=every, checkpoint__keep=keep, **values), self.workdir)
 
@@ -88,8 +98,7 @@ class Toy:
 def toy(tmp_path, monkeypatch):
     toy = Toy(tmp_path / "run")
     monkeypatch.setattr(loop, "prepare", lambda config: SimpleNamespace(fingerprint="toy"))
-    monkeypatch.setattr(loop, "captions", lambda config: ["a"])
-    monkeypatch.setattr(loop, "sample_run", lambda *_: np.zeros((1, 8, 8, 3), np.uint8))
+    monkeypatch.setattr(loop, "SampleWriter", lambda *_: toy)
     monkeypatch.setattr(loop, "init_state", lambda *_: jax.jit(toy_state, out_shardings=toy_sharding())())
     monkeypatch.setattr(loop, "abstract_state", lambda *_: toy_abstract())
     monkeypatch.setattr(loop, "make_train_step", lambda *_: lambda state, bad: toy_step(state, bad, toy.leaf))
@@ -100,6 +109,16 @@ def toy(tmp_path, monkeypatch):
 def test_a_checkpoint_holds_its_own_step_though_the_next_ones_overwrite_the_buffers(toy):
     assert toy.train(num_steps=9, every=2) == 0
     assert toy.saved() == {step: {(float(step),)} for step in (2, 4, 6, 8, 9)}
+
+
+def test_pictures_are_of_their_own_step_and_written_once(toy):
+    """Every third step and the last; a resumed run, or a finished one started again, shows none of them twice."""
+    toy.train(num_steps=7, every=4, pictures_every=3)
+    assert toy.drawn == {step: {(float(step),)} for step in (3, 6, 7)}
+    assert toy.losses() == [(step, float(step)) for step in range(1, 8)]
+    for _ in range(2):
+        toy.train(num_steps=9, every=4, pictures_every=3)
+    assert [step for step, _ in pictures(toy.workdir)] == [3, 6, 7, 9]
 
 
 def test_keep_leaves_the_newest(toy):

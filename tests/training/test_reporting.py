@@ -5,13 +5,32 @@ import json
 
 import pytest
 
+from ecdit.config import UserError
 from ecdit.training import reporting
-from ecdit.training.experiment import TrainConfig
-from ecdit.training.reporting import Reporter, drop_lines_after
+from ecdit.training.reporting import Reporter, drop_lines_after, named_scalars
+from ecdit.training.speed import Stopwatch, flops_text
+from tests.runs import tiny
 
-CONFIG = TrainConfig(num_steps=12, batch_size=4, accumulation=1, ema_decay=0.9, max_bad_steps=3, log_every=5)
+CONFIG = dataclasses.replace(tiny().train, num_steps=12, batch_size=4, log_every=5)
 METRICS = {"loss": 0.5, "grad_norm": 1.0, "bad_in_row": 0, "bad_leaf": -1}
 BEFORE = '{"step": 1, "x": 1}\n{"step": 2, "x": 1}\n{"step": 3, "x": 1}\n'
+
+
+def make_reporter(workdir, start=0, peak=None, writers=(), **changes):
+    """Of steps with 4 images and 8 TFLOPs."""
+    return Reporter(workdir, start, dataclasses.replace(CONFIG, **changes), ["w"], Stopwatch(4, 8e12, peak), writers)
+
+
+class Clock:
+    """time.monotonic of a step every `seconds`."""
+
+    def __init__(self, monkeypatch, seconds):
+        self.now, self.seconds = 0.0, seconds
+        monkeypatch.setattr(reporting.time, "monotonic", self)
+
+    def __call__(self):
+        self.now += self.seconds
+        return self.now
 
 
 @pytest.mark.parametrize(
@@ -34,9 +53,9 @@ def test_a_resumed_run_keeps_the_lines_up_to_its_step(tmp_path, text, step, left
 
 
 def test_lines_are_there_before_the_file_is_closed(tmp_path, capsys):
-    reporter = Reporter(tmp_path, 0, CONFIG, ["w"])
+    reporter = make_reporter(tmp_path)
     for step in range(1, 13):
-        reporter.report(step, METRICS)
+        reporter.report(step, METRICS, 0.25)
         rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
         assert [row["step"] for row in rows] == list(range(1, step + 1))
         assert all(type(row["step"]) is int for row in rows)
@@ -48,18 +67,90 @@ def test_lines_are_there_before_the_file_is_closed(tmp_path, capsys):
 def test_a_line_that_is_no_json_does_not_stop_the_run(tmp_path):
     """A disk that was full, or another program: the message or the repair may differ, a traceback may not be."""
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n\x00\x00\n{"step": 2}\n')
-    Reporter(tmp_path, 2, CONFIG, ["w"]).close()
+    make_reporter(tmp_path, 2).close()
     rows = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(row)["step"] for row in rows] == [1, 2]
 
 
 def test_the_time_left_of_a_run_of_days_is_not_cut_to_hours(tmp_path, capsys, monkeypatch):
     """Ten hours a step: after the second of 12, ten steps or 100 hours are left."""
-    clock = iter([36_000.0 * step for step in range(1, 20)])
-    monkeypatch.setattr(reporting.time, "monotonic", lambda: next(clock))
-    reporter = Reporter(tmp_path, 0, dataclasses.replace(CONFIG, log_every=1), ["w"])
+    Clock(monkeypatch, 36_000.0)
+    reporter = make_reporter(tmp_path, log_every=1)
     for step in (1, 2):
-        reporter.report(step, METRICS)
+        reporter.report(step, METRICS, 0.25)
     reporter.close()
     line = capsys.readouterr().out.splitlines()[-1]
     assert "100:00:00 left" in line or "4 days, 4:00:00 left" in line, line
+
+
+def rows(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("peak", [None, 40e12])
+def test_speeds_by_hand(tmp_path, capsys, monkeypatch, peak):
+    """Two seconds a step of 4 images and 8 TFLOPs, of which the first is not timed; waits of 0, 1, 2 s."""
+    Clock(monkeypatch, 2.0)
+    reporter = make_reporter(tmp_path, peak=peak, log_every=1)
+    for step in (1, 2, 3):
+        reporter.report(step, METRICS, float(step - 1))
+    reporter.close()
+    share = "  10.0% of peak" if peak else ""
+    assert capsys.readouterr().out.splitlines() == [
+        "step 1/12  loss 0.5000  grad 1.000  compiled",
+        f"step 2/12  loss 0.5000  grad 1.000  2.0 images/s  4.0 TFLOP/s model{share}  data wait 1.000 s  0:00:20 left",
+        f"step 3/12  loss 0.5000  grad 1.000  2.0 images/s  4.0 TFLOP/s model{share}  data wait 1.500 s  0:00:18 left",
+    ]
+    assert [row["images_per_second"] for row in rows(tmp_path)] == [None, 2.0, 2.0]
+    assert [row["model_flops_per_second"] for row in rows(tmp_path)] == [None, 4e12, 4e12]
+    assert [row["data_seconds"] for row in rows(tmp_path)] == [0.0, 1.0, 2.0]
+    assert [row.get("peak_share", "unknown") for row in rows(tmp_path)] == (
+        [None, 0.1, 0.1] if peak else ["unknown"] * 3
+    )
+
+
+def test_the_time_that_pictures_take_is_no_step_s(tmp_path, monkeypatch):
+    clock = Clock(monkeypatch, 2.0)
+    reporter = make_reporter(tmp_path)
+    for step in range(1, 5):
+        reporter.report(step, METRICS, 0.0)
+        if step == 2:
+            clock.now += 100
+            reporter.pictures(step, {})
+    reporter.close()
+    assert [row["images_per_second"] for row in rows(tmp_path)] == [None, 2.0, None, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("rate", "text"),
+    [(9.87e8, "1.0 GFLOP/s"), (9.87e11, "987.0 GFLOP/s"), (1e12, "1.0 TFLOP/s"), (2.5e16, "25.0 PFLOP/s")],
+)
+def test_rates_have_the_unit_that_fits(rate, text):
+    assert flops_text(rate) == text
+
+
+def test_layers_are_numbered_from_one_and_what_is_unknown_is_left_out():
+    values = {"loss": 0.5, "coverage_0": [0.1, 0.2], "router_grad_norm": [], "images_per_second": None, "bad_leaf": -1}
+    assert named_scalars(values) == {"loss": 0.5, "coverage_0/layer_1": 0.1, "coverage_0/layer_2": 0.2, "bad_leaf": -1}
+
+
+class Broken:
+    """A writer whose disk is full."""
+
+    closed = False
+
+    def scalars(self, step, values):
+        raise UserError("full")
+
+    def close(self):
+        self.closed = True
+
+
+def test_a_writer_that_fails_stops_the_run_and_is_closed(tmp_path):
+    writer = Broken()
+    reporter = make_reporter(tmp_path, writers=[writer])
+    reporter.report(1, METRICS, 0.0)
+    with pytest.raises(UserError, match="full"):
+        reporter.report(5, METRICS, 0.0)
+    reporter.close()
+    assert writer.closed

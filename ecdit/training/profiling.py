@@ -1,0 +1,34 @@
+"""A profile of some steps (`train.profile_start`, `train.profile_steps`), for XProf, which TensorBoard can show."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from ecdit.training.experiment import TrainConfig
+
+PROFILE = "profile"
+
+
+class Profile:
+    """Traces the steps of the config's window that this process does; the first process only, for its own devices."""
+
+    def __init__(self, config: TrainConfig, workdir: Path):
+        self.directory, self.running = workdir / PROFILE, False
+        wanted = config.profile_steps if jax.process_index() == 0 else 0
+        self.window = range(config.profile_start, config.profile_start + wanted)
+
+    def before(self, step: int, state: Any) -> None:
+        """Starts before the first step of the window, stops after its last; `state` is what `step` begins with."""
+        if (step in self.window) != self.running:
+            jax.block_until_ready(state)  # so that a step is traced whole, or not at all
+            self.close()
+            if step in self.window:
+                jax.profiler.start_trace(self.directory)
+                self.running = True
+
+    def close(self) -> None:
+        """Stops and writes what was traced."""
+        if self.running:
+            self.running = False
+            jax.profiler.stop_trace()

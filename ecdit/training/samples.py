@@ -1,0 +1,58 @@
+"""Pictures of a run as it goes on: the same training captions, drawn with the EMA weights of a step."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from ecdit.conditioning.text_to_image import Params, System
+from ecdit.config import writing
+from ecdit.data.records import Records, dataset_directory
+from ecdit.data.text import tokenize
+from ecdit.evaluation.pictures import save_grid
+from ecdit.evaluation.routing_maps import draw_maps
+from ecdit.evaluation.sampling import make_sampler, sample_pictures
+from ecdit.training.experiment import Experiment
+
+
+class SampleWriter:
+    """Draws `sampling.num_grid` captions, evenly spaced over the data; compiles once."""
+
+    def __init__(self, experiment: Experiment, system: System, mesh: Mesh, workdir: Path):
+        self.experiment, self.directory = experiment, workdir / "samples"
+        self.with_experts = experiment.model.ffn != "dense"
+        self.sampler = make_sampler(system, experiment.sampling, mesh, self.with_experts)
+        records = Records(experiment.data)
+        count = min(experiment.sampling.num_grid, len(records))
+        self.prompts = [records[int(i)]["caption"] for i in np.linspace(0, len(records) - 1, count)]
+
+    def write(self, params: Params, step: int) -> dict[str, Path]:
+        """The files of step `step` by name: samples, and experts where the model has sparse layers.
+
+        All processes draw, the first one writes.
+
+        Raises:
+          UserError: a file cannot be written.
+        """
+        config, prompts = self.experiment, self.prompts
+        directory, length = dataset_directory(config.data), config.data.caption_length
+        pictures = sample_pictures(
+            self.sampler,
+            params,
+            lambda captions: tokenize(directory, captions, length),
+            prompts,
+            [0] * len(prompts),
+            config.sampling,
+        )
+        pictures, counts = pictures if self.with_experts else (pictures, None)
+        files = {"samples": self.directory / f"step_{step:08d}.png"}
+        if counts is not None:
+            files["experts"] = self.directory / f"step_{step:08d}_experts.png"
+        if jax.process_index() == 0:
+            with writing(self.directory):
+                self.directory.mkdir(parents=True, exist_ok=True)
+                save_grid(pictures, prompts, files["samples"])
+                if counts is not None:
+                    draw_maps(pictures, prompts, counts).save(files["experts"])
+        return files
