@@ -97,7 +97,7 @@ def _steps(run: Running, state: TrainState) -> tuple[TrainState, bool]:
     stop = False
     with (
         contextlib.closing(PreemptionFlag(run.manager)) as preempted,
-        contextlib.closing(Profile(config, run.workdir)) as profile,
+        contextlib.closing(Profile(config, run.workdir, int(state.step))) as profile,
     ):
         for step in range(int(state.step) + 1, config.num_steps + 1):
             profile.before(step, state)

@@ -11,12 +11,16 @@ PROFILE = "profile"
 
 
 class Profile:
-    """Traces the steps of the config's window that this process does; the first process only, for its own devices."""
+    """Traces the steps of the config's window that this start of the run does, but for its first one, which compiles.
 
-    def __init__(self, config: TrainConfig, workdir: Path):
+    The first process traces, its own devices alone: the others do the same work.
+    """
+
+    def __init__(self, config: TrainConfig, workdir: Path, start_step: int):
         self.directory, self.running = workdir / PROFILE, False
         wanted = config.profile_steps if jax.process_index() == 0 else 0
-        self.window = range(config.profile_start, config.profile_start + wanted)
+        first = max(config.profile_start, start_step + 2)
+        self.window = range(first, config.profile_start + wanted)
 
     def before(self, step: int, state: Any) -> None:
         """Starts before the first step of the window, stops after its last; `state` is what `step` begins with."""

@@ -1,56 +1,51 @@
-"""A disk that is full when a run saves, as its user meets it: real processes on a file system of a few megabytes."""
+"""A disk that is full while a run writes what it shows: the message names what could not be written."""
 
 import contextlib
 import subprocess
 
 import pytest
+from PIL import Image
 
 from ecdit.config import UserError
 from ecdit.training.reporting import Reporter
-from launch.local import launch
-from tests.runs import run, tiny, train_command
+from ecdit.training.speed import Stopwatch
+from ecdit.training.writers import TensorBoard
+from tests.runs import tiny
 
-CHANGES = {"train__num_steps": 60, "checkpoint__every": 4, "checkpoint__keep": 10, "optimizer__warmup_steps": 4}
+METRICS = {"loss": 0.5, "grad_norm": 1.0, "bad_in_row": 0, "bad_leaf": -1}
 
 
 @pytest.fixture
 def disk(tmp_path):
-    """Room for less than one checkpoint."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", disk], capture_output=True).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", disk], capture_output=True).returncode:
         pytest.skip("mounting a small file system needs root")
     yield disk
     subprocess.run(["umount", "--lazy", disk], check=True)
 
 
-def test_the_user_reads_one_line_and_not_the_tracebacks_of_threads(disk, emoji_data, cpu_env):
-    result = run(train_command(disk / "run", emoji_data, **CHANGES), cpu_env())
-    assert result.returncode == 2
-    assert result.stderr.splitlines()[-1].startswith(f"error: saving to {disk}/run/checkpoints failed")
-    assert result.stderr.count("Traceback") == 0, f"{len(result.stderr.splitlines())} lines"
+def fill(disk):
+    with (disk / "fill").open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while file.write(bytes(1 << 12)):
+            pass
 
 
 def test_metrics_that_cannot_be_written_are_named(disk):
-    """While a save fills the disk, a line of the metrics is what finds it full."""
-    with (disk / "fill").open("wb", buffering=0) as fill, contextlib.suppress(OSError):
-        while fill.write(bytes(1 << 12)):
-            pass
-    config = tiny(**CHANGES).train
-    reporter = Reporter(disk, 0, config, ["w"])
-    with pytest.raises(UserError, match=f"{disk}/metrics.jsonl.*No space left"):
-        reporter.report(1, {"loss": 0.5, "grad_norm": 1.0, "bad_in_row": 0, "bad_leaf": -1})
-    with contextlib.suppress(UserError):
+    fill(disk)
+    reporter = Reporter(disk, 0, tiny().train, ["w"], Stopwatch(16, 1e9, None))
+    with pytest.raises(UserError, match=f"writing {disk}/metrics.jsonl failed: .*No space left"):
+        reporter.report(1, METRICS, 0.0)
+    with pytest.raises(UserError, match=r"metrics\.jsonl"):  # it tries again to write what it could not
         reporter.close()
 
 
-@pytest.mark.slow
-def test_two_processes_end_soon_and_say_why(disk, emoji_data, compilation_cache, tmp_path, monkeypatch):
-    """One process's write fails; the other waits for it, but not for twenty minutes."""
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(compilation_cache))
-    command = train_command(disk / "run", emoji_data, **CHANGES)
-    code = launch(["timeout", "--signal=KILL", "240", *command], processes=2, devices=1, log_dir=tmp_path / "logs")
-    logs = [(tmp_path / "logs" / f"process_{i}.log").read_text() for i in range(2)]
-    assert code == 2, logs[0][-1000:] + logs[1][-1000:]
-    assert any(f"error: saving to {disk}/run/checkpoints failed: " in log for log in logs)
-    assert any("No space left on device" in log for log in logs)
+def test_tensorboard_s_points_and_pictures_that_cannot_be_written_are_named(disk, tmp_path):
+    Image.effect_noise((200, 200), 50).save(tmp_path / "noise.png")
+    board = TensorBoard(disk, 0)
+    board.scalars(1, {"loss": 0.5})
+    fill(disk)
+    with pytest.raises(UserError, match=f"writing {disk}/tensorboard failed: .*No space left"):
+        board.picture(2, "samples", tmp_path / "noise.png")
+    with contextlib.suppress(UserError):
+        board.close()
