@@ -66,7 +66,7 @@ def test_the_steps_of_the_window_are_traced(tmp_path, monkeypatch, start, first,
     """A run of nine steps; each is what happens after `before`."""
     on, steps = [], []
     monkeypatch.setattr(profiling.jax.profiler, "start_trace", on.append)
-    monkeypatch.setattr(profiling.jax.profiler, "stop_trace", on.clear)
+    monkeypatch.setattr(profiling.jax.profiler, "stop_trace", on.pop)  # which refuses where nothing was started
     config = dataclasses.replace(tiny().train, profile_start=first, profile_steps=count)
     profile = Profile(config, tmp_path, start)
     for step in range(start + 1, 10):
