@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import jax
 from PIL import Image
 
-from ecdit.config import require, to_dict, writing
+from ecdit.config import UserError, require, to_dict, writing
 from ecdit.training.experiment import Experiment
 
 TENSORBOARD, WANDB_ID = "tensorboard", "wandb_id"
@@ -86,14 +86,17 @@ class WeightsAndBiases:
             if not id_file.exists():
                 id_file.write_text(secrets.token_hex(4))
         self.image = wandb.Image
-        self.run = wandb.init(
-            project=experiment.train.wandb_project,
-            id=id_file.read_text(),
-            resume="allow",
-            dir=workdir,
-            config=to_dict(experiment),
-            settings=wandb.Settings(console="off"),  # what the run prints is left as it is
-        )
+        try:
+            self.run = wandb.init(
+                project=experiment.train.wandb_project,
+                id=id_file.read_text(),
+                resume="allow",
+                dir=workdir,
+                config=to_dict(experiment),
+                settings=wandb.Settings(console="off"),  # what the run prints is left as it is
+            )
+        except wandb.Error as error:
+            raise UserError(f"config.train.wandb_project: Weights & Biases refused: {error}") from None
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Logs values by name; steps that it has already, after a resume, it leaves as they are."""

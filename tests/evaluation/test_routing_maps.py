@@ -32,8 +32,14 @@ def test_colours_by_hand():
     np.testing.assert_array_equal(colour(np.array([0.0, 4.5, 9.0]), 4.5), VIRIDIS[[0, 9, 9]])
     np.testing.assert_array_equal(colour(np.arange(10.0), 9.0), VIRIDIS)
     np.testing.assert_array_equal(colour(np.array(0.5), 9.0), [70, 20, 102])
-    brightness = VIRIDIS @ [0.2126, 0.7152, 0.0722]
-    assert (np.diff(brightness) > 0).all()
+
+
+def test_equal_steps_look_equally_large():
+    """CIE lightness L* = 116 Y^(1/3) - 16 of sRGB colours (IEC 61966-2-1) rises by the same amount a step."""
+    linear = ((VIRIDIS / 255 + 0.055) / 1.055) ** 2.4
+    lightness = 116 * np.cbrt(linear @ [0.2126, 0.7152, 0.0722]) - 16
+    steps = np.diff(lightness)
+    np.testing.assert_allclose(steps, steps.mean(), rtol=0.12)
 
 
 def test_a_token_is_a_square_at_its_place_under_its_layer():
