@@ -1,0 +1,144 @@
+"""The arithmetic of the benchmarks, by hand-made timings, and each benchmark at a tiny size. Nothing tests a speed."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from tests import runs
+from tests.benchmarks import moe_layer, timing
+
+# Three rounds, on a machine that is slow in the second one.
+SECONDS = {"a": [2.0, 20.0, 9.0], "b": [1.0, 16.0, 2.0]}
+
+
+def test_a_ratio_pairs_the_turns_of_a_round():
+    """2, 1.25 and 4.5; the ratio of the medians is 4.5, that of the sums 31 / 19."""
+    assert timing.paired_ratio(SECONDS["a"], SECONDS["b"]) == 2.0
+    assert timing.paired_ratio([1.0, 16.0, 2.0], [4.0, 4.0, 4.0]) == 0.5
+
+
+def test_rounds_without_a_partner_are_refused():
+    with pytest.raises(ValueError, match="shorter"):
+        timing.paired_ratio([1.0, 2.0], [1.0])
+
+
+def test_a_case_has_all_candidates_against_the_denominator_and_itself():
+    case = timing.case("small", SECONDS, "b", note=1)
+    assert case["ratios"] == {"a": 2.0, "b": 1.0}
+    assert case["milliseconds"] == {"a": 9000.0, "b": 2000.0}
+    assert case["denominator"] == "b"
+    assert case["note"] == 1
+
+
+def test_the_fastest_has_the_lowest_median():
+    assert timing.fastest({"a": [1.0, 9.0, 9.0], "b": [5.0, 5.0, 5.0], "c": [1.0, 1.0, 1.0]}, ["a", "b"]) == "b"
+
+
+def test_runs_are_summarized_by_median_lowest_and_highest():
+    runs = [
+        {"x": timing.case("small", {"a": [ratio], "b": [1.0]}, "b", percent={"data": ratio})} for ratio in (3, 1, 2)
+    ]
+    summary = timing.summarize(runs)["x"]
+    assert summary["ratios"] == {
+        "a": {"median": 2, "min": 1, "max": 3},
+        "b": {"median": 1, "min": 1, "max": 1},
+    }
+    assert summary["milliseconds"]["a"] == {"median": 2000, "min": 1000, "max": 3000}
+    assert summary["percent"] == {"data": {"median": 2, "min": 1, "max": 3}}
+    assert summary["denominators"] == ["b", "b", "b"]
+
+
+def test_candidates_take_turns_in_every_round():
+    calls = []
+    candidates = {name: (lambda name=name: calls.append(name)) for name in "abc"}
+    seconds = timing.take_turns(candidates, rounds=20, calls=2, warmup=1)
+    assert calls[:3] == ["a", "b", "c"], "the warm-up"
+    turns = [calls[i : i + 2] for i in range(3, len(calls), 2)]
+    assert all(first == second for first, second in turns), "a turn is one candidate's"
+    orders = [tuple(turn[0] for turn in turns[i : i + 3]) for i in range(0, len(turns), 3)]
+    assert [sorted(order) for order in orders] == [["a", "b", "c"]] * 20
+    assert len(set(orders)) > 1, "the order changes"
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 20, "b": 20, "c": 20}
+
+
+def test_a_childs_environment_has_no_flags_of_its_parent(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_something")
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "1")
+    monkeypatch.setenv("PATH_TO_KEEP", "here")
+    environment = timing.child_environment(ADDED="1")
+    assert "XLA_FLAGS" not in environment
+    assert "MALLOC_ARENA_MAX" not in environment
+    assert environment["PATH_TO_KEEP"] == "here"
+    assert environment["ADDED"] == "1"
+    assert environment["JAX_PLATFORMS"] == "cpu"
+
+
+def benchmark(name, env, tmp_path, *options):
+    """What one run of a benchmark wrote, and printed."""
+    path = tmp_path / "result.json"
+    command = [sys.executable, "-m", f"tests.benchmarks.{name}", "--runs=1", "--calls=1", f"--json={path}", *options]
+    done = runs.run(command, env)
+    assert done.returncode == 0, done.stderr
+    return json.loads(path.read_text()), done.stdout
+
+
+def check_case(case, names):
+    assert set(case["ratios"]) == set(case["milliseconds"]) == names
+    denominator = case["denominator"]
+    assert case["ratios"][denominator] == 1.0
+    for name, seconds in case["seconds"].items():
+        assert case["ratios"][name] == timing.paired_ratio(seconds, case["seconds"][denominator])
+
+
+def test_moe_layer(cpu_env, tmp_path):
+    result, shown = benchmark("moe_layer", cpu_env(), tmp_path, "--rounds=2", "--sizes=16x2x16x4")
+    [run] = result["runs"]
+    case = run["cases"]["16x2x16x4"]
+    dense = {"feed_forward", "plain", "flat", "recomputed", "halves"}
+    check_case(case, dense | {"moe", "moe_expert_norm"})
+    assert case["denominator"] in dense
+    assert set(case["relative_error"]) == dense | {"moe"}
+    assert max(case["relative_error"].values()) < 1e-4
+    assert run["environment"]["xla_flags"] == "--xla_cpu_enable_fast_math=true"
+    assert run["environment"]["keep_host_memory"] is True
+    assert result["summary"]["16x2x16x4"]["ratios"]["moe"]["median"] == case["ratios"]["moe"]
+    for word in ("jax: ", "xla_flags: ", "float32", "1 runs, 2 rounds", "hidden 64"):
+        assert word in shown
+
+
+def test_sizes_of_unequal_flops_are_refused():
+    moe_layer.check_slots("even", tokens=10, experts=4)
+    with pytest.raises(SystemExit, match="odd: 4 experts have 20 slots for 9 tokens"):
+        moe_layer.check_slots("odd", tokens=9, experts=4)
+
+
+def test_candidates_that_disagree_are_refused():
+    moe_layer.check_agreement("all", {"a": 0.0, "b": 1e-6})
+    with pytest.raises(SystemExit, match=r"some: relative errors above .*'b': 0.5, 'c': nan"):
+        moe_layer.check_agreement("some", {"a": 0.0, "b": 0.5, "c": float("nan")})
+
+
+def test_the_relative_error_is_that_of_the_worst_leaf():
+    """1 of 4 in the first leaf, 1 of 2 in the second."""
+    found, expected = (
+        {"a": np.array([1.0, 4.0]), "b": np.array([3.0])},
+        {"a": np.array([2.0, 4.0]), "b": np.array([2.0])},
+    )
+    assert moe_layer.relative_error(found, expected) == 0.5
+    assert np.isnan(moe_layer.relative_error({**found, "b": np.array([np.nan])}, expected))
+
+
+def test_dispatch(cpu_env, tmp_path):
+    options = ("--rounds=2", "--groups=16", "--tokens=64", "--width=16", "--experts=4")
+    result, _ = benchmark("dispatch", cpu_env(), tmp_path, *options)
+    [run] = result["runs"]
+    names = {"gather", "one_hot"}
+    if run["environment"]["torch"] != "not installed: left out":
+        names |= {"torch_gather", "torch_one_hot"}
+    case = run["cases"]["group_16"]
+    check_case(case, names)
+    assert case["denominator"] == "gather"
+    assert set(case["relative_error"]) == names
+    assert max(case["relative_error"].values()) < 1e-4
