@@ -22,24 +22,38 @@ from typing import Any
 
 from tests.runs import ROOT, emoji_config
 
+PARTS = ("ratios", "milliseconds", "steps_per_second", "percent")  # the numbers of a case
+QUICK_COMPILATION = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # as in conftest.py
 Seconds = dict[str, list[float]]  # of one call, per candidate and round
 
 
 def take_turns(candidates: Mapping[str, Callable[[], Any]], rounds: int, calls: int, warmup: int = 2) -> Seconds:
     """Times `candidates`, which return when their work is done: mean seconds of `calls` calls in each round."""
-    order = list(candidates)
-    shuffle = random.Random(0).shuffle
-    for name in order:
+
+    def timed(candidate: Callable[[], Any]) -> Callable[[], float]:
+        def turn() -> float:
+            start = time.perf_counter()
+            for _ in range(calls):
+                candidate()
+            return (time.perf_counter() - start) / calls
+
+        return turn
+
+    for candidate in candidates.values():
         for _ in range(warmup):
-            candidates[name]()
-    seconds: Seconds = {name: [] for name in order}
+            candidate()
+    return reported_turns({name: timed(candidate) for name, candidate in candidates.items()}, rounds)
+
+
+def reported_turns(turns: Mapping[str, Callable[[], float]], rounds: int) -> Seconds:
+    """The same for turns that say themselves how long a call took."""
+    order = list(turns)
+    shuffle = random.Random(0).shuffle
+    seconds: Seconds = {name: [] for name in turns}
     for _ in range(rounds):
         shuffle(order)
         for name in order:
-            start = time.perf_counter()
-            for _ in range(calls):
-                candidates[name]()
-            seconds[name].append((time.perf_counter() - start) / calls)
+            seconds[name].append(turns[name]())
     return seconds
 
 
@@ -80,7 +94,7 @@ def summarize(runs: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, Any]
         name: {
             "sizes": first["sizes"],
             "denominators": [run[name]["denominator"] for run in runs],
-            **{key: over_runs(name, key) for key in ("ratios", "milliseconds", "percent")},
+            **{key: over_runs(name, key) for key in PARTS},
         }
         for name, first in runs[0].items()
     }
@@ -92,6 +106,7 @@ def parse(parser: argparse.ArgumentParser, rounds: int, calls: int) -> argparse.
     parser.add_argument("--rounds", type=int, default=rounds, help="turns of each candidate in a run")
     parser.add_argument("--calls", type=int, default=calls, help="calls in a turn")
     parser.add_argument("--json", type=Path, help="where to write everything that was measured")
+    parser.add_argument("--quick", action="store_true", help="compile without optimizing: to try it, not to time it")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     for option in ("runs", "rounds", "calls"):
@@ -100,28 +115,34 @@ def parse(parser: argparse.ArgumentParser, rounds: int, calls: int) -> argparse.
     return arguments
 
 
-def child_environment(**changes: str) -> dict[str, str]:
-    """A fresh process's environment: CPU, and no flags or allocator settings but those it sets for itself."""
-    dropped = ("XLA_FLAGS", "GLIBC_TUNABLES")
-    kept = {key: value for key, value in os.environ.items() if key not in dropped and not key.startswith("MALLOC_")}
+def child_environment(quick: bool = False) -> dict[str, str]:
+    """A fresh process's environment: CPU, and no settings of jax, XLA or the allocator but those it makes itself."""
+    dropped = ("JAX_", "XLA_", "MALLOC_", "GLIBC_TUNABLES", "TF_XLA_FLAGS")
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(dropped)}
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**kept, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(paths), **changes}
+    flags = {"XLA_FLAGS": QUICK_COMPILATION} if quick else {}
+    return {**kept, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(paths), **flags}
 
 
-def in_fresh_process(module: str, child: str) -> Any:
-    """Runs `module` anew with the arguments of this process and --child; what it hands over by `hand_over`."""
+def in_fresh_process(module: str, quick: bool) -> Any:
+    """Runs `module` anew with the arguments of this process and --child, the file in which it leaves its result."""
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "result.json"
-        command = [sys.executable, "-m", f"tests.benchmarks.{module}", *sys.argv[1:], f"--child={child}:{path}"]
-        code = subprocess.run(command, cwd=ROOT, env=child_environment(), check=False).returncode
+        command = [sys.executable, "-m", f"tests.benchmarks.{module}", *sys.argv[1:], f"--child={path}"]
+        code = subprocess.run(command, cwd=ROOT, env=child_environment(quick), check=False).returncode
         if code:
             sys.exit(f"{module}: a run failed with exit code {code}; it says above why")
         return json.loads(path.read_text())
 
 
-def hand_over(child: str, result: Any) -> None:
-    """Gives `result` to the process that asked for it."""
-    Path(child.partition(":")[2]).write_text(json.dumps(result))
+def prepare_emoji(directory: str) -> None:
+    """Prepares the emoji data there, in a process of its own: it leaves TensorFlow's threads behind."""
+    if (Path(directory) / "emoji" / "dataset.json").exists():
+        return  # whoever reads it checks it
+    command = ["ecdit.prepare", f"--config={ROOT}/configs/emoji.py", f"--config.data.directory={directory}"]
+    done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, env=child_environment(), stdout=sys.stderr)
+    if done.returncode:
+        sys.exit(f"cannot prepare the data in {directory}; it says above why")
 
 
 def use_emoji_runtime() -> dict[str, Any]:
@@ -166,9 +187,9 @@ def _lines(path: str) -> list[str]:
 def run_all(module: str, arguments: argparse.Namespace, measure: Callable[[argparse.Namespace], dict]) -> None:
     """Runs `measure` in fresh processes, prints what it found, writes --json. It returns environment and cases."""
     if arguments.child:
-        hand_over(arguments.child, measure(arguments))
+        Path(arguments.child).write_text(json.dumps(measure(arguments)))
         return
-    report(module, arguments, [in_fresh_process(module, "run") for _ in range(arguments.runs)])
+    report(module, arguments, [in_fresh_process(module, arguments.quick) for _ in range(arguments.runs)])
 
 
 def report(module: str, arguments: argparse.Namespace, runs: Sequence[dict[str, Any]]) -> None:
@@ -192,6 +213,7 @@ def table(name: str, found: Mapping[str, Any]) -> list[str]:
     for candidate, ratio in found["ratios"].items():
         ms = found["milliseconds"][candidate]
         lines.append(f"  {candidate:22} {_shown(ratio, '6.3f')}   {_shown(ms, '9.2f')} ms")
+    lines += [f"  {part:34} {_shown(rate, '7.3f')} steps/s" for part, rate in found["steps_per_second"].items()]
     lines += [f"  {part:34} {_shown(share, '6.2f')} %" for part, share in found["percent"].items()]
     return lines
 
