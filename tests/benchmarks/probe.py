@@ -17,10 +17,8 @@ import json
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -335,9 +333,7 @@ def main() -> None:
     if arguments.child:
         work(arguments)
         return
-    with tempfile.TemporaryDirectory() as scratch:
-        data = str(Path(arguments.data or scratch).absolute())
-        timing.prepare_emoji(data)
+    with timing.emoji_data(arguments.data) as data:
         timing.report("probe", arguments, [measure(arguments, data) for _ in range(arguments.runs)])
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests import runs
-from tests.benchmarks import moe_layer, timing
+from tests.benchmarks import moe_layer, step, timing
 
 # Three rounds, on a machine that is slow in the second one.
 SECONDS = {"a": [2.0, 20.0, 9.0], "b": [1.0, 16.0, 2.0]}
@@ -72,6 +72,24 @@ def test_a_childs_environment_has_no_flags_of_its_parent(monkeypatch):
     assert not {"XLA_FLAGS", "MALLOC_ARENA_MAX", "JAX_NUMPY_RANK_PROMOTION"} & set(environment)
     assert environment["PATH_TO_KEEP"] == "here"
     assert environment["JAX_PLATFORMS"] == "cpu"
+
+
+def test_a_steps_parts_are_shares_of_the_loop():
+    seconds = {"loop": 10.0, "forward": 2.0, "gradients": 6.0, "update": 1.5, "ema": 0.5, "report": 0.25}
+    rounds = {name: [value, 3 * value] for name, value in {**seconds, "wait_in_loop": 0.25}.items()}
+    assert step.percentages(rounds) == pytest.approx(
+        {
+            "data": 2.5,
+            "forward": 20.0,
+            "backward": 40.0,
+            "optimizer": 10.0,
+            "ema": 5.0,
+            "logging": 2.5,
+            "sum_of_parts": 80.0,
+            "outside_forward_and_backward": 40.0,
+            "outside_by_parts": 25.0,
+        }
+    )
 
 
 def benchmark(name, env, tmp_path, *options):

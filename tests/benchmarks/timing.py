@@ -7,6 +7,7 @@ the lowest and highest of them.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +30,22 @@ Seconds = dict[str, list[float]]  # of one call, per candidate and round
 
 def take_turns(candidates: Mapping[str, Callable[[], Any]], rounds: int, calls: int, warmup: int = 2) -> Seconds:
     """Times `candidates`, which return when their work is done: mean seconds of `calls` calls in each round."""
-
-    def timed(candidate: Callable[[], Any]) -> Callable[[], float]:
-        def turn() -> float:
-            start = time.perf_counter()
-            for _ in range(calls):
-                candidate()
-            return (time.perf_counter() - start) / calls
-
-        return turn
-
     for candidate in candidates.values():
         for _ in range(warmup):
             candidate()
-    return reported_turns({name: timed(candidate) for name, candidate in candidates.items()}, rounds)
+    return reported_turns({name: timed(candidate, calls) for name, candidate in candidates.items()}, rounds)
+
+
+def timed(candidate: Callable[[], Any], calls: int) -> Callable[[], float]:
+    """A turn of `calls` calls: says the mean seconds of one."""
+
+    def turn() -> float:
+        start = time.perf_counter()
+        for _ in range(calls):
+            candidate()
+        return (time.perf_counter() - start) / calls
+
+    return turn
 
 
 def reported_turns(turns: Mapping[str, Callable[[], float]], rounds: int) -> Seconds:
@@ -124,25 +127,30 @@ def child_environment(quick: bool = False) -> dict[str, str]:
     return {**kept, "JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(paths), **flags}
 
 
-def in_fresh_process(module: str, quick: bool) -> Any:
-    """Runs `module` anew with the arguments of this process and --child, the file in which it leaves its result."""
+def in_fresh_process(module: str, quick: bool, *options: str) -> Any:
+    """Runs `module` anew with the arguments of this process, `options` and --child: where it leaves its result."""
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "result.json"
-        command = [sys.executable, "-m", f"tests.benchmarks.{module}", *sys.argv[1:], f"--child={path}"]
+        command = [sys.executable, "-m", f"tests.benchmarks.{module}", *sys.argv[1:], *options, f"--child={path}"]
         code = subprocess.run(command, cwd=ROOT, env=child_environment(quick), check=False).returncode
         if code:
             sys.exit(f"{module}: a run failed with exit code {code}; it says above why")
         return json.loads(path.read_text())
 
 
-def prepare_emoji(directory: str) -> None:
-    """Prepares the emoji data there, in a process of its own: it leaves TensorFlow's threads behind."""
-    if (Path(directory) / "emoji" / "dataset.json").exists():
-        return  # whoever reads it checks it
-    command = ["ecdit.prepare", f"--config={ROOT}/configs/emoji.py", f"--config.data.directory={directory}"]
-    done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, env=child_environment(), stdout=sys.stderr)
-    if done.returncode:
-        sys.exit(f"cannot prepare the data in {directory}; it says above why")
+@contextlib.contextmanager
+def emoji_data(directory: str | None) -> Iterator[str]:
+    """Where the emoji data is prepared: in `directory`, if need be, or in one that is removed afterwards."""
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(directory or scratch).absolute()
+        if not (path / "emoji" / "dataset.json").exists():
+            # In a process of its own: it leaves TensorFlow's threads behind.
+            command = ["ecdit.prepare", f"--config={ROOT}/configs/emoji.py", f"--config.data.directory={path}"]
+            environment = child_environment()
+            done = subprocess.run([sys.executable, "-m", *command], cwd=ROOT, env=environment, stdout=sys.stderr)
+            if done.returncode:
+                sys.exit(f"cannot prepare the data in {path}; it says above why")
+        yield str(path)
 
 
 def use_emoji_runtime() -> dict[str, Any]:
@@ -184,12 +192,17 @@ def _lines(path: str) -> list[str]:
     return Path(path).read_text().splitlines() if Path(path).exists() else []
 
 
-def run_all(module: str, arguments: argparse.Namespace, measure: Callable[[argparse.Namespace], dict]) -> None:
-    """Runs `measure` in fresh processes, prints what it found, writes --json. It returns environment and cases."""
+def run_all(
+    module: str, arguments: argparse.Namespace, measure: Callable[[argparse.Namespace], dict], *options: str
+) -> None:
+    """Runs `measure` in fresh processes, with `options` too, prints what it found, writes --json.
+
+    It returns {"environment": ..., "cases": {name: case}}.
+    """
     if arguments.child:
         Path(arguments.child).write_text(json.dumps(measure(arguments)))
         return
-    report(module, arguments, [in_fresh_process(module, arguments.quick) for _ in range(arguments.runs)])
+    report(module, arguments, [in_fresh_process(module, arguments.quick, *options) for _ in range(arguments.runs)])
 
 
 def report(module: str, arguments: argparse.Namespace, runs: Sequence[dict[str, Any]]) -> None:
