@@ -35,7 +35,9 @@ from ecdit.training.experiment import Experiment, make_experiment
 from ecdit.training.loop import device_batches
 from ecdit.training.optimizer import make_optimizer
 from ecdit.training.reporting import Reporter
+from ecdit.training.speed import TimedBatches, stopwatch
 from ecdit.training.state import TrainState, init_state, run_key, state_shardings
+from ecdit.training.writers import open_writers
 from tests.benchmarks import timing
 from tests.runs import emoji_config, tiny_values
 
@@ -58,11 +60,12 @@ class Parts:
             self.ema = jax.jit(self._ema, donate_argnums=0)
             self.looping, self.stepping, self.updating, self.still = (self._new_state() for _ in range(4))
             self.averaged = self._new_state().ema
-            self.batches = device_batches(experiment, self.mesh, 0)
-            self.batch = next(self.batches)
+            self.batches = TimedBatches(device_batches(experiment, self.mesh, 0))
+            self.batch = self.batches.next()
             self.loss, self.aux, self.grads = self.gradients(self.still, self.batch)
             self.stepping, self.metrics = self.train_step(self.stepping, self.batch)
-        self.reporter = Reporter(workdir, 0, experiment.train, list(flat_names(self.still.params)))
+        leaf_names, writers = list(flat_names(self.still.params)), open_writers(experiment, workdir, 0)
+        self.reporter = Reporter(workdir, 0, experiment.train, leaf_names, stopwatch(experiment), writers)
         self.step = 0
         self.waits: list[float] = []  # seconds in which `loop` waited for each batch
 
@@ -89,14 +92,12 @@ class Parts:
         """`calls` steps as in `training.loop`."""
         pending = None
         for _ in range(calls):
-            start = time.perf_counter()
-            batch = next(self.batches)
-            self.waits.append(time.perf_counter() - start)
-            self.looping, metrics = self.train_step(self.looping, batch)
+            self.looping, metrics = self.train_step(self.looping, self.batches.next())
+            self.waits.append(self.batches.seconds)
             if pending is not None:
                 self.reporter.report(*pending)
             self.step += 1
-            pending = (self.step, metrics)
+            pending = (self.step, metrics, self.batches.seconds)
         self.reporter.report(*pending)
         jax.block_until_ready(self.looping)
 
@@ -111,7 +112,7 @@ class Parts:
 
     def run_report(self) -> None:
         self.step += 1  # every tenth is printed
-        self.reporter.report(self.step, self.metrics)
+        self.reporter.report(self.step, self.metrics, 0.0)
 
 
 def loop_turn(parts: Parts, calls: int) -> Callable[[], float]:
@@ -132,10 +133,10 @@ def data_turn(parts: Parts, calls: int) -> Callable[[], float]:
 
     def turn() -> float:
         for _ in range(parts.experiment.data.prefetch + 1):
-            next(parts.batches)
+            parts.batches.next()
         start = time.perf_counter()
         for _ in range(calls):
-            jax.block_until_ready(next(parts.batches))
+            jax.block_until_ready(parts.batches.next())
         seconds = (time.perf_counter() - start) / calls
         time.sleep(SETTLE_SECONDS)
         return seconds
