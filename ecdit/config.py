@@ -139,6 +139,18 @@ def writing(path: Path) -> Iterator[None]:
         raise UserError(f"writing {path} failed: {error}") from error
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all: whoever reads it, after a kill too, finds the old text or the new.
+
+    Raises:
+      UserError: it cannot be written; the old text is still there.
+    """
+    scratch = path.with_name(path.name + ".tmp")
+    with writing(path):
+        scratch.write_text(text)
+        os.replace(scratch, path)
+
+
 def define_config_flag() -> flags.FlagHolder:
     """Defines `--config=FILE.py[:ARGUMENT]` with its overrides `--config.a.b=value`."""
     return config_flags.DEFINE_config_file("config", None, "Experiment file, with an optional :argument.")
@@ -178,8 +190,10 @@ def run_command(main: Callable[[list[str]], None]) -> None:
     try:
         app.run(quiet_main, flags_parser=_parse_flags)
     except (UserError, OSError) as error:  # OSError: a path that is missing, forbidden or on a full disk
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.stdout.flush()
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        # At once: Python's own way out waits for other hosts, and stumbles over what a failed save leaves behind.
+        os._exit(2)
 
 
 def _parse_flags(argv: list[str]) -> list[str]:

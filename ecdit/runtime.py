@@ -50,11 +50,6 @@ def configure(config: RuntimeConfig) -> None:
         jax.distributed.initialize()
 
 
-def not_shown() -> bool | None:
-    """tqdm's `disable`: a progress bar is for a terminal, and the first process's alone."""
-    return True if jax.process_index() > 0 else None
-
-
 def _keep_freed_memory() -> None:
     """Tells glibc to reuse what is freed; does nothing where the C library has no mallopt.
 

@@ -20,7 +20,6 @@ from PIL import Image
 from tqdm import tqdm
 
 from ecdit.data import DataError
-from ecdit.runtime import not_shown
 
 ATTRIBUTION = (
     "Graphics: Twemoji, copyright Twitter, Inc and other contributors, CC-BY 4.0 "
@@ -69,7 +68,7 @@ class Emoji(tfds.core.GeneratorBasedBuilder):
         config, captions, made = self.builder_config, names(), 0
         self.skipped: list[str] = []
         paths = sorted(config.source.glob("*.png"))
-        for path in tqdm(paths, "reading", unit="picture", disable=not_shown()):
+        for path in tqdm(paths, "reading", unit="picture", disable=None):
             if path.stem not in captions:
                 continue
             try:

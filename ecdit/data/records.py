@@ -19,14 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import grain
+import numpy as np
 from flax import serialization
+from jaxtyping import Int
 from tqdm import tqdm
 
 from ecdit.config import ConfigError, build, to_dict
 from ecdit.data import DataError
 from ecdit.data.tasks import TASKS, Corpus, DataConfig
-from ecdit.data.text import VOCABULARY, fit, load_vocabulary
-from ecdit.runtime import not_shown
+from ecdit.data.text import VOCABULARY, fit, load_vocabulary, tokenize
 
 MANIFEST = "dataset.json"
 _FORMAT = 1
@@ -151,14 +152,14 @@ class Records(Sequence):
             raise DataError(f"cannot read {self._directory}: {error}; delete it and prepare again") from None
 
 
-def captions(config: DataConfig) -> list[str]:
-    """All captions in stored order."""
-    return [record["caption"] for record in Records(config)]
-
-
 def dataset_directory(config: DataConfig) -> Path:
     """Where the prepared data of `config` lives, vocabulary included."""
     return Path(config.directory) / config.task
+
+
+def tokenize_captions(config: DataConfig, captions: Sequence[str]) -> Int[np.ndarray, "n L"]:
+    """Captions as the prepared data of `config` has them: int32, with its vocabulary and caption length."""
+    return tokenize(dataset_directory(config), captions, config.caption_length)
 
 
 def _write(config: DataConfig, corpus: Corpus, directory: Path) -> Manifest:
@@ -167,7 +168,7 @@ def _write(config: DataConfig, corpus: Corpus, directory: Path) -> Manifest:
 
     shards, truncated, digest, num_records = [], 0, hashlib.sha256(), 0
     examples = corpus.task.get_dataset(sequence_length=None, split="train", shuffle=False).as_numpy_iterator()
-    for shard in _shards(tqdm(examples, "writing", unit="record", disable=not_shown())):
+    for shard in _shards(tqdm(examples, "writing", unit="record", disable=None)):
         shards.append(f"records-{len(shards):05d}.array_record")
         # One record a group: reading one at random decompresses no other.
         with contextlib.closing(ArrayRecordWriter(str(directory / shards[-1]), "group_size:1")) as writer:

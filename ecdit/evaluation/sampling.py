@@ -22,7 +22,6 @@ from ecdit.models.config import DiTConfig, check_group, group_size
 from ecdit.models.dit import TextStates
 from ecdit.models.embeddings import unpatchify
 from ecdit.partitioning import batch_sharding, batch_shards
-from ecdit.runtime import not_shown
 
 # (params, tokens[B, L], null tokens[1, L], keys[B]) -> pictures uint8[B, h, w, 3], or those and counts: `make_sampler`.
 Sampler = Callable[[Params, Int[Array, "B L"], Int[Array, "1 L"], Key[Array, " B"]], Any]
@@ -157,7 +156,8 @@ def sample_pictures(
     # The last batch is filled up with its own first rows: their pictures are dropped.
     count = math.ceil(len(prompts) / config.batch_size) * config.batch_size
     filled = np.arange(count) % len(prompts)
-    batches = tqdm(filled.reshape(-1, config.batch_size), "sampling", unit="batch", disable=not_shown())
+    hidden = True if jax.process_index() > 0 else None  # None: shown on a terminal
+    batches = tqdm(filled.reshape(-1, config.batch_size), "sampling", unit="batch", disable=hidden)
     fetched = [jax.tree.map(_fetch, sampler(params, tokens[rows], null_tokens, keys[rows])) for rows in batches]
     return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(prompts)], *fetched)
 

@@ -108,7 +108,7 @@ class MixtureOfExperts(nnx.Module):
         """Every expert on its own slots."""
         up, down = self.up[...].astype(inputs.dtype), self.down[...].astype(inputs.dtype)
         # Groups and slots as one axis t: with two of them, XLA's CPU compiler fuses the GELU's derivative with a
-        # transpose for the weight gradient, which made this layer three times as slow.
+        # transpose for the weight gradient, which takes more than twice the time.
         slots = inputs.reshape(inputs.shape[0], -1, inputs.shape[-1])
         hidden = gelu(jnp.einsum("etd,edf->etf", slots, up))
         hidden = constrain(hidden, "experts", "expert_groups", "mlp")

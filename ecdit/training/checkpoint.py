@@ -8,6 +8,7 @@ run), export (see interop.weights).
 import contextlib
 import dataclasses
 import logging
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -233,6 +234,7 @@ def _arrays(tree: Any) -> dict[str, Any]:
 
 
 def _save_failed(manager: ocp.CheckpointManager, error: Exception) -> CheckpointError:
+    time.sleep(2)  # Orbax gives up at the first array; the others' writes still fail, and print that, after it
     failed = f"saving to {manager.directory} failed: {_first_line(error)}"
     return CheckpointError(f"{failed}. Earlier checkpoints are untouched.")
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 import ecdit
-from ecdit.config import UserError, to_dict, writing
+from ecdit.config import UserError, replace_text, to_dict
 from ecdit.training.experiment import Experiment
 from ecdit.training.restored import CONFIG_FILE
 
@@ -42,5 +42,4 @@ def record_start(experiment: Experiment, workdir: Path, step: int, origin: dict[
     except (json.JSONDecodeError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error}): move it away") from None
     for file, values in ((workdir / CONFIG_FILE, to_dict(experiment)), (path, starts)):
-        with writing(file):
-            file.write_text(json.dumps(values, indent=2) + "\n")
+        replace_text(file, json.dumps(values, indent=2) + "\n")

@@ -4,7 +4,6 @@ import contextlib
 import datetime
 import json
 import math
-import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ecdit.config import UserError, writing
+from ecdit.config import UserError, replace_text, writing
 from ecdit.training.experiment import TrainConfig
 from ecdit.training.speed import Stopwatch, flops_text
 from ecdit.training.writers import Writer
@@ -149,6 +148,4 @@ def drop_lines_after(path: Path, step: int) -> None:
         return
     lines = path.read_text().splitlines(keepends=True)
     kept = [line for line in lines if line.endswith("\n") and _step_of(line) <= step]
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text("".join(kept))
-    os.replace(scratch, path)
+    replace_text(path, "".join(kept))

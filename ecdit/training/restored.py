@@ -1,19 +1,18 @@
 """A finished or running run, opened to sample from: its config, model and EMA weights."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
-from numpy import ndarray
 
 from ecdit import runtime
 from ecdit.conditioning.text_to_image import Params, System, make_system
 from ecdit.config import ConfigError, require
-from ecdit.data.records import dataset_directory
-from ecdit.data.text import tokenize
+from ecdit.data.records import tokenize_captions
 from ecdit.evaluation.sampling import SamplingConfig, make_sampler, sample_pictures
 from ecdit.partitioning import make_mesh
 from ecdit.training.checkpoint import CheckpointError, restore_ema
@@ -83,11 +82,7 @@ def sample_run(
     Returns uint8[n, h, w, 3]; that and the experts per token, int32[n, steps, P, N], if `with_experts`.
     """
     sampling = run.experiment.sampling if sampling is None else sampling
-    directory, length = dataset_directory(run.experiment.data), run.experiment.data.caption_length
-
-    def tokens(captions: Sequence[str]) -> ndarray:
-        return tokenize(directory, captions, length)
-
+    tokens = functools.partial(tokenize_captions, run.experiment.data)
     sampler = make_sampler(run.system, sampling, run.mesh, with_experts)
     return sample_pictures(sampler, run.params, tokens, prompts, repeats, sampling)
 

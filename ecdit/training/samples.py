@@ -1,5 +1,6 @@
 """Pictures of a run as it goes on: the same training captions, drawn with the EMA weights of a step."""
 
+import functools
 from pathlib import Path
 
 import jax
@@ -8,8 +9,7 @@ from jax.sharding import Mesh
 
 from ecdit.conditioning.text_to_image import Params, System
 from ecdit.config import writing
-from ecdit.data.records import Records, dataset_directory
-from ecdit.data.text import tokenize
+from ecdit.data.records import Records, tokenize_captions
 from ecdit.evaluation.pictures import save_grid
 from ecdit.evaluation.routing_maps import draw_maps
 from ecdit.evaluation.sampling import make_sampler, sample_pictures
@@ -36,11 +36,10 @@ class SampleWriter:
           UserError: a file cannot be written.
         """
         config, prompts = self.experiment, self.prompts
-        directory, length = dataset_directory(config.data), config.data.caption_length
         pictures = sample_pictures(
             self.sampler,
             params,
-            lambda captions: tokenize(directory, captions, length),
+            functools.partial(tokenize_captions, config.data),
             prompts,
             [0] * len(prompts),
             config.sampling,

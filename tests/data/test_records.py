@@ -12,7 +12,7 @@ from PIL import Image
 from ecdit.config import ConfigError
 from ecdit.data import DataError, records
 from ecdit.data.loader import make_loader
-from ecdit.data.records import Records, captions, dataset_directory, prepare, read_manifest
+from ecdit.data.records import Records, dataset_directory, prepare, read_manifest
 from ecdit.data.tasks import DataConfig
 from ecdit.data.text import EOS, PAD, UNKNOWN, fit, tokenize, train_vocabulary
 
@@ -32,6 +32,10 @@ def make_config(directory, **changes):
         "prefetch": 2,
     }
     return DataConfig(**{**values, **changes})
+
+
+def captions(config):
+    return [record["caption"] for record in Records(config)]
 
 
 @pytest.fixture(scope="module")

@@ -3,11 +3,12 @@
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from ecdit.config import ConfigError, UserError
+from ecdit.config import ConfigError, UserError, replace_text, to_dict
 from ecdit.training import profiling, writers
 from ecdit.training.profiling import Profile
 from ecdit.training.provenance import record_start
@@ -90,6 +91,24 @@ def test_the_steps_of_the_window_are_traced(tmp_path, monkeypatch, start, first,
 def test_impossible_values_are_refused_by_name(key, value, others):
     with pytest.raises(ConfigError, match=rf"config\.train\.{key} = {value}"):
         tiny(**{f"train__{key}": value}, **others)
+
+
+def test_a_list_of_starts_that_cannot_be_written_leaves_the_old_one(tmp_path):
+    """A full disk, or a kill in the middle of writing: the next start must be able to read it."""
+    record_start(tiny(), tmp_path, 0, {"config": "a.py"})
+    before = (tmp_path / "overrides.json").read_text()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "write_text", lambda self, text: self.write_bytes(text[:9].encode()) and fail())
+        with pytest.raises(UserError, match=r"writing .*config\.json failed: full"):
+            record_start(tiny(), tmp_path, 5, {"config": "b.py"})
+        with pytest.raises(UserError, match=r"writing .*overrides\.json failed: full"):
+            replace_text(tmp_path / "overrides.json", "new")
+    assert (tmp_path / "overrides.json").read_text() == before
+    assert json.loads((tmp_path / "config.json").read_text()) == json.loads(json.dumps(to_dict(tiny())))
+
+
+def fail():
+    raise OSError("full")
 
 
 def test_a_damaged_list_of_starts_is_named(tmp_path):
