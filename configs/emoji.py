@@ -14,8 +14,8 @@ from ecdit.config import UserError
 
 LENGTHS = {
     # steps, warm-up steps, EMA decay, steps between pictures
-    "quick": (900, 100, 0.99, 300),
-    "long": (7000, 300, 0.998, 1000),
+    "quick": (2000, 100, 0.995, 500),
+    "long": (12000, 300, 0.998, 1000),
 }
 
 
@@ -77,13 +77,13 @@ def get_config(length: str = "quick") -> ConfigDict:
     data.prefetch = 2  # batches
 
     config.flow = flow = ConfigDict()
-    flow.time_mean = 0.0  # times are sigmoid(N(mean, std)) [N, 0 and 1 ?]
+    flow.time_mean = 1.5  # times are sigmoid(N(mean, std)) [N, 0 and 1 ?]; noisy ones are where the caption decides
     flow.time_std = 1.0
     flow.dropped_token_weight = 0.0  # of the error on dropped tokens [S]
 
     config.optimizer = optimizer = ConfigDict()
     optimizer.name = "rmsprop"  # rmsprop [P] | adamw | adafactor
-    optimizer.learning_rate = 2e-4  # 1e-4 in the paper [P]
+    optimizer.learning_rate = 1e-4  # [P]
     optimizer.warmup_steps = warmup_steps  # 20 000 in the paper [P]
     optimizer.clip_norm = 1.0  # [S]
     optimizer.rmsprop_decay = 0.99  # [?]

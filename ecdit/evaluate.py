@@ -13,6 +13,7 @@ from ecdit.evaluation.retrieval import fixed_choice, protocol, recall, target_ra
 from ecdit.training.restored import open_run, sample_run
 
 WORKDIR = flags.DEFINE_string("workdir", None, "The run.", required=True)
+STEP = flags.DEFINE_integer("step", None, "Of the checkpoint; by default the newest.")
 ALL = flags.DEFINE_bool("all", False, "Sample every caption, not the fixed choice.")
 JSON = flags.DEFINE_string("json", None, "File for the result.")
 
@@ -23,15 +24,15 @@ def main(argv: list[str]) -> None:
         raise UserError(f"evaluations: retrieval; got {' '.join(argv[1:]) or 'none'}")
     if JSON.value:
         check_writable(Path(JSON.value))
-    result = retrieval(Path(WORKDIR.value), ALL.value)
+    result = retrieval(Path(WORKDIR.value), STEP.value, ALL.value)
     if JSON.value:
         Path(JSON.value).write_text(json.dumps(result, indent=2) + "\n")
 
 
-def retrieval(workdir: Path, every_caption: bool) -> dict:
+def retrieval(workdir: Path, step: int | None, every_caption: bool) -> dict:
     """Samples training captions; prints and returns how often the captioned picture is among the nearest."""
     start = time.monotonic()
-    run = open_run(workdir)
+    run = open_run(workdir, step=step)
     records = list(Records(run.experiment.data))
     chosen = np.arange(len(records)) if every_caption else fixed_choice(len(records))
     sampling = protocol(run.experiment.sampling)

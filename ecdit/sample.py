@@ -17,6 +17,7 @@ WORKDIR = flags.DEFINE_string("workdir", None, "The run to sample from.", requir
 OUT = flags.DEFINE_string("out", None, "Directory for the pictures, grid.png and manifest.json.", required=True)
 PROMPT = flags.DEFINE_string("prompt", None, "One prompt.")
 PROMPTS = flags.DEFINE_string("prompts", None, "A UTF-8 file with one prompt a line.")
+STEP = flags.DEFINE_integer("step", None, "Of the checkpoint; by default the newest.")
 REPEATS = flags.DEFINE_integer("repeats", 1, "Pictures of each prompt.", lower_bound=1)
 EXPERTS = flags.DEFINE_bool("experts", False, "Draw experts.png too: how many experts took each token.")
 SET = flags.DEFINE_multi_string("set", [], "KEY=VALUE for a key of the run's config, such as sampling.num_steps=25.")
@@ -56,7 +57,7 @@ def main(argv: list[str]) -> None:
     check_writable(out / "grid.png")
     if EXPERTS.value and saved_experiment(Path(WORKDIR.value), SET.value).model.ffn == "dense":
         raise UserError(f"--experts: the model of {WORKDIR.value} is dense, it has no experts to count")
-    run = open_run(Path(WORKDIR.value), SET.value)
+    run = open_run(Path(WORKDIR.value), SET.value, STEP.value)
     drawn = sample_run(run, prompts, repeats, with_experts=EXPERTS.value)
     pictures, counts = drawn if EXPERTS.value else (drawn, None)
     source = {"workdir": WORKDIR.value, "step": run.step, "seed": run.experiment.sampling.seed}

@@ -136,14 +136,19 @@ def restore(manager: ocp.CheckpointManager, step: int, abstract: TrainState) -> 
     return TrainState(**_restore_arrays(manager, step, _as_dict(abstract)))
 
 
-def restore_ema(workdir: Path, system: System, mesh: Mesh) -> tuple[Params, int]:
-    """The EMA weights of a run's newest checkpoint, sharded over `mesh`, and its step; reads nothing else.
+def restore_ema(workdir: Path, system: System, mesh: Mesh, step: int | None = None) -> tuple[Params, int]:
+    """The EMA weights of a run's checkpoint of `step`, by default the newest, sharded over `mesh`, and its step.
+
+    It reads nothing else.
 
     Raises:
-      CheckpointError: no checkpoint, or one of another model.
+      CheckpointError: no such checkpoint, or one of another model.
     """
     with open_reader(workdir) as manager:
-        step = manager.latest_step()
+        step = manager.latest_step() if step is None else step
+        if step not in manager.all_steps():
+            kept = ", ".join(map(str, sorted(manager.all_steps())))
+            raise CheckpointError(f"{workdir}: no checkpoint of step {step}; there are {kept}")
         shardings = system.shardings(mesh)
         abstract = jax.eval_shape(system.init, jax.random.key(0))
         ema = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)

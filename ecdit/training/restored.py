@@ -32,21 +32,22 @@ class Run:
     step: int
 
 
-def open_run(workdir: Path, overrides: Sequence[str] = ()) -> Run:
-    """The newest checkpoint's EMA weights, on the mesh of the run's config.
+def open_run(workdir: Path, overrides: Sequence[str] = (), step: int | None = None) -> Run:
+    """A checkpoint's EMA weights, on the mesh of the run's config.
 
     Args:
       workdir: of the run.
       overrides: "key=value" for keys of its config, the value as JSON or a plain string.
+      step: of the checkpoint; None for the newest.
 
     Raises:
-      CheckpointError: no run, or no finished checkpoint.
+      CheckpointError: no run, or no such checkpoint.
       ConfigError: an override that the config refuses.
     """
     experiment = saved_experiment(workdir, overrides)
     runtime.configure(experiment.runtime)
     system, mesh = make_system(experiment.system), make_mesh(experiment.mesh)
-    params, step = restore_ema(workdir, system, mesh)
+    params, step = restore_ema(workdir, system, mesh, step)
     return Run(experiment, system, mesh, params, step)
 
 

@@ -179,3 +179,27 @@ def test_probe(cpu_env, emoji_data, tmp_path):
         assert np.isfinite(losses).all()
     probe_losses = case["losses"]["probe"]
     assert np.mean(probe_losses[-10:]) < 0.9 * np.mean(probe_losses[:10]), "it learns"
+
+
+def test_step(cpu_env, emoji_data, tmp_path):
+    options = ("--rounds=2", "--calls=2", "--tiny", f"--data={emoji_data}")
+    result, shown = benchmark("step", cpu_env(), tmp_path, *options)
+    case = result["runs"][0]["cases"]["step"]
+    alone = {"train_step", "forward", "gradients", "update", "ema", "report", "next_batch", "wait_in_loop"}
+    check_case(case, alone | {"loop"})
+    assert case["denominator"] == "loop"
+    assert case["percent"] == step.percentages(case["seconds"])
+    assert f"{case['percent']['forward']:6.2f}" in shown
+
+
+def test_first_step(cpu_env, emoji_data, tmp_path):
+    result, _ = benchmark("first_step", cpu_env(), tmp_path, "--tiny", f"--data={emoji_data}")
+    cases = result["runs"][0]["cases"]
+    check_case(cases["command"], {"cold", "warm"})
+    assert cases["command"]["denominator"] == "cold"
+    for cache in ("cold", "warm"):
+        seconds = {name: values[0] for name, values in cases[f"phases, {cache} cache"]["seconds"].items()}
+        whole = seconds.pop("all")
+        assert whole == pytest.approx(sum(seconds.values()))
+        assert seconds["compile_step"] > 0
+        assert seconds["python_and_imports"] < whole < cases["command"]["seconds"][cache][0] + 60

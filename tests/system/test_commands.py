@@ -163,6 +163,7 @@ def test_train_refuses_an_unknown_argument_and_a_missing_file(tmp_path, env):
         (["--prompt=a", "--prompts={tmp}/gap.txt"], ["give one of --prompt and --prompts"]),
         (["--prompt=a", "--set=sampling.steps=3"], ["config.sampling.steps", "no such key"]),
         (["--prompt=a", "--set=sampling.num_steps=0"], ["config.sampling.num_steps = 0"]),
+        (["--prompt=a", "--step=1000"], ["no checkpoint of step 1000; there are 3"]),
     ],
 )
 def test_sample_refuses_bad_input(flags, said, workdir, tmp_path, env):

@@ -136,6 +136,20 @@ def test_only_ema_weights_are_read_and_each_is_where_the_mesh_wants_it(saved):
     assert jax.tree.map(lambda x: x.sharding, restored) == system.shardings(mesh)
 
 
+def test_weights_of_a_step_that_is_named(saved, tmp_path):
+    workdir, ema = shutil.copytree(saved[0], tmp_path / "run"), saved[1]
+    mesh, system = make_mesh(tiny().mesh), make_system(tiny().system)
+    with checkpoint.open_manager(workdir, CheckpointConfig(every=1, keep=2, init_from="")) as manager:
+        later = ocp.args.PyTreeSave({"ema": jax.tree.map(np.zeros_like, ema)})
+        manager.save(9, args=ocp.args.Composite(state=later, meta=ocp.args.JsonSave(to_dict(meta_of({})))))
+    restored, step = checkpoint.restore_ema(workdir, system, mesh, 7)
+    assert step == 7
+    jax.tree.map(np.testing.assert_array_equal, restored, ema)
+    assert checkpoint.restore_ema(workdir, system, mesh)[1] == 9
+    with pytest.raises(CheckpointError, match=f"{workdir}: no checkpoint of step 8; there are 7, 9$"):
+        checkpoint.restore_ema(workdir, system, mesh, 8)
+
+
 OPEN = """
 import sys
 from pathlib import Path
