@@ -1,13 +1,15 @@
 """The arithmetic of the benchmarks, by hand-made timings, and each benchmark at a tiny size. Nothing tests a speed."""
 
+import argparse
 import json
+import os
 import sys
 
 import numpy as np
 import pytest
 
 from tests import runs
-from tests.benchmarks import moe_layer, step, timing
+from tests.benchmarks import fits, moe_layer, step, timing
 
 # Three rounds, on a machine that is slow in the second one.
 SECONDS = {"a": [2.0, 20.0, 9.0], "b": [1.0, 16.0, 2.0]}
@@ -203,3 +205,49 @@ def test_first_step(cpu_env, emoji_data, tmp_path):
         assert whole == pytest.approx(sum(seconds.values()))
         assert seconds["compile_step"] > 0
         assert seconds["python_and_imports"] < whole < cases["command"]["seconds"][cache][0] + 60
+
+
+def test_a_fit_is_the_mean_of_its_last_steps():
+    """Losses 1 to 150: the last hundred are 51 to 150. Two layers."""
+    rows = [{"flow_loss": n, "router_grad_norm": [n, 3 * n], "bad_steps": 2} for n in range(1, 151)]
+    assert fits.means(map(json.dumps, rows)) == {"loss": 100.5, "router_grad": 201.0, "bad_steps": 2}
+
+
+def test_optimizers_are_compared_at_their_best_rates(monkeypatch, tmp_path):
+    """The loss is the distance from the second rate, but for AdamW's: there the third is best."""
+    done = []
+
+    def fit(arguments, name, changes, core):
+        done.append(name)
+        rates = fits.ALONE if "momentum 0" in name or "adamw" in name else fits.RMSPROP
+        best = rates[2 if changes.get("optimizer.name") == "adamw" else 1]
+        return {"loss": abs(changes["optimizer.learning_rate"] - best) + changes["seed"]}
+
+    monkeypatch.setattr(fits, "fit", fit)
+    found = fits.optimizers(argparse.Namespace(workdir=tmp_path))
+    assert len(done) == len(set(done)) == 3 * 6 + 2 * 6
+    assert {name: len(values) for name, values in found.items() if len(values) > 1} == {
+        **{f"{name}, rate 0.0001": 3 for name in fits.OPTIMIZERS if name not in ("adamw", "rmsprop, momentum 0")},
+        "rmsprop, momentum 0, rate 0.001": 3,
+        "adamw, rate 0.002": 3,
+    }
+    assert found["rmsprop, rate 0.0001"] == [{"loss": 0.0}, {"loss": 1.0}, {"loss": 2.0}]
+    assert fits.table(found)[2:4] == [
+        "| rmsprop, rate 5e-05 | 0.0001 |",
+        "| rmsprop, rate 0.0001 | 0.0000 1.0000 2.0000 |",
+    ]
+
+
+def test_fits_train_and_read_the_emoji_config(cpu_env, emoji_data, tmp_path, monkeypatch):
+    for key, value in cpu_env().items():
+        monkeypatch.setenv(key, value)
+    arguments = argparse.Namespace(what="optimizers", workdir=tmp_path, steps=2, data=str(emoji_data), tiny=True)
+    changes = {"optimizer.name": "adamw", "optimizer.learning_rate": 1e-3, "seed": 3}
+    core = min(os.sched_getaffinity(0))
+    found = fits.fit(arguments, "adamw, seed 3", changes, core)
+    assert set(found) == {"loss", "router_grad", "bad_steps"}
+    config = json.loads((tmp_path / "adamw, seed 3" / "config.json").read_text())
+    assert (config["optimizer"]["name"], config["seed"], config["train"]["num_steps"]) == ("adamw", 3, 2)
+    lines = (tmp_path / "adamw, seed 3" / "metrics.jsonl").read_text()
+    assert fits.fit(arguments, "adamw, seed 3", changes, core) == found, "done: only read"
+    assert (tmp_path / "adamw, seed 3" / "metrics.jsonl").read_text() == lines
