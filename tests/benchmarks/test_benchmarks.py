@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests import runs
-from tests.benchmarks import fits, moe_layer, step, timing
+from tests.benchmarks import curve, fits, moe_layer, step, timing
 
 # Three rounds, on a machine that is slow in the second one.
 SECONDS = {"a": [2.0, 20.0, 9.0], "b": [1.0, 16.0, 2.0]}
@@ -251,3 +251,21 @@ def test_fits_train_and_read_the_emoji_config(cpu_env, emoji_data, tmp_path, mon
     lines = (tmp_path / "adamw, seed 3" / "metrics.jsonl").read_text()
     assert fits.fit(arguments, "adamw, seed 3", changes, core) == found, "done: only read"
     assert (tmp_path / "adamw, seed 3" / "metrics.jsonl").read_text() == lines
+
+
+def test_a_curve_has_minutes_from_the_first_step_and_a_point_for_each_checkpoint(monkeypatch, tmp_path):
+    times = {1: 100.0, 2: 160.0, 3: 280.0}
+    (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {k}, "time": {v}}}\n' for k, v in times.items()))
+    for name in ("2", "3", "3.orbax-checkpoint-tmp"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    monkeypatch.setattr(curve, "evaluate", lambda workdir, step: {"r_at_1": step / 10, "r_at_5": step / 4})
+    (tmp_path / "overrides.json").write_text("[{}, {}]")
+    with pytest.raises(SystemExit, match="was started 2 times"):
+        curve.measure(tmp_path)
+    (tmp_path / "overrides.json").write_text("[{}]")
+    points = curve.measure(tmp_path)
+    assert points == [
+        {"step": 2, "minutes": 1.0, "r_at_1": 0.2, "r_at_5": 0.5},
+        {"step": 3, "minutes": 3.0, "r_at_1": 0.3, "r_at_5": 0.75},
+    ]
+    assert curve.table(points)[2:] == ["| 2 | 1.0 | 20.0% | 50.0% |", "| 3 | 3.0 | 30.0% | 75.0% |"]
