@@ -84,12 +84,11 @@ def _run(command: Sequence[str], core: int, workdir: Path) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     with (workdir / "log").open("a") as log:
         done = subprocess.run(
-            command,
+            ["taskset", "--cpu-list", str(core), *command],
             cwd=runs.ROOT,
             env=timing.child_environment(),
             stdout=log,
             stderr=subprocess.STDOUT,
-            preexec_fn=lambda: os.sched_setaffinity(0, {core}),
         )
     if done.returncode:
         sys.exit(f"{command[2]} failed with exit code {done.returncode}: see {workdir}/log")
