@@ -1,7 +1,7 @@
 """EC-DIT on 1913 emoji and their names, for two CPU cores.
 
-    python -m ecdit.train --config=configs/emoji.py --workdir=runs/emoji              # :quick, 12 minutes
-    python -m ecdit.train --config=configs/emoji.py:long --workdir=runs/emoji_long    # under an hour
+    python -m ecdit.train --config=configs/emoji.py --workdir=runs/emoji              # :quick, about 12 minutes
+    python -m ecdit.train --config=configs/emoji.py:long --workdir=runs/emoji_long    # four times as many steps
 
 Marks of certainty, beside values that the paper or its relatives speak of: [P] the paper (arXiv 2410.02098),
 [N] notes of it by a third party, [S] sister papers on the same base model (arXiv 2412.07730, 2503.10618),

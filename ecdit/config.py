@@ -192,7 +192,7 @@ def run_command(main: Callable[[list[str]], None]) -> None:
     except (UserError, OSError) as error:  # OSError: a path that is missing, forbidden or on a full disk
         sys.stdout.flush()
         print(f"error: {error}", file=sys.stderr, flush=True)
-        # At once: Python's own way out waits for other hosts, and stumbles over what a failed save leaves behind.
+        # At once: the threads that a failed save leaves behind print, or fail, while Python takes itself down.
         os._exit(2)
 
 
