@@ -21,12 +21,19 @@ class DiTConfig:
     kv_heads: int  # of self-attention; cross-attention has all heads
     rope_theta: float
     absolute_positions: bool  # adds sine-cosine positions to tokens and mask tokens: RoPE alone says nothing absolute
-    ffn_multiplier: int  # hidden width of an FFN and of an expert, in d
+    ffn_multiplier: int  # hidden width of an FFN, and of an expert that expert_width does not say, in d
     ffn: Literal["dense", "token_choice", "expert_choice"]  # of the even blocks
+    even_ffn_multiplier: int  # hidden width of even blocks' FFNs where ffn is dense, in d
     num_experts: int  # E
     capacity_factor: float  # f_c of expert choice
     token_choice_dropless: bool  # C = S instead of ceil(2 S / E)
     balance_loss_weight: float  # of token choice
+    expert_width: int  # hidden units of an expert; 0: ffn_multiplier d
+    num_shared_experts: int  # that work on every token, without a gate
+    router_input: Literal["modulated", "decoupled"]  # what the experts see, or the time with the unmodulated norm
+    gate_norm: Literal["none", "renormalized"]  # renormalized: a token's gates sum to route_scale
+    route_scale: float
+    router_z_loss: float  # weight of the mean squared logsumexp of the router's logits
     router_init_std: float
     group: str  # tokens that compete for experts in training: "image" or a number of tokens
     dispatch: Literal["gather", "one_hot"]
@@ -39,8 +46,11 @@ class DiTConfig:
     dtype: Literal["float32", "bfloat16"]  # of activations; parameters are float32
 
     def __post_init__(self):
-        for key in ("latent_size", "latent_channels", "patch_size", "width", "heads", "kv_heads", "ffn_multiplier"):
+        sizes = ("latent_size", "latent_channels", "patch_size", "width", "heads", "kv_heads")
+        for key in (*sizes, "ffn_multiplier", "even_ffn_multiplier"):
             require(getattr(self, key) >= 1, key, getattr(self, key), "must be 1 or more")
+        for key in ("expert_width", "num_shared_experts", "router_z_loss", "router_init_std", "balance_loss_weight"):
+            require(getattr(self, key) >= 0, key, getattr(self, key), "must be 0 or more")
         require(
             self.latent_size % self.patch_size == 0, "patch_size", self.patch_size, f"must divide {self.latent_size}"
         )
@@ -69,8 +79,7 @@ class DiTConfig:
             "masked training needs blocks after the mask tokens are filled in",
         )
         require(self.rope_theta > 0, "rope_theta", self.rope_theta, "must be above 0")
-        require(self.router_init_std >= 0, "router_init_std", self.router_init_std, "must be 0 or more")
-        require(self.balance_loss_weight >= 0, "balance_loss_weight", self.balance_loss_weight, "must be 0 or more")
+        require(self.route_scale > 0, "route_scale", self.route_scale, "must be above 0")
         require(self.remat in REMAT_POLICIES, "remat", self.remat, f"must be one of {', '.join(REMAT_POLICIES)}")
         require(self.scan_unroll >= 1, "scan_unroll", self.scan_unroll, "must be 1 or more")
         check_group("group", self.group, self.num_kept)
@@ -94,6 +103,11 @@ class DiTConfig:
     def num_kept(self) -> int:
         """Tokens that training keeps after masking."""
         return max(1, round(self.num_tokens * (1 - self.mask_ratio)))
+
+    @property
+    def expert_hidden(self) -> int:
+        """Hidden units of an expert."""
+        return self.expert_width or self.ffn_multiplier * self.width
 
     @property
     def patch_dim(self) -> int:

@@ -31,15 +31,17 @@ class TextStates(NamedTuple):
 class Block(nnx.Module):
     """x + gate norm(f(norm(x) (1 + scale) + shift)) for self-attention and FFN, with cross-attention between them."""
 
-    def __init__(self, config: DiTConfig, text_width: int, sparse: bool, rngs: nnx.Rngs):
+    def __init__(self, config: DiTConfig, text_width: int, ffn_multiplier: int | None, rngs: nnx.Rngs):
+        """With an FFN of `ffn_multiplier` times the width, or with experts if that is None."""
+        sparse = ffn_multiplier is None
         self.moe_output_norm = config.moe_output_norm if sparse else "sandwich"
         self.attention = SelfAttention(config.width, config.heads, config.kv_heads, rngs)
         self.cross_attention = CrossAttention(config.width, text_width, config.heads, rngs)
         if sparse:
             self.experts = MixtureOfExperts(config, rngs)
         else:
-            self.feed_forward = FeedForward(config.width, config.ffn_multiplier * config.width, rngs)
-        self.sparse = sparse
+            self.feed_forward = FeedForward(config.width, ffn_multiplier * config.width, rngs)
+        self.sparse, self.decoupled = sparse, config.router_input == "decoupled"
         self.table = _block_table(config, rngs) if config.block_table else None
 
     def __call__(
@@ -47,20 +49,23 @@ class Block(nnx.Module):
         x: Float[Array, "B N d"],
         angles: Float[Array, "B N k/2"],
         modulation: Float[Array, "B 6 d"],
+        time: Float[Array, "B d"],
         text: TextStates,
         group_size: int,
     ) -> tuple[Float[Array, "B N d"], RoutingReport | None]:
-        """The block's output, and how its tokens were routed if it is sparse."""
+        """The block's output, and how its tokens were routed if it is sparse; `time` is for decoupled routers alone."""
         if self.table is not None:
             modulation = modulation + self.table[...][None]
         modulation = modulation.astype(x.dtype)
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = jnp.split(modulation, 6, axis=1)
         x = x + gate * layer_norm(self.attention(layer_norm(x) * (1 + scale) + shift, angles))
         x = x + self.cross_attention(layer_norm(x), text.states, text.mask)
-        branch_input = layer_norm(x) * (1 + ffn_scale) + ffn_shift
-        branch, report = (
-            self.experts(branch_input, group_size) if self.sparse else (self.feed_forward(branch_input), None)
-        )
+        normed = layer_norm(x)
+        branch_input = normed * (1 + ffn_scale) + ffn_shift
+        if self.sparse:
+            branch, report = self.experts(branch_input, group_size, (normed, time) if self.decoupled else None)
+        else:
+            branch, report = self.feed_forward(branch_input), None
         branch = named(branch, "ffn_out")
         if self.moe_output_norm == "sandwich":
             branch = layer_norm(branch)
@@ -71,8 +76,8 @@ class Pair(nnx.Module):
     """A dense block, then a sparse one (dense too where the config says so)."""
 
     def __init__(self, config: DiTConfig, text_width: int, rngs: nnx.Rngs):
-        self.odd = Block(config, text_width, False, rngs)
-        self.even = Block(config, text_width, config.ffn != "dense", rngs)
+        self.odd = Block(config, text_width, config.ffn_multiplier, rngs)
+        self.even = Block(config, text_width, config.even_ffn_multiplier if config.ffn == "dense" else None, rngs)
 
 
 class DiT(nnx.Module):
@@ -89,7 +94,9 @@ class DiT(nnx.Module):
         self.pairs = stack(lambda rngs: Pair(config, text_width, rngs), config.depth // 2, rngs)
         if config.extra_blocks:
             self.mask_token = param(rngs, jax.nn.initializers.normal(0.02), (config.width,), ("embed",))
-            self.extra = stack(lambda rngs: Block(config, text_width, False, rngs), config.extra_blocks, rngs)
+            self.extra = stack(
+                lambda rngs: Block(config, text_width, config.ffn_multiplier, rngs), config.extra_blocks, rngs
+            )
         self.head_modulation = matrix(rngs, (config.width,), (2, config.width), ("embed", "modulation", "mlp"), zeros)
         self.head_modulation_bias = param(rngs, zeros, (2, config.width), ("modulation", "embed"))
         self.head = Linear(config.width, config.patch_dim, ("embed", "features"), rngs, init=zeros)
@@ -119,7 +126,7 @@ class DiT(nnx.Module):
         config, dtype = self.config, jnp.dtype(self.config.dtype)
         all_angles = rope_angles(config.grid, config.head_dim, config.rope_theta)
         all_angles = jnp.broadcast_to(all_angles[None], (latents.shape[0], *all_angles.shape))
-        condition = self.condition(time, text, size_crop, dtype)
+        time_state, condition = self.condition(time, text, size_crop, dtype)
         modulation = _modulate(condition, self.modulation, self.modulation_bias)
         text = text._replace(states=text.states.astype(dtype))
 
@@ -132,8 +139,8 @@ class DiT(nnx.Module):
         x = constrain(x, "batch", None, None)
 
         def run_pair(pair: Pair, x: Array) -> tuple[Array, RoutingReport | None]:
-            x, _ = pair.odd(x, angles, modulation, text, group_size)
-            return pair.even(x, angles, modulation, text, group_size)
+            x, _ = pair.odd(x, angles, modulation, time_state, text, group_size)
+            return pair.even(x, angles, modulation, time_state, text, group_size)
 
         x, report = scan_stack(self.pairs, run_pair, x, config.remat, config.scan_unroll)
         if kept is not None:
@@ -141,20 +148,28 @@ class DiT(nnx.Module):
             gaps = constrain(jnp.broadcast_to(gaps, (x.shape[0], *gaps.shape[1:])), "batch", None, None)
             x = constrain(put_tokens(x, kept, gaps), "batch", None, None)
         if config.extra_blocks:
-            x, _ = scan_stack(self.extra, lambda b, x: b(x, all_angles, modulation, text, group_size), x, config.remat)
+
+            def run_block(block: Block, x: Array) -> tuple[Array, None]:
+                return block(x, all_angles, modulation, time_state, text, group_size)
+
+            x, _ = scan_stack(self.extra, run_block, x, config.remat)
         return self.velocity(x, condition), report
 
     def condition(
         self, time: Float[Array, " B"], text: TextStates, size_crop: Float[Array, "B 4"], dtype: jnp.dtype
-    ) -> Float[Array, "B d"]:
-        """SiLU of the sum of the normed embeddings of time, pooled caption and micro-conditions (arXiv 2412.07730)."""
+    ) -> tuple[Float[Array, "B d"], Float[Array, "B d"]]:
+        """The time's normed embedding, and SiLU of its sum with those of pooled caption and micro-conditions.
+
+        Source: arXiv 2412.07730.
+        """
         sizes = sinusoid(size_crop.reshape(-1), SINUSOID_WIDTH).reshape(size_crop.shape[0], -1)
         parts = (
             self.time(sinusoid(1000.0 * time, SINUSOID_WIDTH).astype(dtype)),
             self.caption(text.pooled.astype(dtype)),
             self.size_crop(sizes.astype(dtype)),
         )
-        return constrain(jax.nn.silu(sum(layer_norm(part) for part in parts)), "batch", None)
+        normed = [layer_norm(part) for part in parts]
+        return constrain(normed[0], "batch", None), constrain(jax.nn.silu(sum(normed)), "batch", None)
 
     def velocity(self, x: Float[Array, "B N d"], condition: Float[Array, "B d"]) -> Float[Array, "B N p"]:
         """The head: a modulated norm and a linear map, zero at the start."""

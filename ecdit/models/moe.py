@@ -3,7 +3,6 @@
 Axes: B batch, N tokens of an image, G groups, S tokens of a group, E experts, C capacity, d width, f hidden width.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -13,7 +12,14 @@ from jaxtyping import Array, Float, Int
 
 from ecdit.models.config import DiTConfig
 from ecdit.models.layers import gelu, layer_norm, matrix, named, param, xavier_experts
-from ecdit.models.routing import Routing, expert_capacity, expert_choice, experts_per_token, token_choice
+from ecdit.models.routing import (
+    Routing,
+    expert_capacity,
+    expert_choice,
+    experts_per_token,
+    renormalize_gates,
+    token_choice,
+)
 from ecdit.partitioning import constrain, on_each_shard
 
 # GShard's capacity factor: as many slots as first and second choices (arXiv 2006.16668).
@@ -26,6 +32,7 @@ class RoutingReport(NamedTuple):
     experts_per_token: Int[Array, "B N"]  # int32
     balance_loss: Float[Array, " G"]  # unweighted, float32
     drop_rate: Float[Array, " G"]  # float32
+    z_loss: Float[Array, " G"]  # mean squared logsumexp of the router's logits (arXiv 2202.08906, eq. 5), float32
 
 
 def capacity(config: DiTConfig, group_size: int) -> int:
@@ -57,21 +64,37 @@ class MixtureOfExperts(nnx.Module):
 
     def __init__(self, config: DiTConfig, rngs: nnx.Rngs):
         self.config = config
-        width, hidden, experts = config.width, config.ffn_multiplier * config.width, config.num_experts
+        width, hidden, experts = config.width, config.expert_hidden, config.num_experts
         router_init = jax.nn.initializers.normal(config.router_init_std)
         self.router = matrix(rngs, (width,), (experts,), ("embed", "features"), router_init)
+        if config.router_input == "decoupled":
+            self.time_router = matrix(rngs, (width,), (experts,), ("embed", "features"), router_init)
         self.up = param(rngs, xavier_experts, (experts, width, hidden), ("experts", "expert_embed", "mlp"))
         self.down = param(rngs, xavier_experts, (experts, hidden, width), ("experts", "mlp", "expert_embed"))
+        if config.num_shared_experts:
+            self.shared = FeedForward(width, config.num_shared_experts * hidden, rngs)
 
-    def __call__(self, x: Float[Array, "B N d"], group_size: int) -> tuple[Float[Array, "B N d"], RoutingReport]:
+    def __call__(
+        self,
+        x: Float[Array, "B N d"],
+        group_size: int,
+        decoupled: tuple[Float[Array, "B N d"], Float[Array, "B d"]] | None = None,
+    ) -> tuple[Float[Array, "B N d"], RoutingReport]:
         """Routes the tokens of x, regrouped row by row to (B N / group_size, group_size, d).
 
-        Returns the branch's output in the dtype of x, exactly 0 for a token that no expert took, and the report.
+        Args:
+          x: what the experts see, and the router where its input is "modulated".
+          group_size: tokens that compete for experts.
+          decoupled: what a "decoupled" router sees: tokens, and the time's embedding.
+
+        Returns the branch's output in the dtype of x, exactly 0 for a token that no expert took unless there are shared
+        experts, and the report.
         """
         grouped = x.reshape(-1, group_size, x.shape[-1])
         grouped = constrain(grouped, "batch", None, None)
         # Saved whatever else is recomputed: rounded differently, a second routing could differ from the first.
-        routing = jax.tree.map(lambda x: named(x, "routing"), self.route(grouped))
+        logits = self.router_logits(x, decoupled).reshape(-1, group_size, self.config.num_experts)
+        routing = jax.tree.map(lambda x: named(x, "routing"), self.route(logits))
         dispatch, combine = (
             (one_hot_dispatch, one_hot_combine) if self.config.dispatch == "one_hot" else (gather, scatter)
         )
@@ -85,24 +108,41 @@ class MixtureOfExperts(nnx.Module):
         outputs = constrain(outputs, None, "batch", None, None)
         combined = constrain(combine(outputs, routing, group_size), "batch", None, None)
         report = RoutingReport(
-            experts_per_token(routing, group_size).reshape(x.shape[:2]), routing.balance_loss, routing.drop_rate
+            experts_per_token(routing, group_size).reshape(x.shape[:2]),
+            routing.balance_loss,
+            routing.drop_rate,
+            jnp.square(jax.nn.logsumexp(logits, axis=-1)).mean(axis=-1),
         )
-        return combined.reshape(x.shape).astype(x.dtype), report
+        output = combined.reshape(x.shape).astype(x.dtype)
+        if self.config.num_shared_experts:
+            shared = self.shared(x)
+            output = output + (layer_norm(shared) if self.config.moe_output_norm == "expert" else shared)
+        return output, report
 
-    def route(self, x: Float[Array, "G S d"]) -> Routing:
-        """The routing of grouped tokens; logits, softmax and top-k in float32 whatever the dtype of x."""
-        config, group_size = self.config, x.shape[1]
-        # HIGHEST: a TPU multiplies float32 in bfloat16 passes otherwise, and near-ties would flip.
-        logits = jnp.einsum(
-            "gsd,de->gse",
-            x.astype(jnp.float32),
-            self.router[...].astype(jnp.float32),
-            precision=jax.lax.Precision.HIGHEST,
-        )
+    def router_logits(
+        self, x: Float[Array, "B N d"], decoupled: tuple[Float[Array, "B N d"], Float[Array, "B d"]] | None
+    ) -> Float[Array, "B N E"]:
+        """Of the router, float32; where it is decoupled, a map of (time, tokens) (arXiv 2604.12163)."""
+        if self.config.router_input == "modulated":
+            return _project_float32(x, self.router)
+        tokens, time = decoupled
+        return _project_float32(tokens, self.router) + _project_float32(time[:, None], self.time_router)
+
+    def route(self, logits: Float[Array, "G S E"]) -> Routing:
+        """The routing of grouped tokens; softmax and top-k in float32."""
+        config, group_size = self.config, logits.shape[1]
         slots = capacity(config, group_size)
-        if config.ffn == "expert_choice":
-            return on_each_shard(functools.partial(expert_choice, capacity=slots))(logits)
-        return on_each_shard(functools.partial(token_choice, capacity=slots, num_choices=TOKEN_CHOICES))(logits)
+
+        def rule(logits: Float[Array, "G S E"]) -> Routing:
+            if config.ffn == "expert_choice":
+                routing = expert_choice(logits, slots)
+            else:
+                routing = token_choice(logits, slots, num_choices=TOKEN_CHOICES)
+            if config.gate_norm == "renormalized":
+                routing = renormalize_gates(routing, group_size, config.route_scale)
+            return routing
+
+        return on_each_shard(rule)(logits)
 
     def experts(self, inputs: Float[Array, "E G C d"]) -> Float[Array, "E G C d"]:
         """Every expert on its own slots."""
@@ -113,6 +153,12 @@ class MixtureOfExperts(nnx.Module):
         hidden = gelu(jnp.einsum("etd,edf->etf", slots, up))
         hidden = constrain(hidden, "experts", "expert_groups", "mlp")
         return jnp.einsum("etf,efd->etd", hidden, down).reshape(inputs.shape)
+
+
+def _project_float32(x: Float[Array, "B N d"], kernel: nnx.Param) -> Float[Array, "B N E"]:
+    # HIGHEST: a TPU multiplies float32 in bfloat16 passes otherwise, and near-ties would flip.
+    kernel = kernel[...].astype(jnp.float32)
+    return jnp.einsum("bnd,de->bne", x.astype(jnp.float32), kernel, precision=jax.lax.Precision.HIGHEST)
 
 
 def gather(x: Float[Array, "G S d"], routing: Routing) -> Float[Array, "E G C d"]:

@@ -92,6 +92,16 @@ def token_choice(
     return Routing(jnp.where(taken, index, 0), gate, taken, balance_loss, drop_rate)
 
 
+def renormalize_gates(routing: Routing, group_size: int, scale: float) -> Routing:
+    """The same slots, with gates that sum to `scale` for every token that an expert took (arXiv 2604.12163)."""
+
+    def renormalize(gate: Float[Array, "E C"], index: Int[Array, "E C"]) -> Float[Array, "E C"]:
+        total = jnp.zeros(group_size, jnp.float32).at[index].add(gate)
+        return scale * gate / jnp.maximum(total, jnp.finfo(jnp.float32).tiny)[index]
+
+    return routing._replace(gate=jax.vmap(renormalize)(routing.gate, routing.index))
+
+
 def experts_per_token(routing: Routing, group_size: int) -> Int[Array, "G S"]:
     """How many experts took each token, int32: 0 means that the branch gives it exactly 0."""
 

@@ -33,26 +33,33 @@ def denoiser_parts(config: DiTConfig, text_width: int, text_length: int, tokens:
       group: tokens that compete for experts, config.group in training; where a group holds several images, an
         image's share of its slots is counted.
     """
-    width, all_tokens, hidden = config.width, config.num_tokens, config.ffn_multiplier * config.width
+    width, all_tokens = config.width, config.num_tokens
     rows = config.depth * tokens + config.extra_blocks * all_tokens
     squares = config.depth * tokens**2 + config.extra_blocks * all_tokens**2
     sparse_layers = 0 if config.ffn == "dense" else config.depth // 2
     routed = sparse_layers * tokens
     size = group_size(group, tokens)
-    slots = routed * config.num_experts * capacity(config, size) / size if sparse_layers else 0
+    slots = routed * (config.num_experts * capacity(config, size) / size + config.num_shared_experts)
+    odd_rows, even_rows = rows - config.depth // 2 * tokens, config.depth // 2 * tokens - routed
 
     projections = rows * (2 * width**2 + 2 * width * config.kv_heads * config.head_dim)
     layers = config.depth + config.extra_blocks
     text_projections = layers * text_length * 2 * text_width * width
     # Token choice looks up each expert's gate by a product over a token's choices.
-    router = width + (TOKEN_CHOICES if config.ffn == "token_choice" else 0)
+    router = routed * config.num_experts * (width + (TOKEN_CHOICES if config.ffn == "token_choice" else 0))
+    if config.router_input == "decoupled":
+        router += sparse_layers * config.num_experts * width  # of the time
     embeddings = (SINUSOID_WIDTH + text_width + 4 * SINUSOID_WIDTH + 3 * width) * width
     counts = (
         ("self_attention", rows, projections + 2 * squares * width),
         ("cross_attention", rows, rows * 2 * width**2 + text_projections + 2 * rows * text_length * width),
-        ("ffn", rows - routed, (rows - routed) * 2 * width * hidden),
-        ("experts", slots, slots * 2 * width * hidden),
-        ("router", routed, routed * router * config.num_experts),
+        (
+            "ffn",
+            odd_rows + even_rows,
+            2 * width**2 * (odd_rows * config.ffn_multiplier + even_rows * config.even_ffn_multiplier),
+        ),
+        ("experts", slots, slots * 2 * width * config.expert_hidden),
+        ("router", routed, router),
         ("conditioning", 1, embeddings + (6 + 2) * width**2),
         ("head", 2 * all_tokens, 2 * all_tokens * config.patch_dim * width),  # with the embedding of patches
     )

@@ -79,6 +79,9 @@ def _loss(
             metrics["balance_loss"] = report.balance_loss.mean()
             metrics["drop_rate"] = report.drop_rate.mean()
             loss = loss + config.balance_loss_weight * metrics["balance_loss"]
+        if config.router_z_loss:
+            metrics["router_z_loss"] = report.z_loss.mean()
+            loss = loss + config.router_z_loss * metrics["router_z_loss"]
     return loss, metrics
 
 
@@ -185,4 +188,7 @@ def _first_bad(squares: Float[Array, " leaves"]) -> Int[Array, ""]:
 def router_grad_norm(grads: Params) -> Float[Array, " P"]:
     """Norm of the router's gradient in every sparse layer, float32; empty without experts."""
     experts = grads["denoiser"]["pairs"]["even"].get("experts")
-    return jnp.zeros((0,)) if experts is None else jnp.sqrt(jnp.square(experts["router"]).sum(axis=(1, 2)))
+    if experts is None:
+        return jnp.zeros((0,))
+    routers = [experts[name] for name in ("router", "time_router") if name in experts]
+    return jnp.sqrt(sum(jnp.square(router).sum(axis=(1, 2)) for router in routers))

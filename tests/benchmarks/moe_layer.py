@@ -123,7 +123,8 @@ def check_agreement(name: str, errors: dict[str, float]) -> None:
 
 def layer_by_loop(graphdef: nnx.GraphDef, weights: Weights, x: np.ndarray) -> np.ndarray:
     """What the layer should give, image by image and expert by expert: the routing is the layer's, the rest is not."""
-    routing = nnx.merge(graphdef, nnx.State(weights)).route(jnp.asarray(x))
+    layer = nnx.merge(graphdef, nnx.State(weights))
+    routing = layer.route(layer.router_logits(jnp.asarray(x), None))
     index, gate = np.asarray(routing.index), np.asarray(routing.gate)
     up, down = np.asarray(weights["up"]), np.asarray(weights["down"])
     output = np.zeros_like(x)

@@ -62,6 +62,9 @@ def traced_flops(system_config, tokens, group):
         {"ffn": "expert_choice", "capacity_factor": 1.1, "mask_ratio": 0.0, "heads": 4, "kv_heads": 1},
         {"ffn": "expert_choice", "group": "32", "num_experts": 8},  # four images of eight kept tokens
         {"ffn": "expert_choice", "group": "4", "depth": 6},
+        {"ffn": "dense", "even_ffn_multiplier": 7},
+        {"ffn": "expert_choice", "expert_width": 48, "num_shared_experts": 2, "gate_norm": "renormalized"},
+        {"ffn": "expert_choice", "router_input": "decoupled", "router_z_loss": 1e-3},
         {"ffn": "token_choice"},
         {"ffn": "token_choice", "token_choice_dropless": True, "group": "16", "mask_ratio": 0.25, "patch_size": 4},
     ],
@@ -95,6 +98,18 @@ def test_token_choice_with_room_for_two_choices_costs_what_expert_choice_of_fact
         for ffn in ("expert_choice", "token_choice")
     ]
     assert experts[0] == experts[1]
+
+
+def test_a_doubled_dense_ffn_costs_what_experts_of_factor_two_do():
+    """The fair control: even blocks of hidden width 8 d work as much as two experts of 4 d on every token."""
+    dense, experts = (
+        {
+            part.name: part.flops
+            for part in forward_parts(tiny(model__ffn=ffn, model__even_ffn_multiplier=8).system, 8, "image")
+        }
+        for ffn in ("dense", "expert_choice")
+    )
+    assert dense["ffn"] == experts["ffn"] + experts["experts"]
 
 
 def test_the_towers_of_the_paper_s_recipe():

@@ -24,6 +24,11 @@ from tests.models.helpers import CONFIG, config
         ("extra_blocks", {"extra_blocks": 0}),  # with masking
         ("rope_theta", {"rope_theta": 0.0}),
         ("router_init_std", {"router_init_std": -1.0}),
+        ("even_ffn_multiplier", {"even_ffn_multiplier": 0}),
+        ("expert_width", {"expert_width": -1}),
+        ("num_shared_experts", {"num_shared_experts": -1}),
+        ("route_scale", {"route_scale": 0.0}),
+        ("router_z_loss", {"router_z_loss": -1.0}),
         ("balance_loss_weight", {"balance_loss_weight": -1.0}),
         ("remat", {"remat": "some"}),
         ("scan_unroll", {"scan_unroll": 0}),
@@ -42,6 +47,8 @@ def test_sizes_by_hand():
     values = config(latent_size=8, patch_size=2, width=16, heads=4, latent_channels=3, mask_ratio=0.75)
     assert (values.grid, values.num_tokens, values.num_kept, values.head_dim, values.patch_dim) == (4, 16, 4, 4, 12)
     assert config(mask_ratio=0.99).num_kept == 1
+    assert config(width=16, ffn_multiplier=2).expert_hidden == 32
+    assert config(width=16, ffn_multiplier=2, expert_width=24).expert_hidden == 24
 
 
 def test_groups_are_an_image_or_a_number_of_tokens():

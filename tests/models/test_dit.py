@@ -283,6 +283,27 @@ def test_there_is_no_router_to_learn_in_a_dense_model():
     assert router_grad_norm({"denoiser": dit(config(ffn="dense")).params}).shape == (0,)
 
 
+def test_a_decoupled_router_does_not_feel_the_modulation():
+    """Shift and scale of the experts' input change what they see, and tokens taken only if it is modulated."""
+    for router_input in ("modulated", "decoupled"):
+        values = config(router_input=router_input, mask_ratio=0.0, extra_blocks=0)
+        params, data = dit(values).params, inputs(values, BATCH, masked=False)
+        change = np.zeros((1, 6, CONFIG.width), np.float32)
+        change[:, 3:5] = random(1, 2, CONFIG.width)  # shift and scale in front of the FFN
+        moved = replace_leaf(params, "pairs/even/table", lambda table, change=change: table + change)
+        (out, report), (other, other_report) = (forward(values, ALL)(p, data) for p in (params, moved))
+        assert (np.asarray(out) != np.asarray(other)).any()
+        same = (np.asarray(report.experts_per_token) == np.asarray(other_report.experts_per_token)).all()
+        assert same == (router_input == "decoupled")
+
+
+def test_even_blocks_of_a_dense_model_can_be_wider():
+    params = dit(config(ffn="dense", even_ffn_multiplier=4)).params
+    assert params["pairs"]["odd"]["feed_forward"]["up"].shape == (1, 16, 32)
+    assert params["pairs"]["even"]["feed_forward"]["up"].shape == (1, 16, 64)
+    assert params["extra"]["feed_forward"]["up"].shape == (1, 16, 32)
+
+
 def test_a_table_of_zeros_is_no_table():
     params = dit(CONFIG).params
     for path in ("pairs/odd/table", "pairs/even/table", "extra/table"):

@@ -288,3 +288,70 @@ def test_init_draws_every_expert_as_if_it_were_alone():
         np.testing.assert_allclose(kernels.std(axis=1), bound / 3**0.5, rtol=0.05)
     np.testing.assert_allclose(np.std(params["router"]), 0.006, rtol=0.1)
     np.testing.assert_allclose(np.mean(params["router"]), 0, atol=1e-3)
+
+
+# Options beyond the paper
+
+
+@pytest.mark.parametrize("norm", ["none", "expert"])
+def test_shared_experts_work_on_every_token_without_a_gate(norm):
+    layer, x = moe(num_shared_experts=3, moe_output_norm=norm), tokens()
+    shared = layer.params["shared"]
+    assert shared["up"].shape == (WIDTH, 3 * HIDDEN)
+    alone = moe(moe_output_norm=norm)
+    routed = {name: leaf for name, leaf in layer.params.items() if name != "shared"}
+    everyone = np.asarray(feed_forward(shared["up"], shared["down"], x))
+    everyone = np.asarray(layer_norm(everyone)) if norm == "expert" else everyone
+    out, report = run(layer, layer.params, x)
+    expected, expected_report = run(alone, routed, x)
+    close(out, np.asarray(expected) + everyone, 1e-6)
+    jax.tree.map(np.testing.assert_array_equal, report, expected_report)
+
+
+def test_experts_have_a_width_of_their_own():
+    layer = moe(expert_width=5)
+    assert (layer.params["up"].shape, layer.params["down"].shape) == ((EXPERTS, WIDTH, 5), (EXPERTS, 5, WIDTH))
+    expected = oracle.forward(oracle_layer(layer.params, "expert_choice", 3, "none"), tokens().astype(np.float64))
+    close(run(layer, layer.params, tokens())[0], expected.out, 2e-6)
+
+
+@pytest.mark.parametrize("ffn", ["expert_choice", "token_choice"])
+def test_renormalized_branches_are_means_of_experts_times_the_scale(ffn):
+    """With equal experts, a token that any of them took gets what one of them makes, times the scale."""
+    layer, x = moe(ffn=ffn, gate_norm="renormalized", route_scale=2.5, capacity_factor=0.6), tokens()
+    up, down = layer.params["up"][:1], layer.params["down"][:1]
+    params = layer.params | {"up": np.tile(up, (EXPERTS, 1, 1)), "down": np.tile(down, (EXPERTS, 1, 1))}
+    out, report = run(layer, params, x)
+    taken = np.asarray(report.experts_per_token)[..., None] > 0
+    assert ffn == "token_choice" or not taken.all()
+    close(out, 2.5 * taken * np.asarray(feed_forward(up[0], down[0], x)), 1e-6)
+
+
+def test_a_decoupled_router_sees_time_and_unmodulated_tokens():
+    layer, x = moe(router_input="decoupled"), tokens()
+    plain, time = tokens(seed=5), normal(np.random.default_rng(6), GROUPS, WIDTH)
+
+    def routed(x, plain, time, group_size=SIZE):
+        return jit(lambda *values: layer(layer.params)(values[0], group_size, values[1:]))(x, plain, time)
+
+    both = np.concatenate([plain, np.broadcast_to(time[:, None], plain.shape)], axis=-1).astype(np.float64)
+    router = np.concatenate([layer.params["router"], layer.params["time_router"]])
+    affinity = oracle.softmax(both @ router)
+    best = np.argsort(np.argsort(-affinity, axis=1), axis=1) < 3
+    out, report = routed(x, plain, time)
+    np.testing.assert_array_equal(report.experts_per_token, best.sum(axis=2))
+    experts = [feed_forward(layer.params["up"][e], layer.params["down"][e], x) for e in range(EXPERTS)]
+    expected = sum((affinity * best)[..., e, None] * np.asarray(experts[e]) for e in range(EXPERTS))
+    close(out, expected, 1e-5)
+    other = routed(x, plain, time[::-1])[1]
+    assert (np.asarray(other.experts_per_token) != np.asarray(report.experts_per_token)).any()
+
+
+def test_the_z_loss_by_hand():
+    """Logits of 0 for E experts: logsumexp is log E."""
+    layer, x = moe(), tokens()
+    _, report = run(layer, layer.params | {"router": np.zeros_like(layer.params["router"])}, x)
+    np.testing.assert_allclose(report.z_loss, np.full(GROUPS, np.log(EXPERTS) ** 2), rtol=1e-6)
+    logits = (x @ layer.params["router"]).astype(np.float64)
+    expected = (np.log(np.exp(logits).sum(axis=-1)) ** 2).mean(axis=-1)
+    np.testing.assert_allclose(run(layer, layer.params, x)[1].z_loss, expected, rtol=1e-5)

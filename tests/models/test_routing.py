@@ -14,6 +14,7 @@ from tests.models.helpers import Model, config, jit, normal
 expert_choice = jit(rules.expert_choice, static_argnames="capacity")
 token_choice = jit(rules.token_choice, static_argnames=("capacity", "num_choices"))
 experts_per_token = jit(rules.experts_per_token, static_argnums=1)
+renormalize_gates = jit(rules.renormalize_gates, static_argnums=(1, 2))
 
 # Affinities of four tokens (rows) to three experts.
 AFFINITY = [[0.6, 0.3, 0.1], [0.5, 0.28, 0.22], [0.2, 0.1, 0.7], [0.4, 0.25, 0.35]]
@@ -126,7 +127,7 @@ def test_routing_is_float32_whatever_the_dtype_of_the_logits(rule):
 def test_the_router_of_a_bfloat16_layer_computes_in_float32(ffn):
     layer = Model(lambda rngs: MixtureOfExperts(config(ffn=ffn, width=32, num_experts=8), rngs))
     x = random_logits(2, 64, 32).astype(jnp.bfloat16)
-    route = jit(lambda x: layer(layer.params).route(x))
+    route = jit(lambda x: (lambda moe: moe.route(moe.router_logits(x, None)))(layer(layer.params)))
     narrow, wide = route(x), route(x.astype(np.float32))
     assert narrow.gate.dtype == jnp.float32
     jax.tree.map(np.testing.assert_array_equal, narrow, wide)
@@ -257,3 +258,21 @@ def test_expert_choice_is_balanced_by_construction():
     np.testing.assert_array_equal(np.sum(experts_per_token(routing, 8), axis=1), [12, 12, 12])
     assert not np.asarray(routing.balance_loss).any()
     assert not np.asarray(routing.drop_rate).any()
+
+
+def test_renormalized_gates_by_hand():
+    """Experts take tokens (0, 1), (0, 1) and (2, 3): tokens 0 and 1 have two experts, 2 and 3 one."""
+    routing = expert_choice(logits_of(AFFINITY), capacity=2)
+    np.testing.assert_array_equal(np.sort(routing.index[0]), [[0, 1], [0, 1], [2, 3]])
+    gates = renormalize_gates(routing, 4, 2.5)
+    by_pair = {(e, int(s)): g for e in range(3) for s, g in zip(gates.index[0, e], gates.gate[0, e], strict=True)}
+    expected = {(0, 0): 6 / 9, (0, 1): 50 / 78, (1, 0): 3 / 9, (1, 1): 28 / 78, (2, 2): 1.0, (2, 3): 1.0}
+    assert by_pair == pytest.approx({pair: 2.5 * share for pair, share in expected.items()}, rel=1e-5)
+
+
+def test_renormalized_gates_leave_empty_slots_empty():
+    mask = np.array([[True, False, True, False]])
+    routing = rules.expert_choice(logits_of(AFFINITY), 3, mask)
+    gates = renormalize_gates(routing, 4, 1.0)
+    assert not np.asarray(gates.gate)[~np.asarray(routing.taken)].any()
+    np.testing.assert_allclose(jnp.zeros(4).at[gates.index[0]].add(gates.gate[0]), [1, 0, 1, 0], rtol=1e-6)

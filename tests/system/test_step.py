@@ -86,6 +86,31 @@ def test_each_ffn_trains_by_changing_one_field(ffn, emoji_data):
     assert ffn == "dense" or (np.asarray(metrics["router_grad_norm"]) > 0).all()
 
 
+OPTIONS = {
+    "model__router_input": "decoupled",
+    "model__gate_norm": "renormalized",
+    "model__route_scale": 2.5,
+    "model__num_shared_experts": 1,
+    "model__expert_width": 64,
+    "model__router_z_loss": 1e-3,
+}
+
+
+@pytest.fixture(scope="module")
+def losses_with_options(emoji_data):
+    losses, _, metrics = train(step_experiment(emoji_data, **OPTIONS), 12)
+    assert losses[-4:].mean() < losses[:4].mean()
+    np.testing.assert_allclose(metrics["loss"], metrics["flow_loss"] + 1e-3 * metrics["router_z_loss"], rtol=1e-6)
+    return losses
+
+
+def test_options_beyond_the_paper_train_alike_on_every_mesh(emoji_data, losses_with_options):
+    mesh = mesh_overrides(MESHES["data 2 fsdp 2 expert 2"])
+    np.testing.assert_allclose(
+        train(step_experiment(emoji_data, **OPTIONS, **mesh), 12)[0], losses_with_options, rtol=1e-4
+    )
+
+
 @pytest.mark.parametrize("name", ["adamw", "adafactor"])
 def test_other_optimizers_train(name, emoji_data):
     losses, _, _ = train(step_experiment(emoji_data, optimizer__name=name, optimizer__learning_rate=1e-3), 12)
