@@ -67,6 +67,7 @@ def get_config(length: str = "quick") -> ConfigDict:
     text.layers = 2
     text.heads = 4
     text.activation = "gelu"  # gelu | quick_gelu
+    text.frozen = False  # True at the paper's scale [S]
 
     config.codec = "identity"  # latents are pixels
 

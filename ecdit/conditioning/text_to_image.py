@@ -63,8 +63,16 @@ class System:
         with nnx.use_eager_sharding(False):
             return nnx.to_pure_dict(nnx.state(TextToImage(self.config, nnx.Rngs(key)), nnx.Param))
 
+    def split(self, params: Params) -> tuple[Params, Params]:
+        """What is trained of a dict like `init`'s, and what is frozen; `{**trained, **frozen}` is the whole again."""
+        frozen = {"text"} if self.config.text.frozen else set()
+        return (
+            {name: part for name, part in params.items() if name not in frozen},
+            {name: part for name, part in params.items() if name in frozen},
+        )
+
     def bind(self, params: Params) -> TextToImage:
-        """The model with these parameters."""
+        """The model with these parameters, all of them."""
         return nnx.merge(self.graphdef, nnx.State(params))
 
     def shardings(self, mesh: Mesh) -> dict[str, Any]:

@@ -25,6 +25,7 @@ class TextConfig:
     layers: int
     heads: int
     activation: Literal["gelu", "quick_gelu"]  # quick_gelu: x sigmoid(1.702 x), OpenAI's CLIP
+    frozen: bool  # not trained: neither gradient nor moments nor EMA
 
     def __post_init__(self):
         for field in ("vocab_size", "width", "layers", "heads"):

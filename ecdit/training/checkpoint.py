@@ -23,7 +23,7 @@ from ecdit.config import UserError, flatten, to_dict
 from ecdit.training.experiment import CheckpointConfig, Experiment
 from ecdit.training.state import TrainState
 
-FORMAT = 1
+FORMAT = 2
 
 # Keys, or groups of keys, that a resumed run may change: they alter how it runs, not what it computes.
 MAY_CHANGE = (
@@ -139,7 +139,7 @@ def restore(manager: ocp.CheckpointManager, step: int, abstract: TrainState) -> 
 def restore_ema(workdir: Path, system: System, mesh: Mesh, step: int | None = None) -> tuple[Params, int]:
     """The EMA weights of a run's checkpoint of `step`, by default the newest, sharded over `mesh`, and its step.
 
-    It reads nothing else.
+    With what the run has frozen; it reads nothing else.
 
     Raises:
       CheckpointError: no such checkpoint, or one of another model.
@@ -149,10 +149,12 @@ def restore_ema(workdir: Path, system: System, mesh: Mesh, step: int | None = No
         if step not in manager.all_steps():
             kept = ", ".join(map(str, sorted(manager.all_steps())))
             raise CheckpointError(f"{workdir}: no checkpoint of step {step}; there are {kept}")
-        shardings = system.shardings(mesh)
         abstract = jax.eval_shape(system.init, jax.random.key(0))
-        ema = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
-        return _restore_arrays(manager, step, {"ema": ema})["ema"], step
+        shardings = system.shardings(mesh)
+        params = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
+        trained, frozen = _saved_split(manager, step, params)
+        restored = _restore_arrays(manager, step, {"ema": trained} | ({"frozen": frozen} if frozen else {}))
+        return {**restored["ema"], **restored.get("frozen", {})}, step
 
 
 def open_reader(workdir: Path) -> ocp.CheckpointManager:
@@ -213,6 +215,13 @@ def _readable(manager: ocp.CheckpointManager, step: int) -> Iterator[None]:
         raise
     except Exception as error:
         raise CheckpointError(f"{manager.directory}/{step} cannot be read: {_first_line(error)}") from error
+
+
+def _saved_split(manager: ocp.CheckpointManager, step: int, params: Params) -> tuple[Params, Params]:
+    """`params` as that run trained or froze them, which may not be how this one does."""
+    with _readable(manager, step):
+        frozen = manager.item_metadata(step).state.tree.get("frozen") or {}
+    return {n: p for n, p in params.items() if n not in frozen}, {n: p for n, p in params.items() if n in frozen}
 
 
 def _check_arrays(manager: ocp.CheckpointManager, step: int, target: Mapping[str, Any]) -> None:

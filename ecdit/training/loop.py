@@ -26,7 +26,7 @@ from ecdit.training.provenance import library_versions, record_start
 from ecdit.training.reporting import Reporter
 from ecdit.training.samples import SampleWriter
 from ecdit.training.speed import TimedBatches, stopwatch
-from ecdit.training.state import TrainState, abstract_state, init_state, state_shardings
+from ecdit.training.state import TrainState, abstract_state, init_state, sampling_params, state_shardings
 from ecdit.training.step import Batch, Metrics, make_train_step
 from ecdit.training.writers import check_writers, open_writers
 
@@ -70,7 +70,7 @@ def train(experiment: Experiment, workdir: Path, origin: dict[str, Any] | None =
         if preempted:
             _say(f"stopped by a signal; saved step {int(state.step)}, the same command goes on from it")
             return PREEMPTED
-        files = samples.write(state.ema, int(state.step))
+        files = samples.write(sampling_params(state), int(state.step))
         reporter.pictures(int(state.step), files)
     _say(f"done: step {int(state.step)}, checkpoint and metrics in {workdir}, samples in {files['samples']}")
     return 0
@@ -112,7 +112,7 @@ def _steps(run: Running, state: TrainState) -> tuple[TrainState, bool]:
                 reporter.report(*pending)  # first, so that a run that resumes from here has this line
                 pending = None
             if draw:  # before the save, for the same reason; and before the next step takes the state's memory
-                reporter.pictures(step, run.samples.write(state.ema, step))
+                reporter.pictures(step, run.samples.write(sampling_params(state), step))
             if save:
                 checkpoint.save(run.manager, state, step, _meta(run.experiment, run.manifest, step))
             checkpoint.check_saves(run.manager)

@@ -16,14 +16,20 @@ from ecdit.partitioning import replicated
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Everything a step changes. Parameters, EMA and moments are float32."""
+    """Everything a step changes, and the parameters it does not. Parameters, EMA and moments are float32."""
 
     step: Int[Array, ""]  # steps done, bad ones included, int32
-    params: Params
+    params: Params  # those that are trained
     ema: Params
+    frozen: Params  # those that are not; empty where all are trained
     optimizer: optax.OptState
     bad_steps: Int[Array, ""]  # steps whose loss or gradients were not finite, int32
     bad_in_row: Int[Array, ""]  # those since the last good one, int32
+
+
+def sampling_params(state: TrainState) -> Params:
+    """The whole model's parameters, as sampling takes them: EMA where they are trained."""
+    return {**state.ema, **state.frozen}
 
 
 def run_key(seed: int, use: Literal["init", "examples"]) -> Key[Array, ""]:
@@ -37,9 +43,9 @@ def state_shardings(system: System, optimizer: optax.GradientTransformation, mes
     Raises:
       ShardingError: as `partitioning.param_shardings`.
     """
-    params = system.shardings(mesh)
+    params, frozen = system.split(system.shardings(mesh))
     whole = replicated(mesh)
-    abstract_params = jax.eval_shape(system.init, jax.random.key(0))
+    abstract_params, _ = system.split(jax.eval_shape(system.init, jax.random.key(0)))
     abstract = jax.eval_shape(optimizer.init, abstract_params)
 
     def like(moment: Any, param: Any, sharding: NamedSharding) -> NamedSharding:
@@ -49,7 +55,7 @@ def state_shardings(system: System, optimizer: optax.GradientTransformation, mes
     moments = optax.tree_utils.tree_map_params(
         optimizer, like, abstract, abstract_params, params, transform_non_params=lambda _: whole
     )
-    return TrainState(whole, params, params, moments, whole, whole)
+    return TrainState(whole, params, params, frozen, moments, whole, whole)
 
 
 def init_state(
@@ -59,24 +65,21 @@ def init_state(
     seed: int,
     params: Params | None = None,
 ) -> TrainState:
-    """A state at step 0, created sharded; `params` replaces the drawn parameters (sharded as they should be)."""
+    """A state at step 0, created sharded; `params` replaces all drawn parameters (sharded as they should be)."""
 
     def init(params: Params | None) -> TrainState:
-        if params is None:
-            params = system.init(run_key(seed, "init"))
-        zero = jnp.zeros((), jnp.int32)
-        return TrainState(zero, params, jax.tree.map(jnp.copy, params), optimizer.init(params), zero, zero)
+        return _state_of(system, optimizer, system.init(run_key(seed, "init")) if params is None else params)
 
     return jax.jit(init, out_shardings=shardings)(params)
 
 
 def abstract_state(system: System, optimizer: optax.GradientTransformation, shardings: TrainState) -> TrainState:
     """Shapes, dtypes and shardings of a TrainState; allocates nothing."""
-    abstract = jax.eval_shape(lambda: _unsharded_init(system, optimizer))
+    abstract = jax.eval_shape(lambda: _state_of(system, optimizer, system.init(jax.random.key(0))))
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
 
 
-def _unsharded_init(system: System, optimizer: optax.GradientTransformation) -> TrainState:
-    params = system.init(jax.random.key(0))
+def _state_of(system: System, optimizer: optax.GradientTransformation, params: Params) -> TrainState:
+    trained, frozen = system.split(params)
     zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, params, params, optimizer.init(params), zero, zero)
+    return TrainState(zero, trained, jax.tree.map(jnp.copy, trained), frozen, optimizer.init(trained), zero, zero)

@@ -53,10 +53,10 @@ def kept_tokens(key: Key[Array, ""], config: DiTConfig) -> Int[Array, " M"]:
 
 
 def _loss(
-    params: Params, experiment: Experiment, system: System, batch: Batch, keys: ExampleKeys
+    params: Params, frozen: Params, experiment: Experiment, system: System, batch: Batch, keys: ExampleKeys
 ) -> tuple[Float[Array, ""], Metrics]:
     """The loss of a microbatch, and what to report of it."""
-    model, config = system.bind(params), experiment.model
+    model, config = system.bind({**params, **frozen}), experiment.model
     latents = model.codec.encode(to_unit(batch["image"]), keys.codec)
     noise = jax.vmap(lambda key: jax.random.normal(key, latents.shape[1:], jnp.float32))(keys.noise)
     time = jax.vmap(lambda key: sample_time(key, experiment.flow))(keys.time)
@@ -104,11 +104,11 @@ def _accumulated_gradients(
     gradient = jax.value_and_grad(_loss, has_aux=True)
     count = experiment.train.accumulation
     if count == 1:
-        (loss, metrics), grads = gradient(state.params, experiment, system, batch, keys)
+        (loss, metrics), grads = gradient(state.params, state.frozen, experiment, system, batch, keys)
         return loss, metrics, grads
 
     def add_microbatch(total: Params, microbatch: tuple[Batch, ExampleKeys]) -> tuple[Params, tuple[Array, Metrics]]:
-        (loss, metrics), grads = gradient(state.params, experiment, system, *microbatch)
+        (loss, metrics), grads = gradient(state.params, state.frozen, experiment, system, *microbatch)
         return jax.tree.map(jnp.add, total, grads), (loss, metrics)
 
     microbatches = _split_microbatches((batch, keys), experiment)
@@ -164,6 +164,7 @@ def _gated_update(
         step=state.step + 1,
         params=gate(new_params, state.params),
         ema=gate(new_ema, state.ema),
+        frozen=state.frozen,
         optimizer=gate(new_optimizer, state.optimizer),
         bad_steps=state.bad_steps + bad,
         bad_in_row=(state.bad_in_row + 1) * bad,

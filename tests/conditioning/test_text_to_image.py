@@ -11,7 +11,7 @@ from ecdit.partitioning import MeshConfig, make_mesh
 from tests.models.helpers import config, jit
 
 LENGTH = 6
-TEXT = TextConfig(vocab_size=20, width=12, layers=1, heads=2, activation="gelu")
+TEXT = TextConfig(vocab_size=20, width=12, layers=1, heads=2, activation="gelu", frozen=False)
 
 
 def system_config(**changes):

@@ -10,13 +10,13 @@ from ecdit.conditioning.text_tower import TextConfig, TextTower
 from ecdit.config import ConfigError
 from tests.models.helpers import Model, close, jit
 
-CONFIG = TextConfig(vocab_size=20, width=16, layers=2, heads=2, activation="gelu")
+CONFIG = TextConfig(vocab_size=20, width=16, layers=2, heads=2, activation="gelu", frozen=False)
 LENGTH = 6
 EOS = 1
 # Captions of 5, 2 and 0 pieces, each with its end: the first fills the length, the last is the empty caption.
 TOKENS = np.array([[5, 9, 2, 7, 3, EOS], [4, 8, EOS, 0, 0, 0], [EOS, 0, 0, 0, 0, 0]], np.int32)
 TOWERS = {
-    activation: Model(lambda rngs, a=activation: TextTower(TextConfig(20, 16, 2, 2, a), LENGTH, rngs))
+    activation: Model(lambda rngs, a=activation: TextTower(TextConfig(20, 16, 2, 2, a, False), LENGTH, rngs))
     for activation in ("gelu", "quick_gelu")
 }
 PARAMS = TOWERS["gelu"].params
@@ -129,6 +129,6 @@ def test_bfloat16_stays_near_float32():
 
 @pytest.mark.parametrize(("key", "value"), [("vocab_size", 0), ("layers", 0), ("heads", 3), ("width", 0)])
 def test_impossible_values_are_refused(key, value):
-    values = {"vocab_size": 20, "width": 16, "layers": 2, "heads": 2, "activation": "gelu"} | {key: value}
+    values = {"vocab_size": 20, "width": 16, "layers": 2, "heads": 2, "activation": "gelu", "frozen": False} | {key: value}
     with pytest.raises(ConfigError, match=f"config.{key} = {value}"):
         TextConfig(**values)

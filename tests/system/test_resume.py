@@ -1,5 +1,6 @@
 """Runs that are killed, stopped and resumed: real processes, real signals."""
 
+import dataclasses
 import json
 import os
 import random
@@ -17,7 +18,7 @@ from ecdit.partitioning import make_mesh
 from ecdit.training import checkpoint
 from ecdit.training.checkpoint import CheckpointError
 from ecdit.training.optimizer import make_optimizer
-from ecdit.training.state import abstract_state, state_shardings
+from ecdit.training.state import abstract_state, sampling_params, state_shardings
 from tests.runs import ROOT, run, tiny, train_command
 
 STEPS = 24
@@ -202,22 +203,30 @@ def test_arrays_that_do_not_fit_are_refused(change, said, experiment, uninterrup
     assert "denoiser/head" in str(error.value)
 
 
-def test_starts_from_the_ema_weights_of_another_run(tmp_path, emoji_data, module_env, uninterrupted, experiment):
-    """A rate too small to move anything shows the weights that the new run started from."""
+@pytest.mark.parametrize("frozen", [False, True])
+def test_starts_from_the_ema_weights_of_another_run(
+    frozen, tmp_path, emoji_data, module_env, uninterrupted, experiment
+):
+    """A rate too small to move anything shows the weights that the new run started from, trained there or not."""
     workdir = tmp_path / "run"
     changes = {
         **SHORT,
         "train__num_steps": 1,
         "optimizer__learning_rate": 1e-30,
         "checkpoint__init_from": uninterrupted,
+        "text__frozen": frozen,
     }
     result = run(train_command(workdir, emoji_data, **changes), module_env)
     assert result.returncode == 0, result.stderr
     assert "started from the EMA weights" in result.stdout
-    (new, meta), (old, _) = saved(workdir, experiment, step=1), saved(uninterrupted, experiment)
+    now = dataclasses.replace(experiment, text=dataclasses.replace(experiment.text, frozen=frozen))
+    (new, meta), (old, _) = saved(workdir, now, step=1), saved(uninterrupted, experiment)
     assert meta.next_row == experiment.train.batch_size
-    for (name, a), b in zip(flat_names(new.params).items(), jax.tree.leaves(old.ema), strict=True):
+    assert new.frozen.keys() == ({"text"} if frozen else set())
+    for (name, a), b in zip(flat_names({**new.params, **new.frozen}).items(), jax.tree.leaves(old.ema), strict=True):
         np.testing.assert_array_equal(a, b, err_msg=name)
+    drawn, _ = checkpoint.restore_ema(workdir, make_system(now.system), make_mesh(now.mesh, jax.devices()[:1]))
+    jax.tree.map(np.testing.assert_array_equal, drawn, sampling_params(new))
 
 
 def test_a_full_disk_stops_the_run_and_leaves_what_was_saved(tmp_path, emoji_data, module_env):

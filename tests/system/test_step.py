@@ -16,7 +16,7 @@ from ecdit.partitioning import make_mesh
 from ecdit.training.experiment import check_mesh
 from ecdit.training.loop import device_batches
 from ecdit.training.optimizer import make_optimizer, make_schedule
-from ecdit.training.state import init_state, state_shardings
+from ecdit.training.state import init_state, run_key, state_shardings
 from ecdit.training.step import kept_tokens, make_train_step
 from tests.runs import tiny
 
@@ -84,6 +84,24 @@ def test_each_ffn_trains_by_changing_one_field(ffn, emoji_data):
     assert ("balance_loss" in metrics) == (ffn == "token_choice")
     assert metrics["router_grad_norm"].shape == ((0,) if ffn == "dense" else (2,))
     assert ffn == "dense" or (np.asarray(metrics["router_grad_norm"]) > 0).all()
+
+
+def test_a_frozen_text_tower_stays_as_it_was(emoji_data):
+    frozen = step_experiment(emoji_data, text__frozen=True)
+    losses, state, _ = train(frozen, 6)
+    sharded, sharded_state, _ = train(
+        step_experiment(emoji_data, text__frozen=True, **mesh_overrides(MESHES["data 2 fsdp 2 expert 2"])), 6
+    )
+    np.testing.assert_allclose(sharded, losses, rtol=1e-4)
+    before = jax.jit(make_system(frozen.system).init)(run_key(frozen.seed, "init"))["text"]
+    for found in (state, sharded_state):
+        assert found.params.keys() == found.ema.keys() == {"denoiser"}
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(found.frozen), {"text": jax.device_get(before)})
+    moments = optax.tree_utils.tree_get(state.optimizer, "nu")
+    assert moments.keys() == {"denoiser"}
+    trained, _, _ = train(step_experiment(emoji_data), 6)
+    np.testing.assert_allclose(losses[0], trained[0], rtol=1e-6)  # the same model
+    assert losses[-1] != trained[-1]  # trained otherwise
 
 
 OPTIONS = {
