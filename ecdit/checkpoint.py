@@ -20,7 +20,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"verbs: export; got {' '.join(argv[1:]) or 'none'}")
     if not OUT.value or not OUT.value.endswith(".safetensors"):
         raise UserError(f"--out={OUT.value}: name a .safetensors file")
-    run = open_run(Path(WORKDIR.value), step=STEP.value)
+    run = open_run(Path(WORKDIR.value), step=STEP.value, draw=False)
     metadata = {"config": json.dumps(to_dict(run.experiment)), "step": str(run.step)}
     save_weights(run.params, Path(OUT.value), metadata)
     print(f"EMA weights of step {run.step} in {OUT.value}")

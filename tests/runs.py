@@ -34,11 +34,16 @@ TINY = {
 }
 
 
-def emoji_config():
-    spec = importlib.util.spec_from_file_location("emoji_config", ROOT / "configs/emoji.py")
+def config_file(name):
+    """The module `configs/<name>.py`."""
+    spec = importlib.util.spec_from_file_location(f"{name}_config", ROOT / "configs" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.get_config()
+    return module
+
+
+def emoji_config():
+    return config_file("emoji").get_config()
 
 
 def tiny_values(**overrides):

@@ -1,7 +1,7 @@
 """Pictures to latents and back. Pixels are float32 in [-1, 1]; the uint8 they come from is 0..255.
 
-A codec is a module with `channels`, `downsampling`, `encode(pictures, key) -> latents` and
-`decode(latents) -> pictures`.
+A codec is a module with `channels` (None: any), `downsampling`, and, if it `has_pictures`,
+`encode(pictures, key) -> latents` and `decode(latents) -> pictures`.
 """
 
 import jax
@@ -15,6 +15,7 @@ class IdentityCodec(nnx.Module):
 
     channels = 3
     downsampling = 1
+    has_pictures = True
 
     def encode(self, pictures: Float[Array, "B h w 3"], key: jax.Array) -> Float[Array, "B h w 3"]:
         """The pictures themselves; `key` is for codecs whose latents are drawn from a posterior."""
@@ -26,7 +27,15 @@ class IdentityCodec(nnx.Module):
         return latents
 
 
-CODECS = {"identity": IdentityCodec}
+class LatentsOnly(nnx.Module):
+    """The data holds latents that some autoencoder has made: training never sees a picture, and none can be drawn."""
+
+    channels = None
+    downsampling = 8  # of the autoencoders that text-to-image models use
+    has_pictures = False
+
+
+CODECS = {"identity": IdentityCodec, "latents": LatentsOnly}
 
 
 def to_unit(pictures: UInt8[Array, "B h w 3"]) -> Float[Array, "B h w 3"]:

@@ -23,13 +23,13 @@ class SystemConfig:
 
     model: DiTConfig
     text: TextConfig
-    codec: Literal["identity"]
+    codec: Literal["identity", "latents"]
     caption_length: int  # L, tokens
 
     def __post_init__(self):
         channels = CODECS[self.codec].channels
         require(
-            self.model.latent_channels == channels,
+            channels in (None, self.model.latent_channels),
             "model.latent_channels",
             self.model.latent_channels,
             f"the {self.codec} codec has {channels}",
@@ -39,6 +39,11 @@ class SystemConfig:
     def image_size(self) -> int:
         """Side of a picture, pixels."""
         return self.model.latent_size * CODECS[self.codec].downsampling
+
+    @property
+    def has_pictures(self) -> bool:
+        """Whether latents can be made of pictures and pictures of latents."""
+        return CODECS[self.codec].has_pictures
 
 
 class TextToImage(nnx.Module):

@@ -35,8 +35,9 @@ def make_loader(
       rows: positions in the global batch that this process holds, in the order it wants them.
 
     Yields:
-      image uint8[b, H, W, 3], tokens int32[b, caption_length], size_crop float32[b, 4] in px: the original's height
-      and width, then top and left of the crop in the padded picture (0 without crop_padding).
+      image uint8[b, H, W, 3] or latents float16[b, h, w, c], tokens int32[b, caption_length], size_crop
+      float32[b, 4] in px: the original's height and width, then top and left of the crop in the padded picture (0
+      without crop_padding).
 
     Raises:
       DataError: not prepared, prepared with other settings, no records, or a start_row inside a batch.
@@ -72,12 +73,16 @@ def row_reader(config: DataConfig, seed: int, records: Sequence[dict[str, Any]])
         tokens = record["tokens"]
         if _random(seed, row, "caption").random() < config.caption_dropout:
             tokens = fit([EOS], config.caption_length)
-        image = record["image"]
-        if _random(seed, row, "flip").random() < config.flip_probability:
-            image = image[:, ::-1]
-        image, corner = _crop(image, config.crop_padding, _random(seed, row, "crop"))
+        if config.latent_channels:
+            content, corner = {"latents": record["latents"]}, np.zeros(2)
+        else:
+            image = record["image"]
+            if _random(seed, row, "flip").random() < config.flip_probability:
+                image = image[:, ::-1]
+            image, corner = _crop(image, config.crop_padding, _random(seed, row, "crop"))
+            content = {"image": np.ascontiguousarray(image)}
         size_crop = np.concatenate([record["original_size"], corner]).astype(np.float32)
-        return {"image": np.ascontiguousarray(image), "tokens": tokens, "size_crop": size_crop}
+        return {**content, "tokens": tokens, "size_crop": size_crop}
 
     return read
 

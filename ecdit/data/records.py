@@ -3,8 +3,9 @@
     <directory>/<task>/records-00000.array_record ...   one msgpack map a record
                        vocabulary.model                 SentencePiece
                        dataset.json                     the Manifest
-A record has image uint8[H, W, 3], tokens int32[caption_length], original_size int32[2] (height, width in px) and
-caption (str). The directory is made under another name and renamed when complete: it is there and whole, or not there.
+A record has image uint8[H, W, 3] or latents float16[h, w, c], tokens int32[caption_length], original_size int32[2]
+(height, width in px) and caption (str). The directory is made under another name and renamed when complete: it is there
+and whole, or not there.
 """
 
 import contextlib
@@ -26,12 +27,19 @@ from tqdm import tqdm
 
 from ecdit.config import ConfigError, build, to_dict
 from ecdit.data import DataError
-from ecdit.data.tasks import TASKS, Corpus, DataConfig
+from ecdit.data.tasks import TASKS, Corpus, DataConfig, stored_content
 from ecdit.data.text import VOCABULARY, fit, load_vocabulary, tokenize
 
 MANIFEST = "dataset.json"
-_FORMAT = 1
-_SETTINGS = ("task", "source", "image_size", "caption_length", "vocab_size")  # what the files depend on
+_FORMAT = 2
+_SETTINGS = (
+    "task",
+    "source",
+    "image_size",
+    "latent_channels",
+    "caption_length",
+    "vocab_size",
+)  # what the files depend on
 _SHARD_RECORDS = 1 << 16
 
 
@@ -43,6 +51,7 @@ class Manifest:
     task: str
     source: str
     image_size: int
+    latent_channels: int
     caption_length: int
     vocab_size: int  # pieces asked for: the size of an embedding table
     pieces: int  # pieces the vocabulary has, never more
@@ -166,7 +175,7 @@ def _write(config: DataConfig, corpus: Corpus, directory: Path) -> Manifest:
     """Writes the shards and says what it wrote."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    shards, truncated, digest, num_records = [], 0, hashlib.sha256(), 0
+    shards, truncated, digest, num_records, content = [], 0, hashlib.sha256(), 0, stored_content(config)
     examples = corpus.task.get_dataset(sequence_length=None, split="train", shuffle=False).as_numpy_iterator()
     for shard in _shards(tqdm(examples, "writing", unit="record", disable=None)):
         shards.append(f"records-{len(shards):05d}.array_record")
@@ -175,7 +184,7 @@ def _write(config: DataConfig, corpus: Corpus, directory: Path) -> Manifest:
             for example in shard:
                 truncated += len(example["tokens"]) > config.caption_length
                 record = {
-                    "image": example["image"],
+                    content: example[content],
                     "tokens": fit(example["tokens"], config.caption_length),
                     "original_size": example["original_size"],
                     "caption": example["tokens_pretokenized"].decode(),

@@ -7,16 +7,20 @@ must not: imports of it stay inside functions.
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from ecdit.conditioning.autoencoder import LatentsOnly
 from ecdit.config import require
 from ecdit.data.text import VOCABULARY, train_vocabulary
 
 if TYPE_CHECKING:
     import seqio
 
+_RANDOM_RECORDS = 1024
 _VOCABULARY_CAPTIONS = 1_000_000  # more teach a vocabulary little and would have to fit in memory
 
 
@@ -27,7 +31,8 @@ class DataConfig:
     task: str  # a key of TASKS
     directory: str  # where prepared data lives; this task in its subdirectory
     source: str  # where the pictures come from; '' is the task's own default
-    image_size: int  # px, side of the stored square
+    image_size: int  # px, side of the square picture
+    latent_channels: int  # of latents, a pixel for 8 x 8 px, that are stored in place of pictures; 0: pictures are
     caption_length: int  # tokens, EOS and padding included
     vocab_size: int  # pieces at most
     caption_dropout: float  # probability that a caption becomes the empty one
@@ -48,14 +53,26 @@ class DataConfig:
         for key in ("crop_padding", "num_threads"):
             require(getattr(self, key) >= 0, key, getattr(self, key), "must be 0 or more")
         require(self.prefetch >= 1, "prefetch", self.prefetch, "must be at least 1 batch")
+        require(self.latent_channels >= 0, "latent_channels", self.latent_channels, "must be 0 or more")
+        if self.latent_channels:
+            for key in ("flip_probability", "crop_padding"):
+                require(getattr(self, key) == 0, key, getattr(self, key), "must be 0: latents cannot be augmented")
+            step = LatentsOnly.downsampling
+            require(self.image_size % step == 0, "image_size", self.image_size, f"must be a multiple of {step} px")
+
+
+def stored_content(config: DataConfig) -> str:
+    """What an example has beside its caption: image or latents."""
+    return "latents" if config.latent_channels else "image"
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
     """A data set that is ready to be read once by its seqio Task, split `train`.
 
-    Examples have image uint8[image_size, image_size, 3], tokens int32[any length, EOS at the end],
-    tokens_pretokenized (the caption, bytes) and original_size int32[2] (height, width in px).
+    Examples have image uint8[image_size, image_size, 3] or latents float16[image_size / 8, image_size / 8, channels],
+    tokens int32[any length, EOS at the end], tokens_pretokenized (the caption, bytes) and original_size int32[2]
+    (height, width in px).
     """
 
     task: "seqio.Task"
@@ -78,11 +95,42 @@ def emoji(config: DataConfig, scratch: Path) -> Corpus:
     return Corpus(_task(config, scratch, source), twemoji.ATTRIBUTION, tuple(builder.skipped))
 
 
-TASKS: dict[str, Callable[[DataConfig, Path], Corpus]] = {"emoji": emoji}
+def random_latents(config: DataConfig, scratch: Path) -> Corpus:
+    """Noise with captions of random words: to time and try a run of latents before there are any."""
+    import seqio
+    import tensorflow as tf
+
+    require(config.latent_channels > 0, "data.latent_channels", config.latent_channels, "must be above 0 for this task")
+    side = config.image_size // LatentsOnly.downsampling
+    shape = (side, side, config.latent_channels)
+
+    def examples() -> Iterator[dict[str, Any]]:
+        random = np.random.default_rng(0)
+        for _ in range(_RANDOM_RECORDS):
+            words = random.integers(0, 26, (int(random.integers(1, 16)), 4))
+            yield {
+                "latents": random.normal(size=shape).astype(np.float16),
+                "caption": " ".join("".join(chr(ord("a") + letter) for letter in word) for word in words),
+                "original_size": np.array([config.image_size] * 2, np.int32),
+            }
+
+    signature = {
+        "latents": tf.TensorSpec(shape, tf.float16),
+        "caption": tf.TensorSpec((), tf.string),
+        "original_size": tf.TensorSpec((2,), tf.int32),
+    }
+    source = seqio.FunctionDataSource(
+        lambda split, shuffle_files, seed=None: tf.data.Dataset.from_generator(examples, output_signature=signature),
+        splits=("train",),
+    )
+    return Corpus(_task(config, scratch, source), "random numbers", ())
+
+
+TASKS: dict[str, Callable[[DataConfig, Path], Corpus]] = {"emoji": emoji, "random_latents": random_latents}
 
 
 def _task(config: DataConfig, scratch: Path, source: "seqio.DataSource") -> "seqio.Task":
-    """The Task of a source with image, caption and original_size; trains its vocabulary at scratch/VOCABULARY."""
+    """The Task of a source with image or latents, caption and original_size; trains scratch/VOCABULARY."""
     import seqio
     import tensorflow as tf
 
@@ -91,7 +139,8 @@ def _task(config: DataConfig, scratch: Path, source: "seqio.DataSource") -> "seq
     )
     train_vocabulary(itertools.islice(captions, _VOCABULARY_CAPTIONS), config.vocab_size, scratch / VOCABULARY)
     vocabulary = seqio.SentencePieceVocabulary(str(scratch / VOCABULARY), extra_ids=0)
-    keys = {"image": "image", "tokens": "caption", "original_size": "original_size"}
+    content = stored_content(config)
+    keys = {content: content, "tokens": "caption", "original_size": "original_size"}
     return seqio.Task(
         config.task,
         source=source,
@@ -101,7 +150,7 @@ def _task(config: DataConfig, scratch: Path, source: "seqio.DataSource") -> "seq
             seqio.preprocessors.append_eos,
         ],
         output_features={
-            "image": seqio.ContinuousFeature(dtype=tf.uint8, rank=3),
+            content: seqio.ContinuousFeature(dtype=tf.float16 if content == "latents" else tf.uint8, rank=3),
             "tokens": seqio.Feature(vocabulary, add_eos=True),
             "original_size": seqio.ContinuousFeature(dtype=tf.int32, rank=1),
         },

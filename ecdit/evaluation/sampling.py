@@ -68,9 +68,10 @@ def check_sampling(config: SamplingConfig, model: DiTConfig, mesh: Mesh) -> None
 def make_sampler(system: System, config: SamplingConfig, mesh: Mesh, with_experts: bool = False) -> Sampler:
     """A compiled function (params, tokens[B, L], null tokens[1, L], keys[B]) -> uint8 pictures [B, h, w, 3].
 
-    B is config.batch_size; the noise of row i is drawn from keys[i] alone. With `with_experts` it returns (pictures,
-    counts) instead: how many experts took each token, int32[B, steps, P, N] over solver steps (the first call of each)
-    and sparse layers, in the pass with the caption. The pictures are the same.
+    Where the codec has no pictures it returns latents, float32[B, h, w, c]. B is config.batch_size; the noise of row i
+    is drawn from keys[i] alone. With `with_experts` it returns (pictures, counts) instead: how many experts took each
+    token, int32[B, steps, P, N] over solver steps (the first call of each) and sparse layers, in the pass with the
+    caption. The pictures are the same.
     """
     check_sampling(config, system.config.model, mesh)
     if with_experts and system.config.model.ffn == "dense":
@@ -84,7 +85,7 @@ def make_sampler(system: System, config: SamplingConfig, mesh: Mesh, with_expert
         noise = sample_noise(keys, (side, side, channels))
         velocity = _velocity(model, system.config.model, config, tokens, null_tokens, with_experts)
         latents, counts = SOLVERS[config.solver](velocity, noise, config.num_steps, has_aux=True)
-        pictures = to_bytes(model.codec.decode(latents))
+        pictures = to_bytes(model.codec.decode(latents)) if system.config.has_pictures else latents
         return (pictures, jnp.moveaxis(counts, 2, 0)) if with_experts else pictures
 
     jitted = jax.jit(sample, in_shardings=(system.shardings(mesh), rows, None, rows), out_shardings=rows)

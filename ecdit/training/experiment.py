@@ -69,7 +69,7 @@ class Experiment:
     seed: int
     model: DiTConfig
     text: TextConfig
-    codec: Literal["identity"]
+    codec: Literal["identity", "latents"]
     data: DataConfig
     flow: FlowConfig
     optimizer: OptimizerConfig
@@ -92,6 +92,20 @@ class Experiment:
             "data.image_size",
             self.data.image_size,
             f"the model and its codec take pictures of {self.system.image_size} pixels",
+        )
+        pictures = self.system.has_pictures
+        require(
+            self.data.latent_channels == (0 if pictures else self.model.latent_channels),
+            "data.latent_channels",
+            self.data.latent_channels,
+            f"the codec {self.codec} needs "
+            + ("pictures: 0" if pictures else f"latents of model.latent_channels, {self.model.latent_channels}"),
+        )
+        require(
+            pictures or self.train.pictures_every == 0,
+            "train.pictures_every",
+            self.train.pictures_every,
+            f"must be 0: the codec {self.codec} draws no pictures",
         )
 
     @property

@@ -60,7 +60,7 @@ def train(experiment: Experiment, workdir: Path, origin: dict[str, Any] | None =
         start = int(state.step)
         record_start(experiment, workdir, start, origin or {})
         batches = TimedBatches(device_batches(experiment, mesh, next_row))
-        samples = SampleWriter(experiment, system, mesh, workdir)
+        samples = SampleWriter(experiment, system, mesh, workdir) if experiment.system.has_pictures else None
         writers, leaf_names = open_writers(experiment, workdir, start), list(flat_names(state.params))
         reporter = Reporter(workdir, start, experiment.train, leaf_names, stopwatch(experiment), writers)
         stack.enter_context(contextlib.closing(reporter))
@@ -70,9 +70,12 @@ def train(experiment: Experiment, workdir: Path, origin: dict[str, Any] | None =
         if preempted:
             _say(f"stopped by a signal; saved step {int(state.step)}, the same command goes on from it")
             return PREEMPTED
-        files = samples.write(sampling_params(state), int(state.step))
-        reporter.pictures(int(state.step), files)
-    _say(f"done: step {int(state.step)}, checkpoint and metrics in {workdir}, samples in {files['samples']}")
+        drawn = ""
+        if samples is not None:
+            files = samples.write(sampling_params(state), int(state.step))
+            reporter.pictures(int(state.step), files)
+            drawn = f", samples in {files['samples']}"
+    _say(f"done: step {int(state.step)}, checkpoint and metrics in {workdir}{drawn}")
     return 0
 
 
@@ -85,7 +88,7 @@ class Running:
     manifest: Manifest
     train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
     batches: TimedBatches
-    samples: SampleWriter
+    samples: SampleWriter | None  # None where the codec has no pictures
     reporter: Reporter
     workdir: Path
 

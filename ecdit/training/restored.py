@@ -32,19 +32,23 @@ class Run:
     step: int
 
 
-def open_run(workdir: Path, overrides: Sequence[str] = (), step: int | None = None) -> Run:
+def open_run(workdir: Path, overrides: Sequence[str] = (), step: int | None = None, draw: bool = True) -> Run:
     """A checkpoint's EMA weights, on the mesh of the run's config.
 
     Args:
       workdir: of the run.
       overrides: "key=value" for keys of its config, the value as JSON or a plain string.
       step: of the checkpoint; None for the newest.
+      draw: whether to sample from it; False if only its weights are wanted.
 
     Raises:
       CheckpointError: no run, or no such checkpoint.
-      ConfigError: an override that the config refuses.
+      ConfigError: an override that the config refuses, or a codec without pictures to draw.
     """
     experiment = saved_experiment(workdir, overrides)
+    if draw:
+        has_pictures = experiment.system.has_pictures
+        require(has_pictures, "codec", experiment.codec, "the run has latents alone: it cannot draw pictures")
     runtime.configure(experiment.runtime)
     system, mesh = make_system(experiment.system), make_mesh(experiment.mesh)
     params, step = restore_ema(workdir, system, mesh, step)

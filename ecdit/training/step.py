@@ -23,7 +23,8 @@ from ecdit.training.experiment import Experiment
 from ecdit.training.optimizer import make_optimizer
 from ecdit.training.state import TrainState, run_key, state_shardings
 
-Batch = dict[str, Array]  # image uint8[B, h, w, 3], tokens int32[B, L], size_crop float32[B, 4]
+# image uint8[B, h, w, 3] or latents float16[B, h, w, c], tokens int32[B, L], size_crop float32[B, 4]
+Batch = dict[str, Array]
 Metrics = dict[str, Array]
 
 
@@ -46,6 +47,23 @@ def make_train_step(
     )
 
 
+def abstract_batch(experiment: Experiment, mesh: Mesh) -> Batch:
+    """Shapes, dtypes and shardings of a batch; allocates nothing."""
+    size, side, model = experiment.train.batch_size, experiment.data.image_size, experiment.model
+    shapes: dict[str, tuple[tuple[int, ...], Any]] = {
+        "tokens": ((experiment.data.caption_length,), jnp.int32),
+        "size_crop": ((4,), jnp.float32),
+    }
+    if experiment.system.has_pictures:
+        shapes["image"] = (side, side, 3), jnp.uint8
+    else:
+        shapes["latents"] = (model.latent_size, model.latent_size, model.latent_channels), jnp.float16
+    sharding = batch_sharding(mesh)
+    return {
+        name: jax.ShapeDtypeStruct((size, *shape), dtype, sharding=sharding) for name, (shape, dtype) in shapes.items()
+    }
+
+
 def kept_tokens(key: Key[Array, ""], config: DiTConfig) -> Int[Array, " M"]:
     """A uniformly random subset of the tokens, in raster order."""
     order = jnp.argsort(jax.random.uniform(key, (config.num_tokens,)))
@@ -57,7 +75,10 @@ def _loss(
 ) -> tuple[Float[Array, ""], Metrics]:
     """The loss of a microbatch, and what to report of it."""
     model, config = system.bind({**params, **frozen}), experiment.model
-    latents = model.codec.encode(to_unit(batch["image"]), keys.codec)
+    if system.config.has_pictures:
+        latents = model.codec.encode(to_unit(batch["image"]), keys.codec)
+    else:
+        latents = batch["latents"].astype(jnp.float32)
     noise = jax.vmap(lambda key: jax.random.normal(key, latents.shape[1:], jnp.float32))(keys.noise)
     time = jax.vmap(lambda key: sample_time(key, experiment.flow))(keys.time)
     target = patchify(velocity_target(latents, noise), config.patch_size)

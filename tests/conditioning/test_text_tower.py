@@ -129,6 +129,8 @@ def test_bfloat16_stays_near_float32():
 
 @pytest.mark.parametrize(("key", "value"), [("vocab_size", 0), ("layers", 0), ("heads", 3), ("width", 0)])
 def test_impossible_values_are_refused(key, value):
-    values = {"vocab_size": 20, "width": 16, "layers": 2, "heads": 2, "activation": "gelu", "frozen": False} | {key: value}
+    values = {"vocab_size": 20, "width": 16, "layers": 2, "heads": 2, "activation": "gelu", "frozen": False} | {
+        key: value
+    }
     with pytest.raises(ConfigError, match=f"config.{key} = {value}"):
         TextConfig(**values)

@@ -35,6 +35,7 @@ def make_config(**changes):
         "directory": "nowhere",
         "source": "",
         "image_size": 6,
+        "latent_channels": 0,
         "caption_length": 3,
         "vocab_size": 1024,
         "caption_dropout": 0.1,

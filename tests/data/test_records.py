@@ -12,7 +12,7 @@ from PIL import Image
 from ecdit.config import ConfigError
 from ecdit.data import DataError, records
 from ecdit.data.loader import make_loader
-from ecdit.data.records import Records, dataset_directory, prepare, read_manifest
+from ecdit.data.records import Records, dataset_directory, prepare, read_manifest, tokenize_captions
 from ecdit.data.tasks import DataConfig
 from ecdit.data.text import EOS, PAD, UNKNOWN, fit, tokenize, train_vocabulary
 
@@ -23,6 +23,7 @@ def make_config(directory, **changes):
         "directory": str(directory),
         "source": "",
         "image_size": 32,
+        "latent_channels": 0,
         "caption_length": 12,
         "vocab_size": 1024,
         "caption_dropout": 0.1,
@@ -266,12 +267,43 @@ def test_damage_is_an_error(config, tmp_path):
         Records(copy)
     with damaged("dataset.json", lambda data: data[:50]):
         Records(copy)
-    for changes in ({"format": 2}, {"num_records": 5}, {"shards": "x"}, {"new": 1}):
+    for changes in ({"format": 1}, {"num_records": 5}, {"shards": "x"}, {"new": 1}):
         with damaged("dataset.json", edited(**changes)):
             Records(copy)
     with damaged("dataset.json", edited(num_records=0, shards=[])) as error:
         Records(copy)
     assert "has no records" in str(error.value)
+
+
+LATENTS = {"task": "random_latents", "image_size": 64, "latent_channels": 5, "flip_probability": 0.0, "crop_padding": 0}
+
+
+def test_latents_are_prepared_and_read_in_place_of_pictures(tmp_path):
+    config = make_config(tmp_path, **LATENTS)
+    manifest, records = prepare(config), Records(config)
+    assert (manifest.num_records, manifest.latent_channels, manifest.image_size) == (len(records), 5, 64)
+    first = records[0]
+    assert set(first) == {"latents", "tokens", "original_size", "caption"}
+    assert (first["latents"].shape, first["latents"].dtype) == ((8, 8, 5), np.float16)
+    values = np.stack([records[i]["latents"] for i in range(200)]).astype(np.float64)
+    assert abs(values.mean()) < 0.01
+    assert abs(values.std() - 1) < 0.01
+    np.testing.assert_array_equal(first["tokens"], tokenize_captions(config, [first["caption"]])[0])
+    batch = next(make_loader(config, 0, 4, 0, [0, 1, 2, 3]))
+    assert set(batch) == {"latents", "tokens", "size_crop"}
+    assert (batch["latents"].shape, batch["latents"].dtype) == ((4, 8, 8, 5), np.float16)
+    np.testing.assert_array_equal(batch["size_crop"], [[64, 64, 0, 0]] * 4)
+    stored = {records[i]["latents"].tobytes() for i in range(len(records))}
+    assert {latents.tobytes() for latents in batch["latents"]} < stored
+    with pytest.raises(DataError, match=r"data\.latent_channels = 4, but .* was prepared with 5"):
+        Records(dataclasses.replace(config, latent_channels=4))
+
+
+@pytest.mark.parametrize("change", [{"flip_probability": 0.5}, {"crop_padding": 1}, {"image_size": 60}])
+def test_latents_are_not_augmented(tmp_path, change):
+    with pytest.raises(ConfigError) as error:
+        make_config(tmp_path, **LATENTS | change)
+    assert {error.value.key: error.value.value} == change
 
 
 def test_a_vocabulary_without_room_for_the_characters_is_an_error(tmp_path):
@@ -286,6 +318,7 @@ def test_a_vocabulary_without_room_for_the_characters_is_an_error(tmp_path):
         ("task", "coco"),
         ("directory", ""),
         ("image_size", 0),
+        ("latent_channels", -1),
         ("caption_length", 0),
         ("vocab_size", 259),
         ("caption_dropout", 1.1),

@@ -27,7 +27,7 @@ FIXED = {
     *(f"text.{key}" for key in to_dict(tiny().text)),
     *(f"flow.{key}" for key in to_dict(tiny().flow)),
     *(f"optimizer.{key}" for key in to_dict(tiny().optimizer)),
-    *("data.task", "data.image_size", "data.caption_length", "data.vocab_size"),
+    *("data.task", "data.image_size", "data.latent_channels", "data.caption_length", "data.vocab_size"),
     *("data.caption_dropout", "data.flip_probability", "data.crop_padding"),
     *("train.batch_size", "train.ema_decay"),
 }

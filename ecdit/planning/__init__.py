@@ -1,0 +1,1 @@
+"""What a run will need before it has started: parameters, operations, memory, time."""

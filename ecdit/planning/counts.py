@@ -1,0 +1,101 @@
+"""Counts parameters and floating-point operations of an experiment; computes nothing else and allocates nothing."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+
+from ecdit.conditioning.sizes import VAE_PARAMS, forward_parts, vae_part
+from ecdit.conditioning.text_to_image import SystemConfig, make_system
+from ecdit.config import require
+from ecdit.models.config import group_size
+from ecdit.models.moe import capacity
+from ecdit.training.experiment import Experiment
+
+# What the paper's Table 1 counts beside the denoiser [A].
+TABLE_TEXT_WIDTH, TABLE_TEXT_PARAMS, TABLE_VAE_PARAMS = 1280, 32 * 12 * 1280**2 + 32128 * 1280, 84e6
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """Of a model; FLOPs are those of one image and its caption, forward, in training."""
+
+    total_params: int  # with text tower and autoencoder, as the paper counts
+    denoiser_params: int
+    activated_params: int  # of the denoiser: of E experts, as many as work on a token on average
+    text_params: int
+    vae_params: int  # of the autoencoder that makes the latents; 0 without one
+    flops_per_image: dict[str, dict[str, float]]  # by part: flops, and tokens, the rows it sees over all its layers
+
+
+def count(experiment: Experiment) -> Counts:
+    """Sums over the leaves of the abstract parameters; what counts as an operation says `models.sizes`."""
+    system = experiment.system
+    abstract = jax.eval_shape(make_system(system).init, jax.random.key(0))
+    denoiser, text = (_size(abstract[name]) for name in ("denoiser", "text"))
+    parts = forward_parts(system, system.model.num_kept, system.model.group)
+    vae = 0
+    if not system.has_pictures:
+        vae, parts = VAE_PARAMS, (*parts, vae_part(system.image_size))
+    return Counts(
+        total_params=denoiser + text + vae,
+        denoiser_params=denoiser,
+        activated_params=denoiser - _idle_params(system, abstract["denoiser"]),
+        text_params=text,
+        vae_params=vae,
+        flops_per_image={part.name: {"flops": part.flops, "tokens": part.tokens} for part in parts},
+    )
+
+
+def table_params(system: SystemConfig) -> int:
+    """Parameters by the rule that reproduces all totals of the paper's Table 1 to the last digit printed there [A].
+
+    It has two grouped-query modules a block, of which this model has one: a check of the table, not of the model.
+
+    Raises:
+      ConfigError: an option beyond the paper, of which the table says nothing.
+    """
+    model = system.model
+    for key, wanted in {"expert_width": 0, "num_shared_experts": 0, "ffn_multiplier": 4, "extra_blocks": 2}.items():
+        require(getattr(model, key) == wanted, f"model.{key}", getattr(model, key), f"Table 1 has {wanted}")
+    d, blocks = model.width, model.depth + model.extra_blocks
+    attention = 2 * d**2 + 2 * model.head_dim * model.kv_heads * d
+    block = 8 * d**2 + (2 * d**2 + 2 * TABLE_TEXT_WIDTH * d) + 2 * attention
+    experts = 0 if model.ffn == "dense" else model.num_experts * (8 * d**2 + d) - 8 * d**2
+    total = blocks * block + model.depth // 2 * experts + 11 * d**2
+    return round(total + TABLE_TEXT_PARAMS + TABLE_VAE_PARAMS)
+
+
+def report(counts: Counts) -> list[str]:
+    """Lines for people."""
+    lines = [
+        f"parameters       {_billions(counts.total_params)} in all: denoiser {_billions(counts.denoiser_params)}, "
+        f"text tower {_billions(counts.text_params)}, autoencoder {_billions(counts.vae_params)}",
+        f"activated        {_billions(counts.activated_params)} of the denoiser's",
+        "FLOPs of an image, forward, and the rows that each part sees:",
+    ]
+    total = sum(part["flops"] for part in counts.flops_per_image.values())
+    for name, part in counts.flops_per_image.items():
+        share = part["flops"] / total
+        lines.append(f"  {name:16} {part['flops'] / 1e9:12.3f} GFLOP {share:7.2%} {part['tokens']:12,.0f} rows")
+    return [*lines, f"  {'total':16} {total / 1e9:12.3f} GFLOP"]
+
+
+def _idle_params(system: SystemConfig, denoiser: dict[str, Any]) -> float:
+    """Parameters of the experts that a token does not meet, on average."""
+    model = system.model
+    if model.ffn == "dense":
+        return 0
+    size = group_size(model.group, model.num_kept)
+    met = min(1.0, capacity(model, size) / size)  # share of the experts
+    experts = denoiser["pairs"]["even"]["experts"]
+    return round(_size({name: experts[name] for name in ("up", "down")}) * (1 - met))
+
+
+def _size(tree: Any) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def _billions(count: int) -> str:
+    return f"{count / 1e9:.3f} B"

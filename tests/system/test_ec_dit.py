@@ -1,0 +1,75 @@
+"""The paper's config, made small, through the real commands: latents, bfloat16, groups of images, four devices."""
+
+import json
+
+import pytest
+
+from ecdit.config import ConfigError
+from ecdit.training.experiment import make_experiment
+from tests.runs import ROOT, command, config_file, run
+
+SMALL = {
+    "model.width": 64,
+    "model.depth": 4,
+    "model.heads": 1,
+    "model.kv_heads": 1,
+    "model.latent_size": 8,
+    "model.group": "64",  # eight masked images of eight tokens, as 1024 are of 128
+    "text.vocab_size": 512,
+    "text.width": 32,
+    "text.layers": 1,
+    "text.heads": 2,
+    "data.image_size": 64,
+    "data.vocab_size": 512,
+    "data.num_threads": 1,
+    "train.batch_size": 64,
+    "train.log_every": 1,
+    "sampling.batch_size": 8,
+    "runtime.distributed": False,
+    "runtime.compilation_cache": "",
+}
+
+
+def small_values(name, **changes):
+    values = config_file("ec_dit").get_config(name)
+    values.update_from_flattened_dict(SMALL | {key.replace("__", "."): value for key, value in changes.items()})
+    return values
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return tmp_path_factory.mktemp("latents")
+
+
+def test_it_trains_on_latents_and_resumes_on_another_mesh(tmp_path, data, cpu_env):
+    flags = [f"--config.{key}={value}" for key, value in {**SMALL, "data.directory": data}.items()]
+    arguments = [f"--config={ROOT}/configs/ec_dit.py:XL-8E", f"--workdir={tmp_path}/run", *flags]
+    first = run(command("train", *arguments, "--config.train.num_steps=3"), cpu_env(4))
+    assert first.returncode == 0, first.stderr
+    again = run(command("train", *arguments, "--config.train.num_steps=5", "--config.mesh.expert=2"), cpu_env(2))
+    assert again.returncode == 0, again.stderr
+    assert "resumed from step 3" in again.stdout
+    assert "samples" not in again.stdout  # there is no codec to draw them with
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+    assert all(line["bad_steps"] == 0 and len(line["router_grad_norm"]) == 2 for line in lines)
+    # Velocities of 0 against noise - latents, both of variance 1.
+    assert lines[0]["flow_loss"] == pytest.approx(2, rel=0.05)
+    refused = run(command("sample", f"--workdir={tmp_path}/run", "--prompt=x", f"--out={tmp_path}/out"), cpu_env())
+    assert refused.returncode == 2
+    assert "error: config.codec = 'latents': the run has latents alone: it cannot draw pictures" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("key", "changes"),
+    [
+        ("data.latent_channels", {"data__latent_channels": 0}),
+        ("data.latent_channels", {"model__latent_channels": 4}),
+        ("train.pictures_every", {"train__pictures_every": 100}),
+        ("data.image_size", {"data__image_size": 128}),
+    ],
+)
+def test_latents_must_be_what_the_model_takes(key, changes):
+    with pytest.raises(ConfigError) as error:
+        make_experiment(small_values("XL-8E", **changes))
+    assert error.value.key == key
