@@ -134,6 +134,9 @@ def get_config(name: str = "XL-32E") -> ConfigDict:
     train.profile_steps = 0  # steps to profile; 0 for none
     train.wandb_project = ""  # of Weights & Biases (the extra wandb); "" for none
 
+    # What changes after so many steps: {"after": 750_000, "changes": {"model.mask_ratio": 0.0}}, see docs/configs.md.
+    config.phases = ()
+
     config.checkpoint = checkpoint = ConfigDict()
     checkpoint.every = 2000  # steps
     checkpoint.keep = 3

@@ -61,14 +61,7 @@ def build(cls: type[T], values: Mapping[str, Any]) -> T:
         raise ConfigError(key, None, f"missing; it must be {_describe(hints[key])}")
     fields = {}
     for key, value in values.items():
-        if dataclasses.is_dataclass(hints[key]):
-            require(isinstance(value, Mapping | ml_collections.ConfigDict), key, value, "must be a group of keys")
-            try:
-                fields[key] = build(hints[key], value)
-            except ConfigError as error:
-                raise error.under(key) from None
-        else:
-            fields[key] = _typed(hints[key], key, value)
+        fields[key] = _typed(hints[key], key, value)
     return cls(**fields)
 
 
@@ -105,7 +98,7 @@ def _describe(hint: Any) -> str:
 
 
 def _typed(hint: Any, key: str, value: Any) -> Any:
-    """`value` as `hint`; an int is a valid float, a list a valid tuple, nothing else is converted."""
+    """`value` as `hint`; an int is a valid float, a list a valid tuple, a mapping a dataclass, nothing else is."""
     wrong = ConfigError(key, value, f"must be {_describe(hint)}")
     origin = typing.get_origin(hint)
     if origin is typing.Literal:
@@ -115,7 +108,16 @@ def _typed(hint: Any, key: str, value: Any) -> Any:
     if origin is tuple:
         if isinstance(value, str) or not isinstance(value, Sequence):
             raise wrong
-        return tuple(_typed(typing.get_args(hint)[0], key, item) for item in value)
+        return tuple(_typed(typing.get_args(hint)[0], f"{key}[{i}]", item) for i, item in enumerate(value))
+    if dataclasses.is_dataclass(hint):
+        require(isinstance(value, Mapping | ml_collections.ConfigDict), key, value, "must be a group of keys")
+        try:
+            return build(hint, value)
+        except ConfigError as error:
+            raise error.under(key) from None
+    if origin is Mapping:  # collections.abc's
+        require(isinstance(value, Mapping), key, value, "must be a mapping of keys to values")
+        return dict(value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):

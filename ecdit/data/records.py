@@ -166,6 +166,14 @@ def dataset_directory(config: DataConfig) -> Path:
     return Path(config.directory) / config.task
 
 
+def check_vocabularies(configs: Sequence[DataConfig]) -> None:
+    """Raises DataError where prepared data sets that one model reads in turn do not share their vocabulary."""
+    directories = [dataset_directory(config) for config in configs]
+    for directory in directories[1:]:
+        if (directory / VOCABULARY).read_bytes() != (directories[0] / VOCABULARY).read_bytes():
+            raise DataError(f"{directory} has another vocabulary than {directories[0]}: a run cannot read both")
+
+
 def tokenize_captions(config: DataConfig, captions: Sequence[str]) -> Int[np.ndarray, "n L"]:
     """Captions as the prepared data of `config` has them: int32, with its vocabulary and caption length."""
     return tokenize(dataset_directory(config), captions, config.caption_length)

@@ -171,9 +171,14 @@ def open_reader(workdir: Path) -> ocp.CheckpointManager:
     return manager
 
 
-def check_resume(saved: Meta, experiment: Experiment, fingerprint: str) -> None:
-    """Raises CheckpointError naming every key that differs from the saved run's and may not (see MAY_CHANGE)."""
+def check_resume(saved: Meta, experiment: Experiment, fingerprint: str, step: int) -> None:
+    """Raises CheckpointError naming every key that differs from the saved run's and may not (see MAY_CHANGE).
+
+    Phases may change that begin after `step`, the saved one; `fingerprint` is of the data that it was trained on.
+    """
     old, new = flatten(saved.config), flatten(to_dict(experiment))
+    for values in (old, new):
+        values["phases"] = [phase for phase in values.get("phases", []) if phase["after"] < step]
     differences = [
         f"config.{key}: saved {old.get(key)!r}, now {new.get(key)!r}"
         for key in sorted(old.keys() | new.keys())

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,11 @@ from jax.sharding import Mesh
 from ecdit.conditioning.text_to_image import System, make_system
 from ecdit.config import to_dict
 from ecdit.data.loader import make_loader
-from ecdit.data.records import Manifest, prepare
+from ecdit.data.records import Manifest, check_vocabularies, prepare
 from ecdit.interop.weights import flat_names
 from ecdit.partitioning import batch_sharding, make_mesh
 from ecdit.training import checkpoint
-from ecdit.training.experiment import Experiment, TrainConfig, check_mesh
+from ecdit.training.experiment import Experiment, Part, TrainConfig, check_mesh
 from ecdit.training.optimizer import make_optimizer
 from ecdit.training.profiling import Profile
 from ecdit.training.provenance import library_versions, record_start
@@ -49,27 +49,31 @@ def train(experiment: Experiment, workdir: Path, origin: dict[str, Any] | None =
     check_writers(experiment)
     mesh = make_mesh(experiment.mesh)
     check_mesh(experiment, mesh)
-    system = make_system(experiment.system)
-    system.shardings(mesh)  # refuses what cannot be laid out, before anything is written
-    manifest = _prepared_data(experiment)
+    parts = experiment.parts()
+    systems = [make_system(part.experiment.system) for part in parts]  # of the same parameters
+    systems[0].shardings(mesh)  # refuses what cannot be laid out, before anything is written
+    manifests = _prepared_data(parts)
     workdir.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
         manager = stack.enter_context(checkpoint.open_manager(workdir, experiment.checkpoint))
-        state, next_row = _first_state(experiment, system, mesh, manager, manifest)
+        state = _first_state(experiment, systems[0], mesh, manager, manifests)
         start = int(state.step)
         record_start(experiment, workdir, start, origin or {})
-        batches = TimedBatches(device_batches(experiment, mesh, next_row))
-        samples = SampleWriter(experiment, system, mesh, workdir) if experiment.system.has_pictures else None
         writers, leaf_names = open_writers(experiment, workdir, start), list(flat_names(state.params))
-        reporter = Reporter(workdir, start, experiment.train, leaf_names, stopwatch(experiment), writers)
+        reporter = Reporter(workdir, start, experiment.train, leaf_names, writers)
         stack.enter_context(contextlib.closing(reporter))
-        train_step = make_train_step(experiment, system, mesh)
-        run = Running(experiment, manager, manifest, train_step, batches, samples, reporter, workdir)
-        state, preempted = _steps(run, state)
-        if preempted:
-            _say(f"stopped by a signal; saved step {int(state.step)}, the same command goes on from it")
-            return PREEMPTED
+        preempted = stack.enter_context(contextlib.closing(PreemptionFlag(manager)))
+        for part, system, manifest in zip(parts, systems, manifests, strict=True):
+            if int(state.step) >= part.last and part is not parts[-1]:
+                continue
+            if part.after:
+                _say(f"phase from step {part.after + 1} to {part.last}")
+            run = Running(experiment, part, system, manifest, mesh, manager, reporter, preempted, workdir)
+            state, samples, stopped = _steps(run, state)
+            if stopped:
+                _say(f"stopped by a signal; saved step {int(state.step)}, the same command goes on from it")
+                return PREEMPTED
         drawn = ""
         if samples is not None:
             files = samples.write(sampling_params(state), int(state.step))
@@ -81,48 +85,59 @@ def train(experiment: Experiment, workdir: Path, origin: dict[str, Any] | None =
 
 @dataclasses.dataclass(frozen=True)
 class Running:
-    """What the steps of a run need beside its state."""
+    """What the steps of a part of the run need beside its state."""
 
-    experiment: Experiment
+    experiment: Experiment  # of the whole run, with its phases
+    part: Part
+    system: System  # of the part
+    manifest: Manifest  # of the part's data
+    mesh: Mesh
     manager: ocp.CheckpointManager
-    manifest: Manifest
-    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
-    batches: TimedBatches
-    samples: SampleWriter | None  # None where the codec has no pictures
     reporter: Reporter
+    preempted: "PreemptionFlag"
     workdir: Path
 
 
-def _steps(run: Running, state: TrainState) -> tuple[TrainState, bool]:
-    """Steps until the last step or a preemption (True); the state it returns is saved."""
-    config, every, reporter = run.experiment.train, run.experiment.checkpoint.every, run.reporter
+def _steps(run: Running, state: TrainState) -> tuple[TrainState, SampleWriter | None, bool]:
+    """Steps until the part's last step or a preemption (True); the state it returns is saved if it stepped.
+
+    Returns what draws the part's samples too: None where the codec has no pictures.
+    """
+    experiment, every, reporter, last = (
+        run.part.experiment,
+        run.experiment.checkpoint.every,
+        run.reporter,
+        run.part.last,
+    )
+    final = run.experiment.train.num_steps
+    samples = SampleWriter(experiment, run.system, run.mesh, run.workdir) if experiment.system.has_pictures else None
+    batches = TimedBatches(device_batches(experiment, run.mesh, run.experiment.next_row(int(state.step))))
+    train_step = make_train_step(experiment, run.system, run.mesh)
+    reporter.begin(stopwatch(experiment))
     pending: tuple[int, Metrics, float] | None = None
     stop = False
-    with (
-        contextlib.closing(PreemptionFlag(run.manager)) as preempted,
-        contextlib.closing(Profile(config, run.workdir, int(state.step))) as profile,
-    ):
-        for step in range(int(state.step) + 1, config.num_steps + 1):
+    with contextlib.closing(Profile(run.experiment.train, run.workdir, int(state.step))) as profile:
+        for step in range(int(state.step) + 1, last + 1):
             profile.before(step, state)
-            state, metrics = run.train_step(state, run.batches.next())
+            state, metrics = train_step(state, batches.next())
             if pending is not None:  # step n - 1 is read once step n is dispatched: the device never waits for us
                 reporter.report(*pending)
-            pending = (step, metrics, run.batches.seconds)
-            stop = preempted.reached(step)
-            last = step == config.num_steps
-            draw, save = pictures_due(config, step) and not stop, step % every == 0 or last or stop
-            if draw or save:
+            pending = (step, metrics, batches.seconds)
+            stop = run.preempted.reached(step)
+            draw = pictures_due(run.experiment.train, step) and samples is not None and not stop
+            save = step % every == 0 or step == final or stop
+            if draw or save or step == last:
                 reporter.report(*pending)  # first, so that a run that resumes from here has this line
                 pending = None
             if draw:  # before the save, for the same reason; and before the next step takes the state's memory
-                reporter.pictures(step, run.samples.write(sampling_params(state), step))
+                reporter.pictures(step, samples.write(sampling_params(state), step))
             if save:
                 checkpoint.save(run.manager, state, step, _meta(run.experiment, run.manifest, step))
             checkpoint.check_saves(run.manager)
             if stop:
                 break
         checkpoint.finish_saves(run.manager)
-    return state, stop and int(state.step) < config.num_steps
+    return state, samples, stop and int(state.step) < final
 
 
 def pictures_due(config: TrainConfig, step: int) -> bool:
@@ -168,41 +183,52 @@ def device_batches(experiment: Experiment, mesh: Mesh, start_row: int) -> Iterat
         yield {name: put(array) for name, array in batch.items()}
 
 
-def _prepared_data(experiment: Experiment) -> Manifest:
-    """Prepares the data on the first process if it is missing; the others wait."""
-    if jax.process_count() == 1:
-        return prepare(experiment.data)
-    from jax.experimental import multihost_utils
+def _prepared_data(parts: Sequence[Part]) -> list[Manifest]:
+    """Prepares each part's data on the first process if it is missing; the others wait.
 
-    if jax.process_index() == 0:
-        prepare(experiment.data)
-    multihost_utils.sync_global_devices("data prepared")
-    return prepare(experiment.data)
+    Raises:
+      DataError: it cannot be prepared, or two parts have different vocabularies.
+    """
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        if jax.process_index() == 0:
+            _prepare_all(parts)
+        multihost_utils.sync_global_devices("data prepared")
+    return _prepare_all(parts)
+
+
+def _prepare_all(parts: Sequence[Part]) -> list[Manifest]:
+    configs = [part.experiment.data for part in parts]
+    manifests = {config: prepare(config) for config in configs}
+    check_vocabularies(configs)
+    return [manifests[config] for config in configs]
 
 
 def _first_state(
-    experiment: Experiment, system: System, mesh: Mesh, manager: ocp.CheckpointManager, manifest: Manifest
-) -> tuple[TrainState, int]:
-    """The newest checkpoint's state and data position, or a new state: drawn, or with another run's weights."""
+    experiment: Experiment, system: System, mesh: Mesh, manager: ocp.CheckpointManager, manifests: Sequence[Manifest]
+) -> TrainState:
+    """The newest checkpoint's state, or a new one: drawn, or with another run's weights."""
     optimizer = make_optimizer(experiment.optimizer)
     shardings = state_shardings(system, optimizer, mesh)
     step = manager.latest_step()
     if step is not None:
         saved = checkpoint.read_meta(manager, step)
-        checkpoint.check_resume(saved, experiment, manifest.fingerprint)
+        trained_on = manifests[[part.after for part in experiment.parts()].index(experiment.part_of(step).after)]
+        checkpoint.check_resume(saved, experiment, trained_on.fingerprint, step)
         state = checkpoint.restore(manager, step, abstract_state(system, optimizer, shardings))
         _say(f"resumed from step {step} of {manager.directory}")
-        return state, saved.next_row
+        return state
     weights = None
     if experiment.checkpoint.init_from:
         weights, _ = checkpoint.restore_ema(Path(experiment.checkpoint.init_from), system, mesh)
         _say(f"started from the EMA weights of {experiment.checkpoint.init_from}")
-    return init_state(system, optimizer, shardings, experiment.seed, weights), 0
+    return init_state(system, optimizer, shardings, experiment.seed, weights)
 
 
 def _meta(experiment: Experiment, manifest: Manifest, step: int) -> checkpoint.Meta:
-    next_row = step * experiment.train.batch_size
-    return checkpoint.Meta(checkpoint.FORMAT, to_dict(experiment), next_row, manifest.fingerprint, library_versions())
+    config, row = to_dict(experiment), experiment.next_row(step)
+    return checkpoint.Meta(checkpoint.FORMAT, config, row, manifest.fingerprint, library_versions())
 
 
 def _say(line: str) -> None:

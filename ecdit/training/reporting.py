@@ -31,17 +31,20 @@ class Reporter:
         start_step: int,
         config: TrainConfig,
         leaf_names: Sequence[str],
-        watch: Stopwatch,
         writers: Sequence[Writer] = (),
     ):
         """Takes up `metrics.jsonl` after `start_step`; closes `writers` when it is closed."""
-        self.config, self.leaf_names, self.watch, self.writers = config, leaf_names, watch, writers
+        self.config, self.leaf_names, self.writers = config, leaf_names, writers
         self.path, self.start_step = workdir / "metrics.jsonl", start_step
         self.file = None
         if jax.process_index() == 0:
             with writing(self.path):
                 drop_lines_after(self.path, start_step)
                 self.file = self.path.open("a")
+
+    def begin(self, watch: Stopwatch) -> None:
+        """The steps that follow are timed by `watch`; to be called before the first of them."""
+        self.watch = watch
 
     def report(self, step: int, metrics: dict[str, Any], data_seconds: float) -> None:
         """Writes the metrics of step `step` (steps done, from 1), which waits until they are computed.

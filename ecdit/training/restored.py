@@ -25,7 +25,7 @@ CONFIG_FILE = "config.json"
 class Run:
     """What sampling needs."""
 
-    experiment: Experiment
+    experiment: Experiment  # of the phase that the checkpoint is of
     system: System
     mesh: Mesh
     params: Params
@@ -50,9 +50,10 @@ def open_run(workdir: Path, overrides: Sequence[str] = (), step: int | None = No
         has_pictures = experiment.system.has_pictures
         require(has_pictures, "codec", experiment.codec, "the run has latents alone: it cannot draw pictures")
     runtime.configure(experiment.runtime)
-    system, mesh = make_system(experiment.system), make_mesh(experiment.mesh)
-    params, step = restore_ema(workdir, system, mesh, step)
-    return Run(experiment, system, mesh, params, step)
+    mesh = make_mesh(experiment.mesh)
+    params, step = restore_ema(workdir, make_system(experiment.system), mesh, step)
+    experiment = experiment.part_of(step).experiment  # all have the same parameters
+    return Run(experiment, make_system(experiment.system), mesh, params, step)
 
 
 def saved_experiment(workdir: Path, overrides: Sequence[str] = ()) -> Experiment:

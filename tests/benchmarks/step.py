@@ -65,7 +65,8 @@ class Parts:
             self.loss, self.aux, self.grads = self.gradients(self.still, self.batch)
             self.stepping, self.metrics = self.train_step(self.stepping, self.batch)
         leaf_names, writers = list(flat_names(self.still.params)), open_writers(experiment, workdir, 0)
-        self.reporter = Reporter(workdir, 0, experiment.train, leaf_names, stopwatch(experiment), writers)
+        self.reporter = Reporter(workdir, 0, experiment.train, leaf_names, writers)
+        self.reporter.begin(stopwatch(experiment))
         self.step = 0
         self.waits: list[float] = []  # seconds in which `loop` waited for each batch
 

@@ -33,7 +33,8 @@ def fill(disk):
 
 def test_metrics_that_cannot_be_written_are_named(disk):
     fill(disk)
-    reporter = Reporter(disk, 0, tiny().train, ["w"], Stopwatch(16, 1e9, None))
+    reporter = Reporter(disk, 0, tiny().train, ["w"])
+    reporter.begin(Stopwatch(16, 1e9, None))
     with pytest.raises(UserError, match=f"writing {disk}/metrics.jsonl failed: .*No space left"):
         reporter.report(1, METRICS, 0.0)
     with pytest.raises(UserError, match=r"metrics\.jsonl"):  # it tries again to write what it could not

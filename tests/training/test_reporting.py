@@ -18,7 +18,9 @@ BEFORE = '{"step": 1, "x": 1}\n{"step": 2, "x": 1}\n{"step": 3, "x": 1}\n'
 
 def make_reporter(workdir, start=0, peak=None, writers=(), **changes):
     """Of steps with 4 images and 8 TFLOPs."""
-    return Reporter(workdir, start, dataclasses.replace(CONFIG, **changes), ["w"], Stopwatch(4, 8e12, peak), writers)
+    reporter = Reporter(workdir, start, dataclasses.replace(CONFIG, **changes), ["w"], writers)
+    reporter.begin(Stopwatch(4, 8e12, peak))
+    return reporter
 
 
 class Clock:

@@ -37,7 +37,7 @@ def meta_of(values):
     return Meta(checkpoint.FORMAT, values, 0, "data", {})
 
 
-@pytest.mark.parametrize("key", sorted(flatten(to_dict(tiny()))))
+@pytest.mark.parametrize("key", sorted(flatten(to_dict(tiny())).keys() - {"phases"}))
 def test_a_changed_key_refuses_to_resume_by_name_or_may_change(key):
     values = to_dict(tiny())
     *groups, name = key.split(".")
@@ -46,10 +46,10 @@ def test_a_changed_key_refuses_to_resume_by_name_or_may_change(key):
         group = group[part]
     group[name] = "another value"
     if key not in FIXED:
-        checkpoint.check_resume(meta_of(values), tiny(), "data")
+        checkpoint.check_resume(meta_of(values), tiny(), "data", 7)
         return
     with pytest.raises(CheckpointError, match="another value") as error:
-        checkpoint.check_resume(meta_of(values), tiny(), "data")
+        checkpoint.check_resume(meta_of(values), tiny(), "data", 7)
     named = [line for line in str(error.value).splitlines() if "saved" in line]
     assert len(named) == 1
     assert named[0].startswith(f"  config.{key}: saved 'another value', now ")
@@ -66,9 +66,9 @@ def test_a_key_that_this_version_added_or_removed_is_named():
     del older["model"]["width"]
     newer["model"]["depht"] = 3
     with pytest.raises(CheckpointError, match=r"config\.model\.width: saved None, now 32"):
-        checkpoint.check_resume(meta_of(older), tiny(), "data")
+        checkpoint.check_resume(meta_of(older), tiny(), "data", 7)
     with pytest.raises(CheckpointError, match=r"config\.model\.depht: saved 3, now None"):
-        checkpoint.check_resume(meta_of(newer), tiny(), "data")
+        checkpoint.check_resume(meta_of(newer), tiny(), "data", 7)
 
 
 @pytest.fixture
