@@ -1,7 +1,7 @@
 """EC-DIT on 1913 emoji and their names, for two CPU cores.
 
     python -m ecdit.train --config=configs/emoji.py --workdir=runs/emoji              # :quick, about 12 minutes
-    python -m ecdit.train --config=configs/emoji.py:long --workdir=runs/emoji_long    # four times as many steps
+    python -m ecdit.train --config=configs/emoji.py:long --workdir=runs/emoji_long    # :long, three times as many steps
 
 Marks of certainty, beside values that the paper or its relatives speak of: [P] the paper (arXiv 2410.02098),
 [N] notes of it by a third party, [S] sister papers on the same base model (arXiv 2412.07730, 2503.10618),
@@ -15,7 +15,7 @@ from ecdit.config import UserError
 LENGTHS = {
     # steps, warm-up steps, EMA decay, steps between pictures
     "quick": (2000, 100, 0.995, 500),
-    "long": (8000, 300, 0.998, 1000),
+    "long": (6000, 300, 0.998, 1000),
 }
 
 

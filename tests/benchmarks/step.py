@@ -77,7 +77,7 @@ class Parts:
         rows = jnp.arange(self.experiment.train.batch_size, dtype=jnp.int32)
         key = run_key(self.experiment.seed, "examples")
         keys = jax.vmap(example_keys, in_axes=(None, None, 0))(key, state.step, rows)
-        return training_step._loss(state.params, self.experiment, self.system, batch, keys)
+        return training_step._loss(state.params, state.frozen, self.experiment, self.system, batch, keys)
 
     def _gradients(self, state: TrainState, batch: training_step.Batch) -> Any:
         return training_step._accumulated_gradients(self.experiment, self.system, state, batch)
