@@ -227,7 +227,7 @@ def test_config_errors_name_key_value_and_what_is_allowed(group, key, value, sai
     with pytest.raises(ConfigError) as error:
         make_experiment(changed)
     name, _, shown = str(error.value).partition(" = ")
-    assert name == f"config.{group}.{key}"
+    assert name == f"config.{group}.{key}" + ("[0]" if isinstance(value, list) else "")
     assert shown.startswith(f"{value!r}: " if not isinstance(value, list) else "1: ")
     assert said in shown
 
