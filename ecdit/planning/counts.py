@@ -10,7 +10,7 @@ from ecdit.conditioning.sizes import VAE_PARAMS, forward_parts, vae_part
 from ecdit.conditioning.text_to_image import SystemConfig, make_system
 from ecdit.config import require
 from ecdit.models.config import group_size
-from ecdit.models.moe import capacity
+from ecdit.models.moe import TOKEN_CHOICES, capacity
 from ecdit.training.experiment import Experiment
 
 # What the paper's Table 1 counts beside the denoiser [A].
@@ -57,7 +57,8 @@ def table_params(system: SystemConfig) -> int:
       ConfigError: an option beyond the paper, of which the table says nothing.
     """
     model = system.model
-    for key, wanted in {"expert_width": 0, "num_shared_experts": 0, "ffn_multiplier": 4, "extra_blocks": 2}.items():
+    options = {"expert_width": 0, "num_shared_experts": 0, "router_input": "modulated", "extra_blocks": 2}
+    for key, wanted in (options | {"ffn_multiplier": 4, "even_ffn_multiplier": 4}).items():
         require(getattr(model, key) == wanted, f"model.{key}", getattr(model, key), f"Table 1 has {wanted}")
     d, blocks = model.width, model.depth + model.extra_blocks
     attention = 2 * d**2 + 2 * model.head_dim * model.kv_heads * d
@@ -82,13 +83,14 @@ def report(counts: Counts) -> list[str]:
     return [*lines, f"  {'total':16} {total / 1e9:12.3f} GFLOP"]
 
 
-def _idle_params(system: SystemConfig, denoiser: dict[str, Any]) -> float:
+def _idle_params(system: SystemConfig, denoiser: dict[str, Any]) -> int:
     """Parameters of the experts that a token does not meet, on average."""
     model = system.model
     if model.ffn == "dense":
         return 0
     size = group_size(model.group, model.num_kept)
-    met = min(1.0, capacity(model, size) / size)  # share of the experts
+    # Share of the experts. Tokens that choose meet two, however many slots there are.
+    met = capacity(model, size) / size if model.ffn == "expert_choice" else TOKEN_CHOICES / model.num_experts
     experts = denoiser["pairs"]["even"]["experts"]
     return round(_size({name: experts[name] for name in ("up", "down")}) * (1 - met))
 

@@ -69,8 +69,9 @@ def train(experiment: Experiment, workdir: Path, origin: dict[str, Any] | None =
                 continue
             if part.after:
                 _say(f"phase from step {part.after + 1} to {part.last}")
-            run = Running(experiment, part, system, manifest, mesh, manager, reporter, preempted, workdir)
-            state, samples, stopped = _steps(run, state)
+            samples = SampleWriter(part.experiment, system, mesh, workdir) if system.config.has_pictures else None
+            run = Running(experiment, part, system, manifest, mesh, manager, samples, reporter, preempted, workdir)
+            state, stopped = _steps(run, state)
             if stopped:
                 _say(f"stopped by a signal; saved step {int(state.step)}, the same command goes on from it")
                 return PREEMPTED
@@ -93,40 +94,32 @@ class Running:
     manifest: Manifest  # of the part's data
     mesh: Mesh
     manager: ocp.CheckpointManager
+    samples: SampleWriter | None  # None where the codec has no pictures
     reporter: Reporter
     preempted: "PreemptionFlag"
     workdir: Path
 
 
-def _steps(run: Running, state: TrainState) -> tuple[TrainState, SampleWriter | None, bool]:
-    """Steps until the part's last step or a preemption (True); the state it returns is saved if it stepped.
-
-    Returns what draws the part's samples too: None where the codec has no pictures.
-    """
-    experiment, every, reporter, last = (
-        run.part.experiment,
-        run.experiment.checkpoint.every,
-        run.reporter,
-        run.part.last,
-    )
-    final = run.experiment.train.num_steps
-    samples = SampleWriter(experiment, run.system, run.mesh, run.workdir) if experiment.system.has_pictures else None
-    batches = TimedBatches(device_batches(experiment, run.mesh, run.experiment.next_row(int(state.step))))
-    train_step = make_train_step(experiment, run.system, run.mesh)
-    reporter.begin(stopwatch(experiment))
+def _steps(run: Running, state: TrainState) -> tuple[TrainState, bool]:
+    """Steps until the part's last step or a preemption (True); the state with which the run ends is saved."""
+    config, every, reporter, samples = run.experiment.train, run.experiment.checkpoint.every, run.reporter, run.samples
+    first_row = run.experiment.next_row(int(state.step))
+    batches = TimedBatches(device_batches(run.part.experiment, run.mesh, first_row))
+    train_step = make_train_step(run.part.experiment, run.system, run.mesh)
+    reporter.begin(stopwatch(run.part.experiment))
     pending: tuple[int, Metrics, float] | None = None
     stop = False
-    with contextlib.closing(Profile(run.experiment.train, run.workdir, int(state.step))) as profile:
-        for step in range(int(state.step) + 1, last + 1):
+    with contextlib.closing(Profile(config, run.workdir, int(state.step))) as profile:
+        for step in range(int(state.step) + 1, run.part.last + 1):
             profile.before(step, state)
             state, metrics = train_step(state, batches.next())
             if pending is not None:  # step n - 1 is read once step n is dispatched: the device never waits for us
                 reporter.report(*pending)
             pending = (step, metrics, batches.seconds)
             stop = run.preempted.reached(step)
-            draw = pictures_due(run.experiment.train, step) and samples is not None and not stop
-            save = step % every == 0 or step == final or stop
-            if draw or save or step == last:
+            draw = pictures_due(config, step) and samples is not None and not stop
+            save = step % every == 0 or step == config.num_steps or stop
+            if draw or save or step == run.part.last:
                 reporter.report(*pending)  # first, so that a run that resumes from here has this line
                 pending = None
             if draw:  # before the save, for the same reason; and before the next step takes the state's memory
@@ -137,7 +130,7 @@ def _steps(run: Running, state: TrainState) -> tuple[TrainState, SampleWriter | 
             if stop:
                 break
         checkpoint.finish_saves(run.manager)
-    return state, samples, stop and int(state.step) < final
+    return state, stop and int(state.step) < config.num_steps
 
 
 def pictures_due(config: TrainConfig, step: int) -> bool:
@@ -214,7 +207,7 @@ def _first_state(
     step = manager.latest_step()
     if step is not None:
         saved = checkpoint.read_meta(manager, step)
-        trained_on = manifests[[part.after for part in experiment.parts()].index(experiment.part_of(step).after)]
+        trained_on = manifests[experiment.parts().index(experiment.part_of(step))]
         checkpoint.check_resume(saved, experiment, trained_on.fingerprint, step)
         state = checkpoint.restore(manager, step, abstract_state(system, optimizer, shardings))
         _say(f"resumed from step {step} of {manager.directory}")

@@ -51,9 +51,12 @@ def open_run(workdir: Path, overrides: Sequence[str] = (), step: int | None = No
         require(has_pictures, "codec", experiment.codec, "the run has latents alone: it cannot draw pictures")
     runtime.configure(experiment.runtime)
     mesh = make_mesh(experiment.mesh)
-    params, step = restore_ema(workdir, make_system(experiment.system), mesh, step)
-    experiment = experiment.part_of(step).experiment  # all have the same parameters
-    return Run(experiment, make_system(experiment.system), mesh, params, step)
+    system = make_system(experiment.system)
+    params, step = restore_ema(workdir, system, mesh, step)
+    if experiment.phases:  # all have the same parameters
+        experiment = experiment.part_of(step).experiment
+        system = make_system(experiment.system)
+    return Run(experiment, system, mesh, params, step)
 
 
 def saved_experiment(workdir: Path, overrides: Sequence[str] = ()) -> Experiment:

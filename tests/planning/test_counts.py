@@ -79,6 +79,8 @@ def test_parameters_of_a_tiny_model_by_hand():
 def test_token_choice_activates_two_experts():
     own, paper = (count(experiment(f"XL-16E{rule}")) for rule in ("-token_choice", ""))
     assert own.activated_params == paper.activated_params
+    dropless = count(experiment("XL-16E-token_choice", model__token_choice_dropless=True))
+    assert dropless.activated_params == own.activated_params
     assert own.denoiser_params == paper.denoiser_params
 
 
