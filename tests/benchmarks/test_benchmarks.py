@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests import runs
-from tests.benchmarks import curve, fits, moe_layer, step, timing
+from tests.benchmarks import curve, ec_over_dense, fits, moe_layer, step, timing
 
 # Three rounds, on a machine that is slow in the second one.
 SECONDS = {"a": [2.0, 20.0, 9.0], "b": [1.0, 16.0, 2.0]}
@@ -192,6 +192,29 @@ def test_step(cpu_env, emoji_data, tmp_path):
     assert case["denominator"] == "loop"
     assert case["percent"] == step.percentages(case["seconds"])
     assert f"{case['percent']['forward']:6.2f}" in shown
+
+
+def test_a_step_is_compared_with_its_operations():
+    """Twice the time for 1.6 times the operations is a quarter too much."""
+    assert ec_over_dense.percentages(2.0, 1.6) == pytest.approx({"flops": 160.0, "over_flops": 25.0})
+
+
+def test_experts_add_as_many_operations_as_their_slots_and_router_have():
+    """Tiny: two of four layers, 8 tokens of which each has two slots instead of one row, and a router 32 x 4."""
+    arguments = argparse.Namespace(tiny=True, data="data")
+    sparse, dense = (ec_over_dense.training_flops(ec_over_dense.with_ffn(ffn, arguments)) for ffn in ec_over_dense.FFNS)
+    assert sparse - dense == pytest.approx(3 * 2 * 2 * 8 * (2 * 32 * 128 + 32 * 4))
+
+
+def test_ec_over_dense(cpu_env, emoji_data, tmp_path):
+    options = ("--rounds=2", "--calls=1", "--tiny", f"--data={emoji_data}")
+    result, shown = benchmark("ec_over_dense", cpu_env(), tmp_path, *options)
+    case = result["runs"][0]["cases"]["step"]
+    check_case(case, {"expert_choice", "dense"})
+    assert case["denominator"] == "dense"
+    assert "GFLOP" in case["sizes"]
+    assert case["percent"] == ec_over_dense.percentages(case["ratios"]["expert_choice"], case["percent"]["flops"] / 100)
+    assert f"{case['percent']['over_flops']:6.2f}" in shown
 
 
 def test_first_step(cpu_env, emoji_data, tmp_path):
