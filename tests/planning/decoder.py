@@ -85,7 +85,7 @@ def lower_step(
 
     def step(params: Params, moments: Any, tokens: Int[Array, "B N"]) -> tuple[Params, Any, Float[Array, ""]]:
         loss, gradients = loss_and_gradients(params, tokens)
-        scale = jnp.minimum(1.0, 1.0 / optax.global_norm(gradients))  # clipped to a norm of 1
+        scale = jnp.minimum(1.0, 1.0 / optax.tree.norm(gradients))  # clipped to a norm of 1
         updates, moments = OPTIMIZER.update(jax.tree.map(lambda g: scale * g, gradients), moments, params)
         return optax.apply_updates(params, updates), moments, loss
 
