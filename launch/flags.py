@@ -16,6 +16,7 @@ class Place:
     """A job's name and where its backend keeps it."""
 
     backend: str
+    workdir: str  # "" where the name was given alone
     name: str
     slices: int
     namespace: str
@@ -43,6 +44,6 @@ def define_place() -> Callable[[], Place]:
             raise UserError("--workdir is missing: the run's workdir, or --name=NAME of its job")
         chosen = check_name(name.value) if name.value else job_name(workdir.value)
         where = (namespace.value, context.value, project.value, zone.value)
-        return Place(backend.value, chosen, slices.value, *where)
+        return Place(backend.value, workdir.value, chosen, slices.value, *where)
 
     return place

@@ -26,9 +26,10 @@ from ecdit.config import (
 from ecdit.topology import Slice, find_slice
 from ecdit.training.experiment import Experiment, make_experiment
 from launch import jobset, local_job, tpu_vm
+from launch.check import check_pod, make_job
 from launch.commands import run
 from launch.flags import Place, define_place
-from launch.job import SHOWN_CODES, Job, check_pod, describe, make_job
+from launch.job import SHOWN_CODES, Job, describe
 
 NO_IMAGE = f"image.invalid/ecdit:{__version__}"  # a name that no registry can have: of dry runs
 
@@ -74,12 +75,12 @@ def main(argv: list[str]) -> None:
 
 def checked_job(experiment: Experiment, place: Place, where: Slice) -> Job:
     """The job, or a UserError that says why it cannot run there."""
-    if flags.FLAGS["workdir"].value == "":
+    if not place.workdir:
         raise UserError("--workdir is missing: gs://BUCKET/PATH, or a directory for --backend=local")
     if place.backend == "tpu-vm" or LARGE_HOSTS.value:
         where = where.on_large_hosts()
     origin = config_origin(CONFIG)
-    job = make_job(experiment, origin, where, place.slices, flags.FLAGS["workdir"].value, place.name)
+    job = make_job(experiment, origin, where, place.slices, place.workdir, place.name)
     if place.backend == "local":
         local_job.check(job)
     else:

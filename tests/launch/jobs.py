@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ecdit.topology import find_slice
 from ecdit.training.experiment import make_experiment
-from launch.job import make_job
+from launch.check import make_job
 from tests.runs import config_file
 
 WORKDIR = "gs://bucket/runs/m-64e"
