@@ -7,6 +7,7 @@ saved with the checkpoints and compared on resume, and a run may move to another
 import dataclasses
 import hashlib
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -71,9 +72,9 @@ def describe(job: Job) -> list[str]:
     where = job.slice
     sizes = " x ".join(f"{axis} {size}" for axis, size in job.mesh.items())
     return [
-        f"job         {job.name}: python -m ecdit.train {' '.join(job.train_flags)}",
-        f"slices      {job.slices} of {where.accelerator} ({where.topology}): each {where.chips} chips, "
-        f"{where.hosts} hosts of {where.chips_per_host}",
+        f"job         {job.name}: python -m ecdit.train {shlex.join(job.train_flags)}",
+        f"slices      {job.slices} x {where.accelerator} ({where.topology}), each: chips {where.chips}, "
+        f"hosts {where.hosts}, chips a host {where.chips_per_host}",
         f"mesh        {sizes}",
         f"batch       {job.batch}",
         f"checkpoint  {job.checkpoint_bytes / 1e9:.1f} GB, {job.checkpoint_bytes / job.hosts / 1e9:.1f} GB a host",

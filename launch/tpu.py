@@ -11,6 +11,7 @@ type, and it resumes by itself.
 import sys
 from pathlib import Path
 
+import jax
 from absl import flags
 
 from ecdit import __version__
@@ -57,6 +58,7 @@ RUNTIME_VERSION = flags.DEFINE_string("runtime-version", "", "tpu-vm: image of t
 def main(argv: list[str]) -> None:
     """Exits with the backend's exit code."""
     del argv
+    jax.config.update("jax_platforms", "cpu")  # checks need no device, and are not to take a TPU host's
     experiment, place = make_experiment(config_values(CONFIG)), PLACE()
     job = checked_job(experiment, place, find_slice(ACCELERATOR.value))
     text = backend_text(job, place)
