@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import sys
+import time
 from pathlib import Path
 
 from ecdit.topology import find_slice
@@ -39,3 +40,11 @@ def install(directory: Path, name: str, code: str) -> None:
     program = directory / name
     program.write_text(f"#!{sys.executable}\n{code}\n")
     program.chmod(0o755)
+
+
+def wait_for(condition, seconds=20):
+    """Waits until `condition()` is true."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.02)

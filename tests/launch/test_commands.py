@@ -10,8 +10,7 @@ import pytest
 import yaml
 
 from launch.job import job_name
-from tests.launch.jobs import WORKDIR, install
-from tests.launch.test_tpu_vm import wait_for
+from tests.launch.jobs import WORKDIR, install, wait_for
 from tests.runs import ROOT, TINY
 
 # Notes its command line and its input, and ends with $EXIT_CODE.

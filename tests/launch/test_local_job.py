@@ -10,8 +10,7 @@ import pytest
 
 from launch import local, local_job
 from launch.job import LaunchError
-from tests.launch.jobs import placed
-from tests.launch.test_tpu_vm import wait_for
+from tests.launch.jobs import placed, wait_for
 from tests.runs import ROOT
 
 NAME = "m-1"

@@ -8,13 +8,12 @@ import shlex
 import shutil
 import signal
 import subprocess
-import time
 
 import pytest
 
 from launch import tpu_vm
 from launch.job import RESTART_CODES, LaunchError
-from tests.launch.jobs import install, job, placed
+from tests.launch.jobs import install, job, placed, wait_for
 from tests.runs import ROOT
 
 OPTIONS = tpu_vm.Options(
@@ -76,8 +75,9 @@ with open("starts", "a") as file: print(*sys.argv[1:], os.environ["JAX_PLATFORMS
 code, *later = pathlib.Path("codes").read_text().split() if pathlib.Path("codes").exists() else ["wait"]
 pathlib.Path("codes").write_text(" ".join(later))
 print("training", flush=True)
-while code == "wait": time.sleep(0.01)
-sys.exit(int(code))
+deadline = time.monotonic() + 60  # of a test that failed
+while code == "wait" and time.monotonic() < deadline: time.sleep(0.01)
+sys.exit(int(code) if code != "wait" else 1)
 """
 
 
@@ -89,13 +89,6 @@ def stand_in(tmp_path):
         install(programs, name, code)
     path = f"{programs}:{os.environ['PATH']}"
     return tmp_path, {**os.environ, "PATH": path, "STAND_IN": str(tmp_path)}
-
-
-def wait_for(condition, seconds=20):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.02)
 
 
 def run_script(text, environment):
