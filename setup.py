@@ -33,6 +33,7 @@ setup(
         "optax>=0.2.8,<0.3",
         "orbax-checkpoint>=0.12.8,<0.13",
         "pillow>=11",
+        "pyyaml>=6,<7",
         "safetensors>=0.5,<1",
         "sentencepiece>=0.2,<0.3",
         "seqio>=0.0.20,<0.1",
@@ -51,6 +52,8 @@ setup(
         "wandb": ["wandb>=0.20,<1"],
         "test": [
             "coverage>=7.10,<8",
+            "jsonschema>=4.20,<5",
+            "kubernetes-validate>=1.30,<2",
             # The version that jax[tpu] 0.10.2 asks for: tests compile for TPUs, which needs its compiler but no TPU.
             "libtpu==0.0.42.*",
             "pytest>=8.4,<10",

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ecdit.config import ConfigError, UserError, require
 
@@ -100,6 +100,15 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
+def abstract_mesh(config: MeshConfig, num_devices: int) -> AbstractMesh:
+    """The mesh over devices that need not be here: for checks and shapes.
+
+    Raises:
+      ConfigError: the product is not the number of devices.
+    """
+    return AbstractMesh(mesh_shape(config, num_devices), MESH_AXES)
+
+
 def logical_spec(axes: Sequence[str | None], name: str) -> PartitionSpec:
     """The PartitionSpec of an array whose dimensions have these logical axes (None: not sharded).
 
@@ -114,7 +123,7 @@ def logical_spec(axes: Sequence[str | None], name: str) -> PartitionSpec:
     return PartitionSpec(*(AXIS_RULES[axis] or None if axis is not None else None for axis in axes))
 
 
-def param_shardings(params: nnx.State, mesh: Mesh) -> dict[str, Any]:
+def param_shardings(params: nnx.State, mesh: Mesh | AbstractMesh) -> dict[str, Any]:
     """NamedShardings for an abstract or real state of annotated Params, as a nested dict like its pure dict.
 
     Raises:
@@ -133,7 +142,7 @@ def param_shardings(params: nnx.State, mesh: Mesh) -> dict[str, Any]:
     return nnx.traversals.unflatten_mapping(shardings)
 
 
-def check_divides(name: str, shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh) -> None:
+def check_divides(name: str, shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh | AbstractMesh) -> None:
     """Raises ShardingError when a dimension is no multiple of the mesh axes that its logical axis is sharded over."""
     for size, axis in zip(shape, axes, strict=True):
         parts = {mesh_axis: mesh.shape[mesh_axis] for mesh_axis in AXIS_RULES[axis]} if axis is not None else {}
@@ -144,17 +153,17 @@ def check_divides(name: str, shape: Sequence[int], axes: Sequence[str | None], m
             )
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """The sharding of a batch: its first dimension over BATCH_AXES."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
-def batch_shards(mesh: Mesh) -> int:
+def batch_shards(mesh: Mesh | AbstractMesh) -> int:
     """Into how many parts the batch is split."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """The sharding of what every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 

@@ -16,7 +16,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 DEVICE_COUNT_FLAG = "--xla_force_host_platform_device_count"
@@ -26,11 +26,17 @@ TAIL_LINES = 20  # of the failing process's log, shown on stderr
 
 
 def launch(
-    command: Sequence[str], processes: int, devices: int, log_dir: str | Path, grace_seconds: float = GRACE_SECONDS
+    command: Sequence[str],
+    processes: int,
+    devices: int,
+    log_dir: str | Path,
+    grace_seconds: float = GRACE_SECONDS,
+    on_start: Callable[[list[int]], None] = lambda pids: None,
 ) -> int:
     """Runs `command` as `processes` processes of `devices` CPU devices each, to the end of all. Main thread only.
 
     The output of process i goes to `process_i.log` in `log_dir`, which is made and whose older files are overwritten.
+    `on_start` is told the processes' ids once all are started.
 
     Returns:
       0 if all succeeded, else the exit code of the first that failed (of the lowest id where several failed at once).
@@ -44,6 +50,7 @@ def launch(
         try:
             for i, log in enumerate(logs):
                 children.append(_start(command, process_environment(coordinator, processes, i, devices), log))
+            on_start([child.pid for child in children])
             failed = _wait(children, pending, grace_seconds)
         finally:
             for child in children:

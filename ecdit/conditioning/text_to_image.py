@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import jax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from ecdit.conditioning.autoencoder import CODECS
 from ecdit.conditioning.text_tower import TextConfig, TextTower
@@ -80,7 +80,7 @@ class System:
         """The model with these parameters, all of them."""
         return nnx.merge(self.graphdef, nnx.State(params))
 
-    def shardings(self, mesh: Mesh) -> dict[str, Any]:
+    def shardings(self, mesh: Mesh | AbstractMesh) -> dict[str, Any]:
         """Where each parameter lives; see `partitioning.param_shardings` for what it refuses."""
         return param_shardings(self.abstract, mesh)
 

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float, Int, Key
 from tqdm import tqdm
 
@@ -46,7 +46,7 @@ class SamplingConfig:
         require(0 <= self.seed < 2**32, "seed", self.seed, "must be in 0 .. 2**32 - 1")
 
 
-def check_sampling(config: SamplingConfig, model: DiTConfig, mesh: Mesh) -> None:
+def check_sampling(config: SamplingConfig, model: DiTConfig, mesh: Mesh | AbstractMesh) -> None:
     """Raises ConfigError when the batch or its groups do not divide over the mesh."""
     shards = batch_shards(mesh)
     require(

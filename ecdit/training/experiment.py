@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from ecdit.conditioning.text_to_image import SystemConfig
 from ecdit.conditioning.text_tower import TextConfig
@@ -201,13 +201,13 @@ def make_experiment(values: Mapping[str, Any]) -> Experiment:
     return build(Experiment, values)
 
 
-def check_mesh(experiment: Experiment, mesh: Mesh) -> None:
+def check_mesh(experiment: Experiment, mesh: Mesh | AbstractMesh) -> None:
     """Raises ConfigError when the batch, a microbatch or a group of any phase does not divide over the mesh."""
     for part in experiment.parts():
         _check_part(part.experiment, mesh)
 
 
-def _check_part(experiment: Experiment, mesh: Mesh) -> None:
+def _check_part(experiment: Experiment, mesh: Mesh | AbstractMesh) -> None:
     train, model, shards = experiment.train, experiment.model, batch_shards(mesh)
     parts = shards * train.accumulation
     require(

@@ -6,7 +6,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jaxtyping import Array, Int, Key
 
 from ecdit.conditioning.text_to_image import Params, System
@@ -37,7 +37,7 @@ def run_key(seed: int, use: Literal["init", "examples"]) -> Key[Array, ""]:
     return jax.random.fold_in(jax.random.key(seed), {"init": 0, "examples": 1}[use])
 
 
-def state_shardings(system: System, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def state_shardings(system: System, optimizer: optax.GradientTransformation, mesh: Mesh | AbstractMesh) -> TrainState:
     """Shardings of a TrainState: EMA and moments like their parameters, all else replicated.
 
     Raises:

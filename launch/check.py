@@ -1,0 +1,89 @@
+"""Whether a run can be launched: from its config and the slices' sizes alone, before anything is started."""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from ecdit.conditioning.text_to_image import make_system
+from ecdit.config import ConfigError
+from ecdit.models.config import group_size
+from ecdit.partitioning import abstract_mesh, batch_shards
+from ecdit.topology import Slice
+from ecdit.training.experiment import Experiment, check_mesh
+from ecdit.training.optimizer import make_optimizer
+from ecdit.training.state import abstract_state, state_shardings
+from launch.job import Job, LaunchError, check_name, job_name
+
+
+def make_job(
+    experiment: Experiment, origin: Mapping[str, Any], where: Slice, slices: int, workdir: str, name: str = ""
+) -> Job:
+    """Checks that `experiment` can train on the slices, from shapes alone.
+
+    Args:
+      experiment: what to train.
+      origin: of the experiment: see `config.config_origin`.
+      where: one of the slices.
+      slices: how many.
+      workdir: of the run.
+      name: of the job; "" for one that is made of the workdir, so that a run has one job.
+
+    Raises:
+      UserError: (its subclasses) the mesh, the batch, a group or a parameter does not divide, or an argument is wrong.
+    """
+    experiment, overrides = _on_slices(experiment, dict(origin["overrides"]), slices)
+    mesh = abstract_mesh(experiment.mesh, where.chips * slices)
+    if mesh.shape["slices"] != slices:
+        raise ConfigError("mesh.slices", mesh.shape["slices"], f"must be the number of slices, {slices}")
+    check_mesh(experiment, mesh)
+    system, optimizer = make_system(experiment.system), make_optimizer(experiment.optimizer)
+    state = abstract_state(
+        system, optimizer, state_shardings(system, optimizer, mesh)
+    )  # refuses what cannot be laid out
+    train, model = experiment.train, experiment.model
+    images = train.batch_size // (batch_shards(mesh) * train.accumulation)
+    size = group_size(model.group, model.num_kept)
+    return Job(
+        name=check_name(name) if name else job_name(workdir),
+        slice=where,
+        slices=slices,
+        workdir=workdir,
+        train_flags=(
+            f"--config={origin['config']}",
+            f"--workdir={workdir}",
+            *(f"--config.{key}={value}" for key, value in sorted(overrides.items())),
+        ),
+        mesh=dict(mesh.shape),
+        batch=f"{train.batch_size} images: {images} to each of {batch_shards(mesh)} parts, "
+        f"{images * model.num_kept // size} groups of {size} tokens",
+        checkpoint_bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)),
+    )
+
+
+def _on_slices(experiment: Experiment, overrides: dict[str, Any], slices: int) -> tuple[Experiment, dict[str, Any]]:
+    """The experiment with as many slices in its mesh, unless the mesh was given some."""
+    mesh = experiment.mesh
+    if slices > 1 and mesh.slices == 1 and "mesh.slices" not in overrides:
+        overrides["mesh.slices"] = slices
+        experiment = dataclasses.replace(experiment, mesh=dataclasses.replace(mesh, slices=slices))
+    return experiment, overrides
+
+
+def check_pod(job: Job, experiment: Experiment, config_file: str) -> None:
+    """Raises LaunchError or ConfigError for what runs here but not on the hosts of a pod."""
+    if not re.fullmatch(r"gs://[^/]+(/[^/]+)*/?", job.workdir):
+        raise LaunchError(
+            f"--workdir={job.workdir}: must be gs://BUCKET/PATH: the hosts of a pod share no local directory, and what "
+            f"one of them writes is gone with it"
+        )
+    path = Path(config_file.partition(":")[0])
+    if path.is_absolute() or ".." in path.parts:
+        raise LaunchError(f"--config={config_file}: must be a path inside the checkout, which the hosts get a copy of")
+    if job.hosts > 1 and not experiment.runtime.distributed:
+        raise ConfigError(
+            "runtime.distributed", False, f"must be True: else {job.hosts} hosts each train by themselves"
+        )

@@ -1,0 +1,24 @@
+"""The one place where launchers run other programs."""
+
+import subprocess
+from collections.abc import Sequence
+
+from launch.job import LaunchError
+
+
+def run(command: Sequence[str], text: str | None = None) -> int:
+    """Runs `command` with this process's output, `text` as its input. Returns its exit code.
+
+    Raises:
+      LaunchError: there is no such program.
+    """
+    try:
+        return subprocess.run(command, input=text, text=True, check=False).returncode
+    except FileNotFoundError:
+        raise LaunchError(f"{command[0]} is not installed, or not on PATH") from None
+
+
+def run_all(commands: Sequence[Sequence[str]]) -> int:
+    """Runs `commands` in turn, also after one that failed. Returns the exit code of the first that failed, or 0."""
+    codes = [run(command) for command in commands]
+    return next((code for code in codes if code), 0)

@@ -1,0 +1,28 @@
+"""Lets a job save, and ends it: `python -m launch.stop --backend=jobset --workdir=gs://BUCKET/PATH`."""
+
+import sys
+
+from ecdit.config import run_command
+from launch import jobset, local_job, tpu_vm
+from launch.commands import run_all
+from launch.flags import define_place
+
+PLACE = define_place()
+
+
+def main(argv: list[str]) -> None:
+    """Exits with the code of the first command that failed."""
+    del argv
+    place = PLACE()
+    if place.backend == "local":
+        print(f"{place.name} {'has stopped' if local_job.stop(place.name) else 'had ended already'}")
+        return
+    if place.backend == "jobset":
+        commands = jobset.stop_commands(place.name, place.namespace, place.context)
+    else:
+        commands = tpu_vm.stop_commands(place.name, place.slices, place.project, place.zone)
+    sys.exit(run_all(commands))
+
+
+if __name__ == "__main__":
+    run_command(main)

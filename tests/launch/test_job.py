@@ -1,0 +1,153 @@
+"""What a job is, and what is refused before anything is started."""
+
+import dataclasses
+import re
+
+import pytest
+
+from ecdit.config import ConfigError
+from ecdit.partitioning import ShardingError, abstract_mesh
+from ecdit.planning.counts import count
+from ecdit.topology import GENERATIONS, find_slice, usual_shapes
+from ecdit.training.experiment import check_mesh
+from launch.check import check_pod
+from launch.job import MAX_NAME, RESTART_CODES, LaunchError, check_name, describe, job_name
+from tests.launch.jobs import WORKDIR, experiment, job, placed
+
+MESH_OF_TWO = {"slices": 2, "data": 32, "fsdp": 1, "expert": 4, "tensor": 1}
+
+
+def test_xl_goes_on_every_slice_up_to_512_chips_whose_chips_divide_its_512_groups():
+    tested = experiment("XL-32E")
+    sizes = {chips for chip in GENERATIONS for chips in usual_shapes(chip) if 4 <= chips <= 512 and 512 % chips == 0}
+    assert sizes == {4, 8, 16, 32, 64, 128, 256, 512}
+    for chips in sizes:
+        check_mesh(tested, abstract_mesh(tested.mesh, chips))
+
+
+@pytest.mark.parametrize("accelerator", ["v4-8", "v5p-1024"])
+def test_its_parameters_can_be_laid_out_there(accelerator):
+    assert job(accelerator).slice == find_slice(accelerator)
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "slices", "says"),
+    [
+        (
+            "v5p-2048",
+            1,
+            "config.model.group = '1024': must divide a device's tokens per microbatch, 4 images x 128 tokens",
+        ),
+        (
+            "v5p-1024",
+            2,
+            "config.model.group = '1024': must divide a device's tokens per microbatch, 4 images x 128 tokens",
+        ),
+        ("v5p-384", 1, "config.train.batch_size = 4096: must be a multiple of 192"),
+        ("v6e-1", 1, "config.mesh = 'slices 1 x data -1 x fsdp 1 x expert 4 x tensor 1': must multiply to the number"),
+    ],
+)
+def test_other_slices_are_refused_with_the_reason(accelerator, slices, says):
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        job(accelerator, slices)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "says"),
+    [
+        ({"mesh__data": 2}, ConfigError, "must multiply to the number of devices, 128"),
+        ({"mesh__expert": 3}, ConfigError, "must multiply to the number of devices, 128"),
+        ({"mesh__slices": 2}, ConfigError, "config.mesh.slices = 2: must be the number of slices, 1"),
+        ({"train__batch_size": 4000}, ConfigError, "config.train.batch_size = 4000: must be a multiple of 128"),
+        ({"sampling__batch_size": 100}, ConfigError, "config.sampling.batch_size = 100: must be a multiple of the 128"),
+        ({"mesh__expert": 64}, ShardingError, "of size 32"),
+        ({"mesh__tensor": 16}, ShardingError, "axis 'kv_heads' of size 6"),
+    ],
+)
+def test_values_that_do_not_divide_are_refused(overrides, error, says):
+    with pytest.raises(error, match=re.escape(says)):
+        job("v5p-256", **overrides)
+
+
+def test_the_mesh_gets_as_many_slices_as_are_asked_for():
+    two = job("v5p-256", 2)
+    assert two.mesh == MESH_OF_TWO
+    assert two.hosts == 64
+    assert "--config.mesh.slices=2" in two.train_flags
+    assert "--config.mesh.slices=2" not in job("v5p-256").train_flags
+
+
+def test_a_mesh_that_was_given_its_slices_keeps_them():
+    with pytest.raises(ConfigError, match=re.escape("config.mesh.slices = 1: must be the number of slices, 2")):
+        job("v5p-256", 2, mesh__slices=1)
+    assert job("v5p-256", 2, mesh__slices=2, mesh__data=32).mesh == MESH_OF_TWO
+
+
+def test_the_command_is_the_one_that_one_would_type():
+    made = job("v5p-256", train__batch_size=8192, checkpoint__every=500)
+    assert made.train_flags == (
+        "--config=configs/ec_dit.py:XL-32E",
+        f"--workdir={WORKDIR}",
+        "--config.checkpoint.every=500",
+        "--config.train.batch_size=8192",
+    )
+    assert " ".join(made.train_flags) in describe(made)[0]
+
+
+def test_a_checkpoint_has_16_bytes_a_trained_parameter_and_4_a_frozen_one():
+    """Parameters, EMA and two moments, float32; a few counters beside them."""
+    counts = count(experiment("XL-32E"))
+    expected = 16 * counts.denoiser_params + 4 * counts.text_params
+    assert 0 <= job("v5p-256").checkpoint_bytes - expected < 100
+
+
+def test_hosts_share_the_writing():
+    one, two = job("v5p-256"), job("v5p-256", 2)
+    assert one.save_seconds(1e9) == pytest.approx(one.checkpoint_bytes / 32 / 1e9)
+    assert two.save_seconds(1e9) == pytest.approx(one.save_seconds(1e9) / 2)
+
+
+def test_a_run_has_one_name_and_another_run_another():
+    assert job_name("gs://bucket/runs/m-64e") == job_name("gs://bucket/runs/m-64e/")
+    assert job_name("gs://bucket/runs/m-64e") != job_name("gs://other/runs/m-64e")
+    assert job_name("gs://bucket/runs/m-64e").startswith("m-64e-")
+
+
+@pytest.mark.parametrize(
+    "workdir", ["gs://b/" + "x" * 99, "gs://b/Größe_7", "runs/-", "gs://b/64e", ".", "gs://b/a.B_c"]
+)
+def test_names_made_of_workdirs_are_legal(workdir):
+    assert check_name(job_name(workdir)) == job_name(workdir)
+    assert len(job_name(workdir)) <= MAX_NAME
+
+
+@pytest.mark.parametrize("name", ["", "Upper", "1st", "dash-", "under_score", "x" * (MAX_NAME + 1), "a\n"])
+def test_other_names_are_refused(name):
+    with pytest.raises(LaunchError, match="must be lower-case"):
+        check_name(name)
+
+
+@pytest.mark.parametrize("workdir", ["runs/m", "/data/m", "s3://bucket/m", "gs://", "gs:///m", "file:///m"])
+def test_a_pod_needs_a_workdir_in_a_bucket(workdir):
+    with pytest.raises(LaunchError, match=re.escape(f"--workdir={workdir}: must be gs://BUCKET/PATH")):
+        check_pod(dataclasses.replace(job("v5p-256"), workdir=workdir), experiment(), "configs/ec_dit.py:XL-32E")
+
+
+@pytest.mark.parametrize("config", ["/tmp/mine.py", "../mine.py:x"])
+def test_a_pod_needs_a_config_that_its_hosts_have(config):
+    with pytest.raises(LaunchError, match="must be a path inside the checkout"):
+        check_pod(job("v5p-256"), experiment(), config)
+
+
+def test_hosts_that_would_not_join_are_refused():
+    alone = experiment(runtime__distributed=False)
+    with pytest.raises(ConfigError, match=re.escape("config.runtime.distributed = False: must be True: else 32 hosts")):
+        check_pod(job("v5p-256"), alone, "configs/ec_dit.py:XL-32E")
+    check_pod(placed("v4-8"), alone, "configs/ec_dit.py:XL-32E")
+
+
+def test_what_training_ends_with_after_a_save_is_restarted():
+    from ecdit.training.loop import PREEMPTED
+
+    assert PREEMPTED in RESTART_CODES
+    assert not {0, 1, 2} & set(RESTART_CODES)

@@ -1,0 +1,296 @@
+"""The JobSet: it is valid, says what the job is, and restarts on the codes that it should."""
+
+import dataclasses
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ecdit.topology import GENERATIONS, find_slice
+from launch import jobset
+from launch.job import LaunchError
+from tests.launch.jobs import job, placed
+from tests.runs import ROOT
+
+OPTIONS = jobset.Options(
+    image="region-docker.pkg.dev/project/repository/ecdit:1",
+    namespace="default",
+    queue="multislice-queue",
+    priority="medium",
+    service_account="",
+    max_restarts=5,
+    grace_seconds=300,
+    write_rate=0.5e9,
+    data="",
+    env=(),
+)
+EVERYTHING = dataclasses.replace(
+    OPTIONS, data="gs://bucket/data/noise", env=("WANDB_MODE=offline", "A=b=c"), service_account="trainer"
+)
+SCHEMA = next((p / "shared/schemas/jobset-crd.yaml" for p in ROOT.parents if (p / "shared/schemas").is_dir()), None)
+XPK = os.environ.get("ECDIT_XPK", "")  # an executable of xpk 1.16.0, in an environment of its own
+
+
+def manifest(accelerator="v5p-256", slices=1, options=OPTIONS):
+    """As the reader of the file gets it."""
+    return yaml.safe_load(jobset.text(placed(accelerator, slices), options))
+
+
+def replicated(found):
+    (only,) = found["spec"]["replicatedJobs"]
+    return only
+
+
+def pod(found):
+    return replicated(found)["template"]["spec"]["template"]
+
+
+def container(found):
+    (only,) = pod(found)["spec"]["containers"]
+    return only
+
+
+def after(found, code):
+    """What a JobSet does when one of its containers ends with `code`: "done", "restart" or "fail"."""
+    if code == 0:
+        return "done"
+    (rule,) = replicated(found)["template"]["spec"]["podFailurePolicy"]["rules"]
+    codes = rule["onExitCodes"]
+    assert (rule["action"], codes["operator"]) == ("FailJob", "NotIn")
+    assert codes["containerName"] == container(found)["name"]
+    failed = code not in codes["values"]
+    # A rule of the failure policy is for the reason that such a Job fails with; all others restart the JobSet.
+    (policy,) = found["spec"]["failurePolicy"]["rules"]
+    assert (policy["action"], policy["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
+    return "fail" if failed else "restart"
+
+
+def closed(schema):
+    """The schema with fields that it does not name refused: Kubernetes drops them silently."""
+    if isinstance(schema, list):
+        return [closed(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    made = {key: closed(value) for key, value in schema.items()}
+    if isinstance(schema.get("properties"), dict) and not schema.get("x-kubernetes-preserve-unknown-fields"):
+        made["additionalProperties"] = False
+    return made
+
+
+@pytest.fixture(scope="module")
+def validator():
+    jsonschema = pytest.importorskip("jsonschema")
+    if SCHEMA is None or not SCHEMA.exists():
+        pytest.skip("no shared/schemas/jobset-crd.yaml beside the checkout")
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    (version,) = yaml.load(SCHEMA.read_text(), loader)["spec"]["versions"]
+    assert version["name"] == "v1alpha2"
+    return jsonschema.Draft7Validator(closed(version["schema"]["openAPIV3Schema"]))
+
+
+MANIFESTS = [("v5p-256", 1), ("v5p-256", 2), ("v4-8", 1), ("v5litepod-16", 2), ("v6e-8", 1), ("v6e-4", 1)]
+
+
+@pytest.mark.parametrize("options", [OPTIONS, EVERYTHING], ids=["plain", "everything"])
+@pytest.mark.parametrize(("accelerator", "slices"), MANIFESTS)
+def test_it_passes_the_schema_of_the_resource(validator, accelerator, slices, options):
+    errors = validator.iter_errors(manifest(accelerator, slices, options))
+    assert [error.message for error in errors] == []
+
+
+def test_the_schema_refuses_what_is_wrong(validator):
+    found = manifest()
+    found["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["hostNetwrk"] = True
+    found["spec"]["failurePolicy"]["maxRestarts"] = "five"
+    messages = " ".join(error.message for error in validator.iter_errors(found))
+    assert "hostNetwrk" in messages
+    assert "five" in messages
+
+
+@pytest.mark.parametrize("options", [OPTIONS, EVERYTHING], ids=["plain", "everything"])
+def test_each_of_its_jobs_is_a_valid_job_of_kubernetes(options):
+    kubernetes_validate = pytest.importorskip("kubernetes_validate")
+    for accelerator, slices in MANIFESTS:
+        spec = replicated(manifest(accelerator, slices, options))["template"]["spec"]
+        as_job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "job"}, "spec": spec}
+        kubernetes_validate.validate(as_job, "1.32", strict=True)
+
+
+@pytest.mark.parametrize("chip", GENERATIONS)
+def test_a_slice_is_a_job_and_a_host_a_pod(chip):
+    for size in ("2x2", "4x4", "8x8") if GENERATIONS[chip].dimensions == 2 else ("2x2x1", "2x2x4", "4x4x8"):
+        where = find_slice(f"{chip}:{size}")
+        found = manifest(f"{chip}:{size}", slices := 1 if where.hosts == 1 else 2)
+        spec = replicated(found)["template"]["spec"]
+        assert replicated(found)["replicas"] == slices
+        assert spec["parallelism"] == spec["completions"] == where.hosts
+        assert spec["completions"] * container(found)["resources"]["limits"]["google.com/tpu"] == where.chips
+        assert pod(found)["spec"]["nodeSelector"] == {
+            "cloud.google.com/gke-tpu-accelerator": jobset.ACCELERATORS[chip],
+            "cloud.google.com/gke-tpu-topology": size,
+        }
+
+
+def test_it_restarts_on_the_codes_of_preemption_hangs_and_signals_alone():
+    found = manifest()
+    assert {code for code in range(256) if after(found, code) == "restart"} == {42, 43, *range(127, 256)}
+    assert {code for code in range(256) if after(found, code) == "done"} == {0}
+    assert found["spec"]["failurePolicy"]["maxRestarts"] == 5 > 0
+    assert replicated(found)["template"]["spec"]["backoffLimit"] == 0  # a Job whose pod failed is over
+    assert pod(found)["spec"]["restartPolicy"] == "Never"
+    (rule,) = found["spec"]["failurePolicy"]["rules"]
+    assert re.fullmatch(r"[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?", rule["name"])
+
+
+def test_the_command_is_that_of_the_job():
+    made = job("v5p-256", checkpoint__every=500)
+    found = yaml.safe_load(jobset.text(made, OPTIONS))
+    assert container(found)["command"] == ["python", "-m", "ecdit.train", *made.train_flags]
+
+
+def test_prepared_data_is_mounted_from_its_bucket():
+    found = manifest(options=EVERYTHING)
+    assert pod(found)["metadata"]["annotations"] == {"gke-gcsfuse/volumes": "true"}
+    (volume,) = (volume for volume in pod(found)["spec"]["volumes"] if "csi" in volume)
+    attributes = volume["csi"]["volumeAttributes"]
+    assert volume["csi"]["driver"] == "gcsfuse.csi.storage.gke.io"
+    assert attributes["bucketName"] == "bucket"
+    assert "only-dir=data/noise" in attributes["mountOptions"].split(",")
+    (mount,) = (mount for mount in container(found)["volumeMounts"] if mount["name"] == volume["name"])
+    assert f"--config.data.directory={mount['mountPath']}" in container(found)["command"]
+    assert pod(manifest())["metadata"]["annotations"] == {}
+
+
+def test_every_mount_has_its_volume_and_shared_memory_is_one():
+    found = manifest(options=EVERYTHING)
+    volumes = {volume["name"]: volume for volume in pod(found)["spec"]["volumes"]}
+    mounts = {mount["mountPath"]: mount["name"] for mount in container(found)["volumeMounts"]}
+    assert set(mounts.values()) == set(volumes)
+    assert volumes[mounts["/dev/shm"]]["emptyDir"] == {"medium": "Memory"}
+
+
+def test_the_environment_is_what_was_asked_for_on_top_of_the_fixed():
+    given = {variable["name"]: variable["value"] for variable in container(manifest(options=EVERYTHING))["env"]}
+    assert given == {"JAX_PLATFORMS": "tpu,cpu", "PYTHONUNBUFFERED": "1", "WANDB_MODE": "offline", "A": "b=c"}
+
+
+def test_the_grace_period_is_as_long_as_a_checkpoint_takes():
+    made, unset = job("v5p-256", model="M-64E"), dataclasses.replace(OPTIONS, grace_seconds=0)
+    writing = made.checkpoint_bytes / 32 / 0.5e9
+    assert jobset.grace_seconds(made, unset) - writing == pytest.approx(jobset.SETTLE_SECONDS, abs=1)
+    assert jobset.grace_seconds(job("v5p-256"), unset) == jobset.MIN_GRACE_SECONDS
+    faster = dataclasses.replace(unset, write_rate=5e9)
+    assert jobset.grace_seconds(made, faster) < jobset.grace_seconds(made, unset)
+
+
+def test_a_grace_period_that_is_too_short_is_refused_with_what_it_takes():
+    short = dataclasses.replace(OPTIONS, grace_seconds=30)
+    says = "--grace-seconds=30: must be 156 or more: a host's 47.8 GB of a checkpoint at 0.5 GB/s"
+    with pytest.raises(LaunchError, match=re.escape(says)):
+        jobset.manifest(job("v5p-256", model="M-64E"), short)
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "slices", "changes", "says"),
+    [
+        ("v4-8", 2, {}, "--slices=2: GKE joins slices of several hosts only, and v4-8 has one"),
+        ("v5p-256", 1, {"data": "/mnt/data"}, "--data=/mnt/data: must be gs://BUCKET or gs://BUCKET/PATH"),
+        ("v5p-256", 1, {"env": ("NAME",)}, "--env=NAME: must be NAME=VALUE"),
+    ],
+)
+def test_what_gke_would_not_run_is_refused(accelerator, slices, changes, says):
+    with pytest.raises(LaunchError, match=re.escape(says)):
+        jobset.manifest(placed(accelerator, slices), dataclasses.replace(OPTIONS, **changes))
+
+
+def test_data_in_two_places_is_refused():
+    with pytest.raises(LaunchError, match="must not be given with --data"):
+        jobset.manifest(job("v5p-256", data__directory="elsewhere"), EVERYTHING)
+
+
+def meaning(found):
+    """What a cluster does with a JobSet of one container, whatever its names and the order of its lists."""
+    spec, template = replicated(found)["template"]["spec"], pod(found)["spec"]
+    shared = {mount["mountPath"]: mount["name"] for mount in container(found)["volumeMounts"]}
+    volumes = {volume["name"]: volume.get("emptyDir") for volume in template["volumes"]}
+    return {
+        "kind": (found["apiVersion"], found["kind"]),
+        "queue": found["metadata"]["labels"]["kueue.x-k8s.io/queue-name"],
+        "annotations": found["metadata"]["annotations"],
+        "kept": found["spec"]["ttlSecondsAfterFinished"],
+        "restarts": found["spec"]["failurePolicy"]["maxRestarts"],
+        "after exit codes": {code: after(found, code) for code in range(256)},
+        "hosts": (replicated(found)["replicas"], spec["parallelism"], spec["completions"], spec["backoffLimit"]),
+        "nodes": template["nodeSelector"],
+        "tolerations": [sorted(toleration.items()) for toleration in template["tolerations"]],
+        "network": (template["hostNetwork"], template["dnsPolicy"]),
+        "priority": template["priorityClassName"],
+        "pod": (template["restartPolicy"], template["terminationGracePeriodSeconds"]),
+        "scheduler": template.get("schedulerName", "default-scheduler"),
+        "image": container(found)["image"],
+        "chips": container(found)["resources"]["limits"],
+        "privileged": container(found)["securityContext"],
+        "shared memory": volumes[shared["/dev/shm"]],
+    }
+
+
+def test_two_slices_of_v5p_256_as_stated_by_hand():
+    found = meaning(manifest("v5p-256", 2))
+    assert found["hosts"] == (2, 32, 32, 0)
+    assert found["nodes"]["cloud.google.com/gke-tpu-accelerator"] == "tpu-v5p-slice"
+    assert found["nodes"]["cloud.google.com/gke-tpu-topology"] == "4x4x8"
+    assert found["chips"] == {"google.com/tpu": 4}
+    assert found["annotations"] == {
+        "alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool",
+    }
+    assert found["tolerations"] == [[("key", "google.com/tpu"), ("operator", "Exists")]]
+    assert found["network"] == (True, "ClusterFirstWithHostNet")
+    assert found["kept"] == 12 * 3600
+
+
+def xpk_manifest(made, options, out: Path):
+    """What xpk would create for the same request; it needs no network for that."""
+    flags = {
+        "cluster": "c",
+        "workload": "w",
+        "tpu-type": made.slice.accelerator,
+        "num-slices": made.slices,
+        "docker-image": options.image,
+        "command": "python -m ecdit.train " + " ".join(made.train_flags),
+        "max-restarts": options.max_restarts,
+        "termination-grace-period-seconds": options.grace_seconds,
+        "priority": options.priority,
+        "zone": "us-east5-a",
+        "project": "p",
+        "project-number": 1,
+        "output-manifest-file": out,
+    }
+    command = [XPK, "workload", "create", "--dry-run", "--skip-validation"]
+    done = subprocess.run(
+        [*command, *(f"--{key}={value}" for key, value in flags.items())],
+        env={**os.environ, "HOME": str(out.parent)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return yaml.safe_load(out.read_text())
+
+
+@pytest.mark.skipif(not XPK, reason="ECDIT_XPK names no xpk (1.16.0, in an environment of its own)")
+@pytest.mark.parametrize(
+    ("accelerator", "slices"),
+    [("v5p-256", 1), ("v5p-256", 2), ("v4-8", 1), ("v4-512", 1), ("v5litepod-16", 2), ("v6e-8", 1), ("v6e-64", 1)],
+)
+def test_it_means_the_same_as_xpk_for_the_same_request_but_for_code_43(tmp_path, accelerator, slices):
+    made = placed(accelerator, slices)
+    ours = meaning(yaml.safe_load(jobset.text(made, OPTIONS)))
+    theirs_raw = xpk_manifest(made, OPTIONS, tmp_path / "xpk.yaml")
+    theirs = meaning(theirs_raw)
+    (script,) = (part for part in container(theirs_raw)["command"] if "ecdit.train" in part)
+    assert "python -m ecdit.train " + " ".join(made.train_flags) in script
+    assert (ours["after exit codes"].pop(43), theirs["after exit codes"].pop(43)) == ("restart", "fail")
+    assert ours == theirs
