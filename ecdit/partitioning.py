@@ -22,6 +22,7 @@ from ecdit.config import ConfigError, UserError, require
 
 MESH_AXES = ("slices", "data", "fsdp", "expert", "tensor")
 BATCH_AXES = ("slices", "data", "fsdp", "expert")
+TILE_ROWS = 16  # of a TPU's tile of bfloat16
 
 
 class ShardingError(UserError, ValueError):
@@ -30,13 +31,11 @@ class ShardingError(UserError, ValueError):
 
 AXIS_RULES: Mapping[str, tuple[str, ...]] = {
     # parameters
-    "embed": ("fsdp", "expert"),  # the width of everything that is not an expert
+    "embed": ("fsdp", "expert"),  # the width of everything that is not an expert; see `param_axes`
     "experts": ("expert",),
     "expert_embed": ("fsdp",),  # the width inside an expert: `expert` already holds its E
     "mlp": ("tensor",),
-    "heads": ("tensor",),
-    "kv_heads": ("tensor",),
-    "kv": (),
+    "joined_kv": ("tensor",),  # heads side by side
     "vocab": ("tensor",),
     "layers": (),
     "length": (),
@@ -45,6 +44,7 @@ AXIS_RULES: Mapping[str, tuple[str, ...]] = {
     "norm": (),
     # activations
     "batch": BATCH_AXES,
+    "heads": ("tensor",),
     "expert_groups": ("slices", "data", "fsdp"),  # groups of tokens while they are with their experts
 }
 
@@ -123,6 +123,22 @@ def logical_spec(axes: Sequence[str | None], name: str) -> PartitionSpec:
     return PartitionSpec(*(AXIS_RULES[axis] or None if axis is not None else None for axis in axes))
 
 
+def param_axes(axis: str | None, size: int, mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+    """The mesh axes over which a parameter's dimension of `size` is sharded.
+
+    Those of AXIS_RULES; of a width only the largest of its axes, or none but the smallest, where that alone makes
+    shards of whole tiles, of TILE_ROWS. Of other shards a TPU adds up padded copies, where it would gather them.
+    """
+    axes = AXIS_RULES[axis] if axis is not None else ()
+    if axis != "embed":
+        return axes
+    by_size = sorted(axes, key=lambda name: -mesh.shape[name])
+    for kept in (axes, *((name,) for name in by_size)):
+        if size % (TILE_ROWS * math.prod(mesh.shape[name] for name in kept)) == 0:
+            return kept
+    return axes
+
+
 def param_shardings(params: nnx.State, mesh: Mesh | AbstractMesh) -> dict[str, Any]:
     """NamedShardings for an abstract or real state of annotated Params, as a nested dict like its pure dict.
 
@@ -136,16 +152,17 @@ def param_shardings(params: nnx.State, mesh: Mesh | AbstractMesh) -> dict[str, A
         shape, axes = variable.get_value().shape, variable.get_metadata().get("out_sharding")
         if axes is None or len(axes) != len(shape):
             raise ShardingError(f"{name}: shape {shape} needs one logical axis a dimension, it has {axes}")
-        spec = logical_spec(axes, name)
+        logical_spec(axes, name)  # refuses an axis without a rule
         check_divides(name, shape, axes, mesh)
-        shardings[path] = NamedSharding(mesh, spec)
+        over = (param_axes(axis, size, mesh) for axis, size in zip(axes, shape, strict=True))
+        shardings[path] = NamedSharding(mesh, PartitionSpec(*(mesh_axes or None for mesh_axes in over)))
     return nnx.traversals.unflatten_mapping(shardings)
 
 
 def check_divides(name: str, shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh | AbstractMesh) -> None:
     """Raises ShardingError when a dimension is no multiple of the mesh axes that its logical axis is sharded over."""
     for size, axis in zip(shape, axes, strict=True):
-        parts = {mesh_axis: mesh.shape[mesh_axis] for mesh_axis in AXIS_RULES[axis]} if axis is not None else {}
+        parts = {mesh_axis: mesh.shape[mesh_axis] for mesh_axis in param_axes(axis, size, mesh)}
         if size % math.prod(parts.values()):
             over = " x ".join(f"{mesh_axis} {count}" for mesh_axis, count in parts.items())
             raise ShardingError(
@@ -168,15 +185,20 @@ def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def on_each_shard(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` of arrays whose first dimension is split like a batch, run on each device's part by itself.
+def on_each_shard(function: Callable[..., Any], in_dims: Sequence[int] = (0,), out_dim: int = 0) -> Callable[..., Any]:
+    """`function` of arrays that are split like a batch, run on each device's part by itself.
 
-    For operations that the compiler would gather the whole batch for, such as top-k. The first dimension of each
-    argument and result is a multiple of `batch_shards`. Where no mesh is set, `function` itself.
+    For operations that the compiler would gather the whole batch for, such as top-k. Dimension `in_dims[i]` of
+    argument i (of each array of a tuple), and `out_dim` of the results, is split and a multiple of `batch_shards`.
+    Where no mesh is set, `function` itself.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return function
-    return jax.shard_map(function, in_specs=PartitionSpec(BATCH_AXES), out_specs=PartitionSpec(BATCH_AXES))
+
+    def split(dim: int) -> PartitionSpec:
+        return PartitionSpec(*[None] * dim, BATCH_AXES)
+
+    return jax.shard_map(function, in_specs=tuple(split(dim) for dim in in_dims), out_specs=split(out_dim))
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

@@ -68,6 +68,10 @@ class System:
         with nnx.use_eager_sharding(False):
             return nnx.to_pure_dict(nnx.state(TextToImage(self.config, nnx.Rngs(key)), nnx.Param))
 
+    def shapes(self) -> Params:
+        """Shapes and dtypes of what `init` draws; touches no device."""
+        return jax.eval_shape(lambda: self.init(jax.random.key(0)))
+
     def split(self, params: Params) -> tuple[Params, Params]:
         """What is trained of a dict like `init`'s, and what is frozen; `{**trained, **frozen}` is the whole again."""
         frozen = {"text"} if self.config.text.frozen else set()

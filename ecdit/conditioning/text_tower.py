@@ -80,6 +80,7 @@ class TextTower(nnx.Module):
         self.blocks = stack(lambda rngs: TextBlock(config, rngs), config.layers, rngs)
         self.final_norm = Norm(config.width, rngs)
 
+    @jax.named_scope("text_tower")
     def __call__(self, tokens: Int[Array, "B L"], dtype: str, remat: str) -> TextStates:
         """Encodes captions; padding (id 0) comes last and changes nothing, as attention is causal.
 

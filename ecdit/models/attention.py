@@ -1,6 +1,9 @@
 """Self-attention with grouped queries and 2D RoPE, and cross-attention to the text.
 
-Axes: B batch, N tokens, L text tokens, H heads, K key-value heads, k head width, d width.
+Heads are held as [B, H, k, N], tokens last: a last dimension of 64 would be padded to the 128 lanes of a TPU, and a
+product gives either order at the same price. For the same reason a kernel holds its heads side by side.
+
+Axes: B batch, N tokens, M tokens attended to, L text tokens, H heads, K key-value heads, k head width, d width.
 """
 
 import jax
@@ -9,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from ecdit.models.embeddings import rotate
-from ecdit.models.layers import Initializer, matrix, named, param, rms_norm, xavier, zeros
+from ecdit.models.layers import Initializer, named, param, xavier, zeros
 from ecdit.partitioning import constrain
 
 ones = jax.nn.initializers.ones
@@ -19,70 +22,119 @@ class SelfAttention(nnx.Module):
     """Grouped-query attention; queries and keys are RMS-normed, then rotated; scale 1 / sqrt(k)."""
 
     def __init__(self, width: int, heads: int, kv_heads: int, rngs: nnx.Rngs):
+        self.heads, self.kv_heads = heads, kv_heads
         head_dim = width // heads
-        self.query = matrix(rngs, (width,), (heads, head_dim), ("embed", "heads", "kv"))
-        self.key = matrix(rngs, (width,), (kv_heads, head_dim), ("embed", "kv_heads", "kv"))
-        self.value = matrix(rngs, (width,), (kv_heads, head_dim), ("embed", "kv_heads", "kv"))
+        self.query = param(rngs, xavier, (width, width), ("embed", "joined_kv"))
+        self.key = param(rngs, xavier, (width, kv_heads * head_dim), ("embed", "joined_kv"))
+        self.value = param(rngs, xavier, (width, kv_heads * head_dim), ("embed", "joined_kv"))
         self.query_scale = param(rngs, ones, (head_dim,), ("norm",))
         self.key_scale = param(rngs, ones, (head_dim,), ("norm",))
-        self.out = matrix(rngs, (heads, head_dim), (width,), ("heads", "kv", "embed"))
+        self.out = param(rngs, xavier, (width, width), ("joined_kv", "embed"))
 
     def __call__(self, x: Float[Array, "B N d"], angles: Float[Array, "B N k/2"]) -> Float[Array, "B N d"]:
         """Attends within each image; `angles` are the tokens' positions (see embeddings.rope_angles)."""
-        query = rotate(rms_norm(_project(x, self.query, "heads"), self.query_scale[...]), angles)
-        key = rotate(rms_norm(_project(x, self.key, "kv_heads"), self.key_scale[...]), angles)
-        attended = jax.nn.dot_product_attention(query, key, _project(x, self.value, "kv_heads"))
-        attended = named(attended, "attention_out")
-        return _merge(attended, self.out)
+        query, key = _project(x, self.query, self.heads), _project(x, self.key, self.kv_heads)
+        scales = _inverse_rms(query), _inverse_rms(key)
+        query = rotate(_scaled(query, self.query_scale), angles)
+        key = rotate(_scaled(key, self.key_scale), angles)
+        return _join(attend(query, key, _project(x, self.value, self.kv_heads), scales), self.out)
 
 
 class CrossAttention(nnx.Module):
     """Attention of image tokens to text states, all heads; its output is zero at the start (arXiv 2310.00426)."""
 
     def __init__(self, width: int, text_width: int, heads: int, rngs: nnx.Rngs, out_init: Initializer = zeros):
+        self.heads = heads
         head_dim = width // heads
-        self.query = matrix(rngs, (width,), (heads, head_dim), ("embed", "heads", "kv"))
-        self.key = matrix(rngs, (text_width,), (heads, head_dim), ("embed", "heads", "kv"))
-        self.value = matrix(rngs, (text_width,), (heads, head_dim), ("embed", "heads", "kv"))
+        self.query = param(rngs, xavier, (width, width), ("embed", "joined_kv"))
+        self.key = param(rngs, xavier, (text_width, width), ("features", "embed"))
+        self.value = param(rngs, xavier, (text_width, width), ("features", "embed"))
         self.query_scale = param(rngs, ones, (head_dim,), ("norm",))
         self.key_scale = param(rngs, ones, (head_dim,), ("norm",))
-        self.out = matrix(rngs, (heads, head_dim), (width,), ("heads", "kv", "embed"), out_init)
+        self.out = param(rngs, out_init, (width, width), ("joined_kv", "embed"))
 
     def __call__(
         self, x: Float[Array, "B N d"], states: Float[Array, "B L t"], mask: Bool[Array, "B L"]
     ) -> Float[Array, "B N d"]:
         """Attends to the states whose `mask` is True: one a row at least, or the row gets the padding's mean."""
-        query = rms_norm(_project(x, self.query, "heads"), self.query_scale[...])
-        key = rms_norm(_project(states, self.key, "heads"), self.key_scale[...])
-        value = _project(states, self.value, "heads")
-        attended = jax.nn.dot_product_attention(query, key, value, mask=mask[:, None, None, :])
-        return _merge(named(attended, "attention_out"), self.out)
+        query, key = _project(x, self.query, self.heads), _project(states, self.key, self.heads)
+        scales = _inverse_rms(query), _inverse_rms(key)
+        key = _scaled(_scaled(key, self.key_scale), self.query_scale)  # nothing turns between them: one pass for both
+        value = _project(states, self.value, self.heads)
+        return _join(attend(query, key, value, scales, mask[:, None, :]), self.out)
 
 
 class CausalAttention(nnx.Module):
     """A text tower's attention: with biases, no norm, every token sees itself and those before it."""
 
     def __init__(self, width: int, heads: int, rngs: nnx.Rngs):
-        head_dim = width // heads
+        self.heads = heads
         for name in ("query", "key", "value"):
-            setattr(self, name, matrix(rngs, (width,), (heads, head_dim), ("embed", "heads", "kv"), xavier))
-            setattr(self, f"{name}_bias", param(rngs, zeros, (heads, head_dim), ("heads", "kv")))
-        self.out = matrix(rngs, (heads, head_dim), (width,), ("heads", "kv", "embed"))
+            setattr(self, name, param(rngs, xavier, (width, width), ("embed", "joined_kv")))
+            setattr(self, f"{name}_bias", param(rngs, zeros, (width,), ("joined_kv",)))
+        self.out = param(rngs, xavier, (width, width), ("joined_kv", "embed"))
         self.out_bias = param(rngs, zeros, (width,), ("embed",))
 
     def __call__(self, x: Float[Array, "B L d"]) -> Float[Array, "B L d"]:
         """Attends to earlier tokens and the token itself."""
         query, key, value = (
-            _project(x, getattr(self, name), "heads") + getattr(self, f"{name}_bias")[...].astype(x.dtype)[None, None]
+            _project(x, getattr(self, name), self.heads, getattr(self, f"{name}_bias"))
             for name in ("query", "key", "value")
         )
-        attended = jax.nn.dot_product_attention(query, key, value, is_causal=True)
-        return _merge(attended, self.out) + self.out_bias[...].astype(x.dtype)[None, None]
+        mask = jnp.tril(jnp.ones((x.shape[1], x.shape[1]), bool))[None]
+        return _join(attend(query, key, value, None, mask), self.out) + self.out_bias[...].astype(x.dtype)[None, None]
 
 
-def _project(x: Float[Array, "B N d"], kernel: nnx.Param, heads: str) -> Float[Array, "B N H k"]:
-    return constrain(jnp.einsum("bnd,dhk->bnhk", x, kernel[...].astype(x.dtype)), "batch", None, heads, None)
+def attend(
+    query: Float[Array, "B H k N"],
+    key: Float[Array, "B K k M"],
+    value: Float[Array, "B K k M"],
+    scales: tuple[Float[Array, "B H N"], Float[Array, "B K M"]] | None = None,
+    mask: Bool[Array, "B|1 N|1 M"] | None = None,
+) -> Float[Array, "B H k N"]:
+    """softmax(query key / sqrt(k)) value, scores and softmax in float32; query head h reads key head h // (H / K).
+
+    Args:
+      query: its heads.
+      key: K divides H.
+      value: as key.
+      scales: what each query and each key is to be multiplied by, float32. A norm's factor belongs here: on scores
+        it costs nothing, on queries a pass over them.
+      mask: True where a token may attend.
+    """
+    (batch, heads, width, tokens), kv_heads = query.shape, key.shape[1]
+    grouped = (batch, kv_heads, heads // kv_heads)
+    query = query.reshape(*grouped, width, tokens)
+    scores = jnp.einsum("bxgkn,bxkm->bxgnm", query, key, preferred_element_type=jnp.float32) * width**-0.5
+    if scales is not None:
+        scores = scores * scales[0].reshape(*grouped, tokens)[..., None] * scales[1][:, :, None, None]
+    if mask is not None:
+        scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    attended = jnp.einsum("bxgnm,bxkm->bxgkn", weights, value).reshape(batch, heads, width, tokens)
+    return named(attended, "attention_out")
 
 
-def _merge(attended: Float[Array, "B N H k"], kernel: nnx.Param) -> Float[Array, "B N d"]:
-    return constrain(jnp.einsum("bnhk,hkd->bnd", attended, kernel[...].astype(attended.dtype)), "batch", None, None)
+def _project(
+    x: Float[Array, "B N d"], kernel: nnx.Param, heads: int, bias: nnx.Param | None = None
+) -> Float[Array, "B H k N"]:
+    joined = jnp.einsum("bnd,df->bfn", x, kernel[...].astype(x.dtype))
+    if bias is not None:
+        joined = joined + bias[...].astype(x.dtype)[None, :, None]
+    split = joined.reshape(x.shape[0], heads, -1, x.shape[1])
+    return constrain(split, "batch", "heads", None, None)
+
+
+def _join(attended: Float[Array, "B H k N"], kernel: nnx.Param) -> Float[Array, "B N d"]:
+    joined = attended.reshape(attended.shape[0], -1, attended.shape[-1])
+    return constrain(jnp.einsum("bfn,fd->bnd", joined, kernel[...].astype(attended.dtype)), "batch", None, None)
+
+
+def _inverse_rms(x: Float[Array, "B H k N"], epsilon: float = 1e-6) -> Float[Array, "B H N"]:
+    """The factor of an RMSNorm over each head, float32."""
+    return jax.lax.rsqrt(jnp.square(x.astype(jnp.float32)).mean(axis=2) + epsilon)
+
+
+def _scaled(x: Float[Array, "B H k N"], scale: nnx.Param) -> Float[Array, "B H k N"]:
+    """The learned scale of an RMSNorm."""
+    return (x.astype(jnp.float32) * scale[...].astype(jnp.float32)[None, None, :, None]).astype(x.dtype)

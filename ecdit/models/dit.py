@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from ecdit.models.attention import CrossAttention, SelfAttention
 from ecdit.models.config import DiTConfig
 from ecdit.models.embeddings import grid_positions, patchify, put_tokens, rope_angles, sinusoid, take_tokens
-from ecdit.models.layers import Linear, Mlp, layer_norm, matrix, named, param, scan_stack, stack, zeros
+from ecdit.models.layers import Linear, Mlp, layer_norm, param, scan_stack, stack, zeros
 from ecdit.models.moe import FeedForward, MixtureOfExperts, RoutingReport
 from ecdit.partitioning import constrain
 
@@ -58,18 +58,20 @@ class Block(nnx.Module):
             modulation = modulation + self.table[...][None]
         modulation = modulation.astype(x.dtype)
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = jnp.split(modulation, 6, axis=1)
-        x = x + gate * layer_norm(self.attention(layer_norm(x) * (1 + scale) + shift, angles))
-        x = x + self.cross_attention(layer_norm(x), text.states, text.mask)
+        with jax.named_scope("self_attention"):
+            x = x + gate * layer_norm(self.attention(layer_norm(x) * (1 + scale) + shift, angles))
+        with jax.named_scope("cross_attention"):
+            x = x + self.cross_attention(layer_norm(x), text.states, text.mask)
         normed = layer_norm(x)
         branch_input = normed * (1 + ffn_scale) + ffn_shift
-        if self.sparse:
-            branch, report = self.experts(branch_input, group_size, (normed, time) if self.decoupled else None)
-        else:
-            branch, report = self.feed_forward(branch_input), None
-        branch = named(branch, "ffn_out")
-        if self.moe_output_norm == "sandwich":
-            branch = layer_norm(branch)
-        return constrain(x + ffn_gate * branch, "batch", None, None), report
+        with jax.named_scope("experts" if self.sparse else "ffn"):
+            if self.sparse:
+                branch, report = self.experts(branch_input, group_size, (normed, time) if self.decoupled else None)
+            else:
+                branch, report = self.feed_forward(branch_input), None
+            if self.moe_output_norm == "sandwich":
+                branch = layer_norm(branch)
+            return constrain(x + ffn_gate * branch, "batch", None, None), report
 
 
 class Pair(nnx.Module):
@@ -89,7 +91,7 @@ class DiT(nnx.Module):
         self.time = Mlp(SINUSOID_WIDTH, config.width, rngs)
         self.caption = Mlp(text_width, config.width, rngs)
         self.size_crop = Mlp(4 * SINUSOID_WIDTH, config.width, rngs)
-        self.modulation = matrix(rngs, (config.width,), (6, config.width), ("embed", "modulation", "mlp"), zeros)
+        self.modulation = param(rngs, zeros, (config.width, 6, config.width), ("embed", "modulation", "mlp"))
         self.modulation_bias = param(rngs, zeros, (6, config.width), ("modulation", "embed"))
         self.pairs = stack(lambda rngs: Pair(config, text_width, rngs), config.depth // 2, rngs)
         if config.extra_blocks:
@@ -97,7 +99,7 @@ class DiT(nnx.Module):
             self.extra = stack(
                 lambda rngs: Block(config, text_width, config.ffn_multiplier, rngs), config.extra_blocks, rngs
             )
-        self.head_modulation = matrix(rngs, (config.width,), (2, config.width), ("embed", "modulation", "mlp"), zeros)
+        self.head_modulation = param(rngs, zeros, (config.width, 2, config.width), ("embed", "modulation", "mlp"))
         self.head_modulation_bias = param(rngs, zeros, (2, config.width), ("modulation", "embed"))
         self.head = Linear(config.width, config.patch_dim, ("embed", "features"), rngs, init=zeros)
 
@@ -132,7 +134,8 @@ class DiT(nnx.Module):
 
         places = grid_positions(config.grid, config.width) * config.absolute_positions
         places = places.astype(dtype)[None]
-        x = self.patches(patchify(latents, config.patch_size).astype(dtype)) + places
+        with jax.named_scope("head"):
+            x = self.patches(patchify(latents, config.patch_size).astype(dtype)) + places
         angles = all_angles
         if kept is not None:
             x, angles = take_tokens(x, kept), take_tokens(all_angles, kept)
@@ -155,6 +158,7 @@ class DiT(nnx.Module):
             x, _ = scan_stack(self.extra, run_block, x, config.remat)
         return self.velocity(x, condition), report
 
+    @jax.named_scope("conditioning")
     def condition(
         self, time: Float[Array, " B"], text: TextStates, size_crop: Float[Array, "B 4"], dtype: jnp.dtype
     ) -> tuple[Float[Array, "B d"], Float[Array, "B d"]]:
@@ -171,6 +175,7 @@ class DiT(nnx.Module):
         normed = [layer_norm(part) for part in parts]
         return constrain(normed[0], "batch", None), constrain(jax.nn.silu(sum(normed)), "batch", None)
 
+    @jax.named_scope("head")
     def velocity(self, x: Float[Array, "B N d"], condition: Float[Array, "B d"]) -> Float[Array, "B N p"]:
         """The head: a modulated norm and a linear map, zero at the start."""
         shift, scale = jnp.split(_modulate(condition, self.head_modulation, self.head_modulation_bias), 2, axis=1)

@@ -19,11 +19,13 @@ xavier = jax.nn.initializers.xavier_uniform()
 xavier_experts = jax.nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", in_axis=-2, out_axis=-1, batch_axis=0)
 
 # What the backward pass finds saved; the rest it computes again. All save "routing": see moe.MixtureOfExperts.
+# Products with a batch dimension (the expert, or image and head) are not saved as such, but by name.
+SAVED_NAMES = ("routing", "attention_out", "expert_in", "expert_hidden", "expert_out", "expert_sum")
 REMAT_POLICIES = {
     "none": jax.checkpoint_policies.everything_saveable,
     "minimal": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        jax.checkpoint_policies.save_only_these_names("routing"),
+        jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES),
     ),
     "attention_out": jax.checkpoint_policies.save_only_these_names("attention_out", "routing"),
     "full": jax.checkpoint_policies.save_only_these_names("routing"),
@@ -33,17 +35,6 @@ REMAT_POLICIES = {
 def param(rngs: nnx.Rngs, init: Initializer, shape: Sequence[int], axes: Sequence[str]) -> nnx.Param:
     """A float32 parameter whose dimensions have the logical `axes` (see partitioning.AXIS_RULES)."""
     return nnx.Param(init(rngs.params(), tuple(shape), jnp.float32), out_sharding=tuple(axes))
-
-
-def matrix(
-    rngs: nnx.Rngs, inputs: Sequence[int], outputs: Sequence[int], axes: Sequence[str], init: Initializer = xavier
-) -> nnx.Param:
-    """A parameter of shape inputs + outputs, initialised as the matrix prod(inputs) x prod(outputs)."""
-
-    def flat_init(key: jax.Array, shape: Sequence[int], dtype: Any) -> jax.Array:
-        return init(key, (math.prod(inputs), math.prod(outputs)), dtype).reshape(shape)
-
-    return param(rngs, flat_init, (*inputs, *outputs), axes)
 
 
 class Linear(nnx.Module):
@@ -58,7 +49,7 @@ class Linear(nnx.Module):
         bias: bool = True,
         init: Initializer = xavier,
     ):
-        self.kernel = matrix(rngs, (inputs,), (outputs,), axes, init)
+        self.kernel = param(rngs, init, (inputs, outputs), axes)
         self.bias = param(rngs, zeros, (outputs,), axes[1:]) if bias else None
 
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
@@ -89,16 +80,10 @@ def gelu(x: Float[Array, "*b f"]) -> Float[Array, "*b f"]:
 def layer_norm(x: Float[Array, "*b d"], epsilon: float = 1e-6) -> Float[Array, "*b d"]:
     """LayerNorm without parameters, computed in float32, returned in the dtype of x."""
     y = x.astype(jnp.float32)
-    y = y - y.mean(axis=-1, keepdims=True)
-    y = y * jax.lax.rsqrt(jnp.square(y).mean(axis=-1, keepdims=True) + epsilon)
-    return y.astype(x.dtype)
-
-
-def rms_norm(x: Float[Array, "*b k"], scale: Float[Array, " k"], epsilon: float = 1e-6) -> Float[Array, "*b k"]:
-    """RMSNorm with a learned scale, computed in float32, returned in the dtype of x."""
-    y = x.astype(jnp.float32)
-    y = y * jax.lax.rsqrt(jnp.square(y).mean(axis=-1, keepdims=True) + epsilon)
-    return (y * jnp.broadcast_to(scale.astype(jnp.float32), y.shape)).astype(x.dtype)
+    # Both moments in one pass over x: the centred form reads it twice, which costs more than the norm's arithmetic.
+    mean, square = y.mean(axis=-1, keepdims=True), jnp.square(y).mean(axis=-1, keepdims=True)
+    variance = jnp.maximum(square - jnp.square(mean), 0.0)
+    return ((y - mean) * jax.lax.rsqrt(variance + epsilon)).astype(x.dtype)
 
 
 def stack(make: Callable[[nnx.Rngs], Block], count: int, rngs: nnx.Rngs) -> Block:

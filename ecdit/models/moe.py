@@ -3,6 +3,7 @@
 Axes: B batch, N tokens of an image, G groups, S tokens of a group, E experts, C capacity, d width, f hidden width.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -11,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from ecdit.models.config import DiTConfig
-from ecdit.models.layers import gelu, layer_norm, matrix, named, param, xavier_experts
+from ecdit.models.layers import gelu, layer_norm, named, param, xavier, xavier_experts
 from ecdit.models.routing import (
     Routing,
     expert_capacity,
@@ -48,8 +49,8 @@ class FeedForward(nnx.Module):
     """GELU(x W1) W2 without biases: what each expert is, too."""
 
     def __init__(self, width: int, hidden: int, rngs: nnx.Rngs):
-        self.up = matrix(rngs, (width,), (hidden,), ("embed", "mlp"))
-        self.down = matrix(rngs, (hidden,), (width,), ("mlp", "embed"))
+        self.up = param(rngs, xavier, (width, hidden), ("embed", "mlp"))
+        self.down = param(rngs, xavier, (hidden, width), ("mlp", "embed"))
 
     def __call__(self, x: Float[Array, "B N d"]) -> Float[Array, "B N d"]:
         """Maps every token alone, in the dtype of x."""
@@ -66,9 +67,9 @@ class MixtureOfExperts(nnx.Module):
         self.config = config
         width, hidden, experts = config.width, config.expert_hidden, config.num_experts
         router_init = jax.nn.initializers.normal(config.router_init_std)
-        self.router = matrix(rngs, (width,), (experts,), ("embed", "features"), router_init)
+        self.router = param(rngs, router_init, (width, experts), ("embed", "features"))
         if config.router_input == "decoupled":
-            self.time_router = matrix(rngs, (width,), (experts,), ("embed", "features"), router_init)
+            self.time_router = param(rngs, router_init, (width, experts), ("embed", "features"))
         self.up = param(rngs, xavier_experts, (experts, width, hidden), ("experts", "expert_embed", "mlp"))
         self.down = param(rngs, xavier_experts, (experts, hidden, width), ("experts", "mlp", "expert_embed"))
         if config.num_shared_experts:
@@ -100,25 +101,32 @@ class MixtureOfExperts(nnx.Module):
         )
         # Each exchange is a pair of constraints: the slots where their groups are, then where their experts are. With
         # one of them alone the compiler may gather every token everywhere instead.
-        slots = constrain(dispatch(grouped, routing), None, "batch", None, None)
-        outputs = self.experts(constrain(slots, "experts", "expert_groups", None, None))
+        slots = on_each_shard(dispatch, (0, 0), out_dim=1)(grouped, routing)
+        slots = named(constrain(slots, "experts", "expert_groups", None, None), "expert_in")
+        outputs = self.experts(slots)
         if self.config.moe_output_norm == "expert":
             outputs = layer_norm(outputs)
+        # Gates go to the experts, so that their gradient needs no second exchange of the outputs.
+        gate = constrain(routing.gate.swapaxes(0, 1), None, "batch", None)
+        gate = constrain(gate, "experts", "expert_groups", None)
+        outputs = (outputs.astype(jnp.float32) * gate[..., None]).astype(outputs.dtype)
         outputs = constrain(outputs, "experts", "expert_groups", None, None)
         outputs = constrain(outputs, None, "batch", None, None)
-        combined = constrain(combine(outputs, routing, group_size), "batch", None, None)
+        combine = functools.partial(combine, group_size=group_size)
+        combined = on_each_shard(combine, (1, 0))(outputs, routing)
         report = RoutingReport(
             experts_per_token(routing, group_size).reshape(x.shape[:2]),
             routing.balance_loss,
             routing.drop_rate,
             jnp.square(jax.nn.logsumexp(logits, axis=-1)).mean(axis=-1),
         )
-        output = combined.reshape(x.shape).astype(x.dtype)
+        output = named(combined.reshape(x.shape).astype(x.dtype), "expert_sum")  # else its exchange is done again
         if self.config.num_shared_experts:
             shared = self.shared(x)
             output = output + (layer_norm(shared) if self.config.moe_output_norm == "expert" else shared)
         return output, report
 
+    @jax.named_scope("router")
     def router_logits(
         self, x: Float[Array, "B N d"], decoupled: tuple[Float[Array, "B N d"], Float[Array, "B d"]] | None
     ) -> Float[Array, "B N E"]:
@@ -128,6 +136,7 @@ class MixtureOfExperts(nnx.Module):
         tokens, time = decoupled
         return _project_float32(tokens, self.router) + _project_float32(time[:, None], self.time_router)
 
+    @jax.named_scope("router")
     def route(self, logits: Float[Array, "G S E"]) -> Routing:
         """The routing of grouped tokens; softmax and top-k in float32."""
         config, group_size = self.config, logits.shape[1]
@@ -150,9 +159,9 @@ class MixtureOfExperts(nnx.Module):
         # Groups and slots as one axis t: with two of them, XLA's CPU compiler fuses the GELU's derivative with a
         # transpose for the weight gradient, which takes more than twice the time.
         slots = inputs.reshape(inputs.shape[0], -1, inputs.shape[-1])
-        hidden = gelu(jnp.einsum("etd,edf->etf", slots, up))
+        hidden = gelu(named(jnp.einsum("etd,edf->etf", slots, up), "expert_hidden"))
         hidden = constrain(hidden, "experts", "expert_groups", "mlp")
-        return jnp.einsum("etf,efd->etd", hidden, down).reshape(inputs.shape)
+        return named(jnp.einsum("etf,efd->etd", hidden, down), "expert_out").reshape(inputs.shape)
 
 
 def _project_float32(x: Float[Array, "B N d"], kernel: nnx.Param) -> Float[Array, "B N E"]:
@@ -163,17 +172,21 @@ def _project_float32(x: Float[Array, "B N d"], kernel: nnx.Param) -> Float[Array
 
 def gather(x: Float[Array, "G S d"], routing: Routing) -> Float[Array, "E G C d"]:
     """The token of every slot, by index."""
-    return jax.vmap(lambda tokens, index: tokens[index], out_axes=1)(x, routing.index)
+    # Rows of one flat array, in the order that they leave in: a gather inside each group is transposed afterwards.
+    return jnp.take(x.reshape(-1, x.shape[-1]), _flat_index(routing, x.shape[1]), axis=0, mode="clip")
 
 
 def scatter(y: Float[Array, "E G C d"], routing: Routing, group_size: int) -> Float[Array, "G S d"]:
-    """Adds gate * y of every slot to its token, in float32."""
+    """Adds every slot to its token, in float32."""
+    tokens = jnp.zeros((y.shape[1] * group_size, y.shape[-1]), jnp.float32)
+    slots = tokens.at[_flat_index(routing, group_size)].add(y.astype(jnp.float32))
+    return slots.reshape(y.shape[1], group_size, -1)
 
-    def add(slots: Float[Array, "E C d"], index: Int[Array, "E C"]) -> Float[Array, "S d"]:
-        return jnp.zeros((group_size, slots.shape[-1]), jnp.float32).at[index].add(slots)
 
-    weighted = y.astype(jnp.float32) * routing.gate.swapaxes(0, 1)[..., None]
-    return jax.vmap(add, in_axes=(1, 0))(weighted, routing.index)
+def _flat_index(routing: Routing, group_size: int) -> Int[Array, "E G C"]:
+    """The token of every slot, among those of all groups."""
+    first = jnp.arange(routing.index.shape[0], dtype=jnp.int32) * group_size
+    return jnp.swapaxes(routing.index + first[:, None, None], 0, 1)
 
 
 def one_hot_dispatch(x: Float[Array, "G S d"], routing: Routing) -> Float[Array, "E G C d"]:
@@ -185,5 +198,4 @@ def one_hot_dispatch(x: Float[Array, "G S d"], routing: Routing) -> Float[Array,
 def one_hot_combine(y: Float[Array, "E G C d"], routing: Routing, group_size: int) -> Float[Array, "G S d"]:
     """`scatter` as a matrix product that accumulates in float32."""
     chosen = jax.nn.one_hot(routing.index, group_size, dtype=y.dtype) * routing.taken[..., None].astype(y.dtype)
-    weighted = (y.astype(jnp.float32) * routing.gate.swapaxes(0, 1)[..., None]).astype(y.dtype)
-    return jnp.einsum("gecs,egcd->gsd", chosen, weighted, preferred_element_type=jnp.float32)
+    return jnp.einsum("gecs,egcd->gsd", chosen, y, preferred_element_type=jnp.float32)

@@ -32,7 +32,7 @@ class Counts:
 def count(experiment: Experiment) -> Counts:
     """Sums over the leaves of the abstract parameters; what counts as an operation says `models.sizes`."""
     system = experiment.system
-    abstract = jax.eval_shape(make_system(system).init, jax.random.key(0))
+    abstract = make_system(system).shapes()
     denoiser, text = (_size(abstract[name]) for name in ("denoiser", "text"))
     parts = forward_parts(system, system.model.num_kept, system.model.group)
     vae = 0

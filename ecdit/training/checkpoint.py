@@ -149,7 +149,7 @@ def restore_ema(workdir: Path, system: System, mesh: Mesh, step: int | None = No
         if step not in manager.all_steps():
             kept = ", ".join(map(str, sorted(manager.all_steps())))
             raise CheckpointError(f"{workdir}: no checkpoint of step {step}; there are {kept}")
-        abstract = jax.eval_shape(system.init, jax.random.key(0))
+        abstract = system.shapes()
         shardings = system.shardings(mesh)
         params = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
         trained, frozen = _saved_split(manager, step, params)

@@ -45,7 +45,7 @@ def state_shardings(system: System, optimizer: optax.GradientTransformation, mes
     """
     params, frozen = system.split(system.shardings(mesh))
     whole = replicated(mesh)
-    abstract_params, _ = system.split(jax.eval_shape(system.init, jax.random.key(0)))
+    abstract_params, _ = system.split(system.shapes())
     abstract = jax.eval_shape(optimizer.init, abstract_params)
 
     def like(moment: Any, param: Any, sharding: NamedSharding) -> NamedSharding:

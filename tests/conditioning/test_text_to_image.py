@@ -72,9 +72,12 @@ def test_every_parameter_has_axes_with_rules(ffn, block_table):
 
 
 def test_large_parameters_are_split_over_all_of_fsdp_expert_and_tensor():
-    """No matrix of the blocks, and none that modulates them, may lie whole on several devices."""
+    """No matrix of the blocks, and none that modulates them, may lie whole on several devices.
+
+    But those from the text, which are small and not split over tensor.
+    """
     mesh = make_mesh(MeshConfig(slices=1, data=1, fsdp=2, expert=2, tensor=2))
-    system = make_system(system_config(width=32, heads=8, kv_heads=4, num_experts=8))
+    system = make_system(system_config(width=64, heads=8, kv_heads=4, num_experts=8))
     shardings, abstract = system.shardings(mesh)["denoiser"], nnx.to_pure_dict(system.abstract)["denoiser"]
     matrices = 0
     for (path, sharding), leaf in zip(
@@ -83,5 +86,6 @@ def test_large_parameters_are_split_over_all_of_fsdp_expert_and_tensor():
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         if name.split("/")[-1] in ("query", "key", "value", "out", "up", "down", "modulation", "head_modulation"):
             matrices += 1
-            assert np.prod(sharding.shard_shape(leaf.shape)) * 8 == np.prod(leaf.shape), name
+            copies = 2 if "cross_attention/key" in name or "cross_attention/value" in name else 1
+            assert np.prod(sharding.shard_shape(leaf.shape)) * 8 == np.prod(leaf.shape) * copies, name
     assert matrices == 3 * (8 + 2) + 2

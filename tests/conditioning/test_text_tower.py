@@ -46,12 +46,13 @@ def norm(x, p):
 
 def causal_attention(x, p):
     query, key, value = (
-        np.einsum("bld,dhk->bhlk", x, p[n]) + p[f"{n}_bias"][:, None] for n in ("query", "key", "value")
+        (x @ p[n] + p[f"{n}_bias"]).reshape(*x.shape[:2], CONFIG.heads, -1).swapaxes(1, 2)
+        for n in ("query", "key", "value")
     )
     scores = np.einsum("bhlk,bhmk->bhlm", query, key) / math.sqrt(query.shape[-1])
     weights = np.exp(scores) * np.tril(np.ones((LENGTH, LENGTH)))
     attended = np.einsum("bhlm,bhmk->bhlk", weights / weights.sum(axis=-1, keepdims=True), value)
-    return np.einsum("bhlk,hkd->bld", attended, p["out"]) + p["out_bias"]
+    return attended.swapaxes(1, 2).reshape(x.shape) @ p["out"] + p["out_bias"]
 
 
 def oracle(tokens, activation):

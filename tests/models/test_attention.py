@@ -45,15 +45,16 @@ def attention(query, key, value, out, mask=True):
         k = h * key.shape[2] // query.shape[2]
         scores = np.einsum("bnk,blk->bnl", query[:, :, h], key[:, :, k]) / np.sqrt(query.shape[-1])
         heads.append(softmax(np.where(mask, scores, -np.inf)) @ value[:, :, k])
-    return sum(head @ out[h] for h, head in enumerate(heads))
+    return np.concatenate(heads, axis=-1) @ out
 
 
 def double(params):
     return {name: value.astype(np.float64) for name, value in params.items()}
 
 
-def project(x, kernel):
-    return np.einsum("bnd,dhk->bnhk", x.astype(np.float64), kernel)
+def project(x, kernel, bias=0):
+    """Heads of width HEAD, side by side in the kernel's columns."""
+    return (x.astype(np.float64) @ kernel + bias).reshape(*x.shape[:2], -1, HEAD)
 
 
 def test_self_attention_is_that_of_float64_numpy():
@@ -73,7 +74,7 @@ def test_cross_attention_is_that_of_float64_numpy():
 
 def test_causal_attention_is_that_of_float64_numpy():
     p, x = double(CAUSAL.params), random(2, LENGTH, WIDTH)
-    query, key, value = (project(x, p[name]) + p[f"{name}_bias"] for name in ("query", "key", "value"))
+    query, key, value = (project(x, p[name], p[f"{name}_bias"]) for name in ("query", "key", "value"))
     expected = attention(query, key, value, p["out"], np.tril(np.ones((LENGTH, LENGTH), bool))[None]) + p["out_bias"]
     close(causal_attend(CAUSAL.params, x), expected, 3e-6)
 
@@ -90,7 +91,8 @@ def test_scores_do_not_grow_with_the_projections(name):
 def test_grouped_queries_are_all_heads_with_repeated_keys_and_values():
     full = Model(lambda rngs: SelfAttention(WIDTH, HEADS, HEADS, rngs))
     x = random(2, TOKENS, WIDTH)
-    repeated = {name: np.repeat(SELF.params[name], HEADS // KV_HEADS, axis=1) for name in ("key", "value")}
+    split = {name: SELF.params[name].reshape(WIDTH, KV_HEADS, HEAD) for name in ("key", "value")}
+    repeated = {name: np.repeat(x, HEADS // KV_HEADS, axis=1).reshape(WIDTH, -1) for name, x in split.items()}
     expected = jit(lambda params, angles: full(params)(x, angles))(SELF.params | repeated, angles())
     close(attend(SELF.params, x, angles()), expected, 1e-6)
 

@@ -7,10 +7,8 @@ from flax import nnx
 from ecdit.models.layers import (
     REMAT_POLICIES,
     layer_norm,
-    matrix,
     named,
     param,
-    rms_norm,
     scan_stack,
     stack,
     xavier,
@@ -25,7 +23,7 @@ class Toy(nnx.Module):
     """Blocks of which no two commute, with a product over a batch dimension inside."""
 
     def __init__(self, rngs):
-        self.kernel = matrix(rngs, (WIDTH,), (WIDTH,), ("embed", "mlp"))
+        self.kernel = param(rngs, xavier, (WIDTH, WIDTH), ("embed", "mlp"))
         self.bias = param(rngs, zeros, (WIDTH,), ("mlp",))
 
     def __call__(self, x):
@@ -97,27 +95,11 @@ def test_a_stack_has_an_axis_of_layers():
     assert axes == {"kernel": ("layers", "embed", "mlp"), "bias": ("layers", "mlp")}
 
 
-@pytest.mark.parametrize(("inputs", "outputs"), [((16,), (4, 8)), ((4, 8), (16,))])
-def test_a_matrix_is_drawn_as_the_matrix_it_is(inputs, outputs):
-    """Xavier's bound for 16 x 32, whatever the shape of heads: sqrt(6 / (16 + 32))."""
-
-    class Holder(nnx.Module):
-        def __init__(self, rngs):
-            self.kernel = matrix(rngs, inputs, outputs, ("embed",) * 3, xavier)
-
-    with nnx.use_eager_sharding(False):
-        kernel = np.asarray(Holder(nnx.Rngs(0)).kernel[...])
-    assert kernel.shape == (*inputs, *outputs)
-    bound = (6 / 48) ** 0.5
-    assert 0.95 * bound < np.abs(kernel).max() <= bound
-
-
 def test_norms_are_those_of_float64_numpy():
-    x, scale = 3 + 2 * random(2, 5, WIDTH), random(WIDTH, seed=1)
+    x = 3 + 2 * random(2, 5, WIDTH)
     exact = x.astype(np.float64)
     centred = exact - exact.mean(axis=-1, keepdims=True)
     close(jit(layer_norm)(x), centred / np.sqrt((centred**2).mean(axis=-1, keepdims=True) + 1e-6), 1e-6)
-    close(jit(rms_norm)(x, scale), exact / np.sqrt((exact**2).mean(axis=-1, keepdims=True) + 1e-6) * scale, 1e-6)
 
 
 def test_norms_compute_in_float32_and_keep_the_dtype():
@@ -126,10 +108,6 @@ def test_norms_compute_in_float32_and_keep_the_dtype():
     normed = jit(layer_norm)(x)
     assert normed.dtype == jnp.bfloat16
     np.testing.assert_array_equal(normed, jit(layer_norm)(x.astype(np.float32)).astype(jnp.bfloat16))
-    scale = np.ones(64, np.float32)
-    np.testing.assert_array_equal(
-        jit(rms_norm)(x, scale), jit(rms_norm)(x.astype(np.float32), scale).astype(jnp.bfloat16)
-    )
 
 
 def test_a_norm_of_nothing_is_nothing():

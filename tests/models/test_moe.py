@@ -101,13 +101,13 @@ def test_dispatches_agree_in_bfloat16(ffn, norm):
 
 
 def test_scatter_adds_in_float32():
-    """bfloat16 has 8 bits: gates of 1/64 summed in it would stop growing at 2, and 1/3 would be 0.334."""
-    slots, third = 256, np.float32(1 / 3)
-    gate = np.full((1, slots, 1), third)
+    """bfloat16 has 8 bits: numbers of 1/64 summed in it would stop growing at 4."""
+    slots = 512
+    gate = np.ones((1, slots, 1), np.float32)
     routing = Routing(np.zeros((1, slots, 1), np.int32), gate, gate > 0, np.zeros(1), np.zeros(1))
-    out = jit(lambda y: scatter(y, routing, 2))(jnp.ones((slots, 1, 1, 4), jnp.bfloat16))
+    out = jit(lambda y: scatter(y, routing, 2))(jnp.full((slots, 1, 1, 4), 1 / 64, jnp.bfloat16))
     assert out.dtype == jnp.float32
-    np.testing.assert_allclose(out[0, 0], np.full(4, slots * third), rtol=1e-5)
+    np.testing.assert_array_equal(out[0, 0], np.full(4, slots / 64))
 
 
 def test_one_expert_that_takes_all_is_the_dense_feed_forward():

@@ -109,6 +109,22 @@ def test_sizes_that_do_not_divide_are_refused_with_the_numbers():
     assert shardings["branch"]["kernel"].shard_shape((8, 6)) == (8, 3)
 
 
+@pytest.mark.parametrize(
+    ("size", "over"),
+    [
+        (128, ("fsdp", "expert")),  # 16 rows a shard
+        (96, ("fsdp",)),  # 12 over all eight, 24 over four, 48 over two
+        (64, ("expert",)),
+        (32, ("fsdp",)),
+        (24, ("fsdp", "expert")),  # no choice makes whole tiles
+    ],
+)
+def test_shards_of_a_width_are_whole_tiles_where_they_can_be(size, over):
+    mesh = make_mesh(mesh_config(1, 1, 2, 4, 1))
+    kernel = param_shardings(state_of((3, size), ("features", "embed")), mesh)["branch"]["kernel"]
+    assert kernel.spec == PartitionSpec(None, over)
+
+
 def test_the_layers_axis_comes_first():
     class Block(nnx.Module):
         def __init__(self, rngs):
@@ -122,7 +138,7 @@ def test_the_layers_axis_comes_first():
 
 def test_a_logical_spec_by_hand():
     expected = PartitionSpec(("expert",), ("fsdp",), None, ("tensor",), None)
-    assert logical_spec(("experts", "expert_embed", None, "mlp", "kv"), "kernel") == expected
+    assert logical_spec(("experts", "expert_embed", None, "mlp", "norm"), "kernel") == expected
 
 
 def test_a_batch_is_split_over_all_but_tensor():
@@ -216,7 +232,10 @@ def test_no_device_gathers_tokens(sizes, dispatch):
 
 @pytest.mark.parametrize("dispatch", ["gather", "one_hot"])
 def test_tokens_travel_to_their_experts_by_all_to_all(dispatch):
-    """Each of eight devices has one image and one expert. Slots go there and back, and so do their gradients."""
+    """Each of eight devices has one image and one expert. Slots go there and back, and so do their gradients.
+
+    Gates go there too, and their gradients back: numbers, not tokens.
+    """
     values = config(width=WIDTH, num_experts=8, dispatch=dispatch)
     layer = Model(lambda rngs: MixtureOfExperts(values, rngs))
     mesh = make_mesh(mesh_config(1, 1, 1, 8, 1))
@@ -230,4 +249,6 @@ def test_tokens_travel_to_their_experts_by_all_to_all(dispatch):
         run = jit(jax.grad(loss, argnums=(0, 1)), in_shardings=shardings, out_shardings=shardings)
         found = collectives(run.lower(layer.params, x).compile())
     # Arrays of fewer dimensions are the router: neither tokens nor their affinities go anywhere else.
-    assert [name for name, shape in found if len(shape) > 2] == ["all-to-all"] * 4
+    large = [(name, shape[-1]) for name, shape in found if len(shape) > 2]
+    assert [name for name, width in large if width == WIDTH] == ["all-to-all"] * 4
+    assert {name for name, width in large if width != WIDTH} == {"all-to-all"}
