@@ -23,7 +23,27 @@ SIZES = {
     "3XL": (2304, 42, 42, 36, 6),
     "M": (3072, 46, 38, 48, 12),
 }
+# Chips over which experts lie, and over which one copy of the state does; dense models lie over as many as experts would.
+# Powers of two that leave shards of whole tiles (16 rows): 1152 / 4, 1536 / 16, 2304 / 16, 3072 / 64.
+MESHES = {"XL": (4, 4), "XXL": (16, 16), "3XL": (16, 64), "M": (64, 128)}
 EXPERTS = {"8E": 8, "16E": 16, "32E": 32, "64E": 64}  # [P]
+# Gathers of weights go on behind matrix products, reductions of gradients on the SparseCores (see configs/README.md).
+TPU_OPTIONS = (
+    "xla_enable_async_all_gather=true",
+    "xla_tpu_enable_async_collective_fusion=true",
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather=true",
+    "xla_tpu_enable_async_collective_fusion_multiple_steps=true",
+    "xla_tpu_overlap_compute_collective_tc=true",
+    "xla_tpu_use_tc_device_shape_on_sc=true",
+    "xla_sc_disable_megacore_partitioning=true",
+    "xla_sc_enable_instruction_fusion=false",
+    "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter=true",
+    "xla_tpu_enable_reduce_scatter_offload_tracing=true",
+    "xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter=false",
+    "xla_tpu_enable_sparse_core_collective_offload_all_reduce=true",
+    "xla_tpu_enable_all_reduce_offload_tracing=true",
+    "xla_tpu_enable_async_collective_fusion_fuse_all_reduce=false",
+)
 DENSE, EXPERT_CHOICE, TOKEN_CHOICE = "dense", "expert_choice", "token_choice"
 
 
@@ -142,11 +162,12 @@ def get_config(name: str = "XL-32E") -> ConfigDict:
     checkpoint.keep = 3
     checkpoint.init_from = ""  # a workdir whose EMA weights to start from
 
+    chips, copy = MESHES[size]
     config.mesh = mesh = ConfigDict()  # sizes; -1 is what the devices leave
     mesh.slices = 1
     mesh.data = -1
-    mesh.fsdp = 1
-    mesh.expert = 4
+    mesh.fsdp = chips if dense else copy // min(chips, model.num_experts)
+    mesh.expert = 1 if dense else min(chips, model.num_experts)
     mesh.tensor = 1
 
     config.sampling = sampling = ConfigDict()
@@ -163,6 +184,7 @@ def get_config(name: str = "XL-32E") -> ConfigDict:
 
     config.runtime = runtime = ConfigDict()
     runtime.xla_flags = ()
+    runtime.tpu_options = TPU_OPTIONS  # of the training step's compilation
     runtime.keep_host_memory = False  # for training on CPU
     runtime.compilation_cache = "~/.cache/ecdit"  # "" for none
     runtime.distributed = True  # a pod; False for one host

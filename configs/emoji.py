@@ -146,6 +146,7 @@ def get_config(length: str = "quick") -> ConfigDict:
 
     config.runtime = runtime = ConfigDict()
     runtime.xla_flags = ("--xla_cpu_enable_fast_math=true",)  # reorders sums; infinities and NaN are still honoured
+    runtime.tpu_options = ()  # "xla_...=value" of the training step's compilation for TPUs
     runtime.keep_host_memory = True  # reuse freed memory: on CPU the kernel's fresh pages cost half of a step
     runtime.compilation_cache = "~/.cache/ecdit"  # "" for none
     runtime.distributed = False

@@ -1,35 +1,82 @@
-"""Plans a run: `python -m ecdit.plan --config=configs/ec_dit.py:M-64E --json=plan.json` counts what it is made of."""
+"""Plans a run without running it.
+
+    python -m ecdit.plan --config=configs/ec_dit.py:M-64E                          # counts parameters and FLOPs
+    python -m ecdit.plan --config=configs/ec_dit.py:M-64E --topology=v5p:4x4x8     # memory, wire, estimated time
+
+With --topology it compiles the trainer's own step for that slice by the real TPU compiler, which needs libtpu and no
+TPU, and takes minutes. Exit code 1 if the step does not fit the chips' memory.
+"""
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
 from ecdit.config import check_writable, config_values, define_config_flag, replace_text, run_command
+from ecdit.planning import cache
+from ecdit.planning.compiler import DoesNotFit, find_target, use_compiler
 from ecdit.planning.counts import count, report, table_params
-from ecdit.training.experiment import make_experiment
+from ecdit.planning.fitting import what_fits
+from ecdit.planning.plan import Plan, make_plan
+from ecdit.planning.plan import report as plan_report
+from ecdit.training.experiment import Experiment, make_experiment
 
 CONFIG = define_config_flag()
 JSON = flags.DEFINE_string("json", None, "File for the result.")
 TABLE_PARITY = flags.DEFINE_bool("table-parity", False, "Count parameters by the rule behind the paper's Table 1.")
+TOPOLOGY = flags.DEFINE_string("topology", None, "Slice to plan for: v5p:4x4x8, v5p-256, 2xv5p:4x4x8 for two.")
+WHAT = flags.DEFINE_enum("what", "train", ["train", "sample"], "The step to plan.")
 
 
 def main(argv: list[str]) -> None:
     """Prints the plan; with --json writes it too."""
     del argv
     experiment = make_experiment(config_values(CONFIG))
+    target = find_target(TOPOLOGY.value) if TOPOLOGY.value else None
     if JSON.value:
         check_writable(Path(JSON.value))
     if TABLE_PARITY.value:
-        result = {"total_params": table_params(experiment.system), "counted": "as the paper's Table 1"}
-        print(f"parameters by Table 1's rule: {result['total_params'] / 1e9:.2f} B")
-    else:
-        counts = count(experiment)
-        result = dataclasses.asdict(counts)
-        print("\n".join(report(counts)))
+        total = table_params(experiment.system)
+        write({"total_params": total, "counted": "as the paper's Table 1"})
+        print(f"parameters by Table 1's rule: {total / 1e9:.2f} B")
+        return
+    counts = count(experiment)
+    print("\n".join(report(counts)), flush=True)
+    values = dataclasses.asdict(counts)
+    if target is None:
+        write(values)
+        return
+    use_compiler()
+    try:
+        plan = planned(experiment, target)
+    except DoesNotFit as error:
+        write(values | {"fits": False, "topology": target.name, "error": str(error)})
+        print(f"{target.name}: does not fit. {error}", flush=True)
+        print(what_fits(experiment, target), flush=True)
+        sys.exit(1)
+    print("\n".join(plan_report(plan)))
+    write(values | {"fits": True} | dataclasses.asdict(plan))
+
+
+def planned(experiment: Experiment, target: Any) -> Plan:
+    """The plan of the run's longest phase, from the cache if it is there."""
+    longest = max(experiment.parts(), key=lambda part: part.last - part.after).experiment
+    cached = cache.read(longest, target, WHAT.value)
+    if cached is not None:
+        print("from the cache of plans")
+        return Plan(**cached)
+    plan = make_plan(longest, target, WHAT.value)
+    cache.write(longest, target, WHAT.value, dataclasses.asdict(plan))
+    return plan
+
+
+def write(values: dict[str, Any]) -> None:
+    """Writes --json, if it was given."""
     if JSON.value:
-        replace_text(Path(JSON.value), json.dumps(result, indent=2) + "\n")
+        replace_text(Path(JSON.value), json.dumps(values, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import dataclasses
 import os
 
 import jax
+from jax.sharding import Mesh
 
 from ecdit.config import require
 
@@ -17,6 +18,7 @@ class RuntimeConfig:
     """Process-wide settings."""
 
     xla_flags: tuple[str, ...]  # each "--xla_...=value", added to XLA_FLAGS
+    tpu_options: tuple[str, ...]  # each "xla_...=value", of the training step's compilation for TPUs
     keep_host_memory: bool  # do not give freed memory back to the system: halves the time of a step on CPU
     compilation_cache: str  # directory of the persistent compilation cache; "" for none
     distributed: bool  # join the other hosts by jax.distributed (a TPU pod; needs no further setting there)
@@ -24,6 +26,9 @@ class RuntimeConfig:
     def __post_init__(self):
         for flag in self.xla_flags:
             require(flag.startswith("--xla"), "xla_flags", flag, "each flag must start with --xla")
+        for option in self.tpu_options:
+            fits = option.startswith("xla_") and "=" in option
+            require(fits, "tpu_options", option, "each option must be xla_...=value")
 
 
 def configure(config: RuntimeConfig) -> None:
@@ -48,6 +53,13 @@ def configure(config: RuntimeConfig) -> None:
         )
     elif config.distributed:
         jax.distributed.initialize()
+
+
+def compiler_options(config: RuntimeConfig, mesh: Mesh) -> dict[str, str] | None:
+    """What jax.jit takes as compiler_options where the mesh is one of TPUs; other compilers refuse those names."""
+    if mesh.devices.flat[0].platform != "tpu" or not config.tpu_options:
+        return None
+    return dict(option.split("=", 1) for option in config.tpu_options)
 
 
 def _keep_freed_memory() -> None:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, UInt32
 from tqdm import tqdm
 
 from ecdit.conditioning.autoencoder import to_bytes
@@ -73,6 +73,24 @@ def make_sampler(system: System, config: SamplingConfig, mesh: Mesh, with_expert
     token, int32[B, steps, P, N] over solver steps (the first call of each) and sparse layers, in the pass with the
     caption. The pictures are the same.
     """
+    jitted, rows = make_sample_step(system, config, mesh, with_experts), batch_sharding(mesh)
+
+    def split(x: Array) -> Array:
+        """The rows of an array that every host has whole, on the devices that the batch's sharding gives them."""
+        host = np.asarray(x)
+        return jax.make_array_from_callback(host.shape, rows, lambda index: host[index])
+
+    def run(params: Params, tokens: Array, null_tokens: Array, keys: Array) -> Any:
+        with jax.set_mesh(mesh):
+            return jitted(params, split(tokens), null_tokens, split(jax.random.key_data(keys)))
+
+    return run
+
+
+def make_sample_step(
+    system: System, config: SamplingConfig, mesh: Mesh, with_experts: bool = False
+) -> Callable[[Params, Int[Array, "B L"], Int[Array, "1 L"], UInt32[Array, "B K"]], Any]:
+    """The jitted function of `make_sampler`, of arrays that are on the mesh; keys are their data (`sample_keys`)."""
     check_sampling(config, system.config.model, mesh)
     if with_experts and system.config.model.ffn == "dense":
         raise ValueError("with_experts: a dense model has no experts to count")
@@ -88,18 +106,7 @@ def make_sampler(system: System, config: SamplingConfig, mesh: Mesh, with_expert
         pictures = to_bytes(model.codec.decode(latents)) if system.config.has_pictures else latents
         return (pictures, jnp.moveaxis(counts, 2, 0)) if with_experts else pictures
 
-    jitted = jax.jit(sample, in_shardings=(system.shardings(mesh), rows, None, rows), out_shardings=rows)
-
-    def split(x: Array) -> Array:
-        """The rows of an array that every host has whole, on the devices that the batch's sharding gives them."""
-        host = np.asarray(x)
-        return jax.make_array_from_callback(host.shape, rows, lambda index: host[index])
-
-    def run(params: Params, tokens: Array, null_tokens: Array, keys: Array) -> Any:
-        with jax.set_mesh(mesh):
-            return jitted(params, split(tokens), null_tokens, split(jax.random.key_data(keys)))
-
-    return run
+    return jax.jit(sample, in_shardings=(system.shardings(mesh), rows, None, rows), out_shardings=rows)
 
 
 def _velocity(

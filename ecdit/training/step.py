@@ -19,6 +19,7 @@ from ecdit.models.config import DiTConfig, group_size
 from ecdit.models.dit import RoutingReport
 from ecdit.models.embeddings import patchify
 from ecdit.partitioning import batch_sharding, constrain, replicated
+from ecdit.runtime import compiler_options
 from ecdit.training.experiment import Experiment
 from ecdit.training.optimizer import make_optimizer
 from ecdit.training.state import TrainState, run_key, state_shardings
@@ -44,6 +45,7 @@ def make_train_step(
         in_shardings=(shardings, batch_sharding(mesh)),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
+        compiler_options=compiler_options(experiment.runtime, mesh),
     )
 
 
@@ -158,6 +160,7 @@ def _split_microbatches(tree: Any, experiment: Experiment) -> Any:
     return jax.tree.map(split, tree)
 
 
+@jax.named_scope("optimizer")
 def _gated_update(
     experiment: Experiment,
     optimizer: optax.GradientTransformation,

@@ -1,0 +1,186 @@
+"""Bytes on the wire and seconds of collectives on a torus of chips.
+
+Rings after "How to Scale Your Model" (jax-ml.github.io/scaling-book/sharding): a bidirectional ring of n chips gathers
+or scatters S bytes in S (n - 1) / n / (links x bandwidth) with links = 2, and takes at least a microsecond for every
+hop. All-reduce is both. All-to-all is bound by the links that cross the middle of the group. Between slices the
+network of the hosts is the bound.
+"""
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from ecdit.chips import Chip
+from ecdit.planning.hlo import HloError, Instruction, replica_groups, source_target_pairs
+
+Kind = Literal["all_reduce", "reduce_scatter", "all_gather", "all_to_all", "permute"]
+KINDS: tuple[Kind, ...] = ("all_reduce", "reduce_scatter", "all_gather", "all_to_all", "permute")
+HOP_SECONDS = 1e-6  # from a chip to its neighbour, whatever the size
+
+_OPCODES: dict[str, Kind] = {
+    "all-reduce": "all_reduce",
+    "reduce-scatter": "reduce_scatter",
+    "all-gather": "all_gather",
+    "all-to-all": "all_to_all",
+    "ragged-all-to-all": "all_to_all",
+    "collective-permute": "permute",
+    "collective-broadcast": "permute",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a device is."""
+
+    coords: tuple[int, ...]  # in the torus of its slice
+    slice: int
+    mesh: tuple[int, ...]  # in the mesh, one number an axis
+
+
+@dataclasses.dataclass(frozen=True)
+class Torus:
+    """The chips of a program: `places[i]` is that of partition i."""
+
+    chip: Chip
+    shape: tuple[int, ...]  # of one slice
+    places: Sequence[Place]
+    axes: tuple[str, ...]  # names of the mesh axes
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One collective, by the chip that waits for it."""
+
+    kind: Kind
+    axis: str  # the mesh axes that it joins, such as "fsdp+expert"
+    wire_bytes: float  # that a chip sends over links inside its slice
+    dcn_bytes: float  # that it sends to other slices
+    seconds: float
+    channel: str  # equal in all instructions that are parts of it; "" without one
+
+
+def collective_of(instruction: Instruction, torus: Torus, scattered: bool = False) -> Collective | None:
+    """What a collective instruction costs; None for other instructions.
+
+    Args:
+      instruction: with the replica groups among its attributes.
+      torus: the chips.
+      scattered: an all-reduce of which each chip keeps its part alone, which is a reduce-scatter.
+
+    Raises:
+      HloError: replica groups that cannot be read.
+    """
+    kind = _OPCODES.get(instruction.opcode.removesuffix("-start"))
+    if kind is None:
+        return None
+    kind = "reduce_scatter" if scattered else kind
+    shapes = instruction.shapes
+    if instruction.opcode.endswith("-start") and len(shapes) > 1:  # (operands, results)
+        shapes = shapes[len(shapes) // 2 :]
+    size = sum(shape.bytes for shape in shapes)
+    if kind == "permute":
+        pairs = source_target_pairs(instruction) or ((0, 0),)
+        return max((_permute(a, b, size, instruction, torus) for a, b in pairs), key=lambda one: one.seconds)
+    groups = replica_groups(instruction) or (tuple(range(len(torus.places))),)
+    if max(max(group) for group in groups) >= len(torus.places):
+        raise HloError(f"{instruction.name}: replica groups of more than {len(torus.places)} devices")
+    group = [torus.places[i] for i in groups[0]]
+    if kind == "reduce_scatter" and not scattered:
+        size *= len(group)  # its result is a part
+    slices = len({place.slice for place in group})
+    inner = [place for place in group if place.slice == group[0].slice]
+    wire, dcn = _bytes(kind, size, len(inner)), _bytes(kind, size / len(inner), slices)
+    seconds = _seconds(kind, wire, inner, _colors(instruction), torus) + dcn / torus.chip.dcn_bandwidth
+    return Collective(kind, _axes(group, torus), wire, dcn, seconds, _channel(instruction))
+
+
+def wire_bytes_by_kind(collectives: Mapping[Collective, float]) -> dict[str, float]:
+    """Bytes that a chip sends in a step, inside its slice, by kind; all five are always there."""
+    total = dict.fromkeys(KINDS, 0.0)
+    for one, times in collectives.items():
+        total[one.kind] += one.wire_bytes * times
+    return total
+
+
+def _bytes(kind: Kind, size: float, members: int) -> float:
+    """That each of `members` sends; `size` is that of the whole array."""
+    share = (members - 1) / members
+    return 2 * share * size if kind == "all_reduce" else share * size
+
+
+def _seconds(kind: Kind, wire: float, group: Sequence[Place], colors: int | None, torus: Torus) -> float:
+    members = len(group)
+    if members == 1:
+        return 0.0
+    links, stride, extent = _ring(group, torus)
+    if kind == "all_to_all":
+        return max(wire / torus.chip.link_bandwidth * _cut(group, torus), extent * HOP_SECONDS)
+    # An algorithm over several dimensions at once uses so many rings in one direction each, and says so.
+    links = max(links, colors) if colors else links
+    passes = 2 if kind == "all_reduce" else 1
+    hops = passes * (members - 1) * (0.5 if links > 1 else 1.0)
+    return max(wire * stride / (links * torus.chip.link_bandwidth), hops * HOP_SECONDS)
+
+
+def _spans(group: Sequence[Place], torus: Torus) -> list[tuple[int, int, bool]]:
+    """For each dimension that the group extends in: its members there, the hops between two, and if they are a ring."""
+    spans = []
+    for dimension, size in enumerate(torus.shape):
+        values = sorted({place.coords[dimension] for place in group})
+        if len(values) > 1:
+            stride = min(b - a for a, b in itertools.pairwise(values))
+            wraps = size % torus.chip.wraps_at == 0 and len(values) * stride == size
+            spans.append((len(values), stride, wraps))
+    return spans
+
+
+def _ring(group: Sequence[Place], torus: Torus) -> tuple[int, int, int]:
+    """Links that one ring through the group has for each chip, groups that share a link, hops from end to end."""
+    spans = _spans(group, torus)
+    if not spans:
+        return 1, 1, 1
+    stride = max(stride for _, stride, _ in spans)
+    extent = sum(count * stride // (2 if wraps else 1) for count, stride, wraps in spans)
+    # A line has one way to each end; a plane or a cube with an even side holds a ring of neighbours.
+    closed = any(wraps for *_, wraps in spans) or (len(spans) > 1 and any(count % 2 == 0 for count, *_ in spans))
+    return (2 if closed else 1), stride, extent
+
+
+def _cut(group: Sequence[Place], torus: Torus) -> float:
+    """Seconds of an all-to-all, for each byte a chip sends, in units of 1 / link bandwidth: the worst middle cut.
+
+    Half of the n chips send half of their bytes over a cut of n / n_d links, twice as many where that dimension is a
+    ring: n_d / 4 or n_d / 8 each; groups that share links share them here too.
+    """
+    members = len(group)
+    cuts = (count * stride / (8 if wraps else 4) for count, stride, wraps in _spans(group, torus))
+    return max(cuts, default=1.0) * members / (members - 1)  # of the bytes it keeps too: callers count those it sends
+
+
+def _permute(source: int, target: int, size: float, instruction: Instruction, torus: Torus) -> Collective:
+    a, b = torus.places[source], torus.places[target]
+    crosses = a.slice != b.slice
+    hops = 0
+    for x, y, side in zip(a.coords, b.coords, torus.shape, strict=True):
+        distance = abs(x - y)
+        hops += min(distance, side - distance) if side % torus.chip.wraps_at == 0 else distance
+    wire, dcn = (0.0, size) if crosses else (size if hops else 0.0, 0.0)
+    seconds = dcn / torus.chip.dcn_bandwidth if crosses else max(wire / torus.chip.link_bandwidth, hops * HOP_SECONDS)
+    return Collective("permute", _axes([a, b], torus), wire, dcn, seconds, _channel(instruction))
+
+
+def _axes(group: Sequence[Place], torus: Torus) -> str:
+    varying = [axis for i, axis in enumerate(torus.axes) if len({place.mesh[i] for place in group}) > 1]
+    return "+".join(varying) or "none"
+
+
+def _colors(instruction: Instruction) -> int | None:
+    found = re.search(r"colors:(\d+)", instruction.attributes)
+    return found and int(found.group(1))
+
+
+def _channel(instruction: Instruction) -> str:
+    found = re.search(r"channel_id=(\d+)", instruction.attributes)
+    return found.group(1) if found else ""

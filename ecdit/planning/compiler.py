@@ -1,0 +1,175 @@
+"""The TPU compiler, without a TPU: compiles a run's own step for the chips of a slice that need not be here."""
+
+import dataclasses
+import math
+import os
+import re
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from ecdit.chips import Chip, chip_named
+from ecdit.conditioning.text_to_image import make_system
+from ecdit.config import UserError
+from ecdit.diffusion.flow import sample_keys
+from ecdit.evaluation.sampling import make_sample_step
+from ecdit.partitioning import MESH_AXES, make_mesh
+from ecdit.planning.collectives import Place, Torus
+from ecdit.topology import Slice, find_slice
+from ecdit.training.experiment import Experiment, check_mesh
+from ecdit.training.optimizer import make_optimizer
+from ecdit.training.state import TrainState, abstract_state, state_shardings
+from ecdit.training.step import abstract_batch, make_train_step
+
+What = Literal["train", "sample"]
+
+
+class DoesNotFit(UserError):
+    """The step needs more memory than a chip has; the message is the compiler's, shortened."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """The slices that a step is compiled for."""
+
+    name: str  # such as 2xv5p:4x4x8
+    slice: Slice
+    num_slices: int
+    chip: Chip
+
+    @property
+    def num_chips(self) -> int:
+        """Of all slices."""
+        return self.slice.chips * self.num_slices
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledStep:
+    """What the compiler made of a step."""
+
+    text: str  # scheduled HLO
+    memory: Any  # the compiler's account, bytes of a chip
+    state: TrainState | None  # shapes and shardings; None for sampling
+    torus: Torus
+
+
+def find_target(name: str) -> Target:
+    """The target of a topology's name: `v5p:4x4x8`, `v5p-256`, or `2xv5p:4x4x8` for two slices.
+
+    Raises:
+      UserError: no such slice.
+    """
+    several = re.fullmatch(r"(\d+)x(v.+)", name)
+    count, single = (int(several.group(1)), several.group(2)) if several else (1, name)
+    if count < 1:
+        raise UserError(f"topology {name!r}: needs a slice at least")
+    found = find_slice(single)
+    return Target(name, found, count, chip_named(found.chip))
+
+
+def use_compiler() -> None:
+    """Makes this process one that compiles for TPUs and has none; call it before the first use of a device.
+
+    The variables keep libtpu from looking for a host's metadata and from locking out other processes.
+    """
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    jax.config.update("jax_platforms", "cpu")
+    # What is compiled for TPUs cannot be read back here.
+    jax.config.update("jax_enable_compilation_cache", False)
+
+
+def target_devices(target: Target) -> list[Any]:
+    """Descriptions of the target's chips.
+
+    Raises:
+      UserError: the TPU compiler is not installed.
+    """
+    from jax.experimental import topologies
+
+    options: dict[str, Any] = {"num_slices": target.num_slices} if target.num_slices > 1 else {}
+    if target.chip.name == "v4":
+        options["chip_config_name"] = "megacore"  # both cores of a chip as one device, as v5p has them anyway
+    try:
+        described = topologies.get_topology_desc(
+            platform="tpu", topology_name=f"{target.chip.name}:{target.slice.topology}", **options
+        )
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{target.name}: the TPU compiler cannot be used: {first}. It comes with pip install libtpu"
+        ) from error
+    return list(described.devices)
+
+
+def compile_step(experiment: Experiment, target: Target, what: What = "train") -> CompiledStep:
+    """Compiles the step of `experiment`, which has no phases, as a run on the target would.
+
+    Raises:
+      ConfigError: mesh, batch or groups do not fit the target.
+      DoesNotFit: the step needs more memory than the chips have.
+    """
+    mesh = make_mesh(experiment.mesh, target_devices(target))
+    check_mesh(experiment, mesh)
+    lowered, state = _lower_train(experiment, mesh) if what == "train" else (_lower_sample(experiment, mesh), None)
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise DoesNotFit(_shortened(str(error))) from error
+    return CompiledStep(compiled.as_text(), compiled.memory_analysis(), state, make_torus(mesh, target.chip))
+
+
+def make_torus(mesh: Mesh, chip: Chip) -> Torus:
+    """Where the devices of a mesh are."""
+    places = [
+        Place(tuple(device.coords), getattr(device, "slice_index", 0), index)
+        for index, device in np.ndenumerate(mesh.devices)
+    ]
+    shape = tuple(1 + max(side) for side in zip(*(place.coords for place in places), strict=True))
+    return Torus(chip, shape, places, MESH_AXES)
+
+
+def shard_bytes(tree: Any) -> int:
+    """Of a tree of arrays with shardings: what one chip holds, without padding."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+        if hasattr(leaf, "sharding")
+    )
+
+
+def _lower_train(experiment: Experiment, mesh: Mesh) -> tuple[jax.stages.Lowered, TrainState]:
+    system, optimizer = make_system(experiment.system), make_optimizer(experiment.optimizer)
+    state = abstract_state(system, optimizer, state_shardings(system, optimizer, mesh))
+    step = make_train_step(experiment, system, mesh)  # before the mesh is set: optax makes arrays
+    with jax.set_mesh(mesh):
+        return step.lower(state, abstract_batch(experiment, mesh)), state
+
+
+def _lower_sample(experiment: Experiment, mesh: Mesh) -> jax.stages.Lowered:
+    system, sampling = make_system(experiment.system), experiment.sampling
+    params = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), system.shapes(), system.shardings(mesh)
+    )
+    rows, length = sampling.batch_size, experiment.data.caption_length
+    tokens, null = (jax.ShapeDtypeStruct((count, length), jnp.int32) for count in (rows, 1))
+    key = jax.random.key_data(sample_keys(sampling.seed, [""], [0]))
+    keys = jax.ShapeDtypeStruct((rows, *key.shape[1:]), key.dtype)
+    step = make_sample_step(system, sampling, mesh)
+    with jax.set_mesh(mesh):
+        return step.lower(params, tokens, null, keys)
+
+
+def _shortened(message: str) -> str:
+    """The compiler's first sentence, and its largest allocations by name."""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    sizes = [i for i, line in enumerate(lines) if re.match(r"\d+\. Size: ", line)]
+    largest = [" ".join(lines[i : i + 4]) for i in sizes[:3]]
+    return "\n  ".join([lines[0].removeprefix("RESOURCE_EXHAUSTED: "), *largest])

@@ -1,0 +1,212 @@
+"""Seconds of a compiled step, by the compiler's own estimates and the torus's links: estimated, never measured.
+
+The schedule is walked as the chip would: computation in order, collectives and copies that have a start and a done
+beside it, each on its own engine. What is between start and done hides them; what is left is waited for.
+"""
+
+import collections
+import dataclasses
+import math
+from collections.abc import Iterable
+
+from ecdit.planning.collectives import Collective, Torus, collective_of
+from ecdit.planning.hlo import HloError, Instruction, Module
+
+# They move nothing and compute nothing.
+FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id", "replica-id"}
+FREE |= {"opt-barrier", "add-dependency", "domain"}
+FREE_CALLS = {"AllocateBuffer", "AssumeGatherIndicesInBound", "PrepareAsyncCallStart", "PrepareAsyncCallDone"}
+FREE_CALLS |= {"AsyncCollectiveStart", "AsyncCollectiveDone", "Sharding", "SPMDFullToShardShape"}
+SORT_OPERATIONS = 4  # of a vector unit, for each element, operand and stage: compare, two selects, a move
+
+PARTS = ("self_attention", "cross_attention", "ffn", "experts", "router", "conditioning", "head")
+PARTS += ("text_tower", "optimizer")
+
+
+@dataclasses.dataclass
+class Estimate:
+    """Of one step on one chip; seconds unless said otherwise."""
+
+    seconds: float = 0.0  # with what overlaps in the schedule
+    compute_seconds: float = 0.0  # if all else were hidden
+    communication_seconds: float = 0.0  # if none were
+    exposed_seconds: float = 0.0  # of communication, that computation waits for
+    memory_wait_seconds: float = 0.0  # for copies between HBM and on-chip memory
+    parts: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # compute, by PARTS or "rest"
+    priced: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # compute we priced, by opcode
+    collectives: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # how often each runs
+    instructions: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # compute, the slowest
+
+
+class _Engines:
+    """When each engine is free, in one pass of a computation."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.free = {"network": 0.0, "memory": 0.0, "sparse core": 0.0}
+        self.pending: dict[str, tuple[str, float]] = {}  # by name or channel: engine, when it is done
+
+    def start(self, key: str, engine: str, seconds: float) -> None:
+        """Begins work that goes on beside computation."""
+        self.free[engine] = max(self.now, self.free[engine]) + seconds
+        self.pending[key] = engine, self.free[engine]
+
+    def wait(self, key: str) -> tuple[str, float]:
+        """Waits for it: which engine, and the seconds that nothing was computed."""
+        engine, done = self.pending.pop(key)
+        waited = max(0.0, done - self.now)
+        self.now += waited
+        return engine, waited
+
+
+class Estimator:
+    """Walks a module; `estimate` is filled as it goes."""
+
+    def __init__(self, module: Module, torus: Torus):
+        self.module, self.torus, self.chip = module, torus, torus.chip
+        self.estimate = Estimate()
+        self.estimate.seconds = self._run(module.entry, 1)
+
+    def _run(self, name: str, times: int) -> float:
+        """Seconds of one pass through a computation that runs `times` times."""
+        engines = _Engines()
+        computation = self.module.computations[name]
+        sizes = {instruction.name: instruction for instruction in computation}
+        for instruction in computation:
+            self._step(instruction, sizes, engines, times)
+        for key in list(engines.pending):  # nothing outlives its computation
+            self._waited(engines.wait(key), times)
+        return engines.now
+
+    def _step(self, one: Instruction, known: dict[str, Instruction], engines: _Engines, times: int) -> None:
+        if one.opcode == "while":
+            trips = self.module.trip_count(one)
+            engines.now += trips * self._run(one.attribute("body"), times * trips)
+        elif one.opcode == "call":
+            engines.now += self._run(one.attribute("to_apply"), times)
+        elif one.opcode == "conditional":
+            raise HloError(f"{one.name}: a conditional's cost depends on its data")
+        elif one.opcode.endswith("-update") and one.opcode != "dynamic-update-slice":
+            engines.pending[one.name] = engines.pending.pop(one.operands[0])
+        elif one.opcode.endswith("-done"):
+            self._waited(engines.wait(one.operands[0]), times)
+        elif one.opcode.endswith("-start"):
+            self._start(one, known, engines, times)
+        elif (collective := self._synchronous(one)) is not None:
+            self._synchronous_wait(collective, engines, times)
+        elif (marker := self._marker(one)) == "AsyncCollectiveStart":
+            collective = self._inside(one)
+            self._count(collective, times)
+            engines.start(collective.channel, "network", collective.seconds)
+        elif marker == "AsyncCollectiveDone":
+            self._waited(engines.wait(self._inside(one).channel), times)
+        else:
+            engines.now += self._compute(one, known, times)
+            self._alone(one, engines, times)
+
+    def _alone(self, one: Instruction, engines: _Engines, times: int) -> None:
+        """A collective in a product's fusion, unless it is a part of one that goes on: that has begun before."""
+        collective = self._inside(one) if one.opcode == "fusion" else None
+        if collective is not None and collective.channel not in engines.pending:
+            self._synchronous_wait(collective, engines, times)
+
+    def _synchronous_wait(self, collective: Collective, engines: _Engines, times: int) -> None:
+        self._count(collective, times)
+        waited = max(0.0, engines.free["network"] - engines.now) + collective.seconds
+        engines.now += waited
+        self._waited(("network", waited), times)
+
+    def _start(self, one: Instruction, known: dict[str, Instruction], engines: _Engines, times: int) -> None:
+        collective = collective_of(one, self.torus)
+        engine = "network"
+        if collective is None and (one.attribute("to_apply") or one.attribute("calls")):
+            collective = self._inside(one)
+            engine = "network" if collective else "sparse core"
+        if collective is not None:
+            self._count(collective, times)
+            engines.start(one.name, engine, collective.seconds)
+        elif one.opcode == "copy-start":
+            engines.start(one.name, "memory", one.shapes[0].bytes / self.chip.hbm_bandwidth)
+        else:
+            engines.start(one.name, engine, self._by_bytes(one, known))
+
+    def _synchronous(self, one: Instruction) -> Collective | None:
+        """A collective that computation stands still for."""
+        found = collective_of(one, self.torus)
+        if found is None and one.opcode == "fusion" and one.cycles is None and self._marker(one) is None:
+            return self._inside(one)
+        return found
+
+    def _inside(self, one: Instruction) -> Collective | None:
+        """The collective in what a fusion or an asynchronous call runs."""
+        called = one.attribute("calls") or one.attribute("to_apply")
+        body = list(self.module.reachable(self.module.computations[called])) if called else []
+        scattered = "all-reduce-scatter" in (called or "")
+        return next((found for i in body if (found := collective_of(i, self.torus, scattered))), None)
+
+    def _marker(self, one: Instruction) -> str | None:
+        """Whether a fusion begins or ends a collective that the fusions between carry on."""
+        body = self.module.computations.get(one.attribute("calls") or "", ()) if one.opcode == "fusion" else ()
+        targets = {_target(i) for i in body if i.opcode == "custom-call"}
+        return next((name for name in ("AsyncCollectiveStart", "AsyncCollectiveDone") if name in targets), None)
+
+    def _compute(self, one: Instruction, known: dict[str, Instruction], times: int) -> float:
+        if one.opcode in FREE or _target(one) in FREE_CALLS:
+            return 0.0
+        if one.cycles is not None:
+            seconds = one.cycles / self.chip.clock
+        else:
+            seconds = self._sort(one) if one.opcode == "sort" else self._by_bytes(one, known)
+            self.estimate.priced[_target(one) or one.opcode] += seconds * times
+        self.estimate.compute_seconds += seconds * times
+        self.estimate.parts[part_of(one.op_name)] += seconds * times
+        self.estimate.instructions[f"{one.name} {one.op_name}"] += seconds * times
+        return seconds
+
+    def _by_bytes(self, one: Instruction, known: dict[str, Instruction]) -> float:
+        """Of an operation without an estimate: its arrays read and written once, at HBM's rate."""
+        size = float(one.bytes)
+        if one.opcode == "dynamic-update-slice":  # in place
+            size = 2.0 * known[one.operands[1]].bytes if one.operands[1] in known else size
+        elif "gather" in one.name and "fusion" in one.opcode:  # the rows that it takes
+            size *= 2
+        else:
+            size += sum(known[operand].bytes for operand in one.operands if operand in known)
+        return size / self.chip.hbm_bandwidth
+
+    def _sort(self, one: Instruction) -> float:
+        """A bitonic sort's stages on the vector units."""
+        dimension = int(one.attributes.split("dimensions={")[1].split("}")[0])
+        length = one.shapes[0][dimension]
+        steps = math.ceil(math.log2(max(length, 2)))
+        operations = math.prod(one.shapes[0]) * len(one.shapes) * SORT_OPERATIONS * steps * (steps + 1) / 2
+        return operations / self.chip.vector_flops
+
+    def _count(self, collective: Collective, times: int) -> None:
+        self.estimate.collectives[dataclasses.replace(collective, channel="")] += times
+        self.estimate.communication_seconds += collective.seconds * times
+
+    def _waited(self, waited: tuple[str, float], times: int) -> None:
+        engine, seconds = waited
+        if engine == "network":
+            self.estimate.exposed_seconds += seconds * times
+        else:
+            self.estimate.memory_wait_seconds += seconds * times
+
+
+def part_of(op_name: str) -> str:
+    """The part of the model that an operation's path names last; "rest" for others."""
+    places = {part: op_name.rfind(part) for part in PARTS}
+    part = max(places, key=places.__getitem__)
+    return part if places[part] >= 0 else "rest"
+
+
+def slowest(estimate: Estimate, count: int) -> Iterable[tuple[str, float]]:
+    """The instructions that take longest, all their runs together."""
+    return estimate.instructions.most_common(count)
+
+
+def _target(one: Instruction) -> str | None:
+    if one.opcode != "custom-call":
+        return None
+    return one.attributes.partition('custom_call_target="')[2].partition('"')[0]

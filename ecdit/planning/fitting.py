@@ -1,0 +1,44 @@
+"""What to change of a run that does not fit the memory of its chips."""
+
+import dataclasses
+
+from ecdit.config import ConfigError
+from ecdit.partitioning import ShardingError
+from ecdit.planning.compiler import DoesNotFit, Target, compile_step, find_target
+from ecdit.topology import usual_shapes
+from ecdit.training.experiment import Experiment
+
+SPARING = ("minimal", "attention_out", "full")  # remat policies, by falling need of memory
+
+
+def what_fits(experiment: Experiment, target: Target) -> str:
+    """Says which remat policy fits the target, or else the smallest larger slice that does with the most sparing one.
+
+    Compiles until one does, each in minutes; a slice that the config's mesh cannot be laid out on is passed over.
+    """
+    policies = SPARING[SPARING.index(experiment.model.remat) + 1 :] if experiment.model.remat in SPARING else SPARING
+    for policy in policies:
+        if _fits(_with_remat(experiment, policy), target):
+            return f"it fits with --config.model.remat={policy}"
+    sparing = _with_remat(experiment, SPARING[-1])
+    for chips in usual_shapes(target.chip.name):
+        larger = 2 * target.slice.chips <= chips <= 8 * target.slice.chips
+        if larger and chips & (chips - 1) == 0:  # doublings: what meshes are made for
+            shape = "x".join(map(str, usual_shapes(target.chip.name)[chips]))
+            name = f"{target.chip.name}:{shape}"
+            name = f"{target.num_slices}x{name}" if target.num_slices > 1 else name
+            if _fits(sparing, find_target(name)):
+                return f"no remat policy makes it fit; {name} does, with --config.model.remat={SPARING[-1]}"
+    return "nothing tried fits: no remat policy, and no slice of up to 8 times as many chips; shard more by mesh.fsdp"
+
+
+def _with_remat(experiment: Experiment, policy: str) -> Experiment:
+    return dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, remat=policy))
+
+
+def _fits(experiment: Experiment, target: Target) -> bool:
+    try:
+        compile_step(experiment, target)
+    except (DoesNotFit, ConfigError, ShardingError):
+        return False
+    return True

@@ -1,0 +1,232 @@
+"""Reads what the TPU compiler wrote: `compiled.as_text()`, scheduled HLO, as plain records.
+
+Only what planning needs is taken out: computations in schedule order, each instruction's opcode, result, operands and
+attributes, trip counts of loops, and the compiler's own estimate of an instruction's cycles.
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+ITEM_BYTES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2}
+ITEM_BYTES |= {"s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8, "c64": 8, "token": 0, "opaque": 0}
+
+_ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_NAME = re.compile(r"%([\w.\-]+)")
+_MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?\]T?(?:\([\d,]*\))?)\))? \{([^}]*)\}")
+
+
+class HloError(ValueError):
+    """HLO that this reader does not know how to take."""
+
+
+class Shape(tuple):
+    """The dimensions of an array, with its element type as `dtype`."""
+
+    dtype: str
+
+    def __new__(cls, dtype: str, dimensions: tuple[int, ...]) -> "Shape":
+        """Of an array of `dtype`, by its HLO name."""
+        shape = super().__new__(cls, dimensions)
+        shape.dtype = dtype
+        return shape
+
+    @property
+    def bytes(self) -> int:
+        """Without the padding of tiles.
+
+        Raises:
+          HloError: an element type that the reader does not know.
+        """
+        if self.dtype not in ITEM_BYTES:
+            size = re.fullmatch(r"[a-z](\d+)\w*", self.dtype)  # f8e4m3fn, s4, ...
+            if not size:
+                raise HloError(f"element type {self.dtype!r}: its size is not known")
+            return math.ceil(math.prod(self) * int(size.group(1)) / 8)
+        return math.prod(self) * ITEM_BYTES[self.dtype]
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """A line of a computation."""
+
+    name: str
+    opcode: str
+    result: str  # its type, as text
+    operands: tuple[str, ...]  # names
+    attributes: str  # all that follows the operands, as text
+    literal: str  # what stands in place of operands: a constant's value, a parameter's number
+
+    @functools.cached_property
+    def shapes(self) -> tuple[Shape, ...]:
+        """The arrays of the result: one, or a tuple's."""
+        return tuple(array_shapes(self.result))
+
+    @property
+    def bytes(self) -> int:
+        """Of the result."""
+        return sum(shape.bytes for shape in self.shapes)
+
+    def attribute(self, key: str) -> str | None:
+        """The name that an attribute such as calls=%name holds."""
+        found = re.search(rf"\b{key}=%?([\w.\-]+)", self.attributes)
+        return found and found.group(1)
+
+    @functools.cached_property
+    def cycles(self) -> int | None:
+        """The compiler's own estimate; None where it made none."""
+        found = re.search(r'"estimated_cycles":"(\d+)"', self.attributes)
+        return found and int(found.group(1))
+
+    @functools.cached_property
+    def op_name(self) -> str:
+        """The path of the operation in the traced program; "" for what the compiler added."""
+        found = re.search(r'op_name="([^"]*)"', self.attributes)
+        return found.group(1) if found else ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Module:
+    """A compiled program."""
+
+    computations: Mapping[str, tuple[Instruction, ...]]  # in schedule order
+    entry: str
+
+    def trip_count(self, loop: Instruction) -> int:
+        """How often the body of a `while` runs: the bound that its condition compares a counter from 0 with.
+
+        Raises:
+          HloError: the condition is of another form.
+        """
+        known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
+        if known:
+            return int(known.group(1))
+        condition = self.computations[loop.attribute("condition")]
+        bounds = [int(i.literal) for i in self.reachable(condition) if i.opcode == "constant" and _is_int(i)]
+        compares = [i for i in self.reachable(condition) if i.opcode == "compare"]
+        if len(bounds) != 1 or len(compares) != 1 or "direction=LT" not in compares[0].attributes:
+            raise HloError(f"{loop.name}: cannot tell how often it runs: {[i.opcode for i in condition]}, {bounds}")
+        return bounds[0]
+
+    def reachable(self, computation: tuple[Instruction, ...]) -> Iterator[Instruction]:
+        """Its instructions and those of the fusions and calls in it."""
+        for instruction in computation:
+            yield instruction
+            called = instruction.attribute("calls") or instruction.attribute("to_apply")
+            if called in self.computations:
+                yield from self.reachable(self.computations[called])
+
+
+def parse(text: str) -> Module:
+    """The module that `compiled.as_text()` wrote.
+
+    Raises:
+      HloError: no entry computation, or a line that cannot be read.
+    """
+    computations: dict[str, tuple[Instruction, ...]] = {}
+    entry, name, lines = None, None, []
+    for line in text.splitlines():
+        header = _HEADER.match(line) if not line.startswith(" ") else None
+        if header:
+            name, lines = header.group(2), []
+            entry = name if header.group(1) else entry
+        elif name is not None and line.startswith("}"):
+            computations[name], name = tuple(lines), None
+        elif name is not None:
+            lines.append(_instruction(line))
+    if entry is None:
+        raise HloError("no entry computation")
+    return Module(computations, entry)
+
+
+def array_shapes(text: str) -> Iterator[Shape]:
+    """The arrays in a type such as `(f32[2,3]{1,0}, s32[])`."""
+    for dtype, dimensions in _ARRAY.findall(text):
+        yield Shape(dtype, tuple(int(size) for size in dimensions.split(",") if size))
+
+
+def replica_groups(instruction: Instruction) -> tuple[tuple[int, ...], ...] | None:
+    """The groups of partitions that a collective works in; None for one group of all.
+
+    Raises:
+      HloError: groups in a form that the reader does not know.
+    """
+    attributes = instruction.attributes
+    if "replica_groups={}" in attributes or "replica_groups" not in attributes:
+        return None
+    mesh = _MESH.search(attributes)
+    if mesh:
+        return _mesh_groups(*mesh.groups())
+    iota = re.search(r"replica_groups=(\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?)", attributes)
+    if iota:
+        return tuple(map(tuple, _iota(iota.group(1))))
+    listed = re.search(r"replica_groups=\{(\{[\d,{}]*\})\}", attributes)
+    if not listed:
+        raise HloError(f"{instruction.name}: replica groups not understood")
+    return tuple(tuple(map(int, group.split(","))) for group in re.findall(r"\{([\d,]+)\}", listed.group(1)))
+
+
+def source_target_pairs(instruction: Instruction) -> tuple[tuple[int, int], ...]:
+    """Of a collective-permute."""
+    listed = re.search(r"source_target_pairs=\{(.*?)\}\}", instruction.attributes)
+    return tuple((int(a), int(b)) for a, b in re.findall(r"\{(\d+),(\d+)", listed.group(1) + "}")) if listed else ()
+
+
+def _mesh_groups(axes: str, device_ids: str | None, over: str) -> tuple[tuple[int, ...], ...]:
+    """Groups written as a mesh and the axes of it that are joined."""
+    sizes = {key: int(size) for key, size in re.findall(r"'([^']+)'=(\d+)", axes)}
+    shape = tuple(sizes.values())
+    ids = np.arange(math.prod(shape)) if device_ids is None else np.concatenate(_iota(device_ids))
+    grid, names = np.asarray(ids).reshape(shape), list(sizes)
+    joined = [names.index(axis) for axis in re.findall(r"'([^']+)'", over)]
+    grid = np.moveaxis(grid, joined, range(grid.ndim - len(joined), grid.ndim))
+    return tuple(map(tuple, grid.reshape(-1, math.prod(shape[i] for i in joined)).tolist()))
+
+
+def _iota(text: str) -> list[list[int]]:
+    """Lists in the form `[2,64]<=[128]`, `[2,64]<=[64,2]T(1,0)` or `[2,64]T(1,0)` (of the rows' own shape)."""
+    pattern = r"\[([\d,]+)\](?:<=\[([\d,]+)\])?(?:T\(([\d,]+)\))?"
+    shape, source, order = (
+        tuple(map(int, part.split(","))) if part else None for part in re.fullmatch(pattern, text).groups()
+    )
+    grid = np.arange(math.prod(shape)).reshape(source or shape)
+    grid = grid if order is None else grid.transpose(order)
+    return grid.reshape(shape if source else grid.shape).tolist()
+
+
+def _instruction(line: str) -> Instruction:
+    """Of a line such as `ROOT %name = type opcode(operands), attributes`."""
+    name, separator, rest = line.strip().removeprefix("ROOT ").partition(" = ")
+    if not separator:
+        raise HloError(f"not an instruction: {line[:200]}")
+    end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
+    result, rest = rest[:end], rest[end:].lstrip()
+    opening = rest.index("(")
+    closing = _closing(rest, opening)
+    inside = rest[opening + 1 : closing]
+    operands = tuple(_NAME.findall(inside))
+    return Instruction(
+        name.lstrip("%"), rest[:opening], result, operands, rest[closing + 1 :], "" if operands else inside
+    )
+
+
+_BRACKETS = re.compile(r"[()]")
+
+
+def _closing(text: str, opening: int) -> int:
+    """Where the parenthesis at `opening` is closed."""
+    depth = 0
+    for found in _BRACKETS.finditer(text, opening):
+        depth += 1 if found.group() == "(" else -1
+        if depth == 0:
+            return found.start()
+    raise HloError(f"unbalanced parentheses: {text[:200]}")
+
+
+def _is_int(constant: Instruction) -> bool:
+    return constant.result.startswith(("s32[]", "u32[]", "s64[]"))

@@ -1,0 +1,227 @@
+"""What a run would need and how fast it would be on a slice: memory, wire bytes and an estimate of the step's time.
+
+Every time here is an estimate, made of the TPU compiler's own cycles and of formulas for the torus's links. Compare it
+with estimates of other configs, and with that of a model whose speed is known (configs/README.md), not with a clock.
+"""
+
+import collections
+import dataclasses
+import math
+
+import jax
+
+from ecdit.conditioning.sizes import forward_parts, training_flops
+from ecdit.models.sizes import total_flops
+from ecdit.planning.collectives import wire_bytes_by_kind
+from ecdit.planning.compiler import CompiledStep, Target, What, compile_step, shard_bytes
+from ecdit.planning.estimate import Estimate, Estimator, slowest
+from ecdit.planning.hlo import parse
+from ecdit.training.experiment import Experiment
+
+DAY = 86_400.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Of one step on a slice; bytes and seconds are of a chip and a step where nothing else is said."""
+
+    topology: str
+    what: What
+    num_chips: int
+    batch_size: int  # images of a step
+    hbm_bytes_per_chip: int
+    hbm_limit: int
+    hbm_parts: dict[str, int]  # parameters (with frozen ones), optimizer, ema, other arguments, padding, temporaries
+    checkpoint_bytes_per_host: int
+    save_blocks_seconds: float  # until the arrays are copied to the hosts and the next step can start
+    compute_seconds: float
+    compute_seconds_by_part: dict[str, float]
+    priced_by_bytes: dict[str, float]  # compute without the compiler's estimate, by opcode; in compute_seconds
+    collective_bytes: dict[str, float]  # on the wire inside a slice, by kind, always all five
+    collective_bytes_by_axis: dict[str, float]
+    collective_seconds: dict[str, float]  # by kind and axis, hidden or not
+    dcn_bytes: float  # to other slices
+    exposed_communication_seconds: float
+    estimated_step_seconds: float
+    seconds_all_hidden: float  # if all communication were hidden behind computation
+    seconds_none_hidden: float
+    model_flops_per_step: float  # of the denoiser: 3 x forward in training, 1 x for each call in sampling
+    peak_flops_per_chip: float
+    estimated_mfu: float
+    images_per_second: float
+    days: float  # to the last step; 0 for sampling
+    chip_hours: float
+    slowest: dict[str, float]  # instructions, all their runs
+    warnings: list[str]
+
+
+def make_plan(experiment: Experiment, target: Target, what: What = "train") -> Plan:
+    """Plans `experiment`, which has no phases, by compiling its step; takes minutes.
+
+    Raises:
+      ConfigError: mesh, batch or groups do not fit the target.
+      DoesNotFit: the step needs more memory than the chips have.
+    """
+    step = compile_step(experiment, target, what)
+    estimate = Estimator(parse(step.text), step.torus).estimate
+    flops, images = _model_flops(experiment, what), _images(experiment, what)
+    seconds, peak = estimate.seconds, target.chip.peak_flops
+    total_seconds = seconds * experiment.train.num_steps if what == "train" else 0.0
+    state_bytes = shard_bytes(step.state) if step.state else 0
+    return Plan(
+        topology=target.name,
+        what=what,
+        num_chips=target.num_chips,
+        batch_size=images,
+        hbm_bytes_per_chip=_needed(step),
+        hbm_limit=int(target.chip.hbm_bytes),
+        hbm_parts=_memory_parts(step),
+        checkpoint_bytes_per_host=math.ceil(_saved_bytes(step) / (target.slice.hosts * target.num_slices)),
+        save_blocks_seconds=state_bytes / target.chip.host_bandwidth,
+        compute_seconds=estimate.compute_seconds,
+        compute_seconds_by_part=dict(estimate.parts.most_common()),
+        priced_by_bytes=dict(estimate.priced.most_common()),
+        collective_bytes=wire_bytes_by_kind(estimate.collectives),
+        collective_bytes_by_axis=_by_axis(estimate),
+        collective_seconds=_by_kind_and_axis(estimate),
+        dcn_bytes=sum(one.dcn_bytes * times for one, times in estimate.collectives.items()),
+        exposed_communication_seconds=estimate.exposed_seconds,
+        estimated_step_seconds=seconds,
+        seconds_all_hidden=seconds - estimate.exposed_seconds,
+        seconds_none_hidden=seconds - estimate.exposed_seconds + estimate.communication_seconds,
+        model_flops_per_step=flops,
+        peak_flops_per_chip=peak,
+        estimated_mfu=flops / (seconds * target.num_chips * peak),
+        images_per_second=images / seconds,
+        days=total_seconds / DAY,
+        chip_hours=total_seconds / 3600 * target.num_chips,
+        slowest=dict(slowest(estimate, 12)),
+        warnings=misaligned(step),
+    )
+
+
+def report(plan: Plan) -> list[str]:
+    """Lines for people."""
+    parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in plan.hbm_parts.items())
+    wire = ", ".join(f"{kind} {size / 1e9:.2f}" for kind, size in plan.collective_bytes.items())
+    compute = ", ".join(f"{name} {1e3 * s:.0f}" for name, s in plan.compute_seconds_by_part.items())
+    lines = [
+        f"{plan.topology}: {plan.num_chips} chips, {plan.what}, {plan.batch_size} images a step. Times are estimates.",
+        f"memory of a chip    {plan.hbm_bytes_per_chip / 1e9:.2f} of {plan.hbm_limit / 1e9:.0f} GB: {parts}",
+        f"step                {plan.estimated_step_seconds:.3f} s ({plan.seconds_all_hidden:.3f} if all communication "
+        f"were hidden, {plan.seconds_none_hidden:.3f} if none), MFU {plan.estimated_mfu:.1%}",
+        f"compute, ms         {compute}",
+        f"wire of a chip, GB  {wire}",
+        f"exposed             {1e3 * plan.exposed_communication_seconds:.0f} ms of communication",
+    ]
+    if plan.what == "train":
+        lines += [
+            f"the whole run       {plan.images_per_second:,.0f} images/s, {plan.days:.1f} days, "
+            f"{plan.chip_hours:,.0f} chip-hours",
+            f"checkpoint          {plan.checkpoint_bytes_per_host / 1e9:.1f} GB a host, a save blocks for "
+            f"{plan.save_blocks_seconds:.1f} s",
+        ]
+    return [*lines, f"dominated by        {advice(plan)}", *(f"warning: {warning}" for warning in plan.warnings)]
+
+
+# What to change where a part of the step takes most: the key, and how.
+_FIELDS = {
+    "experts": "the experts' products: model.capacity_factor is their work, mesh.expert their slots' layout",
+    "ffn": "the dense FFNs: their products are near the chips' peak",
+    "self_attention": "self-attention: its tokens are model.mask_ratio's",
+    "cross_attention": "cross-attention: its text tokens are data.caption_length's",
+    "optimizer": "the optimizer: more of mesh.fsdp or mesh.expert shards its state",
+    "text_tower": "the text tower: encode captions beforehand",
+    "all_gather": "gathering weights: fewer of mesh.fsdp x mesh.expert, or more of train.batch_size for each chip",
+    "reduce_scatter": "reducing gradients: more of train.batch_size for each chip",
+    "all_reduce": "reducing gradients: more of mesh.fsdp in place of mesh.data",
+    "all_to_all": "exchanging tokens: less of mesh.expert",
+}
+
+
+def advice(plan: Plan) -> str:
+    """What takes most of the step, and which field changes it."""
+    shares = collections.Counter(plan.compute_seconds_by_part)
+    hidden = plan.exposed_communication_seconds / max(sum(plan.collective_seconds.values()), 1e-12)
+    for name, seconds in plan.collective_seconds.items():
+        shares[name.split(" over ")[0]] += seconds * hidden
+    name, seconds = shares.most_common(1)[0]
+    return f"{_FIELDS.get(name, name)} ({seconds / plan.estimated_step_seconds:.0%} of the step)"
+
+
+def misaligned(step: CompiledStep) -> list[str]:
+    """Parameters whose shards are no multiple of a tile's 16 rows or 128 columns: the compiler pads and copies them."""
+    if step.state is None:
+        return []
+    found: dict[str, list[str]] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(step.state.params):
+        shard = leaf.sharding.shard_shape(leaf.shape)
+        if leaf.ndim < 2 or shard == leaf.shape:
+            continue
+        for size, part, tile in zip(leaf.shape[-2:], shard[-2:], (16, 128), strict=True):
+            if part != size and part % tile and math.prod(shard) > 2**16:
+                found.setdefault(f"shards of {part} of {size}, no multiple of {tile}", []).append(
+                    jax.tree_util.keystr(path, simple=True, separator="/")
+                )
+    return [f"{text}: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}" for text, names in found.items()]
+
+
+def _needed(step: CompiledStep) -> int:
+    memory = step.memory
+    fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    code = memory.generated_code_size_in_bytes
+    return memory.argument_size_in_bytes + memory.temp_size_in_bytes + fresh + code
+
+
+def _memory_parts(step: CompiledStep) -> dict[str, int]:
+    memory, state = step.memory, step.state
+    parts = {}
+    if state is not None:
+        parts = {
+            "parameters": shard_bytes((state.params, state.frozen)),
+            "optimizer": shard_bytes(state.optimizer),
+            "ema": shard_bytes(state.ema),
+        }
+    rest = memory.argument_size_in_bytes - sum(parts.values())
+    parts["batch and padding"] = rest  # of the state's arrays to whole tiles
+    return parts | {"temporaries": _needed(step) - memory.argument_size_in_bytes}
+
+
+def _saved_bytes(step: CompiledStep) -> int:
+    leaves = jax.tree.leaves(step.state) if step.state is not None else []
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def _images(experiment: Experiment, what: What) -> int:
+    return experiment.train.batch_size if what == "train" else experiment.sampling.batch_size
+
+
+def _model_flops(experiment: Experiment, what: What) -> float:
+    """Of the denoiser, without towers, tables and what is computed again."""
+    system = experiment.system
+    if what == "train":
+        tower = total_flops(part for part in forward_parts(system, *_seen(experiment)) if part.name == "text_tower")
+        return (training_flops(system) - 3 * tower) * experiment.train.batch_size
+    sampling = experiment.sampling
+    parts = forward_parts(system, system.model.num_tokens, sampling.group)
+    passes = (1 if sampling.guidance.scale == 1 else 2) * (2 if sampling.solver == "heun" else 1) * sampling.num_steps
+    denoiser = total_flops(part for part in parts if part.name != "text_tower")
+    return denoiser * passes * sampling.batch_size
+
+
+def _seen(experiment: Experiment) -> tuple[int, str]:
+    return experiment.model.num_kept, experiment.model.group
+
+
+def _by_axis(estimate: Estimate) -> dict[str, float]:
+    total: collections.Counter[str] = collections.Counter()
+    for one, times in estimate.collectives.items():
+        total[one.axis] += one.wire_bytes * times
+    return dict(total.most_common())
+
+
+def _by_kind_and_axis(estimate: Estimate) -> dict[str, float]:
+    total: collections.Counter[str] = collections.Counter()
+    for one, times in estimate.collectives.items():
+        total[f"{one.kind} over {one.axis}"] += one.seconds * times
+    return dict(total.most_common())
