@@ -23,7 +23,7 @@ SIZES = {
     "3XL": (2304, 42, 42, 36, 6),
     "M": (3072, 46, 38, 48, 12),
 }
-# Chips over which experts lie, and over which one copy of the state does; dense models lie over as many as experts would.
+# Chips over which experts lie, and over which one copy of the state does; dense models lie over as many as experts.
 # Powers of two that leave shards of whole tiles (16 rows): 1152 / 4, 1536 / 16, 2304 / 16, 3072 / 64.
 MESHES = {"XL": (4, 4), "XXL": (16, 16), "3XL": (16, 64), "M": (64, 128)}
 EXPERTS = {"8E": 8, "16E": 16, "32E": 32, "64E": 64}  # [P]

@@ -96,6 +96,22 @@ def collective_of(instruction: Instruction, torus: Torus, scattered: bool = Fals
     return Collective(kind, _axes(group, torus), wire, dcn, seconds, _channel(instruction))
 
 
+def between_slices(send: Instruction, torus: Torus) -> Collective:
+    """What a `send` to the runtime that joins slices costs: its part of a collective over all of them."""
+    found = re.search(r'_xla_megascale_transfer_type="(\w+)"', send.attributes)
+    name = found.group(1).lower() if found else ""
+    kind: Kind = next((kind for kind in KINDS if kind == name), "permute")
+    slices, size = len({place.slice for place in torus.places}), float(send.shapes[0].bytes)
+    dcn = size if kind == "permute" else _bytes(kind, size, slices)
+    return Collective(kind, "slices", 0.0, dcn, dcn / torus.chip.dcn_bandwidth, rendezvous(send))
+
+
+def rendezvous(transfer: Instruction) -> str:
+    """What the `send` and the `recv` of one collective between slices have in common."""
+    found = re.search(r'_xla_host_transfer_rendezvous="([^"]*)"', transfer.attributes)
+    return found.group(1) if found else transfer.name
+
+
 def wire_bytes_by_kind(collectives: Mapping[Collective, float]) -> dict[str, float]:
     """Bytes that a chip sends in a step, inside its slice, by kind; all five are always there."""
     total = dict.fromkeys(KINDS, 0.0)

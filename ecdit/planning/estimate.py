@@ -9,7 +9,7 @@ import dataclasses
 import math
 from collections.abc import Iterable
 
-from ecdit.planning.collectives import Collective, Torus, collective_of
+from ecdit.planning.collectives import Collective, Torus, between_slices, collective_of, rendezvous
 from ecdit.planning.hlo import HloError, Instruction, Module
 
 # They move nothing and compute nothing.
@@ -43,7 +43,7 @@ class _Engines:
 
     def __init__(self) -> None:
         self.now = 0.0
-        self.free = {"network": 0.0, "memory": 0.0, "sparse core": 0.0}
+        self.free = {"network": 0.0, "hosts": 0.0, "memory": 0.0, "sparse core": 0.0}
         self.pending: dict[str, tuple[str, float]] = {}  # by name or channel: engine, when it is done
 
     def start(self, key: str, engine: str, seconds: float) -> None:
@@ -88,6 +88,14 @@ class Estimator:
             raise HloError(f"{one.name}: a conditional's cost depends on its data")
         elif one.opcode.endswith("-update") and one.opcode != "dynamic-update-slice":
             engines.pending[one.name] = engines.pending.pop(one.operands[0])
+        elif one.opcode == "send":  # to other slices, by way of the hosts
+            collective = between_slices(one, self.torus)
+            self._count(collective, times)
+            engines.start(collective.channel, "hosts", collective.seconds)
+        elif one.opcode in ("recv", "send-done"):
+            pass  # the wait is for what comes back
+        elif one.opcode == "recv-done":
+            self._waited(engines.wait(rendezvous(known[one.operands[0]])), times)
         elif one.opcode.endswith("-done"):
             self._waited(engines.wait(one.operands[0]), times)
         elif one.opcode.endswith("-start"):
@@ -188,7 +196,7 @@ class Estimator:
 
     def _waited(self, waited: tuple[str, float], times: int) -> None:
         engine, seconds = waited
-        if engine == "network":
+        if engine in ("network", "hosts"):
             self.estimate.exposed_seconds += seconds * times
         else:
             self.estimate.memory_wait_seconds += seconds * times

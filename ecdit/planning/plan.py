@@ -12,6 +12,7 @@ import jax
 
 from ecdit.conditioning.sizes import forward_parts, training_flops
 from ecdit.models.sizes import total_flops
+from ecdit.partitioning import TILE_ROWS
 from ecdit.planning.collectives import wire_bytes_by_kind
 from ecdit.planning.compiler import CompiledStep, Target, What, compile_step, shard_bytes
 from ecdit.planning.estimate import Estimate, Estimator, slowest
@@ -150,19 +151,16 @@ def advice(plan: Plan) -> str:
 
 
 def misaligned(step: CompiledStep) -> list[str]:
-    """Parameters whose shards are no multiple of a tile's 16 rows or 128 columns: the compiler pads and copies them."""
+    """Large parameters whose shards are no multiple of a tile's rows (see `partitioning.param_axes`)."""
     if step.state is None:
         return []
     found: dict[str, list[str]] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(step.state.params):
         shard = leaf.sharding.shard_shape(leaf.shape)
-        if leaf.ndim < 2 or shard == leaf.shape:
-            continue
-        for size, part, tile in zip(leaf.shape[-2:], shard[-2:], (16, 128), strict=True):
-            if part != size and part % tile and math.prod(shard) > 2**16:
-                found.setdefault(f"shards of {part} of {size}, no multiple of {tile}", []).append(
-                    jax.tree_util.keystr(path, simple=True, separator="/")
-                )
+        for size, part in zip(leaf.shape[-2:], shard[-2:], strict=True):
+            if part != size and part % TILE_ROWS and math.prod(leaf.shape) > 2**20:
+                name = jax.tree_util.keystr(path, simple=True, separator="/")
+                found.setdefault(f"shards of {part} of {size}, no multiple of {TILE_ROWS}", []).append(name)
     return [f"{text}: {', '.join(names[:3])}{' ...' if len(names) > 3 else ''}" for text, names in found.items()]
 
 

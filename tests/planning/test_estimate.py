@@ -4,7 +4,7 @@ import pytest
 
 from ecdit.planning.estimate import Estimator, part_of
 from ecdit.planning.hlo import HloError, parse
-from tests.planning.test_collectives import RING
+from tests.planning.test_collectives import RING, torus
 
 CYCLES = 'backend_config={{"window_config":{{"estimated_cycles":"{}"}}}}'
 GROUPS = "channel_id={}, replica_groups={{{{0,1,2,3}}}}, dimensions={{0}}"
@@ -129,6 +129,23 @@ def test_a_call_to_the_sparse_cores_goes_on_beside():
     found = estimate(start, compute("a", 1.0), "%d = f32[62500000] call-done(%s)", more=offloaded)
     assert found.exposed_seconds == 0
     assert found.communication_seconds == pytest.approx(GATHERED)
+
+
+def test_what_goes_to_other_slices_is_waited_for_where_it_comes_back():
+    """Two slices: half of a gigabyte is sent on and comes back, twice 0.5 GB at 0.1 GB/s, beside nine seconds' work."""
+    names = '_xla_host_transfer_rendezvous="r_0",_xla_megascale_transfer_type="ALL_REDUCE"'
+    module = program(
+        "%x = f32[250000000] parameter(1)",
+        f"%s = (f32[250000000], u32[], token[]) send(%x, %p), frontend_attributes={{{names}}}",
+        "%t = token[] send-done(%s)",
+        compute("a", 9.0),
+        f"%r = (f32[250000000], u32[], token[]) recv(%p), frontend_attributes={{{names}}}",
+        "%d = (f32[250000000], token[]) recv-done(%r)",
+    )
+    found = Estimator(module, torus((1, 1, 4), slices=2)).estimate
+    (one,) = found.collectives
+    assert (one.kind, one.axis, one.wire_bytes, one.dcn_bytes) == ("all_reduce", "slices", 0, 1e9)
+    assert found.exposed_seconds == pytest.approx(1.0)
 
 
 LOOP = f"""\

@@ -1,0 +1,204 @@
+"""Plans of small steps by the real TPU compiler, and what a plan makes of what the compiler says."""
+
+import dataclasses
+import json
+import re
+
+import pytest
+
+from ecdit.config import UserError
+from ecdit.planning import fitting
+from ecdit.planning.compiler import DoesNotFit, compile_step, find_target
+from ecdit.planning.fitting import what_fits
+from ecdit.planning.hlo import array_shapes, parse
+from ecdit.planning.plan import Plan, advice, make_plan, report
+from ecdit.training.experiment import make_experiment
+from tests.runs import ROOT, command, run
+from tests.system.test_ec_dit import SMALL, small_values
+
+# Wide enough for whole tiles on four chips; a compilation takes some ten seconds.
+CHANGES = {"model__width": 256, "model__heads": 4, "text__width": 128, "sampling__batch_size": 16}
+
+
+def small(**changes):
+    return make_experiment(small_values("XL-8E", **CHANGES | changes))
+
+
+@pytest.fixture(scope="module")
+def plan():
+    return make_plan(small(), find_target("v5p:2x2x1"))
+
+
+def test_a_plan_adds_up(plan):
+    assert plan.num_chips == 4
+    assert plan.hbm_bytes_per_chip == sum(plan.hbm_parts.values()) < plan.hbm_limit
+    parameters, moments, ema = (plan.hbm_parts[name] for name in ("parameters", "optimizer", "ema"))
+    assert moments == pytest.approx(2 * ema, rel=1e-3)  # RMSProp's square and its momentum
+    assert parameters > ema  # with the frozen text tower
+    assert plan.hbm_parts["batch and padding"] >= 0
+    assert plan.compute_seconds == pytest.approx(sum(plan.compute_seconds_by_part.values()))
+    assert {"self_attention", "cross_attention", "ffn", "experts", "router"} <= set(plan.compute_seconds_by_part)
+    assert plan.seconds_all_hidden <= plan.estimated_step_seconds <= plan.seconds_none_hidden
+    hidden = plan.estimated_step_seconds - plan.seconds_all_hidden
+    assert hidden == pytest.approx(plan.exposed_communication_seconds)
+    assert set(plan.collective_bytes) == {"all_reduce", "reduce_scatter", "all_gather", "all_to_all", "permute"}
+    assert sum(plan.collective_bytes_by_axis.values()) == pytest.approx(sum(plan.collective_bytes.values()))
+    assert plan.dcn_bytes == 0
+
+
+def test_the_speed_of_a_plan_by_hand(plan):
+    seconds = plan.estimated_step_seconds
+    assert plan.estimated_mfu == pytest.approx(plan.model_flops_per_step / (seconds * 4 * 459e12))
+    assert plan.images_per_second == pytest.approx(64 / seconds)
+    assert plan.days == pytest.approx(800_000 * seconds / 86_400)
+    assert plan.chip_hours == pytest.approx(4 * 24 * plan.days)
+    state_bytes = sum(plan.hbm_parts[name] for name in ("parameters", "optimizer", "ema"))
+    assert plan.save_blocks_seconds == pytest.approx(state_bytes / 16e9, rel=0.01)
+    # One host: what it saves is at least what its four chips share out, and no more than each having all.
+    assert 1 <= plan.checkpoint_bytes_per_host / state_bytes <= 4
+
+
+def test_the_flops_of_a_plan_are_the_denoiser_s(plan):
+    from ecdit.models.sizes import denoiser_parts, total_flops
+
+    experiment = small()
+    parts = denoiser_parts(experiment.model, 128, 128, experiment.model.num_kept, experiment.model.group)
+    assert plan.model_flops_per_step == pytest.approx(3 * 64 * total_flops(parts))
+
+
+def test_what_people_read_of_a_plan(plan):
+    text = "\n".join(report(plan))
+    assert "v5p:2x2x1: 4 chips, train, 64 images a step. Times are estimates." in text
+    assert re.search(r"MFU \d+\.\d%", text)
+    assert "all_to_all" in text
+    wide = dataclasses.replace(plan, compute_seconds_by_part={"experts": 0.9 * plan.estimated_step_seconds})
+    assert advice(wide).startswith("the experts' products: model.capacity_factor")
+
+
+@pytest.fixture(scope="module")
+def routed():
+    """What a chip of eight runs, all of them holding experts: the collectives are those of a pod."""
+    changes = {"mesh__expert": 8, "train__batch_size": 128, "sampling__batch_size": 16, "runtime__tpu_options": ()}
+    return compile_step(small(**changes), find_target("v5p:2x2x2"))
+
+
+def test_a_tpu_gathers_weights_and_no_tokens(routed):
+    """Tokens go to their experts by all-to-all over `expert`; a gather of activations would be of batch size."""
+    experiment, module = small(), parse(routed.text)
+    images, kept, width = 128, experiment.model.num_kept, experiment.model.width
+    shapes = {"all-gather": [], "all-to-all": []}
+    for computation in module.computations.values():
+        for one in computation:
+            if one.opcode in shapes:
+                shapes[one.opcode] += [tuple(shape) for shape in array_shapes(one.result)]
+    slots = [shape for shape in shapes["all-to-all"] if width in shape]
+    assert len(slots) >= 4
+    tokens = images // 8 * kept * width  # of one chip: what is gathered of tokens is more than that
+    gathered = [shape for shape in shapes["all-gather"] if kept in shape[1:-1] or images in shape]
+    assert [shape for shape in gathered if width in shape and _size(shape) > tokens] == []
+
+
+def _size(shape):
+    size = 1
+    for side in shape:
+        size *= side
+    return size
+
+
+def test_two_slices_meet_over_the_network_alone_by_data():
+    experiment = small(mesh__slices=2, train__batch_size=128, runtime__tpu_options=())
+    found = make_plan(experiment, find_target("2xv5p:2x2x1"))
+    assert found.num_chips == 8
+    assert found.dcn_bytes > 0
+    # Whatever goes between them is a gradient, or a number, added up.
+    assert {name for name in found.collective_seconds if "slices" in name} == {"all_reduce over slices"}
+
+
+def test_sampling_is_planned_too():
+    found = make_plan(small(sampling__num_steps=3), find_target("v5p:2x2x1"), "sample")
+    assert (found.what, found.batch_size, found.days) == ("sample", 16, 0)
+    assert found.hbm_parts.keys() == {"batch and padding", "temporaries"}
+    assert 0 < found.estimated_mfu < 1
+
+
+@pytest.mark.parametrize(
+    ("name", "chips", "slices"), [("v5p:4x4x8", 128, 1), ("v5p-256", 128, 1), ("2xv5p:4x4x8", 256, 2), ("v4-8", 4, 1)]
+)
+def test_targets_by_name(name, chips, slices):
+    target = find_target(name)
+    assert (target.num_chips, target.num_slices) == (chips, slices)
+
+
+@pytest.mark.parametrize("name", ["v5p:4x4x9", "v99-8", "0xv5p:4x4x8", "tpu"])
+def test_other_targets_are_refused(name):
+    with pytest.raises(UserError, match=re.escape(name.removeprefix("0x"))):
+        find_target(name)
+
+
+# What does not fit
+
+
+def fake_compiler(monkeypatch, fits):
+    """Compilations that are only asked whether they fit."""
+    tried = []
+
+    def compile_step(experiment, target):
+        tried.append((experiment.model.remat, target.name))
+        if not fits(experiment.model.remat, target.num_chips):
+            raise DoesNotFit("too large")
+
+    monkeypatch.setattr(fitting, "compile_step", compile_step)
+    return tried
+
+
+def test_a_more_sparing_policy_is_tried_first(monkeypatch):
+    tried = fake_compiler(monkeypatch, lambda remat, chips: remat == "full")
+    said = what_fits(small(model__remat="minimal"), find_target("v5p:4x4x4"))
+    assert said == "it fits with --config.model.remat=full"
+    assert tried == [("attention_out", "v5p:4x4x4"), ("full", "v5p:4x4x4")]
+
+
+def test_then_the_smallest_larger_slice(monkeypatch):
+    tried = fake_compiler(monkeypatch, lambda remat, chips: chips >= 256)
+    said = what_fits(small(model__remat="full"), find_target("v5p:4x4x4"))
+    assert said.startswith("no remat policy makes it fit; v5p:4x8x8 does")
+    assert tried == [("full", "v5p:4x4x8"), ("full", "v5p:4x8x8")]
+
+
+def test_sometimes_nothing_fits(monkeypatch):
+    fake_compiler(monkeypatch, lambda remat, chips: False)
+    assert what_fits(small(), find_target("v5p:4x4x4")).startswith("nothing tried fits")
+
+
+@pytest.mark.slow
+def test_the_compiler_says_what_is_largest():
+    with pytest.raises(DoesNotFit, match="exceeds available HBM"):
+        compile_step(small(train__batch_size=2**19, model__group="image"), find_target("v5p:2x2x1"))
+
+
+# The command
+
+
+@pytest.fixture(scope="module")
+def flags():
+    changes = SMALL | {key.replace("__", "."): value for key, value in CHANGES.items()}
+    return [f"--config={ROOT}/configs/ec_dit.py:XL-8E", *(f"--config.{key}={value}" for key, value in changes.items())]
+
+
+def test_the_command_plans_and_remembers(tmp_path, flags, cpu_env):
+    path = tmp_path / "plan.json"
+    cached = f"--config.runtime.compilation_cache={tmp_path}/cache"
+    arguments = command("plan", *flags, cached, "--topology=v5p:2x2x1", f"--json={path}")
+    environment = {name: value for name, value in cpu_env().items() if name != "JAX_PLATFORMS"}
+    first = run(arguments, environment)
+    assert first.returncode == 0, first.stderr
+    values = json.loads(path.read_text())
+    assert values["fits"]
+    assert values["denoiser_params"] > 0
+    fields = {field.name for field in dataclasses.fields(Plan)}
+    assert fields <= set(values)
+    again = run(arguments, environment)
+    assert again.returncode == 0, again.stderr
+    assert "from the cache of plans" in again.stdout
+    assert json.loads(path.read_text()) == values
+    assert again.stdout.splitlines()[-8:] == first.stdout.splitlines()[-8:]
