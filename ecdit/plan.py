@@ -16,13 +16,12 @@ from typing import Any
 from absl import flags
 
 from ecdit.config import check_writable, config_values, define_config_flag, replace_text, run_command
-from ecdit.planning import cache
+from ecdit.planning.cache import cached_plan
 from ecdit.planning.compiler import DoesNotFit, find_target, use_compiler
 from ecdit.planning.counts import count, report, table_params
 from ecdit.planning.fitting import what_fits
-from ecdit.planning.plan import Plan, make_plan
 from ecdit.planning.plan import report as plan_report
-from ecdit.training.experiment import Experiment, make_experiment
+from ecdit.training.experiment import make_experiment
 
 CONFIG = define_config_flag()
 JSON = flags.DEFINE_string("json", None, "File for the result.")
@@ -51,7 +50,7 @@ def main(argv: list[str]) -> None:
         return
     use_compiler()
     try:
-        plan = planned(experiment, target)
+        plan = cached_plan(experiment, target, WHAT.value)
     except DoesNotFit as error:
         write(values | {"fits": False, "topology": target.name, "error": str(error)})
         print(f"{target.name}: does not fit. {error}", flush=True)
@@ -59,18 +58,6 @@ def main(argv: list[str]) -> None:
         sys.exit(1)
     print("\n".join(plan_report(plan)))
     write(values | {"fits": True} | dataclasses.asdict(plan))
-
-
-def planned(experiment: Experiment, target: Any) -> Plan:
-    """The plan of the run's longest phase, from the cache if it is there."""
-    longest = max(experiment.parts(), key=lambda part: part.last - part.after).experiment
-    cached = cache.read(longest, target, WHAT.value)
-    if cached is not None:
-        print("from the cache of plans")
-        return Plan(**cached)
-    plan = make_plan(longest, target, WHAT.value)
-    cache.write(longest, target, WHAT.value, dataclasses.asdict(plan))
-    return plan
 
 
 def write(values: dict[str, Any]) -> None:

@@ -11,7 +11,9 @@ import jax
 from ecdit.conditioning.text_to_image import make_system
 from ecdit.config import ConfigError
 from ecdit.models.config import group_size
-from ecdit.partitioning import abstract_mesh, batch_shards
+from ecdit.partitioning import MeshConfig, abstract_mesh, batch_shards
+from ecdit.planning.cache import cached_plan
+from ecdit.planning.compiler import DoesNotFit, find_target, use_compiler
 from ecdit.topology import Slice
 from ecdit.training.experiment import Experiment, check_mesh
 from ecdit.training.optimizer import make_optimizer
@@ -87,3 +89,24 @@ def check_pod(job: Job, experiment: Experiment, config_file: str) -> None:
         raise ConfigError(
             "runtime.distributed", False, f"must be True: else {job.hosts} hosts each train by themselves"
         )
+
+
+def check_plan(job: Job, experiment: Experiment) -> None:
+    """Raises LaunchError if the step does not fit the memory of the job's chips; compiles it, which takes minutes.
+
+    Raises:
+      UserError: the TPU compiler is not installed.
+    """
+    use_compiler()
+    slices = f"{job.slices}x" if job.slices > 1 else ""
+    target = find_target(f"{slices}{job.slice.chip}:{job.slice.topology}")
+    laid_out = dataclasses.replace(experiment, mesh=MeshConfig(**job.mesh))
+    print(f"planning for {target.name}: --skip-plan does without", flush=True)
+    try:
+        plan = cached_plan(laid_out, target)
+    except DoesNotFit as error:
+        raise LaunchError(
+            f"--accelerator: the step does not fit {target.name}: {error}\n`python -m ecdit.plan "
+            f"--topology={target.name}` says what would"
+        ) from error
+    print(f"fits: {plan.hbm_bytes_per_chip / 1e9:.1f} GB of {plan.hbm_limit / 1e9:.0f} GB a chip", flush=True)

@@ -27,7 +27,7 @@ from ecdit.config import (
 from ecdit.topology import Slice, find_slice
 from ecdit.training.experiment import Experiment, make_experiment
 from launch import jobset, local_job, tpu_vm
-from launch.check import check_pod, make_job
+from launch.check import check_plan, check_pod, make_job
 from launch.commands import run
 from launch.flags import Place, define_place
 from launch.job import SHOWN_CODES, Job, describe
@@ -50,6 +50,7 @@ WRITE_RATE = flags.DEFINE_float(
     "write-rate", 0.5, "jobset: GB/s that a host writes to its bucket, assumed.", lower_bound=1e-3
 )
 DATA = flags.DEFINE_string("data", "", "jobset: gs:// path of prepared data, to mount as data.directory.")
+SKIP_PLAN = flags.DEFINE_bool("skip-plan", False, "Do not compile the step to see that it fits the chips' memory.")
 LARGE_HOSTS = flags.DEFINE_bool("large-hosts", False, "jobset: node pools that have 8 chips of v5e or v6e in one host.")
 CAPACITY = flags.DEFINE_enum("capacity", "on-demand", ["on-demand", "spot", "reserved"], "tpu-vm: which TPUs.")
 RUNTIME_VERSION = flags.DEFINE_string("runtime-version", "", "tpu-vm: image of the VMs; empty: the usual one.")
@@ -87,6 +88,8 @@ def checked_job(experiment: Experiment, place: Place, where: Slice) -> Job:
         local_job.check(job)
     else:
         check_pod(job, experiment, origin["config"])
+        if not SKIP_PLAN.value:
+            check_plan(job, experiment)
     return job
 
 

@@ -1,41 +1,37 @@
 """Plans that were made before, by what they follow from: config, topology, and the versions of compiler and code."""
 
+import contextlib
+import dataclasses
 import hashlib
 import json
 import os
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import ecdit
 from ecdit.config import replace_text, to_dict
 from ecdit.planning.compiler import Target, What
+from ecdit.planning.plan import Plan, make_plan
 from ecdit.training.experiment import Experiment
 
 _LIBRARIES = ("jax", "jaxlib", "libtpu", "flax", "optax")
 
 
-def read(experiment: Experiment, target: Target, what: What) -> dict[str, Any] | None:
-    """The cached plan's values; None where there is none, or no cache."""
-    path = _path(experiment, target, what)
-    if path is None or not path.exists():
-        return None
-    try:
-        return json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError):
-        return None  # made anew, and written over
+def cached_plan(experiment: Experiment, target: Target, what: What = "train") -> Plan:
+    """The plan of a run's longest phase, made only if it was not made before. Raises as `plan.make_plan` does.
 
-
-def write(experiment: Experiment, target: Target, what: What, values: dict[str, Any]) -> None:
-    """Keeps a plan's values, where the config has a cache.
-
-    Raises:
-      UserError: it cannot be written.
+    Kept in the directory of the compilation cache; where the config has none, it is made anew each time.
     """
-    path = _path(experiment, target, what)
+    longest = max(experiment.parts(), key=lambda part: part.last - part.after).experiment
+    path = _path(longest, target, what)
+    if path is not None and path.exists():
+        with contextlib.suppress(OSError, json.JSONDecodeError, TypeError):  # else made anew, and written over
+            return Plan(**json.loads(path.read_text()))
+    plan = make_plan(longest, target, what)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(path, json.dumps(values, indent=2) + "\n")
+        replace_text(path, json.dumps(dataclasses.asdict(plan), indent=2) + "\n")
+    return plan
 
 
 def _path(experiment: Experiment, target: Target, what: What) -> Path | None:

@@ -202,7 +202,7 @@ def make_experiment(values: Mapping[str, Any]) -> Experiment:
 
 
 def check_mesh(experiment: Experiment, mesh: Mesh | AbstractMesh) -> None:
-    """Raises ConfigError when the batch, a microbatch or a group of any phase does not divide over the mesh."""
+    """Raises ConfigError when the batch, a microbatch, a group or the heads of any phase do not divide over the mesh."""
     for part in experiment.parts():
         _check_part(part.experiment, mesh)
 
@@ -223,4 +223,8 @@ def _check_part(experiment: Experiment, mesh: Mesh | AbstractMesh) -> None:
         model.group,
         f"must divide a device's tokens per microbatch, {rows} images x {model.num_kept} tokens",
     )
+    tensor = mesh.shape["tensor"]
+    heads = {"model.heads": model.heads, "model.kv_heads": model.kv_heads, "text.heads": experiment.text.heads}
+    for key, count in heads.items():
+        require(count % tensor == 0, key, count, f"must be a multiple of mesh.tensor, {tensor}")
     check_sampling(experiment.sampling, model, mesh)

@@ -34,10 +34,12 @@ def outside(tmp_path):
     return {**os.environ, "PATH": path, "NOTES": str(tmp_path / "notes"), "PYTHONPATH": str(ROOT)}
 
 
-def launch(module, *flags, env, cwd=ROOT, **options):
-    command = [sys.executable, "-m", f"launch.{module}", *flags]
+def launch(module, *flags, env, cwd=ROOT, plan=False, **options):
+    """Unless `plan`, without compiling the step, which takes minutes."""
+    skip = ["--skip-plan"] if module == "tpu" and not plan else []
+    command = [sys.executable, "-m", f"launch.{module}", *flags, *skip]
     return subprocess.run(
-        command, env=env, cwd=cwd, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120, **options
+        command, env=env, cwd=cwd, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300, **options
     )
 
 
@@ -128,6 +130,22 @@ def test_a_job_that_nobody_launched_is_said_not_to_be_there(outside, tmp_path):
     assert done.returncode == 2
     assert "no such job was launched from this directory" in done.stderr
     assert launch("stop", "--backend=local", env=outside).stderr.startswith("error: --workdir is missing")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("accelerator", "code", "told"),
+    [("v5p-64", 0, r"fits: \d+\.\d GB of 95 GB a chip"), ("v4-8", 2, r"the step does not fit v4:2x2x1: .*HBM")],
+)
+def test_a_step_that_does_not_fit_is_refused(outside, tmp_path, accelerator, code, told):
+    """XL without experts: 4096 images a step are too many for four chips of v4."""
+    out = tmp_path / "job.yaml"
+    flags = ["--config=configs/ec_dit.py:XL-dense", "--workdir=gs://bucket/run", f"--accelerator={accelerator}"]
+    options = ["--config.model.remat=none", "--config.runtime.compilation_cache=", "--dry-run", f"--out={out}"]
+    done = launch("tpu", *flags, *options, "--backend=jobset", env=outside, plan=True)
+    assert done.returncode == code, done.stderr
+    assert re.search(told, done.stdout + done.stderr)
+    assert out.exists() == (code == 0)
 
 
 @pytest.mark.slow

@@ -61,7 +61,7 @@ def test_other_slices_are_refused_with_the_reason(accelerator, slices, says):
         ({"train__batch_size": 4000}, ConfigError, "config.train.batch_size = 4000: must be a multiple of 128"),
         ({"sampling__batch_size": 100}, ConfigError, "config.sampling.batch_size = 100: must be a multiple of the 128"),
         ({"mesh__expert": 64}, ShardingError, "of size 32"),
-        ({"mesh__tensor": 16}, ShardingError, "axis 'kv_heads' of size 6"),
+        ({"mesh__tensor": 16}, ConfigError, "config.model.heads = 18: must be a multiple of mesh.tensor, 16"),
     ],
 )
 def test_values_that_do_not_divide_are_refused(overrides, error, says):
