@@ -95,6 +95,7 @@ def get_config(length: str = "quick") -> ConfigDict:
     optimizer.learning_rate = 1e-4  # [P]
     optimizer.warmup_steps = warmup_steps  # 20 000 in the paper [P]
     optimizer.clip_norm = 1.0  # [S]
+    optimizer.moment_dtype = "float32"  # float32 | bfloat16: half of the moments' memory
     optimizer.rmsprop_decay = 0.99  # [?]
     optimizer.rmsprop_momentum = 0.9  # [?]
     optimizer.rmsprop_eps = 1e-8  # [?]

@@ -202,7 +202,7 @@ def make_experiment(values: Mapping[str, Any]) -> Experiment:
 
 
 def check_mesh(experiment: Experiment, mesh: Mesh | AbstractMesh) -> None:
-    """Raises ConfigError when the batch, a microbatch, a group or the heads of any phase do not divide over the mesh."""
+    """Raises ConfigError when batch, microbatches, groups or heads of any phase do not divide over the mesh."""
     for part in experiment.parts():
         _check_part(part.experiment, mesh)
 

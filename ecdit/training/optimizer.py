@@ -1,8 +1,10 @@
 """The optimizer: RMSProp with momentum by default (arXiv 2410.02098), clipped by global norm after a linear warm-up."""
 
 import dataclasses
-from typing import Literal
+from typing import Any, Literal
 
+import jax
+import jax.numpy as jnp
 import optax
 
 from ecdit.config import require
@@ -16,6 +18,7 @@ class OptimizerConfig:
     learning_rate: float  # after warm-up, constant
     warmup_steps: int  # linear from 0
     clip_norm: float  # global norm that gradients are clipped to
+    moment_dtype: Literal["float32", "bfloat16"]  # in which moments are kept; they are computed in float32
     rmsprop_decay: float
     rmsprop_momentum: float  # an undamped trace behind the preconditioner: effective rate lr / (1 - momentum)
     rmsprop_eps: float
@@ -62,4 +65,23 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
         )
     else:
         update = optax.adafactor(schedule, multiply_by_parameter_scale=False)
+    if config.moment_dtype != "float32":
+        update = _kept_as(update, jnp.dtype(config.moment_dtype))
     return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)
+
+
+def _kept_as(update: optax.GradientTransformation, dtype: jnp.dtype) -> optax.GradientTransformation:
+    """`update` with the arrays of its state in `dtype` between steps; counters stay what they are."""
+
+    def cast(state: optax.OptState, to: jnp.dtype) -> optax.OptState:
+        def one(x: Any) -> Any:
+            moment = isinstance(x, jax.Array | jax.ShapeDtypeStruct) and jnp.issubdtype(x.dtype, jnp.floating)
+            return x.astype(to) if moment and x.ndim > 0 else x
+
+        return jax.tree.map(one, state)
+
+    def next_update(grads: Any, state: optax.OptState, params: Any = None) -> tuple[Any, optax.OptState]:
+        updates, state = update.update(grads, cast(state, jnp.float32), params)
+        return updates, cast(state, dtype)
+
+    return optax.GradientTransformation(lambda params: cast(update.init(params), dtype), next_update)

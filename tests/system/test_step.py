@@ -1,5 +1,6 @@
 """The training step on real data and on meshes of eight devices."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -16,7 +17,7 @@ from ecdit.partitioning import make_mesh
 from ecdit.training.experiment import check_mesh
 from ecdit.training.loop import device_batches
 from ecdit.training.optimizer import make_optimizer, make_schedule
-from ecdit.training.state import init_state, run_key, state_shardings
+from ecdit.training.state import abstract_state, init_state, run_key, state_shardings
 from ecdit.training.step import kept_tokens, make_train_step
 from tests.runs import tiny
 
@@ -228,6 +229,41 @@ def test_moments_and_ema_are_sharded_like_their_parameters():
         # layers, E over expert, d over fsdp, f over tensor
         assert leaf.sharding.spec == jax.sharding.PartitionSpec(None, ("expert",), ("fsdp",), ("tensor",))
         assert leaf.addressable_shards[0].data.shape == (2, 2, 16, 128)
+
+
+def updates_of(optimizer, gradients):
+    """Weights [8, 8] after updates with the gradients, less where they were, and the state."""
+    params = {"w": jnp.linspace(-1.0, 1.0, 64).reshape(8, 8)}
+    state, current = optimizer.init(params), params
+    for gradient in gradients:
+        updates, state = optimizer.update({"w": jnp.asarray(gradient)}, state, current)
+        current = optax.apply_updates(current, updates)
+    return np.asarray(current["w"] - params["w"]), state
+
+
+@pytest.mark.parametrize("name", ["rmsprop", "adamw"])
+def test_moments_in_bfloat16_change_little(name):
+    """Sixteen noisy gradients: what bfloat16 rounds off of the moments moves no weight by more than 2 %."""
+    gradients = np.random.default_rng(0).normal(1, 1, (16, 8, 8)).astype(np.float32)
+    config = tiny(optimizer__name=name, optimizer__warmup_steps=1).optimizer
+    moved, state = updates_of(make_optimizer(config), gradients)
+    config = dataclasses.replace(config, moment_dtype="bfloat16")
+    rounded, rounded_state = updates_of(make_optimizer(config), gradients)
+    for tree, dtype in ((state, jnp.float32), (rounded_state, jnp.bfloat16)):
+        assert [leaf.dtype for leaf in jax.tree.leaves(tree) if leaf.shape == (8, 8)] == [dtype] * 2
+    np.testing.assert_allclose(rounded, moved, atol=0.02 * np.abs(moved).max())
+    assert (rounded != moved).any()
+
+
+def test_a_sharded_run_keeps_moments_in_bfloat16():
+    experiment = tiny(optimizer__moment_dtype="bfloat16", **mesh_overrides((2, 2, 2, 1)))
+    system, optimizer = make_system(experiment.system), make_optimizer(experiment.optimizer)
+    mesh = make_mesh(experiment.mesh)
+    shardings = state_shardings(system, optimizer, mesh)
+    abstract = abstract_state(system, optimizer, shardings)
+    trace = optax.tree_utils.tree_get(abstract.optimizer, "nu")["denoiser"]["pairs"]["even"]["experts"]["up"]
+    param = abstract.params["denoiser"]["pairs"]["even"]["experts"]["up"]
+    assert (trace.dtype, param.dtype, trace.sharding) == (jnp.bfloat16, jnp.float32, param.sharding)
 
 
 def test_kept_tokens_are_a_uniform_sorted_subset():
