@@ -23,9 +23,9 @@ SIZES = {
     "3XL": (2304, 42, 42, 36, 6),
     "M": (3072, 46, 38, 48, 12),
 }
-# Chips over which experts lie, and over which one copy of the state does; dense models lie over as many as experts.
-# Powers of two that leave shards of whole tiles (16 rows): 1152 / 4, 1536 / 16, 2304 / 16, 3072 / 64.
-MESHES = {"XL": (4, 4), "XXL": (16, 16), "3XL": (16, 64), "M": (64, 128)}
+# Chips over which experts lie, or a dense model's weights: powers of two that leave shards of whole tiles (16 rows):
+# 1152 / 4, 1536 / 16, 2304 / 16, 3072 / 64. Experts are sharded over all other chips too.
+EXPERT_CHIPS = {"XL": 4, "XXL": 16, "3XL": 16, "M": 64}
 EXPERTS = {"8E": 8, "16E": 16, "32E": 32, "64E": 64}  # [P]
 # Gathers of weights go on behind matrix products, reductions of gradients on the SparseCores (see configs/README.md).
 TPU_OPTIONS = (
@@ -163,12 +163,11 @@ def get_config(name: str = "XL-32E") -> ConfigDict:
     checkpoint.keep = 3
     checkpoint.init_from = ""  # a workdir whose EMA weights to start from
 
-    chips, copy = MESHES[size]
     config.mesh = mesh = ConfigDict()  # sizes; -1 is what the devices leave
     mesh.slices = 1
-    mesh.data = -1
-    mesh.fsdp = chips if dense else copy // min(chips, model.num_experts)
-    mesh.expert = 1 if dense else min(chips, model.num_experts)
+    mesh.data = -1 if dense else 1
+    mesh.fsdp = EXPERT_CHIPS[size] if dense else -1
+    mesh.expert = 1 if dense else min(EXPERT_CHIPS[size], model.num_experts)
     mesh.tensor = 1
 
     config.sampling = sampling = ConfigDict()

@@ -33,7 +33,8 @@ AXIS_RULES: Mapping[str, tuple[str, ...]] = {
     # parameters
     "embed": ("fsdp", "expert"),  # the width of everything that is not an expert; see `param_axes`
     "experts": ("expert",),
-    "expert_embed": ("fsdp",),  # the width inside an expert: `expert` already holds its E
+    "expert_embed": (),  # the width inside an expert: `expert` already holds its E
+    "expert_mlp": ("fsdp", "tensor"),  # hidden units, which more chips divide into whole tiles than a width
     "mlp": ("tensor",),
     "joined_kv": ("tensor",),  # heads side by side
     "vocab": ("tensor",),

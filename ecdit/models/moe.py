@@ -70,8 +70,8 @@ class MixtureOfExperts(nnx.Module):
         self.router = param(rngs, router_init, (width, experts), ("embed", "features"))
         if config.router_input == "decoupled":
             self.time_router = param(rngs, router_init, (width, experts), ("embed", "features"))
-        self.up = param(rngs, xavier_experts, (experts, width, hidden), ("experts", "expert_embed", "mlp"))
-        self.down = param(rngs, xavier_experts, (experts, hidden, width), ("experts", "mlp", "expert_embed"))
+        self.up = param(rngs, xavier_experts, (experts, width, hidden), ("experts", "expert_embed", "expert_mlp"))
+        self.down = param(rngs, xavier_experts, (experts, hidden, width), ("experts", "expert_mlp", "expert_embed"))
         if config.num_shared_experts:
             self.shared = FeedForward(width, config.num_shared_experts * hidden, rngs)
 

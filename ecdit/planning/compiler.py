@@ -16,7 +16,7 @@ from ecdit.conditioning.text_to_image import make_system
 from ecdit.config import UserError
 from ecdit.diffusion.flow import sample_keys
 from ecdit.evaluation.sampling import make_sample_step
-from ecdit.partitioning import MESH_AXES, make_mesh
+from ecdit.partitioning import make_mesh
 from ecdit.planning.collectives import Place, Torus
 from ecdit.topology import Slice, find_slice
 from ecdit.training.experiment import Experiment, check_mesh
@@ -133,7 +133,7 @@ def make_torus(mesh: Mesh, chip: Chip) -> Torus:
         for index, device in np.ndenumerate(mesh.devices)
     ]
     shape = tuple(1 + max(side) for side in zip(*(place.coords for place in places), strict=True))
-    return Torus(chip, shape, places, MESH_AXES)
+    return Torus(chip, shape, places, tuple(mesh.axis_names))
 
 
 def shard_bytes(tree: Any) -> int:

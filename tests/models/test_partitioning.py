@@ -137,8 +137,8 @@ def test_the_layers_axis_comes_first():
 
 
 def test_a_logical_spec_by_hand():
-    expected = PartitionSpec(("expert",), ("fsdp",), None, ("tensor",), None)
-    assert logical_spec(("experts", "expert_embed", None, "mlp", "norm"), "kernel") == expected
+    expected = PartitionSpec(("expert",), None, None, ("fsdp", "tensor"), ("tensor",))
+    assert logical_spec(("experts", "expert_embed", None, "expert_mlp", "mlp"), "kernel") == expected
 
 
 def test_a_batch_is_split_over_all_but_tensor():

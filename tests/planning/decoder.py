@@ -79,8 +79,7 @@ def lower_step(
     topology_devices: Sequence[Any], layers: int = LAYERS, batch_per_chip: int = BATCH_PER_CHIP
 ) -> jax.stages.Lowered:
     """(params, Adam's state, tokens) -> (params, Adam's state, loss), of abstract arrays: nothing is allocated."""
-    sizes = len(topology_devices) // COLUMNS, COLUMNS
-    mesh = jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 2, devices=topology_devices)
+    mesh = make_mesh(topology_devices)
     loss_and_gradients = sharded_loss_and_gradients(mesh)
 
     def step(params: Params, moments: Any, tokens: Int[Array, "B N"]) -> tuple[Params, Any, Float[Array, ""]]:
@@ -96,6 +95,12 @@ def lower_step(
     shardings = jax.tree.map(lambda leaf: leaf.sharding, (params, moments))
     jitted = jax.jit(step, donate_argnums=(0, 1), out_shardings=(*shardings, NamedSharding(mesh, PartitionSpec())))
     return jitted.lower(params, moments, tokens)
+
+
+def make_mesh(topology_devices: Sequence[Any]) -> Mesh:
+    """Rows of matrices over most of the devices, columns over COLUMNS of them."""
+    sizes = len(topology_devices) // COLUMNS, COLUMNS
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 2, devices=topology_devices)
 
 
 def model_flops(num_chips: int, layers: int = LAYERS, batch_per_chip: int = BATCH_PER_CHIP) -> float:
