@@ -32,7 +32,8 @@ SIZE = 1 << 20  # floats of a parameter: saving them takes longer than the next 
 def toy_state():
     zero = jnp.zeros((), jnp.int32)
     params = lambda: {"denoiser": {"head": jnp.zeros(SIZE), "tail": jnp.zeros(3)}}  # noqa: E731
-    return TrainState(zero, params(), params(), {}, {"count": jnp.copy(zero)}, jnp.copy(zero), jnp.copy(zero))
+    counts = {"bad_steps": jnp.copy(zero), "bad_in_row": jnp.copy(zero), "usual_loss": jnp.float32(jnp.inf)}
+    return TrainState(zero, params(), params(), {}, {"count": jnp.copy(zero)}, **counts)
 
 
 def toy_sharding():
@@ -49,7 +50,7 @@ def toy_step(state, bad, leaf):
     """`bad` says whether the step counts as not finite, `leaf` which gradient it blames."""
     step, bad_in_row = state.step + 1, (state.bad_in_row + 1) * bad
     params, ema = jax.tree.map(lambda x: x + 1, (state.params, state.ema))
-    new = TrainState(step, params, ema, {}, state.optimizer, state.bad_steps + bad, bad_in_row)
+    new = TrainState(step, params, ema, {}, state.optimizer, state.bad_steps + bad, bad_in_row, state.usual_loss)
     loss = jnp.where(bad & (leaf < 0), jnp.nan, step.astype(jnp.float32))
     return new, {"loss": loss, "grad_norm": loss, "bad_in_row": bad_in_row, "bad_leaf": leaf}
 
