@@ -7,7 +7,7 @@ the user's) can be told from damage.
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +74,13 @@ def read_records(directory: Path) -> Records:
 def stored_arrays(directory: Path) -> dict[str, str]:
     """Type and shape of every array by its flat name, as Orbax has written them. Raises DamagedError."""
     with readable(directory):
-        tree = ocp.PyTreeCheckpointHandler().metadata(_state(directory)).tree
-        return {name: described(x) for name, x in flat_arrays(tree, serialized=True).items()}
+        return {name: described(x) for name, x in flat_arrays(stored_tree(directory), serialized=True).items()}
+
+
+def stored_tree(directory: Path) -> Any:
+    """The tree of a checkpoint's arrays without their data, as Orbax has written it. Raises DamagedError."""
+    with readable(directory):
+        return ocp.PyTreeCheckpointHandler().metadata(_state(directory)).tree
 
 
 def restore_arrays(directory: Path, records: Records, target: dict[str, Any]) -> dict[str, Any]:
@@ -100,6 +105,21 @@ def restore_arrays(directory: Path, records: Records, target: dict[str, Any]) ->
         return ocp.PyTreeCheckpointHandler().restore(_state(directory), args=item)
 
 
+def restore_array(directory: Path, tree: Any, name: str, sharding: jax.sharding.Sharding) -> jax.Array:
+    """One array of `stored_tree` by its flat name. Raises DamagedError."""
+
+    def only(value: Callable[[Any], Any], other: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, x: value(x) if _name(path) == name else other, tree, is_leaf=_is_array
+        )
+
+    with readable(directory):
+        item = only(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), ocp.PLACEHOLDER)
+        arguments = only(lambda _: ocp.ArrayRestoreArgs(sharding=sharding), ocp.RestoreArgs())
+        target = ocp.args.PyTreeRestore(item=item, restore_args=arguments)
+        return flat_arrays(ocp.PyTreeCheckpointHandler().restore(_state(directory), args=target), serialized=True)[name]
+
+
 def check_sums(directory: Path, records: Records, sums: Mapping[str, str]) -> None:
     """Raises DamagedError naming the arrays whose checksum is not the recorded one."""
     wrong = [name for name, found in sums.items() if records[name][1] not in (found, "")]
@@ -111,12 +131,8 @@ def check_sums(directory: Path, records: Records, sums: Mapping[str, str]) -> No
 def flat_arrays(tree: Any, serialized: bool = False) -> dict[str, Any]:
     """The arrays of a tree by their names in a checkpoint, as params/denoiser/head/kernel."""
     tree = tree if serialized else ocp.tree.serialize_tree(tree, keep_empty_nodes=True)
-    leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda x: hasattr(x, "shape"))[0]
-    return {
-        "/".join(str(getattr(k, "key", getattr(k, "idx", k))) for k in path): x
-        for path, x in leaves
-        if hasattr(x, "shape")
-    }
+    leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_array)[0]
+    return {_name(path): x for path, x in leaves if _is_array(x)}
 
 
 @contextlib.contextmanager
@@ -135,6 +151,14 @@ def readable(directory: Path) -> Iterator[None]:
 def first_line(error: Exception) -> str:
     """What an error says, in short."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _is_array(x: Any) -> bool:
+    return hasattr(x, "shape")
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return "/".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
 
 
 def _digest(values: dict[str, Any]) -> str:
