@@ -149,8 +149,8 @@ def readable(directory: Path) -> Iterator[None]:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, in short."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """What an error says, in short: tensorstore adds a page of how it was called."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].partition(" [tensorstore_spec")[0]
 
 
 def _is_array(x: Any) -> bool:
