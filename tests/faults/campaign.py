@@ -27,7 +27,7 @@ PATTERN = (
     *("kill", "bit flip", "full disk", "truncation", "processes changed", "kill one of two", "SIGTERM"),
     *("bit flip", "kill in a save", "truncation", "bit flip", "kill", "SIGTERM to one of two", "bit flip"),
     *("full disk", "kill in a save", "SIGTERM", "truncation", "bit flip", "kill one of two", "processes changed"),
-    *("bit flip", "kill", "truncation", "kill in a save"),
+    *("bit flip", "kill", "truncation", "hang"),
 )
 
 
@@ -68,6 +68,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
     parser.add_argument("--out", type=Path, required=True, help="a line of JSON for every trial")
     parser.add_argument("--data", type=Path, help="prepared emoji data, or where to prepare it")
+    parser.add_argument("--cache", type=Path, help="where compiled programs are, or go")
     parser.add_argument("--kinds", help="only the trials of these kinds, with commas between")
     arguments = parser.parse_args()
     done = [json.loads(line) for line in arguments.out.read_text().splitlines()] if arguments.out.exists() else []
@@ -75,7 +76,8 @@ def main() -> None:
     print(f"seed {seed}", flush=True)
     wanted = arguments.kinds.split(",") if arguments.kinds else list(KINDS)
     with tempfile.TemporaryDirectory() as scratch, arguments.out.open("a") as out:
-        stage = Stage(Path(scratch), (arguments.data or Path(scratch) / "data").absolute())
+        data, cache = arguments.data or Path(scratch) / "data", arguments.cache or Path(scratch) / "cache"
+        stage = Stage(Path(scratch), data.absolute(), cache.absolute())
         for number in range(arguments.trials):
             if PATTERN[number % len(PATTERN)] in wanted and number not in {log["trial"] for log in done}:
                 done.append(do_trial(number, seed, stage))

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from ecdit.training.watchdog import HUNG
 from tests.faults.runs import (
     BASE,
     EVERY,
@@ -20,6 +21,7 @@ from tests.faults.runs import (
     ONE,
     PAIR,
     STEPS,
+    TIMEOUT,
     WIDE,
     Layout,
     Run,
@@ -30,6 +32,7 @@ from tests.faults.runs import (
     same_arrays,
 )
 
+WATCHDOG = 5  # seconds
 DISK_MB = 24  # of the small disk
 LOSS_TOLERANCE = 1e-4
 
@@ -98,25 +101,25 @@ def require(condition: bool, why: str) -> None:
 class Stage:
     """What all trials share: data, compiled programs, and runs that were left alone."""
 
-    def __init__(self, folder: Path, data: Path):
-        self.folder, self.data, self.cache = folder, data, folder / "cache"
-        self.seconds: dict[Layout, float] = {}  # of a whole run that finds its programs compiled
-
-    def twin(self, layout: Layout) -> Path:
-        """The workdir of a run to the end in one go."""
-        return self._left_alone(layout, "twin", STEPS)
+    def __init__(self, folder: Path, data: Path, cache: Path):
+        self.folder, self.data, self.cache = folder, data, cache
+        self.seconds: dict[Layout, float] = {}  # of a twin
 
     def base(self, layout: Layout) -> Path:
         """The workdir of a run that has done half of its steps."""
         return self._left_alone(layout, "base", BASE)
 
+    def twin(self, layout: Layout) -> Path:
+        """The workdir of a run to the end in one go."""
+        self.base(layout)  # compiles
+        begin = time.monotonic()
+        workdir = self._left_alone(layout, "twin", STEPS)
+        self.seconds.setdefault(layout, time.monotonic() - begin)
+        return workdir
+
     def duration(self, layout: Layout) -> float:
-        """Seconds that a run takes from its start to its end."""
-        if layout not in self.seconds:
-            self.twin(layout)  # compiles
-            begin = time.monotonic()
-            self._left_alone(layout, "timed", STEPS)
-            self.seconds[layout] = time.monotonic() - begin
+        """Seconds that a whole run takes."""
+        self.twin(layout)
         return self.seconds[layout]
 
     def _left_alone(self, layout: Layout, name: str, steps: int) -> Path:
@@ -171,6 +174,23 @@ def kill_one_of_two(trial: Trial) -> None:
     codes = trial.log["codes"] = run.wait(6 * HEARTBEAT + 30)
     trial.log["ended_after"] = time.monotonic() - begin
     require(None not in codes, f"the other process hangs: {codes}")
+    trial.resume(PAIR, trial.note_loss())
+    trial.require_twin(PAIR)
+
+
+def hang(trial: Trial) -> None:
+    """One of two processes stops, alive: the other names the step that it waits in, and ends."""
+    which = trial.draw("process", trial.rng.randrange(2))
+    step = trial.draw("after_step", trial.rng.randrange(1, STEPS // 2))
+    run = trial.start(PAIR, train__watchdog_seconds=WATCHDOG)
+    run.until(lambda: last_line(trial.workdir) >= step)
+    run.children[which].send_signal(signal.SIGSTOP)
+    code = run.children[1 - which].wait(TIMEOUT)
+    run.kill()
+    trial.log["codes"] = [code, *run.wait()]
+    said = re.search(r"hung: (.*)", run.output())
+    require(code == HUNG and bool(said), f"the other process ended with {code}: {run.output()[-1500:]}")
+    trial.log["said"] = said[1]
     trial.resume(PAIR, trial.note_loss())
     trial.require_twin(PAIR)
 
@@ -314,6 +334,7 @@ KINDS: dict[str, Callable[[Trial], None]] = {
     "kill": kill,
     "kill in a save": kill_in_a_save,
     "kill one of two": kill_one_of_two,
+    "hang": hang,
     "SIGTERM": sigterm,
     "SIGTERM to one of two": sigterm_to_one_of_two,
     "bit flip": bit_flip,
