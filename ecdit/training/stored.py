@@ -7,6 +7,7 @@ the user's) can be told from damage.
 import contextlib
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -150,7 +151,8 @@ def readable(directory: Path) -> Iterator[None]:
 
 def first_line(error: Exception) -> str:
     """What an error says, in short: tensorstore adds a page of how it was called."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].partition(" [tensorstore_spec")[0]
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return re.split(r" \[tensorstore_spec|\. See full TensorStore", line)[0]
 
 
 def _is_array(x: Any) -> bool:

@@ -13,6 +13,7 @@ import numpy as np
 import tensorstore
 
 from launch.local import _free_port, cpu_environment, process_environment
+from tests.benchmarks.timing import QUICK_COMPILATION
 from tests.runs import ROOT, train_command
 
 STEPS, EVERY, BASE = 40, 5, 20  # of a whole run; between saves; of the run that damage is done to
@@ -53,6 +54,7 @@ class Run:
             if layout.processes > 1:
                 environment = process_environment(coordinator, layout.processes, i, layout.devices)
             environment |= {
+                "XLA_FLAGS": " ".join(dict.fromkeys(f"{environment['XLA_FLAGS']} {QUICK_COMPILATION}".split())),
                 "JAX_COMPILATION_CACHE_DIR": str(cache),
                 "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
                 "PYTHONUNBUFFERED": "1",
