@@ -148,7 +148,9 @@ def get_config(name: str = "XL-32E") -> ConfigDict:
     train.batch_size = 4096  # images [P]
     train.accumulation = 1  # microbatches of a step
     train.ema_decay = 0.9999  # [S]
-    train.max_bad_steps = 5  # non-finite steps in a row before the run stops
+    train.max_bad_steps = 5  # skipped steps in a row before the run stops
+    train.spike_factor = 0.0  # skip steps whose loss is above so many times its running mean; 0: only if not finite
+    train.watchdog_seconds = 1200  # without progress until a process ends with exit code 43; 0 for no watchdog
     train.log_every = 100  # steps between printed lines and TensorBoard's points
     train.pictures_every = 0  # steps between pictures; latents alone draw none
     train.profile_start = 20  # the first step of the profile, from 1
@@ -162,6 +164,8 @@ def get_config(name: str = "XL-32E") -> ConfigDict:
     checkpoint.every = 2000  # steps
     checkpoint.keep = 3
     checkpoint.init_from = ""  # a workdir whose EMA weights to start from
+    checkpoint.verify = "always"  # always | background | never: compare what is restored with its checksums
+    checkpoint.max_failed_saves = 3  # in a row that the run goes on after
 
     config.mesh = mesh = ConfigDict()  # sizes; -1 is what the devices leave
     mesh.slices = 1
@@ -188,4 +192,5 @@ def get_config(name: str = "XL-32E") -> ConfigDict:
     runtime.keep_host_memory = False  # for training on CPU
     runtime.compilation_cache = "~/.cache/ecdit"  # "" for none
     runtime.distributed = True  # a pod; False for one host
+    runtime.heartbeat_seconds = 100  # of silence until a process counts as dead and the others end
     return config

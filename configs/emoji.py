@@ -111,7 +111,9 @@ def get_config(length: str = "quick") -> ConfigDict:
     train.batch_size = 64  # images; 4096 in the paper [P]
     train.accumulation = 1  # microbatches of a step
     train.ema_decay = ema_decay  # 0.9999 in the recipe [S]
-    train.max_bad_steps = 5  # non-finite steps in a row before the run stops
+    train.max_bad_steps = 5  # skipped steps in a row before the run stops
+    train.spike_factor = 0.0  # skip steps whose loss is above so many times its running mean; 0: only if not finite
+    train.watchdog_seconds = 600  # without progress until a process ends with exit code 43; 0 for no watchdog
     train.log_every = 10  # steps between printed lines and TensorBoard's points
     train.pictures_every = pictures_every  # steps; 0 for pictures at the end alone
     train.profile_start = 20  # the first step of the profile, from 1
@@ -125,6 +127,8 @@ def get_config(length: str = "quick") -> ConfigDict:
     checkpoint.every = 100  # steps
     checkpoint.keep = 2
     checkpoint.init_from = ""  # a workdir whose EMA weights to start from
+    checkpoint.verify = "always"  # always | background | never: compare what is restored with its checksums
+    checkpoint.max_failed_saves = 3  # in a row that the run goes on after
 
     config.mesh = mesh = ConfigDict()  # sizes; -1 is what the devices leave
     mesh.slices = 1
@@ -151,4 +155,5 @@ def get_config(length: str = "quick") -> ConfigDict:
     runtime.keep_host_memory = True  # reuse freed memory: on CPU the kernel's fresh pages cost half of a step
     runtime.compilation_cache = "~/.cache/ecdit"  # "" for none
     runtime.distributed = False
+    runtime.heartbeat_seconds = 100  # of silence until a process counts as dead and the others end
     return config

@@ -22,6 +22,7 @@ class RuntimeConfig:
     keep_host_memory: bool  # do not give freed memory back to the system: halves the time of a step on CPU
     compilation_cache: str  # directory of the persistent compilation cache; "" for none
     distributed: bool  # join the other hosts by jax.distributed (a TPU pod; needs no further setting there)
+    heartbeat_seconds: int  # of silence after which a process counts as dead, and the others end
 
     def __post_init__(self):
         for flag in self.xla_flags:
@@ -29,6 +30,7 @@ class RuntimeConfig:
         for option in self.tpu_options:
             fits = option.startswith("xla_") and "=" in option
             require(fits, "tpu_options", option, "each option must be xla_...=value")
+        require(self.heartbeat_seconds >= 1, "heartbeat_seconds", self.heartbeat_seconds, "must be 1 or more")
 
 
 def configure(config: RuntimeConfig) -> None:
@@ -50,9 +52,10 @@ def configure(config: RuntimeConfig) -> None:
             os.environ["ECDIT_COORDINATOR"],
             num_processes=int(os.environ["ECDIT_NUM_PROCESSES"]),
             process_id=int(os.environ["ECDIT_PROCESS_ID"]),
+            heartbeat_timeout_seconds=config.heartbeat_seconds,
         )
     elif config.distributed:
-        jax.distributed.initialize()
+        jax.distributed.initialize(heartbeat_timeout_seconds=config.heartbeat_seconds)
 
 
 def compiler_options(config: RuntimeConfig, mesh: Mesh) -> dict[str, str] | None:

@@ -5,7 +5,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-from ecdit.training.experiment import make_experiment
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh
+
+from ecdit.config import to_dict
+from ecdit.partitioning import replicated
+from ecdit.training import checkpoint, stored
+from ecdit.training.experiment import CheckpointConfig, make_experiment
 
 ROOT = Path(__file__).parents[1]
 
@@ -71,6 +79,17 @@ def train_command(workdir, data, **overrides):
     changes = {**TINY, "data.directory": str(data), **{k.replace("__", "."): v for k, v in overrides.items()}}
     flags = [f"--config.{key}={value}" for key, value in changes.items()]
     return command("train", f"--config={ROOT}/configs/emoji.py", f"--workdir={workdir}", *flags)
+
+
+def save_ema(workdir, ema, step=1, config=None):
+    """Adds a checkpoint of EMA weights alone, nested dicts of numpy arrays."""
+    keep_all = CheckpointConfig(every=1, keep=100, init_from="", verify="always", max_failed_saves=0)
+    one = replicated(Mesh(np.array(jax.devices()[:1]), ("data",)))
+    records = stored.array_records(stored.flat_arrays({"ema": jax.device_put(ema, one)}))
+    meta = stored.meta_json(to_dict(checkpoint.Meta(checkpoint.FORMAT, config or {}, 0, "", {}, records)))
+    items = ocp.args.Composite(state=ocp.args.PyTreeSave({"ema": ema}), meta=ocp.args.JsonSave(meta))
+    with checkpoint.open_manager(workdir, keep_all) as manager:
+        manager.save(step, args=items)
 
 
 def run(arguments, env, timeout=300):

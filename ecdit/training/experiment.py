@@ -26,7 +26,9 @@ class TrainConfig:
     batch_size: int  # images of a step, over all devices and microbatches
     accumulation: int  # microbatches of a step
     ema_decay: float  # of step n: min(ema_decay, (1 + n) / (10 + n))
-    max_bad_steps: int  # non-finite steps in a row after which the run stops
+    max_bad_steps: int  # skipped steps in a row after which the run stops
+    spike_factor: float  # a step whose loss is above so many times its running mean is skipped; 0: only if not finite
+    watchdog_seconds: float  # without progress after which a process ends with exit code 43; 0 for no watchdog
     log_every: int  # steps between printed lines and TensorBoard's points; metrics.jsonl has every step
     pictures_every: int  # steps between pictures of samples; 0 for those at the end alone
     profile_start: int  # the first step to trace, from 1
@@ -36,8 +38,10 @@ class TrainConfig:
     def __post_init__(self):
         for key in ("num_steps", "batch_size", "accumulation", "max_bad_steps", "log_every"):
             require(getattr(self, key) >= 1, key, getattr(self, key), "must be 1 or more")
-        for key in ("pictures_every", "profile_steps"):
+        for key in ("pictures_every", "profile_steps", "watchdog_seconds"):
             require(getattr(self, key) >= 0, key, getattr(self, key), "must be 0 or more")
+        factor = self.spike_factor
+        require(factor == 0 or factor > 1, "spike_factor", factor, "must be above 1, or 0 to skip no finite step")
         first = 1 if self.profile_steps else 0
         require(self.profile_start >= first, "profile_start", self.profile_start, f"must be {first} or more")
         require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "must be in [0, 1)")
@@ -56,10 +60,14 @@ class CheckpointConfig:
     every: int  # steps; the last step is always saved
     keep: int  # newest checkpoints to keep
     init_from: str  # another run's workdir, whose EMA weights to start from at step 0; "" for a fresh start
+    # Whether what is restored is compared with its checksums: before the first step, during the first steps, or not.
+    verify: Literal["always", "background", "never"]
+    max_failed_saves: int  # failed saves in a row that a run goes on after
 
     def __post_init__(self):
         require(self.every >= 1, "every", self.every, "must be 1 or more")
         require(self.keep >= 1, "keep", self.keep, "must be 1 or more")
+        require(self.max_failed_saves >= 0, "max_failed_saves", self.max_failed_saves, "must be 0 or more")
 
 
 # What a phase may change: the parameters keep their shapes, and the data their captions.

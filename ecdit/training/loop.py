@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,14 @@ from ecdit.training.experiment import Experiment, Part, TrainConfig, check_mesh
 from ecdit.training.optimizer import make_optimizer
 from ecdit.training.profiling import Profile
 from ecdit.training.provenance import library_versions, record_start
+from ecdit.training.recovery import half_written, newest_sound
 from ecdit.training.reporting import Reporter
 from ecdit.training.samples import SampleWriter
+from ecdit.training.saving import Saver
 from ecdit.training.speed import TimedBatches, stopwatch
 from ecdit.training.state import TrainState, abstract_state, init_state, sampling_params, state_shardings
 from ecdit.training.step import Batch, Metrics, make_train_step
+from ecdit.training.watchdog import Watchdog
 from ecdit.training.writers import check_writers, open_writers
 
 PREEMPTED = 42  # exit code: saved after SIGTERM, start me again
@@ -56,27 +59,32 @@ def train(experiment: Experiment, workdir: Path, origin: dict[str, Any] | None =
     workdir.mkdir(parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
-        manager = stack.enter_context(checkpoint.open_manager(workdir, experiment.checkpoint))
-        state = _first_state(experiment, systems[0], mesh, manager, manifests)
+        for left in half_written(workdir):
+            _say(f"a save was cut short: {left} is removed")
+        saver = stack.enter_context(contextlib.closing(Saver(workdir, experiment.checkpoint, _say)))
+        state, check_restored = _first_state(experiment, systems[0], mesh, saver.manager, manifests)
         start = int(state.step)
         record_start(experiment, workdir, start, origin or {})
         writers, leaf_names = open_writers(experiment, workdir, start), list(flat_names(state.params))
         reporter = Reporter(workdir, start, experiment.train, leaf_names, writers)
         stack.enter_context(contextlib.closing(reporter))
-        preempted = stack.enter_context(contextlib.closing(PreemptionFlag(manager)))
+        preempted = stack.enter_context(contextlib.closing(PreemptionFlag()))
+        watchdog = stack.enter_context(contextlib.closing(Watchdog(experiment.train.watchdog_seconds)))
         for part, system, manifest in zip(parts, systems, manifests, strict=True):
             if int(state.step) >= part.last and part is not parts[-1]:
                 continue
             if part.after:
                 _say(f"phase from step {part.after + 1} to {part.last}")
             samples = SampleWriter(part.experiment, system, mesh, workdir) if system.config.has_pictures else None
-            run = Running(experiment, part, system, manifest, mesh, manager, samples, reporter, preempted, workdir)
+            watched = (check_restored, watchdog, preempted)
+            run = Running(experiment, part, system, manifest, mesh, saver, samples, reporter, *watched, workdir)
             state, stopped = _steps(run, state)
             if stopped:
                 _say(f"stopped by a signal; saved step {int(state.step)}, the same command goes on from it")
                 return PREEMPTED
         drawn = ""
         if samples is not None:
+            watchdog.enter("drawing the last pictures", compiles=True)
             files = samples.write(sampling_params(state), int(state.step))
             reporter.pictures(int(state.step), files)
             drawn = f", samples in {files['samples']}"
@@ -93,16 +101,21 @@ class Running:
     system: System  # of the part
     manifest: Manifest  # of the part's data
     mesh: Mesh
-    manager: ocp.CheckpointManager
+    saver: Saver
     samples: SampleWriter | None  # None where the codec has no pictures
     reporter: Reporter
+    check_restored: Callable[[], None]  # see recovery.Recovered
+    watchdog: Watchdog
     preempted: "PreemptionFlag"
     workdir: Path
 
 
 def _steps(run: Running, state: TrainState) -> tuple[TrainState, bool]:
     """Steps until the part's last step or a preemption (True); the state with which the run ends is saved."""
+    if int(state.step) == run.part.after:  # a new phase's losses are not like those before it
+        state = dataclasses.replace(state, usual_loss=state.usual_loss + np.inf)
     config, every, reporter, samples = run.experiment.train, run.experiment.checkpoint.every, run.reporter, run.samples
+    watchdog, first_step = run.watchdog, int(state.step) + 1
     first_row = run.experiment.next_row(int(state.step))
     batches = TimedBatches(device_batches(run.part.experiment, run.mesh, first_row))
     train_step = make_train_step(run.part.experiment, run.system, run.mesh)
@@ -111,10 +124,15 @@ def _steps(run: Running, state: TrainState) -> tuple[TrainState, bool]:
     stop = False
     with contextlib.closing(Profile(config, run.workdir, int(state.step))) as profile:
         for step in range(int(state.step) + 1, run.part.last + 1):
+            compiles = step <= first_step + 1
             profile.before(step, state)
-            state, metrics = train_step(state, batches.next())
+            watchdog.enter(f"waiting for the data of step {step}", compiles)
+            batch = batches.next()
+            watchdog.enter(f"in step {step}", compiles)
+            state, metrics = train_step(state, batch)
             if pending is not None:  # step n - 1 is read once step n is dispatched: the device never waits for us
                 reporter.report(*pending)
+                run.check_restored()
             pending = (step, metrics, batches.seconds)
             stop = run.preempted.reached(step)
             draw = pictures_due(config, step) and samples is not None and not stop
@@ -122,14 +140,18 @@ def _steps(run: Running, state: TrainState) -> tuple[TrainState, bool]:
             if draw or save or step == run.part.last:
                 reporter.report(*pending)  # first, so that a run that resumes from here has this line
                 pending = None
+                run.check_restored()
             if draw:  # before the save, for the same reason; and before the next step takes the state's memory
+                watchdog.enter(f"drawing the pictures of step {step}", compiles=True)
                 reporter.pictures(step, samples.write(sampling_params(state), step))
             if save:
-                checkpoint.save(run.manager, state, step, _meta(run.experiment, run.manifest, step))
-            checkpoint.check_saves(run.manager)
+                watchdog.enter(f"saving step {step}", compiles)
+                run.saver.save(state, step, _meta(run.experiment, run.manifest, step))
+            run.saver.check()
             if stop:
                 break
-        checkpoint.finish_saves(run.manager)
+        watchdog.enter(f"waiting for the save of step {int(state.step)}")
+        run.saver.finish(int(state.step))
     return state, stop and int(state.step) < config.num_steps
 
 
@@ -141,8 +163,8 @@ def pictures_due(config: TrainConfig, step: int) -> bool:
 class PreemptionFlag:
     """Whether the run was asked to stop by SIGTERM, agreed between all processes."""
 
-    def __init__(self, manager: ocp.CheckpointManager):
-        self.manager, self.signalled = manager, False
+    def __init__(self) -> None:
+        self.signalled = False
         # With several processes Orbax agrees on a step; with one it does not even notice the signal.
         self.previous = signal.signal(signal.SIGTERM, self._on_signal) if jax.process_count() == 1 else None
 
@@ -151,7 +173,7 @@ class PreemptionFlag:
 
     def reached(self, step: int) -> bool:
         """True from the step on at which all processes stop; every process asks at every step."""
-        return self.signalled if jax.process_count() == 1 else self.manager.reached_preemption(step)
+        return self.signalled if jax.process_count() == 1 else ocp.multihost.reached_preemption(step)
 
     def close(self) -> None:
         """Gives the signal back to whom it belonged."""
@@ -200,28 +222,32 @@ def _prepare_all(parts: Sequence[Part]) -> list[Manifest]:
 
 def _first_state(
     experiment: Experiment, system: System, mesh: Mesh, manager: ocp.CheckpointManager, manifests: Sequence[Manifest]
-) -> TrainState:
-    """The newest checkpoint's state, or a new one: drawn, or with another run's weights."""
+) -> tuple[TrainState, Callable[[], None]]:
+    """The newest sound checkpoint's state and what is left to check of it, or a new one: drawn, or another run's."""
     optimizer = make_optimizer(experiment.optimizer)
     shardings = state_shardings(system, optimizer, mesh)
-    step = manager.latest_step()
-    if step is not None:
-        saved = checkpoint.read_meta(manager, step)
+
+    def admit(saved: checkpoint.Meta, step: int) -> None:
         trained_on = manifests[experiment.parts().index(experiment.part_of(step))]
         checkpoint.check_resume(saved, experiment, trained_on.fingerprint, step)
-        state = checkpoint.restore(manager, step, abstract_state(system, optimizer, shardings))
-        _say(f"resumed from step {step} of {manager.directory}")
-        return state
+
+    abstract = abstract_state(system, optimizer, shardings)
+    found = newest_sound(manager, abstract, experiment.checkpoint.verify, admit)
+    if found is not None:
+        for note in found.notes:
+            _say(note)
+        _say(f"resumed from step {found.step} of {manager.directory}")
+        return found.state, found.check
     weights = None
     if experiment.checkpoint.init_from:
         weights, _ = checkpoint.restore_ema(Path(experiment.checkpoint.init_from), system, mesh)
         _say(f"started from the EMA weights of {experiment.checkpoint.init_from}")
-    return init_state(system, optimizer, shardings, experiment.seed, weights)
+    return init_state(system, optimizer, shardings, experiment.seed, weights), lambda: None
 
 
 def _meta(experiment: Experiment, manifest: Manifest, step: int) -> checkpoint.Meta:
     config, row = to_dict(experiment), experiment.next_row(step)
-    return checkpoint.Meta(checkpoint.FORMAT, config, row, manifest.fingerprint, library_versions())
+    return checkpoint.Meta(checkpoint.FORMAT, config, row, manifest.fingerprint, library_versions(), {})
 
 
 def _say(line: str) -> None:

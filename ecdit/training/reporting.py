@@ -15,11 +15,12 @@ import numpy as np
 from ecdit.config import UserError, replace_text, writing
 from ecdit.training.experiment import TrainConfig
 from ecdit.training.speed import Stopwatch, flops_text
+from ecdit.training.step import SPIKE
 from ecdit.training.writers import Writer
 
 
 class DivergedError(UserError):
-    """Too many steps in a row were not finite."""
+    """Too many steps in a row were skipped: not finite, or with a loss far above the usual."""
 
 
 class Reporter:
@@ -50,7 +51,7 @@ class Reporter:
         """Writes the metrics of step `step` (steps done, from 1), which waits until they are computed.
 
         Raises:
-          DivergedError: train.max_bad_steps steps in a row were not finite.
+          DivergedError: train.max_bad_steps steps in a row were skipped.
           UserError: a file cannot be written.
         """
         values = {name: np.asarray(value).tolist() for name, value in metrics.items()}
@@ -114,6 +115,8 @@ class Reporter:
 
     def _culprit(self, values: dict[str, Any]) -> str:
         leaf = values["bad_leaf"]
+        if leaf == SPIKE:
+            return f"the loss was above {self.config.spike_factor:g} times its running mean (config.train.spike_factor)"
         return ("the loss" if leaf < 0 else f"the gradient of {self.leaf_names[leaf]}") + " was not finite"
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
 from ecdit.conditioning.text_to_image import Params, System
 from ecdit.partitioning import replicated
@@ -23,8 +23,9 @@ class TrainState:
     ema: Params
     frozen: Params  # those that are not; empty where all are trained
     optimizer: optax.OptState
-    bad_steps: Int[Array, ""]  # steps whose loss or gradients were not finite, int32
+    bad_steps: Int[Array, ""]  # skipped steps: loss or gradients not finite, or the loss a spike; int32
     bad_in_row: Int[Array, ""]  # those since the last good one, int32
+    usual_loss: Float[Array, ""]  # running mean over good steps, infinite before the first; float32
 
 
 def sampling_params(state: TrainState) -> Params:
@@ -55,7 +56,7 @@ def state_shardings(system: System, optimizer: optax.GradientTransformation, mes
     moments = optax.tree_utils.tree_map_params(
         optimizer, like, abstract, abstract_params, params, transform_non_params=lambda _: whole
     )
-    return TrainState(whole, params, params, frozen, moments, whole, whole)
+    return TrainState(whole, params, params, frozen, moments, whole, whole, whole)
 
 
 def init_state(
@@ -81,5 +82,5 @@ def abstract_state(system: System, optimizer: optax.GradientTransformation, shar
 
 def _state_of(system: System, optimizer: optax.GradientTransformation, params: Params) -> TrainState:
     trained, frozen = system.split(params)
-    zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, trained, jax.tree.map(jnp.copy, trained), frozen, optimizer.init(trained), zero, zero)
+    zero, ema, unknown = jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, trained), jnp.float32(jnp.inf)
+    return TrainState(zero, trained, ema, frozen, optimizer.init(trained), zero, zero, unknown)

@@ -28,6 +28,9 @@ from ecdit.training.state import TrainState, run_key, state_shardings
 Batch = dict[str, Array]
 Metrics = dict[str, Array]
 
+USUAL_LOSS_DECAY = 0.98  # of the running mean that a spike is told by: about fifty steps
+SPIKE = -2  # the metric bad_leaf of a step that was skipped for its loss though all is finite
+
 
 def make_train_step(
     experiment: Experiment, system: System, mesh: Mesh
@@ -169,10 +172,15 @@ def _gated_update(
     metrics: Metrics,
     grads: Params,
 ) -> tuple[TrainState, Metrics]:
-    """The next state; a step whose loss or gradients are not finite leaves parameters, EMA and moments as they were."""
+    """The next state; a step that is not finite, or a spike, leaves parameters, EMA and moments as they were."""
     squares = jnp.stack([jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(grads)])
     grad_norm = jnp.sqrt(squares.sum())
-    good = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    factor = experiment.train.spike_factor
+    spike = finite & (loss > factor * state.usual_loss) if factor else jnp.bool_(False)
+    good = finite & ~spike
+    mean = USUAL_LOSS_DECAY * state.usual_loss + (1 - USUAL_LOSS_DECAY) * loss
+    usual_loss = jnp.where(jnp.isinf(state.usual_loss), loss, mean)
 
     updates, new_optimizer = optimizer.update(grads, state.optimizer, state.params)
     new_params = optax.apply_updates(state.params, updates)
@@ -192,6 +200,7 @@ def _gated_update(
         optimizer=gate(new_optimizer, state.optimizer),
         bad_steps=state.bad_steps + bad,
         bad_in_row=(state.bad_in_row + 1) * bad,
+        usual_loss=gate(usual_loss, state.usual_loss),
     )
     metrics |= {
         "loss": loss,
@@ -199,7 +208,7 @@ def _gated_update(
         "router_grad_norm": router_grad_norm(grads),
         "bad_steps": new_state.bad_steps,
         "bad_in_row": new_state.bad_in_row,
-        "bad_leaf": jnp.where(jnp.isfinite(loss), _first_bad(squares), -1),
+        "bad_leaf": jnp.where(spike, SPIKE, jnp.where(jnp.isfinite(loss), _first_bad(squares), -1)),
     }
     return new_state, metrics
 

@@ -217,6 +217,14 @@ def test_ec_over_dense(cpu_env, emoji_data, tmp_path):
     assert f"{case['percent']['over_flops']:6.2f}" in shown
 
 
+def test_checkpoints(cpu_env, emoji_data, tmp_path):
+    options = ("--rounds=2", "--calls=2", "--tiny", f"--data={emoji_data}")
+    result, _ = benchmark("checkpoints", cpu_env(), tmp_path, *options)
+    (case,) = result["runs"][0]["cases"].values()
+    assert set(case["seconds"]) == {"saving", "not_saving", "checksums"}
+    assert set(case["percent"]) == {"checkpoints", "checksums"}
+
+
 def test_first_step(cpu_env, emoji_data, tmp_path):
     result, _ = benchmark("first_step", cpu_env(), tmp_path, "--tiny", f"--data={emoji_data}")
     cases = result["runs"][0]["cases"]

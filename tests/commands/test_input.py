@@ -4,15 +4,13 @@ import json
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
 from ecdit.conditioning.text_to_image import make_system
 from ecdit.config import ConfigError, UserError, to_dict
 from ecdit.sample import read_prompts
-from ecdit.training import checkpoint
-from ecdit.training.experiment import CheckpointConfig, make_experiment
-from tests.runs import ROOT, command, run, tiny, tiny_values
+from ecdit.training.experiment import make_experiment
+from tests.runs import ROOT, command, run, save_ema, tiny, tiny_values
 
 
 @pytest.mark.parametrize(
@@ -60,10 +58,7 @@ def workdir(tmp_path_factory, emoji_data):
     (workdir / "config.json").write_text(json.dumps(to_dict(experiment)))
     system = make_system(experiment.system)
     ema = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(system.init, jax.random.key(0)))
-    meta = checkpoint.Meta(checkpoint.FORMAT, to_dict(experiment), 0, "", {})
-    with checkpoint.open_manager(workdir, CheckpointConfig(every=1, keep=1, init_from="")) as manager:
-        state, values = ocp.args.PyTreeSave({"ema": ema}), ocp.args.JsonSave(to_dict(meta))
-        manager.save(1, args=ocp.args.Composite(state=state, meta=values))
+    save_ema(workdir, ema, config=to_dict(experiment))
     return workdir
 
 

@@ -190,8 +190,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ecdit import runtime
 
-config = dict(xla_flags=(), tpu_options=(), keep_host_memory=False, compilation_cache="", distributed=False)
-runtime.configure(runtime.RuntimeConfig(**config))
+config = runtime.RuntimeConfig(
+    xla_flags=(), tpu_options=(), keep_host_memory=False, compilation_cache="", distributed=False, heartbeat_seconds=100
+)
+runtime.configure(config)
 mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
 rows = jax.make_array_from_callback(
     (4,), NamedSharding(mesh, PartitionSpec("data")), lambda index: jnp.arange(1.0, 5.0)[index]

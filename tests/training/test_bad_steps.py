@@ -1,5 +1,6 @@
 """What a step says of numbers that are not finite, and of a batch that it takes in microbatches."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -13,7 +14,7 @@ from ecdit.partitioning import make_mesh
 from ecdit.training.loop import device_batches
 from ecdit.training.optimizer import make_optimizer
 from ecdit.training.state import init_state, state_shardings
-from ecdit.training.step import make_train_step
+from ecdit.training.step import SPIKE, USUAL_LOSS_DECAY, make_train_step
 from tests.runs import tiny
 
 UNOPTIMISED = {"xla_backend_optimization_level": 0}  # compiles in half the time
@@ -23,7 +24,7 @@ class Steps:
     """The compiled step on one device, in 16 microbatches of one image."""
 
     def __init__(self, data):
-        experiment = tiny(data__directory=str(data), mesh__data=1, train__accumulation=16)
+        experiment = tiny(data__directory=str(data), mesh__data=1, train__accumulation=16, train__spike_factor=3.0)
         self.mesh = make_mesh(experiment.mesh, jax.devices()[:1])
         system, optimizer = make_system(experiment.system), make_optimizer(experiment.optimizer)
         with jax.set_mesh(self.mesh):
@@ -35,8 +36,8 @@ class Steps:
             self.step = step.lower(self.state, self.batches[0]).compile(compiler_options=UNOPTIMISED)
             self.shardings = shardings
 
-    def __call__(self, batch, change=lambda params: None):
-        state = jax.tree.map(np.copy, self.state)
+    def __call__(self, batch, change=lambda params: None, usual_loss=np.inf):
+        state = dataclasses.replace(jax.tree.map(np.copy, self.state), usual_loss=np.float32(usual_loss))
         change(state.params["denoiser"])
         new, metrics = self.step(jax.device_put(state, self.shardings, may_alias=False), batch)
         return state, jax.device_get(new), jax.device_get(metrics)
@@ -73,6 +74,28 @@ def test_a_loss_that_is_not_finite_is_named_before_any_gradient(steps, row):
     assert_unchanged(new, old)
     assert not np.isfinite(metrics["loss"])
     assert metrics["bad_leaf"] == -1, list(flat_names(old.params))[metrics["bad_leaf"]]
+
+
+def test_a_loss_that_is_a_spike_changes_nothing_but_the_counters(steps):
+    """Three times the usual loss is the limit; a spike leaves the usual loss as it was."""
+    _, _, metrics = steps(steps.batches[0])
+    loss = float(metrics["loss"])
+    for usual, spike in ((loss / 3.01, True), (loss / 2.99, False)):
+        old, new, metrics = steps(steps.batches[0], usual_loss=usual)
+        assert metrics["bad_leaf"] == (SPIKE if spike else -1)
+        if spike:
+            assert_unchanged(new, old)
+            assert new.usual_loss == old.usual_loss
+        else:
+            assert (new.bad_steps, new.bad_in_row) == (0, 0)
+            expected = USUAL_LOSS_DECAY * usual + (1 - USUAL_LOSS_DECAY) * loss
+            np.testing.assert_allclose(new.usual_loss, expected, rtol=1e-6)
+
+
+def test_the_first_good_loss_is_the_usual_one(steps):
+    assert steps(steps.batches[0])[1].usual_loss == steps(steps.batches[0])[2]["loss"]
+    batch = {**steps.batches[0], "size_crop": steps.batches[0]["size_crop"].at[0].set(jnp.nan)}
+    assert np.isinf(steps(batch)[1].usual_loss)
 
 
 def test_the_most_experts_on_one_token_is_a_maximum_over_microbatches_too(steps):

@@ -82,7 +82,7 @@ def test_every_phase_must_fit_the_mesh():
 
 def test_phases_that_have_not_begun_may_change():
     def resume(before, now, step):
-        saved = Meta(checkpoint.FORMAT, to_dict(before), 0, "data", {})
+        saved = Meta(checkpoint.FORMAT, to_dict(before), 0, "data", {}, {})
         checkpoint.check_resume(saved, now, "data", step)
 
     later = {"after": 8, "changes": {"train.batch_size": 16}}

@@ -6,7 +6,6 @@ import sys
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 
 from ecdit.conditioning.text_to_image import make_system
@@ -15,9 +14,8 @@ from ecdit.interop.weights import save_weights
 from ecdit.partitioning import make_mesh
 from ecdit.training import checkpoint
 from ecdit.training.checkpoint import MAY_CHANGE, CheckpointError, Meta
-from ecdit.training.experiment import CheckpointConfig
 from ecdit.training.restored import saved_experiment
-from tests.runs import run, tiny
+from tests.runs import run, save_ema, tiny
 
 # What decides which numbers a run computes; all other keys say how, where and how long.
 FIXED = {
@@ -29,12 +27,12 @@ FIXED = {
     *(f"optimizer.{key}" for key in to_dict(tiny().optimizer)),
     *("data.task", "data.image_size", "data.latent_channels", "data.caption_length", "data.vocab_size"),
     *("data.caption_dropout", "data.flip_probability", "data.crop_padding"),
-    *("train.batch_size", "train.ema_decay"),
+    *("train.batch_size", "train.ema_decay", "train.spike_factor"),
 }
 
 
 def meta_of(values):
-    return Meta(checkpoint.FORMAT, values, 0, "data", {})
+    return Meta(checkpoint.FORMAT, values, 0, "data", {}, {})
 
 
 @pytest.mark.parametrize("key", sorted(flatten(to_dict(tiny())).keys() - {"phases"}))
@@ -120,9 +118,7 @@ def saved(tmp_path_factory):
     (workdir / "config.json").write_text(json.dumps(to_dict(tiny())))
     shapes = jax.eval_shape(system.init, jax.random.key(0))
     ema = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype), shapes)
-    with checkpoint.open_manager(workdir, CheckpointConfig(every=1, keep=1, init_from="")) as manager:
-        state = ocp.args.PyTreeSave({"ema": ema})
-        manager.save(7, args=ocp.args.Composite(state=state, meta=ocp.args.JsonSave(to_dict(meta_of({})))))
+    save_ema(workdir, ema, step=7)
     return workdir, ema
 
 
@@ -139,9 +135,7 @@ def test_only_ema_weights_are_read_and_each_is_where_the_mesh_wants_it(saved):
 def test_weights_of_a_step_that_is_named(saved, tmp_path):
     workdir, ema = shutil.copytree(saved[0], tmp_path / "run"), saved[1]
     mesh, system = make_mesh(tiny().mesh), make_system(tiny().system)
-    with checkpoint.open_manager(workdir, CheckpointConfig(every=1, keep=2, init_from="")) as manager:
-        later = ocp.args.PyTreeSave({"ema": jax.tree.map(np.zeros_like, ema)})
-        manager.save(9, args=ocp.args.Composite(state=later, meta=ocp.args.JsonSave(to_dict(meta_of({})))))
+    save_ema(workdir, jax.tree.map(np.zeros_like, ema), step=9)
     restored, step = checkpoint.restore_ema(workdir, system, mesh, 7)
     assert step == 7
     jax.tree.map(np.testing.assert_array_equal, restored, ema)

@@ -1,0 +1,45 @@
+"""Ends a process that hangs: says in which step and phase, prints all stacks, exits with HUNG."""
+
+import faulthandler
+import os
+import sys
+import threading
+import time
+
+HUNG = 43  # exit code
+PATIENCE = 10  # times as long for what compiles
+
+
+class Watchdog:
+    """A thread that is told which phase the run is in, and how long that may take."""
+
+    def __init__(self, seconds: float):
+        """`seconds` is what a phase may take; 0 for no watchdog."""
+        self.seconds = seconds
+        self.phase, self.limit = "", float("inf")  # the phase, its time, and when it has taken too long
+        self.closed = threading.Event()
+        self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        if seconds:
+            self.thread.start()
+
+    def enter(self, phase: str, compiles: bool = False) -> None:
+        """The run begins `phase`, which ends what it did before."""
+        seconds = self.seconds * (PATIENCE if compiles else 1)
+        self.phase, self.limit = f"{phase} for {seconds:g} s", time.monotonic() + seconds
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self.closed.set()
+        if self.seconds:
+            self.thread.join()
+
+    def _watch(self) -> None:
+        while not self.closed.wait(self.seconds / 20):
+            if time.monotonic() > self.limit:
+                self._end()
+
+    def _end(self) -> None:
+        sys.stdout.flush()
+        print(f"hung: {self.phase} (config.train.watchdog_seconds = {self.seconds:g})", file=sys.stderr, flush=True)
+        faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+        os._exit(HUNG)  # whatever hangs would hang an orderly exit too

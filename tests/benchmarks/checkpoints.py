@@ -1,0 +1,129 @@
+"""What checkpoints cost the emoji run: 50 steps with a save, checksums included, against 50 without.
+
+    python -m tests.benchmarks.checkpoints [--runs=5] [--json=FILE] [--data=DIR] [--tiny]
+
+A call is a step of the loop (see `step`). `saving` begins its turn with a save, runs the steps beside it, and ends when
+it has ended too; `not_saving` only runs the steps. `checksums` are those of the whole state alone, once in a turn, as
+seconds of a step. Percent are of `not_saving`, medians over rounds.
+"""
+
+import argparse
+import contextlib
+import io
+import itertools
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from ecdit.conditioning.text_to_image import make_system
+from ecdit.config import to_dict
+from ecdit.interop.weights import flat_names
+from ecdit.partitioning import make_mesh
+from ecdit.training.checkpoint import FORMAT, Meta, state_arrays
+from ecdit.training.checksums import checksums
+from ecdit.training.experiment import Experiment, make_experiment
+from ecdit.training.loop import device_batches
+from ecdit.training.optimizer import make_optimizer
+from ecdit.training.reporting import Reporter
+from ecdit.training.saving import Saver
+from ecdit.training.speed import TimedBatches, stopwatch
+from ecdit.training.state import init_state, state_shardings
+from ecdit.training.step import make_train_step
+from tests.benchmarks import timing
+from tests.benchmarks.step import SETTLE_SECONDS
+from tests.runs import emoji_config, tiny_values
+
+EVERY = 50  # steps
+
+
+class Loop:
+    """The training loop without checkpoints, in portions."""
+
+    def __init__(self, experiment: Experiment, workdir: Path):
+        self.experiment, self.mesh, self.step = experiment, make_mesh(experiment.mesh), 0
+        system, optimizer = make_system(experiment.system), make_optimizer(experiment.optimizer)
+        with jax.set_mesh(self.mesh):
+            self.state = init_state(system, optimizer, state_shardings(system, optimizer, self.mesh), experiment.seed)
+            self.train_step = make_train_step(experiment, system, self.mesh)
+        self.batches = TimedBatches(device_batches(experiment, self.mesh, 0))
+        self.reporter = Reporter(workdir, 0, experiment.train, list(flat_names(self.state.params)))
+        self.reporter.begin(stopwatch(experiment))
+
+    def run(self, calls: int) -> None:
+        """So many steps, the last one's results read too."""
+        pending = None
+        for _ in range(calls):
+            self.state, metrics = self.train_step(self.state, self.batches.next())
+            if pending is not None:
+                self.reporter.report(*pending)
+            self.step += 1
+            pending = (self.step, metrics, self.batches.seconds)
+        self.reporter.report(*pending)
+        jax.block_until_ready(self.state)
+
+
+def turns_of(loop: Loop, saver: Saver, calls: int) -> dict[str, Callable[[], float]]:
+    """Turns of `calls` steps with a save and without one, and of the checksums."""
+    saves = itertools.count(1)
+    meta = Meta(FORMAT, to_dict(loop.experiment), 0, "", {}, {})
+
+    def seconds(save: bool) -> float:
+        start = time.perf_counter()
+        if save:
+            step = next(saves)
+            saver.save(loop.state, step, meta)
+        loop.run(calls)
+        if save:
+            saver.finish(step)
+        elapsed = (time.perf_counter() - start) / calls
+        time.sleep(SETTLE_SECONDS)
+        return elapsed
+
+    def summing() -> float:
+        start = time.perf_counter()
+        checksums(state_arrays(loop.state))
+        return (time.perf_counter() - start) / calls
+
+    loop.run(2)
+    saver.save(loop.state, next(saves), meta)  # compiles
+    return {"saving": lambda: seconds(True), "not_saving": lambda: seconds(False), "checksums": summing}
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """One run."""
+    environment = timing.use_emoji_runtime()
+    values = tiny_values() if arguments.tiny else emoji_config()
+    values.data.directory = arguments.data
+    experiment: Experiment = make_experiment(values)
+    with tempfile.TemporaryDirectory() as workdir, contextlib.redirect_stdout(io.StringIO()):  # its printed steps
+        loop = Loop(experiment, Path(workdir))
+        saver = Saver(Path(workdir), experiment.checkpoint, print)
+        with jax.set_mesh(loop.mesh), contextlib.closing(loop.reporter), contextlib.closing(saver):
+            seconds = timing.reported_turns(turns_of(loop, saver, arguments.calls), arguments.rounds)
+    rounds = [dict(zip(seconds, each, strict=True)) for each in zip(*seconds.values(), strict=True)]
+    percent = {
+        "checkpoints": statistics.median(100 * (t["saving"] / t["not_saving"] - 1) for t in rounds),
+        "checksums": statistics.median(100 * t["checksums"] / t["not_saving"] for t in rounds),
+    }
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(loop.state)) / 1e6
+    sizes = f"a state of {size:.1f} MB saved once in {arguments.calls} steps, batches of {experiment.train.batch_size}"
+    found = timing.case(sizes, seconds, "not_saving", percent=percent)
+    return {"environment": environment, "cases": {"checkpoints": found}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", help="prepared data, or where to prepare it; by default a temporary directory")
+    parser.add_argument("--tiny", action="store_true", help="a small model: whether it works, not how fast")
+    arguments = timing.parse(parser, rounds=3, calls=EVERY)
+    with timing.emoji_data(arguments.data) as data:
+        timing.run_all("checkpoints", arguments, measure, f"--data={data}")
+
+
+if __name__ == "__main__":
+    main()
