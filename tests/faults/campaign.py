@@ -58,7 +58,7 @@ def table(logs: list[dict[str, Any]]) -> str:
     missed = [log for log in flips if log["resumed_from"] in log["array_data_hit"]]
     worst = max((log["loss_difference"] for log in logs if "loss_difference" in log), default=0.0)
     return "\n".join(
-        [*rows, f"\nDamaged array data: {len(flips)}, not found: {len(missed)}. Loss, at most: {worst:.1e}."]
+        [*rows, f"\nTrials with damaged array data: {len(flips)}, not found: {len(missed)}. Loss, at most: {worst:.1e}."]
     )
 
 
