@@ -84,7 +84,7 @@ def train(experiment: Experiment, workdir: Path, origin: dict[str, Any] | None =
                 return PREEMPTED
         drawn = ""
         if samples is not None:
-            watchdog.enter("drawing the last pictures", compiles=True)
+            watchdog.enter("drawing the last pictures", slow=True)
             files = samples.write(sampling_params(state), int(state.step))
             reporter.pictures(int(state.step), files)
             drawn = f", samples in {files['samples']}"
@@ -124,11 +124,11 @@ def _steps(run: Running, state: TrainState) -> tuple[TrainState, bool]:
     stop = False
     with contextlib.closing(Profile(config, run.workdir, int(state.step))) as profile:
         for step in range(int(state.step) + 1, run.part.last + 1):
-            compiles = step <= first_step + 1
+            compiling = step <= first_step + 1
             profile.before(step, state)
-            watchdog.enter(f"waiting for the data of step {step}", compiles)
+            watchdog.enter(f"waiting for the data of step {step}", slow=compiling)
             batch = batches.next()
-            watchdog.enter(f"in step {step}", compiles)
+            watchdog.enter(f"in step {step}", slow=compiling)
             state, metrics = train_step(state, batch)
             if pending is not None:  # step n - 1 is read once step n is dispatched: the device never waits for us
                 reporter.report(*pending)
@@ -142,15 +142,15 @@ def _steps(run: Running, state: TrainState) -> tuple[TrainState, bool]:
                 pending = None
                 run.check_restored()
             if draw:  # before the save, for the same reason; and before the next step takes the state's memory
-                watchdog.enter(f"drawing the pictures of step {step}", compiles=True)
+                watchdog.enter(f"drawing the pictures of step {step}", slow=True)
                 reporter.pictures(step, samples.write(sampling_params(state), step))
             if save:
-                watchdog.enter(f"saving step {step}", compiles)
+                watchdog.enter(f"saving step {step}", slow=True)
                 run.saver.save(state, step, _meta(run.experiment, run.manifest, step))
             run.saver.check()
             if stop:
                 break
-        watchdog.enter(f"waiting for the save of step {int(state.step)}")
+        watchdog.enter(f"waiting for the save of step {int(state.step)}", slow=True)
         run.saver.finish(int(state.step))
     return state, stop and int(state.step) < config.num_steps
 

@@ -7,7 +7,7 @@ import threading
 import time
 
 HUNG = 43  # exit code
-PATIENCE = 10  # times as long for what compiles
+PATIENCE = 10  # times as long for what is slow: it compiles, or waits for an earlier save
 
 
 class Watchdog:
@@ -22,9 +22,9 @@ class Watchdog:
         if seconds:
             self.thread.start()
 
-    def enter(self, phase: str, compiles: bool = False) -> None:
+    def enter(self, phase: str, slow: bool = False) -> None:
         """The run begins `phase`, which ends what it did before."""
-        seconds = self.seconds * (PATIENCE if compiles else 1)
+        seconds = self.seconds * (PATIENCE if slow else 1)
         self.phase, self.limit = f"{phase} for {seconds:g} s", time.monotonic() + seconds
 
     def close(self) -> None:

@@ -15,7 +15,7 @@ def stuck_here():
     time.sleep(60)
 watchdog = Watchdog(float(sys.argv[1]))
 watchdog.enter("waiting for the data of step 6")
-watchdog.enter("in step 7", compiles=sys.argv[2] == "compiles")
+watchdog.enter("in step 7", slow=sys.argv[2] == "slow")
 if sys.argv[2] == "close":
     watchdog.close()
     time.sleep(2)
@@ -30,7 +30,7 @@ def hang(seconds, how=""):
     return done.returncode, done.stderr, time.monotonic() - begin
 
 
-@pytest.mark.parametrize(("how", "factor"), [("", 1), ("compiles", PATIENCE)])
+@pytest.mark.parametrize(("how", "factor"), [("", 1), ("slow", PATIENCE)])
 def test_a_phase_that_takes_too_long_ends_the_process_by_name(how, factor):
     code, said, seconds = hang(0.5, how)
     assert code == HUNG
