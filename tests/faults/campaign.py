@@ -57,9 +57,8 @@ def table(logs: list[dict[str, Any]]) -> str:
     flips = [log for log in logs if log["kind"] in ("bit flip", "truncation") and log["array_data_hit"]]
     missed = [log for log in flips if log["resumed_from"] in log["array_data_hit"]]
     worst = max((log["loss_difference"] for log in logs if "loss_difference" in log), default=0.0)
-    return "\n".join(
-        [*rows, f"\nTrials with damaged array data: {len(flips)}, not found: {len(missed)}. Loss, at most: {worst:.1e}."]
-    )
+    found = f"Trials with damaged array data: {len(flips)}, not found: {len(missed)}."
+    return "\n".join([*rows, f"\n{found} Loss, at most: {worst:.1e}."])
 
 
 def main() -> None:
