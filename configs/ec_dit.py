@@ -26,6 +26,15 @@ SIZES = {
 # Chips over which experts lie, or a dense model's weights: powers of two that leave shards of whole tiles (16 rows):
 # 1152 / 4, 1536 / 16, 2304 / 16, 3072 / 64. Experts are sharded over all other chips too.
 EXPERT_CHIPS = {"XL": 4, "XXL": 16, "3XL": 16, "M": 64}
+# What `ecdit.plan --table` plans: each size on the slice that it is meant for, dense and with most experts.
+SLICES = {"XL": "v5p:4x4x4", "XXL": "v5p:4x4x4", "3XL": "v5p:4x4x8", "M": "v5p:4x4x8"}
+PLANS = (
+    *((f"{size}-{kind}", topology) for size, topology in SLICES.items() for kind in ("dense", "32E")),
+    ("XL-16E", "v5p:4x4x4"),
+    ("XL-64E", "v5p:4x4x4"),
+    ("M-64E", "v5p:4x4x8"),
+    *((f"{size}-64E", "v4:4x4x8") for size in SLICES),
+)
 EXPERTS = {"8E": 8, "16E": 16, "32E": 32, "64E": 64}  # [P]
 # Gathers of weights go on behind matrix products, reductions of gradients on the SparseCores (see configs/README.md).
 TPU_OPTIONS = (

@@ -2,6 +2,7 @@
 
     python -m ecdit.plan --config=configs/ec_dit.py:M-64E                          # counts parameters and FLOPs
     python -m ecdit.plan --config=configs/ec_dit.py:M-64E --topology=v5p:4x4x8     # memory, wire, estimated time
+    python -m ecdit.plan --config=configs/ec_dit.py --table                        # the table of configs/README.md
 
 With --topology it compiles the trainer's own step for that slice by the real TPU compiler, which needs libtpu and no
 TPU, and takes minutes. Exit code 1 if the step does not fit the chips' memory.
@@ -9,24 +10,27 @@ TPU, and takes minutes. Exit code 1 if the step does not fit the chips' memory.
 
 import dataclasses
 import json
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 
-from ecdit.config import check_writable, config_values, define_config_flag, replace_text, run_command
+from ecdit.config import check_writable, config_origin, config_values, define_config_flag, replace_text, run_command
 from ecdit.planning.cache import cached_plan
 from ecdit.planning.compiler import DoesNotFit, find_target, use_compiler
 from ecdit.planning.counts import count, report, table_params
 from ecdit.planning.fitting import what_fits
 from ecdit.planning.plan import report as plan_report
+from ecdit.planning.table import row, write_rows
 from ecdit.training.experiment import make_experiment
 
 CONFIG = define_config_flag()
 JSON = flags.DEFINE_string("json", None, "File for the result.")
 TABLE_PARITY = flags.DEFINE_bool("table-parity", False, "Count parameters by the rule behind the paper's Table 1.")
 TOPOLOGY = flags.DEFINE_string("topology", None, "Slice to plan for: v5p:4x4x8, v5p-256, 2xv5p:4x4x8 for two.")
+TABLE = flags.DEFINE_bool("table", False, "Plan the PLANS of the config's file, into the README beside it.")
 WHAT = flags.DEFINE_enum("what", "train", ["train", "sample"], "The step to plan.")
 
 
@@ -41,6 +45,9 @@ def main(argv: list[str]) -> None:
         total = table_params(experiment.system)
         write({"total_params": total, "counted": "as the paper's Table 1"})
         print(f"parameters by Table 1's rule: {total / 1e9:.2f} B")
+        return
+    if TABLE.value:
+        write_table(Path(config_origin(CONFIG)["config"].partition(":")[0]))
         return
     counts = count(experiment)
     print("\n".join(report(counts)), flush=True)
@@ -58,6 +65,21 @@ def main(argv: list[str]) -> None:
         sys.exit(1)
     print("\n".join(plan_report(plan)))
     write(values | {"fits": True} | dataclasses.asdict(plan))
+
+
+def write_table(config_file: Path) -> None:
+    """Plans what the file lists as PLANS, (argument, topology) each; writes rows as they come, so it can be resumed."""
+    use_compiler()
+    module = runpy.run_path(str(config_file))
+    for name, topology in module["PLANS"]:
+        try:
+            values = dataclasses.asdict(cached_plan(make_experiment(module["get_config"](name)), find_target(topology)))
+        except DoesNotFit as error:
+            print(f"{name} on {topology} does not fit: {error}", flush=True)
+            values = {"fits": False, "topology": topology}
+        line = row(name, values)
+        print(line, flush=True)
+        write_rows(config_file.with_name("README.md"), {(name, topology): line})
 
 
 def write(values: dict[str, Any]) -> None:

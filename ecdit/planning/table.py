@@ -1,0 +1,44 @@
+"""The plans of a family of configs as one table, kept in a markdown file between two marks."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ecdit.config import UserError, replace_text
+
+BEGIN, END = "<!-- plans: begin -->", "<!-- plans: end -->"
+_HEAD = (
+    "| config | slice | GB of a chip | s a step | if all, no communication were hidden | MFU | images/s | days |",
+    "|---|---|---|---|---|---|---|---|",
+)
+
+
+def row(name: str, values: Mapping[str, Any]) -> str:
+    """Of a plan's values as `ecdit.plan --json` writes them, or of one that does not fit."""
+    if not values.get("fits", True):
+        return f"| {name} | {values['topology']} | does not fit | | | | | |"
+    memory = f"{values['hbm_bytes_per_chip'] / 1e9:.1f} of {values['hbm_limit'] / 1e9:.0f}"
+    step, hidden, exposed = (
+        f"{values[key]:.3f}" for key in ("estimated_step_seconds", "seconds_all_hidden", "seconds_none_hidden")
+    )
+    speed = f"{values['estimated_mfu']:.1%} | {values['images_per_second']:,.0f} | {values['days']:.1f}"
+    return f"| {name} | {values['topology']} | {memory} | {step} | {hidden}, {exposed} | {speed} |"
+
+
+def write_rows(path: Path, rows: Mapping[tuple[str, str], str]) -> None:
+    """Puts rows, by config and slice, into the table of a file; those of other plans stay as they are.
+
+    Raises:
+      UserError: the file has not both marks, or cannot be written.
+    """
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise UserError(f"{path}: {error}") from None
+    before, begin, rest = text.partition(BEGIN)
+    table, end, after = rest.partition(END)
+    if not begin or not end:
+        raise UserError(f"{path}: needs the lines {BEGIN} and {END}, between which the table goes")
+    lines = [line for line in table.splitlines() if line.startswith("| ") and line != _HEAD[0]]
+    kept = {(cells[1].strip(), cells[2].strip()): line for line in lines if (cells := line.split("|"))}
+    replace_text(path, "\n".join([before + BEGIN, *_HEAD, *(kept | dict(rows)).values(), END + after]))
