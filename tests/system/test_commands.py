@@ -179,7 +179,7 @@ def test_commands_refuse_a_workdir_without_a_run(tmp_path, env):
     refused(
         command("checkpoint", "export", f"--workdir={tmp_path}", f"--out={tmp_path}/w.safetensors"), env, str(tmp_path)
     )
-    refused(command("checkpoint", "import", f"--workdir={tmp_path}"), env, "verbs: export")
+    refused(command("checkpoint", "import", f"--workdir={tmp_path}"), env, "verbs: verify, list, export; got import")
 
 
 def test_prepare_does_nothing_twice(emoji_data, env):
