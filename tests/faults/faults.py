@@ -182,7 +182,8 @@ def hang(trial: Trial) -> None:
     """One of two processes stops, alive: the other names the step that it waits in, and ends."""
     which = trial.draw("process", trial.rng.randrange(2))
     step = trial.draw("after_step", trial.rng.randrange(1, STEPS // 2))
-    run = trial.start(PAIR, train__watchdog_seconds=WATCHDOG)
+    # A stopped process has no heartbeat either: a long one leaves the watchdog ten times its time, in a save.
+    run = trial.start(PAIR, train__watchdog_seconds=WATCHDOG, runtime__heartbeat_seconds=100)
     run.until(lambda: last_line(trial.workdir) >= step)
     run.children[which].send_signal(signal.SIGSTOP)
     code = run.children[1 - which].wait(TIMEOUT)
