@@ -217,6 +217,7 @@ def test_ec_over_dense(cpu_env, emoji_data, tmp_path):
     assert f"{case['percent']['over_flops']:6.2f}" in shown
 
 
+@pytest.mark.slow
 def test_checkpoints(cpu_env, emoji_data, tmp_path):
     options = ("--rounds=2", "--calls=2", "--tiny", f"--data={emoji_data}")
     result, _ = benchmark("checkpoints", cpu_env(), tmp_path, *options)

@@ -11,6 +11,7 @@ from tests.faults.faults import KINDS
 from tests.runs import run
 
 
+@pytest.mark.slow
 def test_the_first_trials_pass_and_none_is_done_twice(tmp_path, emoji_data, compilation_cache, cpu_env):
     if subprocess.run(["unshare", "--mount", "true"], capture_output=True).returncode:
         pytest.skip("mounting a small file system needs root")

@@ -12,6 +12,7 @@ import yaml
 from launch.job import job_name
 from tests.launch.jobs import WORKDIR, install, wait_for
 from tests.runs import ROOT, TINY
+from tests.system.test_ec_dit import SMALL
 
 # Notes its command line and its input, and ends with $EXIT_CODE.
 STAND_IN = """
@@ -134,15 +135,16 @@ def test_a_job_that_nobody_launched_is_said_not_to_be_there(outside, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("accelerator", "code", "told"),
-    [("v5p-64", 0, r"fits: \d+\.\d GB of 95 GB a chip"), ("v4-8", 2, r"the step does not fit v4:2x2x1: .*HBM")],
+    ("images", "code", "told"),
+    [(64, 0, r"fits: \d+\.\d GB of 32 GB a chip"), (2**16, 2, r"the step does not fit v4:2x2x1: .*HBM")],
 )
-def test_a_step_that_does_not_fit_is_refused(outside, tmp_path, accelerator, code, told):
-    """XL without experts: 4096 images a step are too many for four chips of v4."""
+def test_a_step_that_does_not_fit_is_refused(outside, tmp_path, images, code, told):
     out = tmp_path / "job.yaml"
-    flags = ["--config=configs/ec_dit.py:XL-dense", "--workdir=gs://bucket/run", f"--accelerator={accelerator}"]
-    options = ["--config.model.remat=none", "--config.runtime.compilation_cache=", "--dry-run", f"--out={out}"]
-    done = launch("tpu", *flags, *options, "--backend=jobset", env=outside, plan=True)
+    changes = SMALL | {"train.batch_size": images, "model.group": "image", "model.width": 256, "model.heads": 4}
+    changes |= {"runtime.distributed": True, "model.remat": "none", "sampling.batch_size": 16}
+    flags = ["--config=configs/ec_dit.py:XL-dense", "--workdir=gs://bucket/run", "--accelerator=v4-8"]
+    flags += [f"--config.{key}={value}" for key, value in changes.items()]
+    done = launch("tpu", *flags, "--dry-run", f"--out={out}", "--backend=jobset", env=outside, plan=True)
     assert done.returncode == code, done.stderr
     assert re.search(told, done.stdout + done.stderr)
     assert out.exists() == (code == 0)

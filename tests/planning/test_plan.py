@@ -105,6 +105,7 @@ def _size(shape):
     return size
 
 
+@pytest.mark.slow
 def test_two_slices_meet_over_the_network_alone_by_data():
     experiment = small(mesh__slices=2, train__batch_size=128, runtime__tpu_options=())
     found = make_plan(experiment, find_target("2xv5p:2x2x1"))
@@ -114,6 +115,7 @@ def test_two_slices_meet_over_the_network_alone_by_data():
     assert {name for name in found.collective_seconds if "slices" in name} == {"all_reduce over slices"}
 
 
+@pytest.mark.slow
 def test_sampling_is_planned_too():
     found = make_plan(small(sampling__num_steps=3), find_target("v5p:2x2x1"), "sample")
     assert (found.what, found.batch_size, found.days) == ("sample", 16, 0)
@@ -173,7 +175,7 @@ def test_sometimes_nothing_fits(monkeypatch):
 @pytest.mark.slow
 def test_the_compiler_says_what_is_largest():
     with pytest.raises(DoesNotFit, match="exceeds available HBM"):
-        compile_step(small(train__batch_size=2**19, model__group="image"), find_target("v5p:2x2x1"))
+        compile_step(small(train__batch_size=2**17, model__group="image"), find_target("v5p:2x2x1"))
 
 
 # The command
