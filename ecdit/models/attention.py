@@ -118,18 +118,16 @@ def attend(
 def _project(
     x: Float[Array, "B N d"], kernel: nnx.Param, heads: int, bias: nnx.Param | None = None
 ) -> Float[Array, "B H k N"]:
-    # Flat, then transposed: a TPU's compiler makes one product of both, and a CPU's has a faster one.
-    joined = x.reshape(-1, x.shape[-1]) @ kernel[...].astype(x.dtype)
+    joined = jnp.einsum("bnd,df->bfn", x, kernel[...].astype(x.dtype))
     if bias is not None:
-        joined = joined + bias[...].astype(x.dtype)[None]
-    split = joined.reshape(*x.shape[:2], heads, -1).transpose(0, 2, 3, 1)
+        joined = joined + bias[...].astype(x.dtype)[None, :, None]
+    split = joined.reshape(x.shape[0], heads, -1, x.shape[1])
     return constrain(split, "batch", "heads", None, None)
 
 
 def _join(attended: Float[Array, "B H k N"], kernel: nnx.Param) -> Float[Array, "B N d"]:
-    batch, _, _, tokens = attended.shape
-    joined = attended.transpose(0, 3, 1, 2).reshape(batch * tokens, -1)
-    return constrain((joined @ kernel[...].astype(attended.dtype)).reshape(batch, tokens, -1), "batch", None, None)
+    joined = attended.reshape(attended.shape[0], -1, attended.shape[-1])
+    return constrain(jnp.einsum("bfn,fd->bnd", joined, kernel[...].astype(attended.dtype)), "batch", None, None)
 
 
 def _inverse_rms(x: Float[Array, "B H k N"], epsilon: float = 1e-6) -> Float[Array, "B H N"]:
