@@ -19,7 +19,6 @@ class Chip:
     clock: float  # Hz, in which the compiler counts cycles
     vector_flops: float  # operations/s of one vector unit on each core: 8 x 128 lanes each
     link_bandwidth: float  # bytes/s of a link to a neighbour, one way
-    dimensions: int  # of the torus of links
     wraps_at: int  # a dimension of a slice is a ring if it is a multiple of this
     dcn_bandwidth: float  # bytes/s of a chip's share of its host's network, one way
     host_bandwidth: float  # bytes/s from a chip to its host's memory
@@ -27,10 +26,10 @@ class Chip:
 
 # By jax.Device.device_kind.
 CHIPS = {
-    "TPU v4": Chip("v4", 275e12, 32e9, 1.2e12, 1.05e9, 2.2e12, 45e9, 3, 4, 6.25e9, 16e9),
-    "TPU v5": Chip("v5p", 459e12, 95e9, 2.765e12, 1.75e9, 3.6e12, 90e9, 3, 4, 6.25e9, 16e9),
-    "TPU v5 lite": Chip("v5e", 197e12, 16e9, 0.82e12, 1.5e9, 1.5e12, 45e9, 2, 16, 3.125e9, 16e9),
-    "TPU v6 lite": Chip("v6e", 918e12, 32e9, 1.64e12, 1.75e9, 1.8e12, 90e9, 2, 16, 6.25e9, 16e9),
+    "TPU v4": Chip("v4", 275e12, 32e9, 1.2e12, 1.05e9, 2.2e12, 45e9, 4, 6.25e9, 16e9),
+    "TPU v5": Chip("v5p", 459e12, 95e9, 2.765e12, 1.75e9, 3.6e12, 90e9, 4, 6.25e9, 16e9),
+    "TPU v5 lite": Chip("v5e", 197e12, 16e9, 0.82e12, 1.5e9, 1.5e12, 45e9, 16, 3.125e9, 16e9),
+    "TPU v6 lite": Chip("v6e", 918e12, 32e9, 1.64e12, 1.75e9, 1.8e12, 90e9, 16, 6.25e9, 16e9),
 }
 
 

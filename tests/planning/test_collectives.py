@@ -9,7 +9,7 @@ from ecdit.planning.collectives import KINDS, Place, Torus, collective_of, wire_
 from ecdit.planning.hlo import HloError, parse
 
 GB = 1e9
-CHIP = Chip("toy", 1e12, GB, GB, 1e9, 1e9, link_bandwidth=GB, dimensions=3, wraps_at=4, dcn_bandwidth=0.1 * GB,
+CHIP = Chip("toy", 1e12, GB, GB, 1e9, 1e9, link_bandwidth=GB, wraps_at=4, dcn_bandwidth=0.1 * GB,
             host_bandwidth=GB)  # fmt: skip
 
 
