@@ -14,7 +14,7 @@ from launch.check import check_pod
 from launch.job import MAX_NAME, RESTART_CODES, LaunchError, check_name, describe, job_name
 from tests.launch.jobs import WORKDIR, experiment, job, placed
 
-MESH_OF_TWO = {"slices": 2, "data": 32, "fsdp": 1, "expert": 4, "tensor": 1}
+MESH_OF_TWO = {"slices": 2, "data": 1, "fsdp": 32, "expert": 4, "tensor": 1}
 
 
 def test_xl_goes_on_every_slice_up_to_512_chips_whose_chips_divide_its_512_groups():
@@ -44,7 +44,7 @@ def test_its_parameters_can_be_laid_out_there(accelerator):
             "config.model.group = '1024': must divide a device's tokens per microbatch, 4 images x 128 tokens",
         ),
         ("v5p-384", 1, "config.train.batch_size = 4096: must be a multiple of 192"),
-        ("v6e-1", 1, "config.mesh = 'slices 1 x data -1 x fsdp 1 x expert 4 x tensor 1': must multiply to the number"),
+        ("v6e-1", 1, "config.mesh = 'slices 1 x data 1 x fsdp -1 x expert 4 x tensor 1': must multiply to the number"),
     ],
 )
 def test_other_slices_are_refused_with_the_reason(accelerator, slices, says):
@@ -55,7 +55,7 @@ def test_other_slices_are_refused_with_the_reason(accelerator, slices, says):
 @pytest.mark.parametrize(
     ("overrides", "error", "says"),
     [
-        ({"mesh__data": 2}, ConfigError, "must multiply to the number of devices, 128"),
+        ({"mesh__fsdp": 2}, ConfigError, "must multiply to the number of devices, 128"),
         ({"mesh__expert": 3}, ConfigError, "must multiply to the number of devices, 128"),
         ({"mesh__slices": 2}, ConfigError, "config.mesh.slices = 2: must be the number of slices, 1"),
         ({"train__batch_size": 4000}, ConfigError, "config.train.batch_size = 4000: must be a multiple of 128"),
@@ -80,7 +80,7 @@ def test_the_mesh_gets_as_many_slices_as_are_asked_for():
 def test_a_mesh_that_was_given_its_slices_keeps_them():
     with pytest.raises(ConfigError, match=re.escape("config.mesh.slices = 1: must be the number of slices, 2")):
         job("v5p-256", 2, mesh__slices=1)
-    assert job("v5p-256", 2, mesh__slices=2, mesh__data=32).mesh == MESH_OF_TWO
+    assert job("v5p-256", 2, mesh__slices=2, mesh__fsdp=32).mesh == MESH_OF_TWO
 
 
 def test_the_command_is_the_one_that_one_would_type():
