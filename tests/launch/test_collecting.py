@@ -67,8 +67,8 @@ def test_the_final_loss_is_the_mean_over_the_last_steps(tmp_path, points):
     assert (result.step, result.finished) == (10, True)
     np.testing.assert_allclose([result.loss, result.loss_error], [7 / 3, math.sqrt(7 / 3 / 3)], rtol=1e-12)
     assert len(result.losses) == 9
-    shorter = dataclasses.replace(points[0], experiment=tiny(train__num_steps=20))
-    assert read_result(shorter, tmp_path / points[0].name, share=0.4).loss is None
+    longer = dataclasses.replace(points[0], experiment=tiny(train__num_steps=20))
+    assert read_result(longer, tmp_path / points[0].name, share=0.6).loss is None
 
 
 def test_a_part_of_a_sweep_is_collected_with_fits_of_what_is_finished(tmp_path, points):

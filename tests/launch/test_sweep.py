@@ -69,7 +69,7 @@ def start_sweep(tmp_path):
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
         sweep = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
         started.append(sweep)
-        wait_for(lambda: all("ready" in log(tmp_path, name).splitlines()[-1:].__str__() for name in ready))
+        wait_for(lambda: all("\nready" in log(tmp_path, name) for name in ready))
         return sweep
 
     yield begin
@@ -111,7 +111,8 @@ open(os.path.join(directory, 'most'), 'a').write(str(most))
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_lets_points_save_and_starts_no_other(start_sweep, tmp_path, number):
-    sweep = start_sweep({"a": SAVES, "b": SAVES, "c": DONE}, ready=["a", "b"], parallel=2)
+    slow = SAVES.replace("sleep(0.3)", "sleep(1.5)")  # so that there is room for another meanwhile
+    sweep = start_sweep({"a": SAVES, "b": slow, "c": DONE}, ready=["a", "b"], parallel=2)
     sweep.send_signal(number)
     assert sweep.wait(timeout=20) == 42
     assert all(log(tmp_path, name).endswith("saving\nsaved\n") for name in "ab")
@@ -182,7 +183,7 @@ def test_a_dry_run_for_pods_writes_a_manifest_for_each_point(tmp_path):
     [
         (["--paralel=2"], "--paralel=2: no flag of this command"),
         (["--backend=jobset"], "--accelerator is missing"),
-        (["--config.model.group=96"], "point width-32-ffn-dense: config.model.group = '96'"),
+        (["--config.model.group=8192"], "point width-32-ffn-dense: config.model.group = '8192'"),
         (["--collect"], "no point of this sweep has been run there"),
     ],
 )
