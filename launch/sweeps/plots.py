@@ -1,15 +1,17 @@
-"""The plots of a sweep, by matplotlib (the extra `plots`): imported where they are drawn."""
+"""The plots of a sweep, by matplotlib, which is in the extra `plots` and imported where they are drawn."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from launch.sweeps.collecting import X_NAMES, Fits, Result, by_series
 from launch.sweeps.fitting import PowerLaw
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 STEPS_FILE, X_FILES = "loss_steps.png", {"flops": "loss_flops.png", "activated_params": "loss_params.png"}
 WINDOW_SHARE = 0.05  # of a run's steps: what the curves over steps are running means over
@@ -35,7 +37,9 @@ def running_mean(values: Sequence[float], window: int) -> Float[np.ndarray, " n"
     return (sums[ends] - sums[starts]) / (ends - starts)
 
 
-def _save(path: Path, draw) -> None:
+def _save(path: Path, draw: "Callable[[Axes], None]") -> None:
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(6, 4), dpi=110, layout="constrained")
     axes = figure.subplots()
     draw(axes)
@@ -44,7 +48,7 @@ def _save(path: Path, draw) -> None:
     figure.savefig(path)
 
 
-def _draw_steps(axes: Axes, results: Sequence[Result]) -> None:
+def _draw_steps(axes: "Axes", results: Sequence[Result]) -> None:
     for color, members in enumerate(by_series(results).values()):
         for i, result in enumerate(members):
             if not result.losses:
@@ -56,7 +60,7 @@ def _draw_steps(axes: Axes, results: Sequence[Result]) -> None:
     axes.set(xlabel="steps", ylabel="loss", yscale="log")
 
 
-def _draw_sizes(axes: Axes, results: Sequence[Result], fits: Fits, x: str) -> None:
+def _draw_sizes(axes: "Axes", results: Sequence[Result], fits: Fits, x: str) -> None:
     for color, (series, members) in enumerate(by_series(results).items()):
         finished = [result for result in members if result.loss is not None]
         sizes = [getattr(result, x) for result in finished]
@@ -69,7 +73,7 @@ def _draw_sizes(axes: Axes, results: Sequence[Result], fits: Fits, x: str) -> No
     axes.set(xlabel=X_NAMES[x], ylabel="final loss", xscale="log", yscale="log")
 
 
-def _draw_law(axes: Axes, law: PowerLaw, low: float, high: float, color: str) -> None:
+def _draw_law(axes: "Axes", law: PowerLaw, low: float, high: float, color: str) -> None:
     x = np.geomspace(low, high, 50)
     y, factor = law.at(x), np.exp(law.log_error(x))
     axes.plot(x, y, color=color, linewidth=1)

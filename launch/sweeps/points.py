@@ -138,16 +138,21 @@ def names(points: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[str]
 
 
 def _joined_words(values: Mapping[str, Any], keys: Sequence[str], shorten: bool) -> str:
-    lasts = [key.rpartition(".")[2] for key in keys]
+    lasts = [_last(key) for key in keys]
     parts = []
     for key, value in values.items():
-        last = key.rpartition(".")[2]
+        last = _last(key)
         if lasts.count(last) > 1:
             last = key.removeprefix(PREFIX)
         if shorten and "_" in last:
             last = "".join(word[:1] for word in re.split(r"[._]", last))
         parts += [last, _value_word(key, value)]
     return re.sub(r"[^a-z0-9]+", "-", "-".join(parts).lower()).strip("-") or "point"
+
+
+def _last(key: str) -> str:
+    """The end of a key; of `optimizer.name` what is named."""
+    return key.removesuffix(".name").rpartition(".")[2]
 
 
 def _value_word(key: str, value: Any) -> str:

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import importlib.util
 import json
 import math
 
@@ -67,8 +68,8 @@ def test_the_final_loss_is_the_mean_over_the_last_steps(tmp_path, points):
     assert (result.step, result.finished) == (10, True)
     np.testing.assert_allclose([result.loss, result.loss_error], [7 / 3, math.sqrt(7 / 3 / 3)], rtol=1e-12)
     assert len(result.losses) == 9
-    shorter = dataclasses.replace(points[0], experiment=tiny(train__num_steps=20))
-    assert read_result(shorter, tmp_path / points[0].name, share=0.4).loss is None
+    longer = dataclasses.replace(points[0], experiment=tiny(train__num_steps=20))
+    assert read_result(longer, tmp_path / points[0].name, share=0.6).loss is None
 
 
 def test_a_part_of_a_sweep_is_collected_with_fits_of_what_is_finished(tmp_path, points):
@@ -98,3 +99,12 @@ def test_a_part_of_a_sweep_is_collected_with_fits_of_what_is_finished(tmp_path, 
     assert "| expert_choice |" not in text  # one finished point is no series to fit
     assert "no offset" in text
     assert "over the last 20% of the steps" in text
+
+
+def test_without_matplotlib_there_are_tables_and_a_word_about_plots(tmp_path, points, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    write_run(tmp_path, points[0].name, [1.0] * 10)
+    assert [file.name for file in collect(points[:1], tmp_path, share=0.2)] == ["sweep.csv", "sweep.md"]
+    text = (tmp_path / "sweep.md").read_text()
+    assert "matplotlib is not installed" in text
+    assert "No power law: that takes" in text

@@ -75,6 +75,7 @@ def test_keys_that_end_alike_and_config_files_are_told_apart():
         "model-width-1-text-width-3",
         "model-width-2",
     ]
+    assert named(hyper.sweep("config.optimizer.name", ["adamw"])) == ["optimizer-adamw"]
     files = ["configs/ec_dit.py:XL-32E", "configs/emoji.py"]
     assert named(hyper.sweep("config", files)) == ["config-xl-32e", "config-emoji"]
 

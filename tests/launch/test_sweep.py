@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -68,7 +69,7 @@ def start_sweep(tmp_path):
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
         sweep = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
         started.append(sweep)
-        wait_for(lambda: all("ready" in log(tmp_path, name).splitlines()[-1:].__str__() for name in ready))
+        wait_for(lambda: all("\nready" in log(tmp_path, name) for name in ready))
         return sweep
 
     yield begin
@@ -106,6 +107,31 @@ open(os.path.join(directory, 'most'), 'a').write(str(most))
     counted = (tmp_path / "most").read_text()
     assert set(counted) == {"2"}
     assert len(counted) == 4
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_lets_points_save_and_starts_no_other(start_sweep, tmp_path, number):
+    slow = SAVES.replace("sleep(0.3)", "sleep(1.5)")  # so that there is room for another meanwhile
+    sweep = start_sweep({"a": SAVES, "b": slow, "c": DONE}, ready=["a", "b"], parallel=2)
+    sweep.send_signal(number)
+    assert sweep.wait(timeout=20) == 42
+    assert all(log(tmp_path, name).endswith("saving\nsaved\n") for name in "ab")
+    assert log(tmp_path, "c") == ""
+    assert "left: a, b, c; the same command goes on" in sweep.stdout.read()
+
+
+def test_after_a_kill_points_are_told_to_save_and_none_is_started_twice(start_sweep, tmp_path):
+    slow = SAVES.replace("sleep(0.3)", "sleep(6)")
+    sweep = start_sweep({"a": slow, "b": DONE}, ready=["a"])
+    child = int(log(tmp_path, "a").split()[-1])
+    sweep.kill()
+    again = start_sweep({"a": DONE, "b": DONE})
+    assert again.wait(timeout=20) == 0
+    shown = again.stdout.read()
+    assert "waiting for points of an earlier start" in shown
+    # The second start of the point came after the first had saved.
+    assert log(tmp_path, "a").index("saved") < log(tmp_path, "a").index("trained")
+    assert not alive(child)
 
 
 def test_a_second_sweep_in_the_same_directory_is_refused(start_sweep, tmp_path):
@@ -157,7 +183,7 @@ def test_a_dry_run_for_pods_writes_a_manifest_for_each_point(tmp_path):
     [
         (["--paralel=2"], "--paralel=2: no flag of this command"),
         (["--backend=jobset"], "--accelerator is missing"),
-        (["--config.model.group=96"], "point width-32-ffn-dense: config.model.group = '96'"),
+        (["--config.model.group=8192"], "point width-32-ffn-dense: config.model.group = '8192'"),
         (["--collect"], "no point of this sweep has been run there"),
     ],
 )
