@@ -9,6 +9,7 @@ the same command goes on where an earlier one ended. On pods each point is a job
 """
 
 import dataclasses
+import math
 import os
 import shlex
 import sys
@@ -38,7 +39,7 @@ PARALLEL = flags.DEFINE_integer("parallel", 1, "local: points at a time.", lower
 DRY_RUN = flags.DEFINE_bool("dry-run", False, "Write what would be run for each point into --out, and stop.")
 OUT = flags.DEFINE_string("out", "", "Directory for --dry-run; empty: printed.")
 COLLECT = flags.DEFINE_bool("collect", False, "Run nothing: write tables and plots of the runs into --workdir.")
-LAST = flags.DEFINE_float("last", 0.2, "collect: share of the steps that a final loss is the mean over.", 0, 1)
+FINAL_SHARE = 0.2  # of a run's steps, the last ones: its final loss is the mean over them
 ENDINGS = {"jobset": "yaml", "tpu-vm": "sh", "local": "sh"}  # of files of a dry run
 
 
@@ -46,15 +47,15 @@ def main(argv: list[str]) -> None:
     """Exits as the module says."""
     jax.config.update("jax_platforms", "cpu")  # counting needs no device, and is not to take one from the points
     overrides, place = config_overrides(argv[1:]), PLACE()
-    if not place.workdir or place.name != job_name(place.workdir):
-        raise UserError(
-            "--workdir is missing, or --name was given: points are named in it, and jobs after their workdirs"
-        )
+    if not place.workdir:
+        raise UserError("--workdir is missing: a directory, or gs://BUCKET/PATH for pods; points train in it")
+    if place.name != job_name(place.workdir):
+        raise UserError(f"--name={place.name}: is of no sweep, whose jobs are named after their workdirs")
     if OUT.value and not DRY_RUN.value:
         raise UserError(f"--out={OUT.value}: is for --dry-run")
     points = load_points(SWEEP.value, CONFIG.value, overrides)
     if COLLECT.value:
-        for path in collect(points, Path(place.workdir), LAST.value):
+        for path in collect(points, Path(place.workdir), FINAL_SHARE):
             print(f"wrote {path}")
         return
     for point in points:
@@ -125,9 +126,7 @@ def make_jobs(points: Sequence[Point], place: Place) -> dict[str, Job]:
 def check_alone(point: Point) -> None:
     """Raises ConfigError for what divides over no number of devices: over more than the fewest, it would not either."""
     mesh = point.experiment.mesh
-    fewest = 1
-    for axis in MESH_AXES:
-        fewest *= max(getattr(mesh, axis), 1)
+    fewest = math.prod(max(getattr(mesh, axis), 1) for axis in MESH_AXES)
     check_mesh(point.experiment, abstract_mesh(mesh, fewest))
 
 

@@ -1,7 +1,7 @@
 """Three sizes of the emoji model, each dense, with tokens that choose experts, and with experts that choose tokens.
 
-    python -m launch.sweep --sweep=configs/sweeps/model_sizes.py --workdir=runs/sizes              # about 20 minutes
-    python -m launch.sweep --sweep=configs/sweeps/model_sizes.py --workdir=runs/sizes --collect    # table and plots
+    python -m launch.sweep --sweep=configs/sweeps/model_sizes.py --workdir=runs/sizes
+    python -m launch.sweep --sweep=configs/sweeps/model_sizes.py --workdir=runs/sizes --collect  # table and plots
 
 The text tower stays as it is. At a width, two experts a token have up to a quarter more activated FLOPs than the dense
 model: the plots are against FLOPs and parameters, not against width.

@@ -19,6 +19,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
+import orbax.checkpoint as ocp
+
 from ecdit.config import UserError, check_writable
 from ecdit.training.checkpoint import checkpoint_directory, config_differences
 from ecdit.training.loop import PREEMPTED
@@ -50,9 +52,7 @@ class Progress:
 
 def newest_step(workdir: Path) -> int:
     """The step of a run's newest finished checkpoint; 0 without one."""
-    directory = checkpoint_directory(workdir)
-    names = [path.name for path in directory.iterdir()] if directory.is_dir() else []
-    return max((int(name) for name in names if name.isdigit()), default=0)
+    return max(ocp.utils.checkpoint_steps(checkpoint_directory(workdir)), default=0)
 
 
 def is_done(point: Point, workdir: Path) -> bool:
@@ -96,7 +96,7 @@ def run_points(points: Sequence[Point], commands: Mapping[str, Sequence[str]], d
                 _run(points, commands, directory, parallel, points_lock, pending, progress)
             else:
                 progress.waiting = [point.name for point in points if not is_done(point, directory / point.name)]
-    _report(progress, len(points))
+    _report(progress, [point.name for point in points])
     return progress.exit_code()
 
 
@@ -155,13 +155,15 @@ def _settle(name: str, code: int, seconds: float, directory: Path, stopping: boo
         print(f"{name}: failed, {progress.failed[name]}", flush=True)
 
 
-def _report(progress: Progress, total: int) -> None:
-    left = [*progress.stopped, *progress.waiting]
-    print(f"{len(progress.done)} of {total} points are done", flush=True)
+def _report(progress: Progress, names: Sequence[str]) -> None:
+    """For people, in the sweep's order: points stop in any."""
+    left = [name for name in names if name in progress.stopped or name in progress.waiting]
+    print(f"{len(progress.done)} of {len(names)} points are done", flush=True)
     if left:
         print(f"left: {', '.join(left)}; the same command goes on", flush=True)
-    for name, why in progress.failed.items():
-        print(f"failed: {name}: {why}", flush=True)
+    for name in names:
+        if name in progress.failed:
+            print(f"failed: {name}: {progress.failed[name]}", flush=True)
 
 
 def _log(directory: Path, name: str) -> Path:

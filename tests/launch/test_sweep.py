@@ -112,7 +112,7 @@ open(os.path.join(directory, 'most'), 'a').write(str(most))
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_lets_points_save_and_starts_no_other(start_sweep, tmp_path, number):
     slow = SAVES.replace("sleep(0.3)", "sleep(1.5)")  # so that there is room for another meanwhile
-    sweep = start_sweep({"a": SAVES, "b": slow, "c": DONE}, ready=["a", "b"], parallel=2)
+    sweep = start_sweep({"a": slow, "b": SAVES, "c": DONE}, ready=["a", "b"], parallel=2)
     sweep.send_signal(number)
     assert sweep.wait(timeout=20) == 42
     assert all(log(tmp_path, name).endswith("saving\nsaved\n") for name in "ab")
