@@ -82,6 +82,7 @@ def get_config(name: str = "XL-32E") -> ConfigDict:
     model.heads = heads  # of 64 [A]
     model.kv_heads = kv_heads
     model.rope_theta = 1e4  # [?]
+    model.attention = "fused"  # plain | fused: by a kernel of its own on TPUs
     model.absolute_positions = False  # [?]
     model.ffn_multiplier = 4  # hidden width of an FFN and of each expert, in widths [N]
     model.ffn = DENSE if dense else TOKEN_CHOICE if token_choice else EXPERT_CHOICE

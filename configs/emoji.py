@@ -36,6 +36,7 @@ def get_config(length: str = "quick") -> ConfigDict:
     model.heads = 4
     model.kv_heads = 2  # of self-attention
     model.rope_theta = 1e4  # [?]
+    model.attention = "plain"  # plain | fused: by a kernel of its own on TPUs
     model.absolute_positions = True  # sine-cosine, beside RoPE: with RoPE alone pictures come out shuffled [?]
     model.ffn_multiplier = 4  # hidden width of an FFN and of each expert, in widths [N]
     model.ffn = "expert_choice"  # dense | token_choice | expert_choice

@@ -20,6 +20,7 @@ class DiTConfig:
     heads: int
     kv_heads: int  # of self-attention; cross-attention has all heads
     rope_theta: float
+    attention: Literal["plain", "fused"]  # between its projections; fused: by a kernel of its own on TPUs
     absolute_positions: bool  # adds sine-cosine positions to tokens and mask tokens: RoPE alone says nothing absolute
     ffn_multiplier: int  # hidden width of an FFN, and of an expert that expert_width does not say, in d
     ffn: Literal["dense", "token_choice", "expert_choice"]  # of the even blocks

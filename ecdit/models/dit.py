@@ -35,8 +35,8 @@ class Block(nnx.Module):
         """With an FFN of `ffn_multiplier` times the width, or with experts if that is None."""
         sparse = ffn_multiplier is None
         self.moe_output_norm = config.moe_output_norm if sparse else "sandwich"
-        self.attention = SelfAttention(config.width, config.heads, config.kv_heads, rngs)
-        self.cross_attention = CrossAttention(config.width, text_width, config.heads, rngs)
+        self.attention = SelfAttention(config.width, config.heads, config.kv_heads, rngs, config.attention)
+        self.cross_attention = CrossAttention(config.width, text_width, config.heads, rngs, config.attention)
         if sparse:
             self.experts = MixtureOfExperts(config, rngs)
         else:

@@ -17,6 +17,9 @@ FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after
 FREE |= {"opt-barrier", "add-dependency", "domain"}
 FREE_CALLS = {"AllocateBuffer", "AssumeGatherIndicesInBound", "PrepareAsyncCallStart", "PrepareAsyncCallDone"}
 FREE_CALLS |= {"AsyncCollectiveStart", "AsyncCollectiveDone", "Sharding", "SPMDFullToShardShape"}
+KERNEL_SHARE = (
+    1 / 9.5
+)  # of peak, at least, that attention takes by its kernels' schedules: tests/planning/test_kernels.py
 SORT_OPERATIONS = 4  # of a vector unit, for each element, operand and stage: compare, two selects, a move
 
 PARTS = ("self_attention", "cross_attention", "ffn", "experts", "router", "conditioning", "head")
@@ -172,7 +175,7 @@ class Estimator:
         return seconds
 
     def _by_bytes(self, one: Instruction, known: dict[str, Instruction]) -> float:
-        """Of an operation without an estimate: its arrays read and written once, at HBM's rate."""
+        """Of an operation without an estimate: its arrays read and written once, at HBM's rate; a kernel, its work."""
         size = float(one.bytes)
         if one.opcode == "dynamic-update-slice":  # in place
             size = 2.0 * known[one.operands[1]].bytes if one.operands[1] in known else size
@@ -180,7 +183,7 @@ class Estimator:
             size *= 2
         else:
             size += sum(known[operand].bytes for operand in one.operands if operand in known)
-        return size / self.chip.hbm_bandwidth
+        return max(size / self.chip.hbm_bandwidth, one.kernel_flops / (KERNEL_SHARE * self.chip.peak_flops))
 
     def _sort(self, one: Instruction) -> float:
         """A bitonic sort's stages on the vector units."""

@@ -84,6 +84,12 @@ class Instruction:
         return found and int(found.group(1))
 
     @functools.cached_property
+    def kernel_flops(self) -> float:
+        """What a kernel of our own says that it computes; 0 for other instructions."""
+        found = re.search(r'"cost_estimate":\{"flops":"(\d+)"', self.attributes)
+        return float(found.group(1)) if found else 0.0
+
+    @functools.cached_property
     def op_name(self) -> str:
         """The path of the operation in the traced program; "" for what the compiler added."""
         found = re.search(r'op_name="([^"]*)"', self.attributes)

@@ -42,6 +42,7 @@ MAY_CHANGE = (
     "train.profile_steps",
     "train.wandb_project",
     "train.accumulation",
+    "model.attention",
     "model.remat",
     "model.scan_unroll",
     "model.dispatch",

@@ -26,6 +26,7 @@ CONFIG = DiTConfig(
     heads=4,
     kv_heads=2,
     rope_theta=100.0,
+    attention="plain",
     absolute_positions=False,
     ffn_multiplier=2,
     ffn="expert_choice",

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ecdit.planning.estimate import Estimator, part_of
+from ecdit.planning.estimate import KERNEL_SHARE, Estimator, part_of
 from ecdit.planning.hlo import HloError, parse
 from tests.planning.test_collectives import RING, torus
 
@@ -188,6 +188,15 @@ def test_operations_without_an_estimate_are_priced_by_their_bytes():
     assert found.seconds == pytest.approx(0.2)
     kernel = '%k = f32[250000000] custom-call(%x), custom_call_target="tpu_custom_call"'
     assert estimate(big, kernel).priced == {"tpu_custom_call": pytest.approx(2.0)}
+
+
+def test_a_kernel_costs_its_bytes_or_its_work():
+    """By what it says of itself, at a share of the peak of 1e12; a gigabyte read and one written are 2 s."""
+    big = "%x = f32[250000000] parameter(1)"
+    for flops, seconds in ((1e9, 2.0), (4e12 * KERNEL_SHARE, 4.0)):
+        cost = f'backend_config={{"custom_call_config":{{"cost_estimate":{{"flops":"{flops:.0f}"}}}}}}'
+        kernel = f'%k = f32[250000000] custom-call(%x), custom_call_target="tpu_custom_call", {cost}'
+        assert estimate(big, kernel).seconds == pytest.approx(seconds)
 
 
 def test_a_sort_costs_its_stages():

@@ -174,8 +174,8 @@ def test_sometimes_nothing_fits(monkeypatch):
 
 @pytest.mark.slow
 def test_the_compiler_says_what_is_largest():
-    with pytest.raises(DoesNotFit, match="exceeds available HBM"):
-        compile_step(small(train__batch_size=2**17, model__group="image"), find_target("v5p:2x2x1"))
+    with pytest.raises(DoesNotFit, match="exceeds .*HBM"):
+        compile_step(small(train__batch_size=2**17, model__group="image"), find_target("v4:2x2x1"))
 
 
 # The command

@@ -1,0 +1,103 @@
+"""The fused attention: the same as the plain one with and without its kernels, on shards, and compiled for TPUs."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from ecdit.models import fused_attention as fused
+from ecdit.models.attention import normed_attention
+from ecdit.partitioning import MESH_AXES
+from tests.models.helpers import close, config, dit, forward, inputs, jit, normal
+
+IMAGES, HEADS, KV_HEADS, WIDTH, TOKENS, TEXT = 4, 6, 2, 8, 16, 10
+CHUNK = KV_HEADS // 2 * WIDTH * 4 * (3 * HEADS // KV_HEADS * TOKENS + 4 * TOKENS)  # bytes: half of the heads
+CASES = ["self", "cross"]
+
+
+def arguments(case):
+    """Of self-attention with angles; of cross-attention with texts of every length."""
+    rng = np.random.default_rng(0)
+    tokens = TOKENS if case == "self" else TEXT
+    heads = (
+        normal(rng, IMAGES, count, WIDTH, n) for count, n in ((HEADS, TOKENS), (KV_HEADS, tokens), (KV_HEADS, tokens))
+    )
+    norms = normal(rng, WIDTH), normal(rng, WIDTH)
+    angles = normal(rng, IMAGES, TOKENS, WIDTH // 2) if case == "self" else None
+    mask = np.arange(TEXT)[None, None] < np.array([1, 3, 7, TEXT])[:, None, None] if case == "cross" else None
+    return *heads, norms, angles, mask
+
+
+def with_gradients(attention, case):
+    """The output, and the gradients of the sum of its squares' halves."""
+    query, key, value, norms, angles, mask = arguments(case)
+
+    @jit
+    def run(query, key, value, norms):
+        output, backward = jax.vjp(lambda *heads: attention(*heads, angles, mask), query, key, value, norms)
+        return output, backward(output)
+
+    return run(query, key, value, norms)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_it_is_the_plain_attention(case):
+    close(with_gradients(fused.fused_attention, case), with_gradients(normed_attention, case), 3e-6)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_so_are_its_kernels(monkeypatch, case):
+    """Interpreted, with the heads in two chunks."""
+    monkeypatch.setattr(fused, "CHUNK_BYTES", CHUNK)
+    query, key, value, norms, angles, mask = arguments(case)
+    turn = None if angles is None else tuple(f(angles.swapaxes(1, 2)) for f in (np.cos, np.sin))
+    bias = None if mask is None else np.where(mask, np.float32(0), np.float32(fused.HIDDEN))
+
+    @jit
+    def run(*inputs):
+        output = fused.forward_kernel(*inputs, interpret=True)
+        return output, fused.backward_kernel(*inputs, output, interpret=True)
+
+    output, (*heads, of_query, of_key) = run(query, key, value, tuple(norm[:, None] for norm in norms), turn, bias)
+    assert of_query.shape == (IMAGES, 2, WIDTH, 1)
+    parts = tuple(norm.sum(axis=(0, 1))[:, 0] for norm in (of_query, of_key))
+    close((output, (*heads, parts)), with_gradients(normed_attention, case), 3e-6)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_on_shards_of_images_and_heads_it_is_the_same(case):
+    alone = with_gradients(fused.fused_attention, case)
+    with jax.set_mesh(Mesh(np.array(jax.devices()).reshape(1, 1, 2, 2, 2), MESH_AXES)):
+        text = jit(fused.fused_attention).lower(*arguments(case)).compile().as_text()
+        close(with_gradients(fused.fused_attention, case), alone, 3e-6)
+    assert not re.search(r"all-gather|all-to-all|all-reduce|collective-permute", text)
+
+
+def test_a_model_with_it_is_the_same():
+    plain, other = config(), config(attention="fused")
+    x, params = inputs(plain, 2), dit(plain).params
+    expected, _ = forward(plain, plain.num_kept)(params, x)
+    close(forward(other, other.num_kept)(params, x)[0], expected, 1e-5)
+
+
+@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5p:2x2x1", "v5e:2x2", "v6e:2x2"])
+def test_tpus_run_it_as_kernels_and_hold_no_scores(topology):
+    """At the sizes of M: 48 heads of 64, of which four share a key, and all 256 tokens."""
+    from ecdit.planning.compiler import find_target, target_devices
+
+    device = jax.sharding.SingleDeviceSharding(target_devices(find_target(topology))[0])
+    shapes = (2, 48, 64, 256), (2, 12, 64, 256), (2, 12, 64, 256)
+    heads = [jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=device) for shape in shapes]
+    angles = jax.ShapeDtypeStruct((2, 256, 32), jnp.float32, sharding=device)
+
+    def step(query, key, value, angles):
+        norms = jnp.ones(64), jnp.ones(64)
+        output, backward = jax.vjp(lambda *heads: fused.fused_attention(*heads, norms, angles), query, key, value)
+        return output, backward(output)
+
+    text = jax.jit(step).lower(*heads, angles).compile().as_text()
+    assert {"forward_attention", "backward_attention"} <= set(re.findall(r"%(\w+?)[.\d]* = .*tpu_custom_call", text))
+    assert "256,256" not in text
