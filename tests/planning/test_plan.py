@@ -174,7 +174,7 @@ def test_sometimes_nothing_fits(monkeypatch):
 
 @pytest.mark.slow
 def test_the_compiler_says_what_is_largest():
-    with pytest.raises(DoesNotFit, match="exceeds .*HBM"):
+    with pytest.raises(DoesNotFit, match=r"exceeds .*HBM"):
         compile_step(small(train__batch_size=2**17, model__group="image"), find_target("v4:2x2x1"))
 
 
