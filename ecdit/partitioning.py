@@ -32,6 +32,7 @@ class ShardingError(UserError, ValueError):
 AXIS_RULES: Mapping[str, tuple[str, ...]] = {
     # parameters
     "embed": ("fsdp", "expert"),  # the width of everything that is not an expert; see `param_axes`
+    "small_embed": (),  # a width in what is so small that a gather of it would only be waited for
     "experts": ("expert",),
     "expert_embed": (),  # the width inside an expert: `expert` already holds its E
     "expert_mlp": ("fsdp", "tensor"),  # hidden units, which more chips divide into whole tiles than a width

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float
 
 from ecdit.models.embeddings import rotate
 from ecdit.models.fused_attention import fused_attention
-from ecdit.models.layers import named, param, xavier, zeros
+from ecdit.models.layers import named, param, saved_product, xavier, zeros
 from ecdit.partitioning import constrain
 
 Kind = Literal["plain", "fused"]  # of the attention between projections: the same up to rounding
@@ -160,13 +160,13 @@ def _project(
 
 
 def _join(attended: Float[Array, "B H k N"], kernel: nnx.Param, flat: bool = False) -> Float[Array, "B N d"]:
-    attended = named(attended, "attention_out")
     batch, tokens = attended.shape[0], attended.shape[-1]
     joined, matrix = attended.reshape(batch, -1, tokens), kernel[...].astype(attended.dtype)
     if flat:
-        joined = (joined.swapaxes(1, 2).reshape(batch * tokens, -1) @ matrix).reshape(batch, tokens, -1)
+        joined = named(joined, "attention_out").swapaxes(1, 2).reshape(batch * tokens, -1)
+        joined = (joined @ matrix).reshape(batch, tokens, -1)
     else:
-        joined = jnp.einsum("bfn,fd->bnd", joined, matrix)
+        joined = saved_product(joined, matrix, ("bfn,fd->bnd", "bnd,fd->bfn", "bfn,bnd->fd"), "attention_out")
     return constrain(joined, "batch", None, None)
 
 

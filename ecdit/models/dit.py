@@ -92,7 +92,7 @@ class DiT(nnx.Module):
         self.caption = Mlp(text_width, config.width, rngs)
         self.size_crop = Mlp(4 * SINUSOID_WIDTH, config.width, rngs)
         self.modulation = param(rngs, zeros, (config.width, 6, config.width), ("embed", "modulation", "mlp"))
-        self.modulation_bias = param(rngs, zeros, (6, config.width), ("modulation", "embed"))
+        self.modulation_bias = param(rngs, zeros, (6, config.width), ("modulation", "small_embed"))
         self.pairs = stack(lambda rngs: Pair(config, text_width, rngs), config.depth // 2, rngs)
         if config.extra_blocks:
             self.mask_token = param(rngs, jax.nn.initializers.normal(0.02), (config.width,), ("embed",))
@@ -100,7 +100,7 @@ class DiT(nnx.Module):
                 lambda rngs: Block(config, text_width, config.ffn_multiplier, rngs), config.extra_blocks, rngs
             )
         self.head_modulation = param(rngs, zeros, (config.width, 2, config.width), ("embed", "modulation", "mlp"))
-        self.head_modulation_bias = param(rngs, zeros, (2, config.width), ("modulation", "embed"))
+        self.head_modulation_bias = param(rngs, zeros, (2, config.width), ("modulation", "small_embed"))
         self.head = Linear(config.width, config.patch_dim, ("embed", "features"), rngs, init=zeros)
 
     def __call__(
@@ -189,7 +189,7 @@ def _block_table(config: DiTConfig, rngs: nnx.Rngs) -> nnx.Param:
     def init(_: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
         return jnp.broadcast_to(jnp.array([0.0, 0.0, config.gate_init] * 2, dtype)[:, None], shape)
 
-    return param(rngs, init, (6, config.width), ("modulation", "embed"))
+    return param(rngs, init, (6, config.width), ("modulation", "small_embed"))
 
 
 def _modulate(condition: Float[Array, "B d"], kernel: nnx.Param, bias: nnx.Param) -> Float[Array, "B rows d"]:

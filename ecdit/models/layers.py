@@ -1,5 +1,6 @@
 """Parameters with logical axes, norms, and stacks of equal blocks. Axes: B batch, N tokens, d width."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -113,6 +114,39 @@ def scan_stack(
     if remat != "none":
         step = jax.checkpoint(step, policy=REMAT_POLICIES[remat], prevent_cse=False)
     return jax.lax.scan(step, carry, params, unroll=unroll)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def saved_product(x: Array, kernel: Array, forms: tuple[str, str, str], name: str) -> Array:
+    """The product of x and kernel, which has x saved by name for the kernel's gradient.
+
+    A copy: where an activation that is saved is used too, jax.checkpoint rounds it once more, which costs a pass over
+    what a kernel or an exchange of tokens has written.
+
+    Args:
+      x: an activation.
+      kernel: the matrix, or one for each expert.
+      forms: of `jnp.einsum`, for the product, the gradient of x by that of the product and the kernel, and the gradient
+        of the kernel by x and that of the product.
+      name: see SAVED_NAMES.
+    """
+    return jnp.einsum(forms[0], x, kernel)
+
+
+def _product_saving(
+    x: Array, kernel: Array, forms: tuple[str, str, str], name: str
+) -> tuple[Array, tuple[Array, Array]]:
+    return jnp.einsum(forms[0], x, kernel), (named(x, name), kernel)
+
+
+def _product_gradients(
+    forms: tuple[str, str, str], name: str, saved: tuple[Array, Array], gradient: Array
+) -> tuple[Array, Array]:
+    x, kernel = saved
+    return jnp.einsum(forms[1], gradient, kernel), jnp.einsum(forms[2], x, gradient)
+
+
+saved_product.defvjp(_product_saving, _product_gradients)
 
 
 def named(x: Array, name: str) -> Array:

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from ecdit.models.config import DiTConfig
-from ecdit.models.layers import gelu, layer_norm, named, param, xavier, xavier_experts
+from ecdit.models.layers import gelu, layer_norm, named, param, saved_product, xavier, xavier_experts
 from ecdit.models.routing import (
     Routing,
     expert_capacity,
@@ -67,9 +67,9 @@ class MixtureOfExperts(nnx.Module):
         self.config = config
         width, hidden, experts = config.width, config.expert_hidden, config.num_experts
         router_init = jax.nn.initializers.normal(config.router_init_std)
-        self.router = param(rngs, router_init, (width, experts), ("embed", "features"))
+        self.router = param(rngs, router_init, (width, experts), ("small_embed", "features"))
         if config.router_input == "decoupled":
-            self.time_router = param(rngs, router_init, (width, experts), ("embed", "features"))
+            self.time_router = param(rngs, router_init, (width, experts), ("small_embed", "features"))
         self.up = param(rngs, xavier_experts, (experts, width, hidden), ("experts", "expert_embed", "expert_mlp"))
         self.down = param(rngs, xavier_experts, (experts, hidden, width), ("experts", "expert_mlp", "expert_embed"))
         if config.num_shared_experts:
@@ -102,7 +102,7 @@ class MixtureOfExperts(nnx.Module):
         # Each exchange is a pair of constraints: the slots where their groups are, then where their experts are. With
         # one of them alone the compiler may gather every token everywhere instead.
         slots = on_each_shard(dispatch, (0, 0), out_dim=1)(grouped, routing)
-        slots = named(constrain(slots, "experts", "expert_groups", None, None), "expert_in")
+        slots = constrain(slots, "experts", "expert_groups", None, None)
         outputs = self.experts(slots)
         if self.config.moe_output_norm == "expert":
             outputs = layer_norm(outputs)
@@ -159,7 +159,8 @@ class MixtureOfExperts(nnx.Module):
         # Groups and slots as one axis t: with two of them, XLA's CPU compiler fuses the GELU's derivative with a
         # transpose for the weight gradient, which takes more than twice the time.
         slots = inputs.reshape(inputs.shape[0], -1, inputs.shape[-1])
-        hidden = gelu(named(jnp.einsum("etd,edf->etf", slots, up), "expert_hidden"))
+        hidden = saved_product(slots, up, ("etd,edf->etf", "etf,edf->etd", "etd,etf->edf"), "expert_in")
+        hidden = gelu(named(hidden, "expert_hidden"))
         hidden = constrain(hidden, "experts", "expert_groups", "mlp")
         return named(jnp.einsum("etf,efd->etd", hidden, down), "expert_out").reshape(inputs.shape)
 
