@@ -36,9 +36,11 @@ PLANS = (
     *((f"{size}-64E", "v4:4x4x8") for size in SLICES),
 )
 EXPERTS = {"8E": 8, "16E": 16, "32E": 32, "64E": 64}  # [P]
-# Gathers of weights go on behind matrix products, reductions of gradients on the SparseCores (see configs/README.md).
+# Gathers of weights and exchanges of tokens go on behind matrix products, reductions of gradients on the SparseCores
+# (see configs/README.md).
 TPU_OPTIONS = (
     "xla_enable_async_all_gather=true",
+    "xla_tpu_enable_async_all_to_all=true",
     "xla_tpu_enable_async_collective_fusion=true",
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather=true",
     "xla_tpu_enable_async_collective_fusion_multiple_steps=true",

@@ -77,8 +77,9 @@ def collective_of(instruction: Instruction, torus: Torus, scattered: bool = Fals
         return None
     kind = "reduce_scatter" if scattered else kind
     shapes = instruction.shapes
-    if instruction.opcode.endswith("-start") and len(shapes) > 1:  # (operands, results)
-        shapes = shapes[len(shapes) // 2 :]
+    if instruction.opcode.endswith("-start") and len(shapes) > 1:  # (operands, results, u32[] of the runtime's)
+        arrays = [shape for shape in shapes if shape.dtype != "u32" or len(shape)]
+        shapes = arrays[len(arrays) // 2 :]
     size = sum(shape.bytes for shape in shapes)
     if kind == "permute":
         pairs = source_target_pairs(instruction) or ((0, 0),)

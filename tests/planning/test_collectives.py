@@ -117,6 +117,8 @@ def test_a_permute_is_as_slow_as_its_slowest_pair():
 def test_asynchronous_forms_count_their_results():
     found = collective("all-gather-start", f"(f32[62500000], {MILLION})", ALL, RING)
     assert found.wire_bytes == pytest.approx(0.75 * GB)
+    found = collective("all-to-all-start", f"(({MILLION}), {MILLION}, u32[]{{:S(2)}}, u32[]{{:S(2)}})", ALL, RING)
+    assert found.wire_bytes == pytest.approx(0.75 * GB)
 
 
 def test_other_instructions_are_no_collectives():
