@@ -26,14 +26,17 @@ SIZES = {
 # Chips over which experts lie, or a dense model's weights: powers of two that leave shards of whole tiles (16 rows):
 # 1152 / 4, 1536 / 16, 2304 / 16, 3072 / 64. Experts are sharded over all other chips too.
 EXPERT_CHIPS = {"XL": 4, "XXL": 16, "3XL": 16, "M": 64}
-# What `ecdit.plan --table` plans: each size on the slice that it is meant for, dense and with most experts.
+# What `ecdit.plan --table` plans: each size on the slice that it is meant for, and with 32 GB a chip.
 SLICES = {"XL": "v5p:4x4x4", "XXL": "v5p:4x4x4", "3XL": "v5p:4x4x8", "M": "v5p:4x4x8"}
 PLANS = (
-    *((f"{size}-{kind}", topology) for size, topology in SLICES.items() for kind in ("dense", "32E")),
-    ("XL-16E", "v5p:4x4x4"),
-    ("XL-64E", "v5p:4x4x4"),
-    ("M-64E", "v5p:4x4x8"),
-    *((f"{size}-64E", "v4:4x4x8") for size in SLICES),
+    ("M-64E", SLICES["M"]),
+    *((f"{size}-{kind}", SLICES[size]) for size in ("XL", "XXL", "3XL") for kind in ("dense", "32E")),
+    *((f"XL-{kind}", SLICES["XL"]) for kind in ("16E", "64E")),
+    ("M-64E", "v4:4x4x8"),
+    *((f"{size}-64E", SLICES[size]) for size in ("XXL", "3XL")),
+    ("M-dense", SLICES["M"]),
+    *((f"{size}-{kind}", "v4:4x4x8") for size in ("XL", "XXL", "3XL") for kind in ("64E", "dense")),
+    ("M-dense", "v4:4x4x8"),
 )
 EXPERTS = {"8E": 8, "16E": 16, "32E": 32, "64E": 64}  # [P]
 # Gathers of weights and exchanges of tokens go on behind matrix products, reductions of gradients on the SparseCores
@@ -52,6 +55,7 @@ TPU_OPTIONS = (
     "xla_tpu_enable_reduce_scatter_offload_tracing=true",
     "xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter=false",
     "xla_tpu_enable_sparse_core_collective_offload_all_reduce=true",
+    "xla_tpu_sparse_core_all_reduce_offload_min_size_in_bytes=1",
     "xla_tpu_enable_all_reduce_offload_tracing=true",
     "xla_tpu_enable_async_collective_fusion_fuse_all_reduce=false",
 )
