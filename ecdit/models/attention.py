@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float
 
 from ecdit.models.embeddings import rotate
 from ecdit.models.fused_attention import fused_attention
-from ecdit.models.layers import named, param, saved_product, xavier, zeros
+from ecdit.models.layers import NORM_EPSILON, named, param, saved_product, xavier, zeros
 from ecdit.partitioning import constrain
 
 Kind = Literal["plain", "fused"]  # of the attention between projections: the same up to rounding
@@ -170,7 +170,7 @@ def _join(attended: Float[Array, "B H k N"], kernel: nnx.Param, flat: bool = Fal
     return constrain(joined, "batch", None, None)
 
 
-def _inverse_rms(x: Float[Array, "B H k N"], epsilon: float = 1e-6) -> Float[Array, "B H N"]:
+def _inverse_rms(x: Float[Array, "B H k N"], epsilon: float = NORM_EPSILON) -> Float[Array, "B H N"]:
     """The factor of an RMSNorm over each head, float32."""
     return jax.lax.rsqrt(jnp.square(x.astype(jnp.float32)).mean(axis=2) + epsilon)
 

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Literal
 
 from ecdit.config import require
+from ecdit.models.fused_attention import SCORE_BYTES, score_bytes
 from ecdit.models.layers import REMAT_POLICIES
 
 
@@ -78,6 +79,14 @@ class DiTConfig:
             "extra_blocks",
             self.extra_blocks,
             "masked training needs blocks after the mask tokens are filled in",
+        )
+        scores = score_bytes(self.heads // self.kv_heads, self.num_tokens, self.num_tokens)
+        require(
+            self.attention == "plain" or scores <= SCORE_BYTES,
+            "attention",
+            self.attention,
+            f"of {self.num_tokens} tokens and {self.heads // self.kv_heads} heads on a key it does not fit a TPU's own "
+            'memory: must be "plain"',
         )
         require(self.rope_theta > 0, "rope_theta", self.rope_theta, "must be above 0")
         require(self.route_scale > 0, "route_scale", self.route_scale, "must be above 0")

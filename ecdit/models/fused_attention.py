@@ -2,7 +2,7 @@
 
 A step of the kernel's grid is some heads of an image. The function of one key-value head and its queries, `_tile`, is
 plain JAX: the backward kernel computes it again and differentiates it where it is, and on other platforms than TPUs it
-is mapped over images and heads.
+is mapped over images and heads. (A program is for TPUs or for others: JAX lowers no kernel for both at once.)
 
 Axes: B batch, H heads, K key-value heads, G = H / K, k head width, N tokens, M tokens attended to, C chunks of heads.
 """
@@ -19,11 +19,14 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
+from ecdit.models.layers import NORM_EPSILON
 from ecdit.partitioning import AXIS_RULES
 
-CHUNK_BYTES = 4 * 2**20  # of the arrays of a grid step: with what comes and goes meanwhile, half of a v4's 16 MB
-HEADS_TOGETHER = 8  # of queries in an iteration: their work is interleaved
-EPSILON = 1e-6  # of the norms, as attention.py's
+# Of the 16 MB that a v4 has for a kernel: the arrays of a grid step, twice as one comes while another goes, and about
+# five of an iteration's scores.
+CHUNK_BYTES = 4 * 2**20
+SCORE_BYTES = 2 * 2**20
+HEADS_TOGETHER = 8  # of queries in an iteration, whose work the compiler interleaves
 HIDDEN = -0.7 * float(jnp.finfo(jnp.float32).max)  # added to scores of what a mask hides: with a score, still finite
 
 Inputs = tuple[Array, Array, Array, tuple[Array, Array], tuple[Array, Array] | None, Array | None]
@@ -39,7 +42,7 @@ def fused_attention(
 ) -> Float[Array, "B H k N"]:
     """As `attention.normed_attention`; queries and keys are rounded to their dtype after norm and rotation.
 
-    Not differentiated with respect to the angles.
+    Not differentiated with respect to the angles. Every image needs a token that its mask does not hide.
     """
     turn = None if angles is None else tuple(function(angles.swapaxes(1, 2)) for function in (jnp.cos, jnp.sin))
     bias = None if mask is None else jnp.where(mask, 0.0, HIDDEN)
@@ -104,7 +107,7 @@ def _tile(
 
 def _prepared(x: Array, scale: Array, turn: tuple[Array, Array] | None) -> Array:
     y = x.astype(jnp.float32)
-    y = y * jax.lax.rsqrt(jnp.square(y).mean(axis=0, keepdims=True) + EPSILON) * scale
+    y = y * jax.lax.rsqrt(jnp.square(y).mean(axis=0, keepdims=True) + NORM_EPSILON) * scale
     if turn is not None:
         half = y.shape[0] // 2
         (first, second), (cos, sin) = (y[:half], y[half:]), turn
@@ -128,7 +131,7 @@ def _forward(query: Array, key: Array, value: Array, *rest: Any) -> Array:
 def _backward(
     query: Array, key: Array, value: Array, scales: Any, turn: Any, bias: Any, gradient: Array
 ) -> tuple[Array, Array, Array, Array, Array]:
-    images, chunks = query.shape[0], key.shape[1] // _chunk_heads(query, key)
+    images, chunks = query.shape[0], key.shape[1] // chunk_heads(query, key)
 
     def forward(query: Array, key: Array, value: Array, scales: Any) -> Array:
         return _forward(query, key, value, scales, turn, bias)
@@ -156,7 +159,7 @@ def backward_kernel(*inputs: Any, interpret: bool = False) -> tuple[Array, Array
     The last input is the gradient of the output.
     """
     query, key = inputs[:2]
-    chunks = key.shape[1] // _chunk_heads(query, key)
+    chunks = key.shape[1] // chunk_heads(query, key)
     norm = jax.ShapeDtypeStruct((query.shape[0], chunks, query.shape[2], 1), jnp.float32)
     return tuple(_call(_backward_body, inputs, (*inputs[:3], norm, norm), 5, interpret))
 
@@ -164,7 +167,7 @@ def backward_kernel(*inputs: Any, interpret: bool = False) -> tuple[Array, Array
 def _forward_body(query: Any, key: Any, value: Any, scales: Any, turn: Any, bias: Any, out: Any) -> None:
     group, rest = query.shape[1] // key.shape[1], _read(scales, turn, bias)
 
-    @_each(key.shape[1], group)
+    @_each(query, key)
     def head(index: Array) -> None:
         queries = pl.ds(index * group, group)
         out[0, queries] = _tile(query[0, queries], key[0, index], value[0, index], *rest)
@@ -178,7 +181,7 @@ def _backward_body(
     for norm in of_scales:
         norm[...] = jnp.zeros_like(norm)
 
-    @_each(key.shape[1], group)
+    @_each(query, key)
     def head(index: Array) -> None:
         queries = pl.ds(index * group, group)
         forward = functools.partial(_tile, turn=turn, bias=bias)
@@ -188,16 +191,28 @@ def _backward_body(
             norm[0, 0] += part
 
 
-def _each(kv_heads: int, group: int) -> Callable[[Callable[[Array], None]], None]:
-    """Runs the decorated function for each key-value head, some in an iteration: one alone waits for its results."""
-    together = max(n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and n * group <= max(group, HEADS_TOGETHER))
+def heads_together(query: Any, key: Any) -> int:
+    """Key-value heads of an iteration, of those of a grid step: one alone would wait for its own results."""
+    (kv_heads, tokens), group = (key.shape[1], key.shape[3]), query.shape[1] // key.shape[1]
+    most = min(HEADS_TOGETHER, SCORE_BYTES // score_bytes(1, query.shape[3], tokens))
+    return max(n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and n * group <= max(group, most))
+
+
+def score_bytes(heads: int, tokens: int, attended: int) -> int:
+    """Of the scores of so many heads, float32."""
+    return 4 * heads * tokens * attended
+
+
+def _each(query: Any, key: Any) -> Callable[[Callable[[Array], None]], None]:
+    """Runs the decorated function for each key-value head of a grid step."""
+    together = heads_together(query, key)
 
     def run(function: Callable[[Array], None]) -> None:
         def iteration(index: Array, _: None) -> None:
             for head in range(together):
                 function(index * together + head)
 
-        jax.lax.fori_loop(0, kv_heads // together, iteration, None)
+        jax.lax.fori_loop(0, key.shape[1] // together, iteration, None)
 
     return run
 
@@ -210,7 +225,7 @@ def _read(scales: Any, turn: Any, bias: Any) -> tuple[Any, Any, Any]:
 def _call(body: Callable[..., None], inputs: Any, outputs: Any, products: int, interpret: bool) -> list[Array]:
     """The kernel on a grid of images and chunks of heads; `products` are the matrix products of a head."""
     query, key = inputs[:2]
-    images, chunks = query.shape[0], key.shape[1] // _chunk_heads(query, key)
+    images, chunks = query.shape[0], key.shape[1] // chunk_heads(query, key)
 
     def part(x: Array) -> pl.BlockSpec:
         """Of an array of images and heads, those of a step; of one of images, all; of the scales, [k, 1], all."""
@@ -239,7 +254,7 @@ def _call(body: Callable[..., None], inputs: Any, outputs: Any, products: int, i
     )(*inputs)
 
 
-def _chunk_heads(query: Array, key: Array) -> int:
+def chunk_heads(query: Array, key: Array) -> int:
     """Key-value heads of a grid step: the most whose arrays are CHUNK_BYTES at most, of those that divide them all."""
     kv_heads, width, tokens = key.shape[1:]
     per_head = (3 * query.shape[1] // kv_heads * query.shape[3] + 4 * tokens) * width * query.dtype.itemsize

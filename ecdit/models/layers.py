@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 Block = TypeVar("Block", bound=nnx.Module)
 Initializer = Callable[[jax.Array, Sequence[int], Any], jax.Array]
 
+NORM_EPSILON = 1e-6
 zeros = jax.nn.initializers.zeros
 xavier = jax.nn.initializers.xavier_uniform()
 # For [E, in, out]: every expert is drawn as if it were alone.
@@ -78,7 +79,7 @@ def gelu(x: Float[Array, "*b f"]) -> Float[Array, "*b f"]:
     return x * jax.nn.sigmoid(2 * u)
 
 
-def layer_norm(x: Float[Array, "*b d"], epsilon: float = 1e-6) -> Float[Array, "*b d"]:
+def layer_norm(x: Float[Array, "*b d"], epsilon: float = NORM_EPSILON) -> Float[Array, "*b d"]:
     """LayerNorm without parameters, computed in float32, returned in the dtype of x."""
     y = x.astype(jnp.float32)
     # Both moments in one pass over x: the centred form reads it twice, which costs more than the norm's arithmetic.
@@ -118,10 +119,10 @@ def scan_stack(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def saved_product(x: Array, kernel: Array, forms: tuple[str, str, str], name: str) -> Array:
-    """The product of x and kernel, which has x saved by name for the kernel's gradient.
+    """The product of x and kernel, with x named for the remat policies where the kernel's gradient uses it alone.
 
-    A copy: where an activation that is saved is used too, jax.checkpoint rounds it once more, which costs a pass over
-    what a kernel or an exchange of tokens has written.
+    The product itself reads x, not what is saved: `jax.checkpoint` rounds a saved activation once more wherever it is
+    used too, and of what a kernel or an exchange of tokens wrote that is a pass of its own.
 
     Args:
       x: an activation.

@@ -122,6 +122,11 @@ def compile_step(experiment: Experiment, target: Target, what: What = "train") -
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
+        if "vmem" in str(error).lower():  # not HBM: no remat policy and no larger slice would help
+            message = (
+                f"a kernel does not fit a chip's own memory; model.attention=plain has none: {_shortened(str(error))}"
+            )
+            raise UserError(message) from error
         raise DoesNotFit(_shortened(str(error))) from error
     return CompiledStep(compiled.as_text(), compiled.memory_analysis(), state, make_torus(mesh, target.chip))
 

@@ -17,9 +17,8 @@ FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after
 FREE |= {"opt-barrier", "add-dependency", "domain"}
 FREE_CALLS = {"AllocateBuffer", "AssumeGatherIndicesInBound", "PrepareAsyncCallStart", "PrepareAsyncCallDone"}
 FREE_CALLS |= {"AsyncCollectiveStart", "AsyncCollectiveDone", "Sharding", "SPMDFullToShardShape"}
-KERNEL_SHARE = (
-    1 / 9.5
-)  # of peak, at least, that attention takes by its kernels' schedules: tests/planning/test_kernels.py
+# Of peak, what attention's kernels reach by their schedules, at least: tests/planning/test_kernels.py compares.
+KERNEL_SHARE = 1 / 9.5
 SORT_OPERATIONS = 4  # of a vector unit, for each element, operand and stage: compare, two selects, a move
 
 PARTS = ("self_attention", "cross_attention", "ffn", "experts", "router", "conditioning", "head")

@@ -76,6 +76,7 @@ PHASE_KEYS = (
     "model.mask_ratio",
     "model.capacity_factor",
     "model.group",
+    "model.attention",
     "model.remat",
     "model.scan_unroll",
     "data.directory",

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
+from ecdit.config import ConfigError
 from ecdit.models import fused_attention as fused
 from ecdit.models.attention import normed_attention
+from ecdit.models.layers import REMAT_POLICIES
 from ecdit.partitioning import MESH_AXES
-from tests.models.helpers import close, config, dit, forward, inputs, jit, normal
+from tests.models.helpers import close, config, dit, inputs, jit, normal
 
 IMAGES, HEADS, KV_HEADS, WIDTH, TOKENS, TEXT = 4, 6, 2, 8, 16, 10
 CHUNK = KV_HEADS // 2 * WIDTH * 4 * (3 * HEADS // KV_HEADS * TOKENS + 4 * TOKENS)  # bytes: half of the heads
@@ -76,11 +78,31 @@ def test_on_shards_of_images_and_heads_it_is_the_same(case):
     assert not re.search(r"all-gather|all-to-all|all-reduce|collective-permute", text)
 
 
-def test_a_model_with_it_is_the_same():
-    plain, other = config(), config(attention="fused")
-    x, params = inputs(plain, 2), dit(plain).params
-    expected, _ = forward(plain, plain.num_kept)(params, x)
-    close(forward(other, other.num_kept)(params, x)[0], expected, 1e-5)
+@pytest.mark.parametrize("remat", REMAT_POLICIES)
+def test_a_model_with_it_is_the_same(remat):
+    """Its velocity and gradients, on shards too."""
+    plain, other = config(), config(attention="fused", remat=remat)
+    x, params = inputs(plain, 4), dit(plain).params
+
+    def velocity_and_gradients(config):
+        @jit
+        def run(params):
+            velocity = lambda params: dit(config)(params)(*x, config.num_kept)[0]  # noqa: E731
+            output, backward = jax.vjp(velocity, params)
+            return output, backward(output)
+
+        return run(params)
+
+    expected = velocity_and_gradients(plain)
+    close(velocity_and_gradients(other), expected, 2e-5)
+    with jax.set_mesh(Mesh(np.array(jax.devices()[:4]).reshape(1, 1, 2, 1, 2), MESH_AXES)):
+        close(velocity_and_gradients(other), expected, 2e-5)
+
+
+def test_what_does_not_fit_a_tpu_is_refused():
+    with pytest.raises(ConfigError, match=r"attention = 'fused': of 1024 tokens and 2 heads on a key it does not fit"):
+        config(attention="fused", latent_size=64)
+    assert config(attention="plain", latent_size=64).num_tokens == 1024
 
 
 @pytest.mark.parametrize("topology", ["v4:2x2x1", "v5p:2x2x1", "v5e:2x2", "v6e:2x2"])

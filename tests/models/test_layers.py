@@ -9,6 +9,7 @@ from ecdit.models.layers import (
     layer_norm,
     named,
     param,
+    saved_product,
     scan_stack,
     stack,
     xavier,
@@ -79,6 +80,39 @@ def test_rematerialisation_trades_memory_for_products():
     count = {remat: products(remat) for remat in REMAT_POLICIES}
     assert count["none"] < count["minimal"] < count["full"]
     assert count["none"] < count["attention_out"] < count["full"]
+
+
+FORMS = ("etd,edf->etf", "etf,edf->etd", "etd,etf->edf")
+
+
+@pytest.mark.parametrize("policy", [None, *REMAT_POLICIES])
+def test_a_product_that_saves_what_it_multiplies_has_einsum_s_gradients(policy):
+    x, kernel, gradient = random(3, 5, 4), random(3, 4, 6, seed=1), random(3, 5, 6, seed=2)
+
+    def with_gradients(product):
+        def run(x, kernel):
+            through = product if policy is None else jax.checkpoint(product, policy=REMAT_POLICIES[policy])
+            output, backward = jax.vjp(lambda x, kernel: through(jnp.sin(x), kernel), x, kernel)
+            return output, backward(gradient)
+
+        return jit(run)(x, kernel)
+
+    saving = with_gradients(lambda x, kernel: saved_product(x, kernel, FORMS, "expert_in"))
+    close(saving, with_gradients(lambda x, kernel: jnp.einsum(FORMS[0], x, kernel)), 1e-6)
+
+
+def test_what_a_product_saves_is_not_rounded_once_more():
+    """Else that is a pass of its own over what a kernel wrote."""
+
+    def step(x, kernel):
+        product = jax.checkpoint(
+            lambda x: saved_product(jnp.sin(x), kernel, FORMS, "expert_in"), policy=REMAT_POLICIES["minimal"]
+        )
+        return jax.vjp(product, x)[1](product(x))
+
+    program = str(jax.make_jaxpr(step)(random(3, 5, 4), random(3, 4, 6)))
+    assert "name=expert_in" in program
+    assert "reduce_precision" not in program
 
 
 def test_a_stack_draws_every_block_anew():

@@ -21,7 +21,7 @@ from tests.runs import run, save_ema, tiny
 FIXED = {
     "seed",
     "codec",
-    *(f"model.{key}" for key in to_dict(tiny().model) if key not in ("remat", "scan_unroll", "dispatch")),
+    *(f"model.{key}" for key in to_dict(tiny().model) if key not in ("attention", "remat", "scan_unroll", "dispatch")),
     *(f"text.{key}" for key in to_dict(tiny().text)),
     *(f"flow.{key}" for key in to_dict(tiny().flow)),
     *(f"optimizer.{key}" for key in to_dict(tiny().optimizer)),
