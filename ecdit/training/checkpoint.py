@@ -15,7 +15,8 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
 from ecdit.conditioning.text_to_image import Params, System
-from ecdit.config import flatten, to_dict
+from ecdit.config import flatten, is_remote, to_dict
+from ecdit.storage import as_path
 from ecdit.training.checksums import checksums
 from ecdit.training.experiment import CheckpointConfig, Experiment
 from ecdit.training.state import TrainState
@@ -81,7 +82,7 @@ def open_manager(workdir: Path, config: CheckpointConfig | None, **options: Any)
 
 def checkpoint_directory(workdir: Path) -> Path:
     """Where a run keeps its checkpoints."""
-    return workdir.absolute() / "checkpoints"
+    return (workdir if is_remote(workdir) else workdir.absolute()) / "checkpoints"
 
 
 def open_reader(workdir: Path) -> ocp.CheckpointManager:
@@ -100,7 +101,7 @@ def open_reader(workdir: Path) -> ocp.CheckpointManager:
 
 def step_directory(manager: ocp.CheckpointManager, step: int) -> Path:
     """Where the checkpoint of `step` is."""
-    return Path(manager.directory) / str(step)
+    return as_path(str(manager.directory)) / str(step)
 
 
 def read_meta(manager: ocp.CheckpointManager, step: int) -> Meta:

@@ -1,10 +1,13 @@
 """A profile of some steps (`train.profile_start`, `train.profile_steps`), for XProf, which TensorBoard can show."""
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from ecdit.config import is_remote, writing
+from ecdit.storage import upload
 from ecdit.training.experiment import TrainConfig
 
 PROFILE = "profile"
@@ -18,6 +21,8 @@ class Profile:
 
     def __init__(self, config: TrainConfig, workdir: Path, start_step: int):
         self.directory, self.running = workdir / PROFILE, False
+        # The profiler itself writes to disks alone.
+        self.local = Path(tempfile.mkdtemp()) if is_remote(workdir) else self.directory
         wanted = config.profile_steps if jax.process_index() == 0 else 0
         first = max(config.profile_start, start_step + 2)
         self.window = range(first, config.profile_start + wanted)
@@ -28,7 +33,7 @@ class Profile:
             jax.block_until_ready(state)  # so that a step is traced whole, or not at all
             self.close()
             if step in self.window:
-                jax.profiler.start_trace(self.directory)
+                jax.profiler.start_trace(self.local)
                 self.running = True
 
     def close(self) -> None:
@@ -36,3 +41,6 @@ class Profile:
         if self.running:
             self.running = False
             jax.profiler.stop_trace()
+            if self.local != self.directory:
+                with writing(self.directory):
+                    upload(self.local, self.directory)

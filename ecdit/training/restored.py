@@ -15,6 +15,7 @@ from ecdit.config import ConfigError, require
 from ecdit.data.records import tokenize_captions
 from ecdit.evaluation.sampling import SamplingConfig, make_sampler, sample_pictures
 from ecdit.partitioning import make_mesh
+from ecdit.storage import described, is_outage
 from ecdit.training.checkpoint import CheckpointError, restore_ema
 from ecdit.training.experiment import Experiment, make_experiment
 
@@ -65,6 +66,10 @@ def saved_experiment(workdir: Path, overrides: Sequence[str] = ()) -> Experiment
         values = json.loads((workdir / CONFIG_FILE).read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{workdir} is no run's workdir: {error}") from None
+    except Exception as error:
+        if not is_outage(error):
+            raise
+        raise CheckpointError(f"{workdir} cannot be read: {described(error)}") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{workdir} is no run's workdir: its {CONFIG_FILE} is no config")
     for override in overrides:

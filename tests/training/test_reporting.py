@@ -7,7 +7,8 @@ import pytest
 
 from ecdit.config import UserError
 from ecdit.training import reporting
-from ecdit.training.reporting import Reporter, drop_lines_after, named_scalars
+from ecdit.training.lines import drop_lines_after
+from ecdit.training.reporting import Reporter, named_scalars
 from ecdit.training.speed import Stopwatch, flops_text
 from tests.runs import tiny
 
