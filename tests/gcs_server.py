@@ -9,11 +9,12 @@ import datetime
 import itertools
 import json
 import re
+import sys
 import threading
 import zlib
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import parse_qsl, quote, unquote, urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 BUCKET = "bucket"
 API = "/storage/v1/b"
@@ -25,8 +26,8 @@ class Store:
     def __init__(self):
         self.objects, self.uploads, self.lock = {}, {}, threading.RLock()
         self.numbers = itertools.count(10**15)
-        self.requests = Counter()  # (method, object's name)
-        self.broken = None  # a predicate of (method, name): requests that are answered with 403
+        self.requests = Counter()  # (method, object's name); PUT is any way to write one
+        self.hook = lambda method, name: False  # called before a request is answered, with 403 if it returns True
 
     def put(self, name, data):
         """Writes an object."""
@@ -108,9 +109,8 @@ class Handler(BaseHTTPRequestHandler):
             if what == "/upload":
                 return self.upload(query, body)
             name, *target = (unquote(part) for part in re.split(rf"/(?:rewriteTo|copyTo)/b/{BUCKET}/o/", name))
-            self.store.requests[self.command, name] += 1
             if self.refused(self.command, name):
-                return self.answer(403, {"error": {"code": 403, "message": "refused"}})
+                return None
             if not objects:
                 return self.answer(200, {"kind": "storage#bucket", "name": BUCKET, "id": BUCKET, "location": "US"})
             if target:
@@ -155,30 +155,28 @@ class Handler(BaseHTTPRequestHandler):
         if "upload_id" in query:
             return self.resume(query["upload_id"], body)
         if kind == "multipart":
-            boundary = re.search(r"boundary=[\"']?([^\"';]+)", self.headers["Content-Type"]).group(1).encode()
-            described, rest = body.split(b"--" + boundary)[1], body.split(b"--" + boundary, 2)[2]
-            name = json.loads(
-                described.split(b"\r\n\r\n", 1)[1] if b"\r\n\r\n" in described else described.split(b"\n\n", 1)[1]
-            )["name"]
-            content = rest[: rest.rindex(b"--" + boundary + b"--")]
-            newline = b"\r\n\r\n" if b"\r\n\r\n" in content else b"\n\n"
-            body = content.split(newline, 1)[1].removesuffix(b"\n").removesuffix(b"\r")
+            name, body = self.multipart(body)
         elif kind == "resumable":
             name = name or json.loads(body)["name"]
-        self.store.requests["PUT", name] += 1
         if self.refused("PUT", name):
-            return self.answer(403, {"error": {"code": 403, "message": "refused"}})
+            return None
         if status := self.store.held(name, query):
             return self.answer(status, {"error": {"code": status, "message": name}})
         if kind == "resumable":
             key = str(next(self.store.numbers))
             self.store.uploads[key] = (name, bytearray())
             host = self.headers["Host"]
-            where = (
-                f"http://{host}/upload{API}/{BUCKET}/o?uploadType=resumable&name={quote(name, safe='')}&upload_id={key}"
-            )
+            where = f"http://{host}/upload{API}/{BUCKET}/o?uploadType=resumable&upload_id={key}"
             return self.answer(200, b"", {"Location": where})
         return self.answer(200, self.store.put(name, body))
+
+    def multipart(self, body):
+        """The name in the first part and the bytes of the second."""
+        mark = b"--" + re.search(r"boundary=[\"']?([^\"';]+)", self.headers["Content-Type"]).group(1).encode()
+        _, first, rest = body.split(mark, 2)
+        blank = re.compile(rb"\r?\n\r?\n")
+        second = blank.split(rest[: rest.rindex(mark)], maxsplit=1)[1]
+        return json.loads(blank.split(first, maxsplit=1)[1])["name"], re.sub(rb"\r?\n\Z", b"", second)
 
     def resume(self, key, body):
         """The next bytes of an upload in several requests."""
@@ -202,8 +200,12 @@ class Handler(BaseHTTPRequestHandler):
         return self.answer(200, text.encode(), {"Content-Type": f"multipart/mixed; boundary={boundary}"})
 
     def refused(self, method, name):
-        """Whether the test has this request fail."""
-        return self.store.broken is not None and self.store.broken(method, name)
+        """Counts a request; whether the test has it fail, which is answered then."""
+        self.store.requests[method, name] += 1
+        if not self.store.hook(method, name):
+            return False
+        self.answer(403, {"error": {"code": 403, "message": "refused"}})
+        return True
 
     def body(self):
         """The bytes that came with a request."""
@@ -229,12 +231,22 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(data)
 
 
+class Server(ThreadingHTTPServer):
+    """A thread for each connection."""
+
+    daemon_threads = True
+
+    def handle_error(self, *_):
+        """Says nothing of clients that were killed."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(*_)
+
+
 @contextlib.contextmanager
-def serving(port=0):
+def serving():
     """Yields (store, environment of processes that are to use it as gs://bucket)."""
     store = Store()
-    server = ThreadingHTTPServer(("127.0.0.1", port), type("Bound", (Handler,), {"store": store}))
-    server.daemon_threads = True
+    server = Server(("127.0.0.1", 0), type("Bound", (Handler,), {"store": store}))
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     url = f"http://127.0.0.1:{server.server_address[1]}"
