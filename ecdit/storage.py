@@ -23,6 +23,7 @@ from ecdit.config import UserError, is_remote
 os.environ.setdefault("EPATH_USE_TF", "false")
 
 PART_SECONDS = 60.0  # a part is written when it is so old, or at a save
+_CLIENTS = ("aiohttp", "gcsfs", "google", "requests")  # packages whose errors are those of the way
 COMMITTED = "commit_success.txt"  # Orbax's mark, in a bucket, of a checkpoint that was saved to its end
 
 
@@ -65,7 +66,11 @@ def described(error: Exception) -> str:
 def is_outage(error: BaseException) -> bool:
     """Whether an error is of the way to a bucket (network, permissions), and not of what is stored there."""
     package = type(error).__module__.partition(".")[0]
-    return isinstance(error, ConnectionError | TimeoutError) or package in ("aiohttp", "gcsfs", "google", "requests")
+    refused = type(error) is OSError and error.errno is None  # gcsfs's for 401 and 403; those of disks have a number
+    if refused or isinstance(error, ConnectionError | TimeoutError) or package in _CLIENTS:
+        return True
+    behind = error.__cause__ or error.__context__
+    return behind is not None and is_outage(behind)
 
 
 def make_directory(path: Path) -> None:

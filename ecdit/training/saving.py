@@ -81,6 +81,8 @@ class Saver:
     def close(self) -> None:
         """Waits for the running save and closes the manager. Raises as `finish`."""
         self._wait()
+        if self.failed_in_row:  # it was told; the manager of a bucket raises it again, and that would be told instead
+            self._drop_manager()
         if self.manager is not None:
             self.manager.close()
 

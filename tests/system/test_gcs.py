@@ -205,6 +205,21 @@ def test_verify_finds_a_flipped_bit(bucket, env):
     assert (result.returncode, result.stdout) == (1, "3: DAMAGED: ema/b\n"), result.stderr
 
 
+@pytest.mark.parametrize("name", ["meta/metadata", "state/_METADATA", "state/manifest.ocdbt"])
+def test_what_may_not_be_read_is_not_called_damaged(name, bucket, env):
+    """Else a run whose rights have changed would move its checkpoints away."""
+    store, workdir = bucket[0], "gs://bucket/runs/secret"
+    if not names(store, "runs/secret/"):
+        assert run([command("checkpoint")[0], "-c", SAVE, workdir], env).returncode == 0
+    store.hook = lambda method, read: method == "GET" and read == f"runs/secret/checkpoints/3/{name}"
+    try:
+        result = run(command("checkpoint", "verify", f"--workdir={workdir}"), env)
+    finally:
+        store.hook = lambda *_: False
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert "error: gs://bucket/runs/secret/checkpoints/3 cannot be read: " in result.stderr
+
+
 @pytest.mark.parametrize(
     ("workdir", "said"),
     [
