@@ -4,12 +4,16 @@ import io
 import json
 import signal
 import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
+from ecdit import storage
+from ecdit.config import UserError
+from ecdit.storage import as_path
 from launch.local import cpu_environment
 from tests import events
 from tests.gcs_server import serving
@@ -91,8 +95,11 @@ def compiled(store):
 
 
 @pytest.fixture(scope="module")
-def on_disk(tmp_path_factory, emoji_data, env):
+def on_disk(bucket, starts, tmp_path_factory, compilation_cache, emoji_data, env):
+    """A run that nothing happened to. It need not compile what those in the bucket have compiled."""
     workdir = tmp_path_factory.mktemp("on_disk") / "run"
+    for name in compiled(bucket[0]):
+        (compilation_cache / name.rpartition("/")[2]).write_bytes(bucket[0].objects[name][0])
     result = run(train_command(workdir, emoji_data, **RUN), env)
     assert result.returncode == 0, result.stderr
     return workdir
@@ -112,6 +119,39 @@ def starts(bucket, emoji_data, env):
     on_write(store, "runs/a/metrics/00000005.jsonl", lambda: process.send_signal(signal.SIGTERM))
     printed += [ended(process, 42), ended(train(emoji_data, env), 0)]
     return printed, after_kill, first
+
+
+@pytest.mark.parametrize("workdir", ["gs://bucket", "gs://bucket/", "gs:///run", "s3://bucket/run"])
+def test_a_workdir_that_is_neither_is_refused(workdir):
+    with pytest.raises(UserError, match=f"--workdir={workdir}: must be a directory, or gs://BUCKET/PATH"):
+        as_path(workdir)
+
+
+def test_a_missing_package_is_named_with_its_extra(monkeypatch):
+    monkeypatch.setattr(storage.importlib.util, "find_spec", lambda name: None)
+    assert as_path("runs/a") == Path("runs/a")
+    with pytest.raises(
+        UserError, match=r"--workdir=gs://bucket/run: needs the package gcsfs: pip install -e '\.\[gcs\]'"
+    ):
+        as_path("gs://bucket/run")
+
+
+def test_parts_are_written_when_they_are_old_or_a_save_comes(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(storage.time, "monotonic", lambda: now[0])
+    parts = storage.Parts(lambda data: tmp_path / data[:1].decode())
+    for second, data in ((1, b"a1"), (59, b"a2"), (61, b"a3"), (62, b"b1")):
+        now[0] = second
+        parts.write(data)
+        parts.flush()
+    written = lambda: {path.name: path.read_bytes() for path in tmp_path.iterdir()}  # noqa: E731
+    assert written() == {"a": b"a1a2a3"}
+    parts.save()
+    parts.save()
+    parts.write(b"c1")
+    assert written() == {"a": b"a1a2a3", "b": b"b1"}
+    parts.close()
+    assert written() == {"a": b"a1a2a3", "b": b"b1", "c": b"c1"}
 
 
 def test_a_run_that_was_killed_and_stopped_ends_as_one_on_a_disk(bucket, starts, on_disk, env, tmp_path):
@@ -223,8 +263,6 @@ def test_what_may_not_be_read_is_not_called_damaged(name, bucket, env):
 @pytest.mark.parametrize(
     ("workdir", "said"),
     [
-        ("gs://bucket", "must be a directory, or gs://BUCKET/PATH"),
-        ("s3://bucket/run", "must be a directory, or gs://BUCKET/PATH"),
         ("gs://missing/run", "cannot be written: "),
         ("gs://bucket/forbidden", "cannot be written: "),
     ],
