@@ -89,6 +89,12 @@ def names(store, directory):
     return sorted(n.removeprefix(directory) for n in store.objects if n.startswith(directory))
 
 
+def lines(store):
+    return "".join(store.objects["runs/a/metrics/" + n][0].decode() for n in names(store, "runs/a/metrics/")).split(
+        "\n"
+    )[:-1]
+
+
 def compiled(store):
     """Names of what was compiled by the number of times that it was written."""
     return {name: n for (method, name), n in store.requests.items() if method == "PUT" and "compilation_cache/" in name}
@@ -167,9 +173,8 @@ def test_a_run_that_was_killed_and_stopped_ends_as_one_on_a_disk(bucket, starts,
         printed[2][0].splitlines()[-1].startswith(f"done: step {STEPS}, checkpoint and metrics in gs://bucket/runs/a")
     )
 
-    parts = [store.objects[f"runs/a/metrics/{name}"][0].decode() for name in names(store, "runs/a/metrics/")]
-    assert len(parts) > 3
-    found = rows("".join(parts).splitlines())
+    assert len(names(store, "runs/a/metrics/")) > 3
+    found = rows(lines(store))
     assert [row["step"] for row in found] == list(range(1, STEPS + 1))
     assert found == rows((on_disk / "metrics.jsonl").read_text().splitlines())
 
@@ -212,18 +217,22 @@ def test_pictures_and_events_are_those_of_a_run_on_a_disk(bucket, starts, on_dis
     assert [start["step"] for start in json.loads(store.objects["runs/a/overrides.json"][0])] == [0, 4, STOPPED]
 
 
-def test_a_damaged_checkpoint_is_kept_aside_and_the_run_goes_on_from_the_one_before(bucket, starts, emoji_data, env):
+def test_damaged_checkpoints_are_kept_aside_and_the_run_goes_on_from_the_one_before(bucket, starts, emoji_data, env):
+    """Its lines of metrics are in parts, of which one begins with a step that no new one begins with."""
     store, place = bucket[0], f"runs/a/checkpoints/{STEPS}/"
     before = {name: store.objects[place + name][0] for name in names(store, place)}
     damaged = before["meta/metadata"].replace(b'"next_row"', b'"next_rov"')
     store.put(place + "meta/metadata", damaged)
+    del store.objects[f"runs/a/checkpoints/{STOPPED}/state/manifest.ocdbt"]
+    assert names(store, "runs/a/metrics/")[-1] == "00000010.jsonl"
     out, _ = ended(train(emoji_data, env, train__num_steps=STEPS + 1), 0)
     aside = f"runs/a/checkpoints_damaged/{STEPS}/"
     assert f"it is now gs://bucket/{aside}".rstrip("/") in out
-    assert f"resumed from step {STOPPED}" in out
+    assert f"resumed from step {KILLED}" in out
+    assert [row["step"] for row in rows(lines(store))] == list(range(1, STEPS + 2))
     assert {n: store.objects[aside + n][0] for n in names(store, aside)} == {**before, "meta/metadata": damaged}
     listed = run(command("checkpoint", "list", "--workdir=gs://bucket/runs/a"), env)
-    assert [line.split()[0] for line in listed.stdout.splitlines()] == ["9", "12", "13", "12"], listed.stderr
+    assert [line.split()[0] for line in listed.stdout.splitlines()] == ["8", "12", "13", "12", "9"], listed.stderr
     assert "set aside: it was found damaged" in listed.stdout.splitlines()[-1]
 
 
@@ -245,7 +254,7 @@ def test_verify_finds_a_flipped_bit(bucket, env):
     assert (result.returncode, result.stdout) == (1, "3: DAMAGED: ema/b\n"), result.stderr
 
 
-@pytest.mark.parametrize("name", ["meta/metadata", "state/_METADATA", "state/manifest.ocdbt"])
+@pytest.mark.parametrize("name", ["meta/metadata", "state/manifest.ocdbt"])
 def test_what_may_not_be_read_is_not_called_damaged(name, bucket, env):
     """Else a run whose rights have changed would move its checkpoints away."""
     store, workdir = bucket[0], "gs://bucket/runs/secret"
