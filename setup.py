@@ -60,7 +60,9 @@ setup(
             "kubernetes-validate>=1.30,<2",
             # The version that jax[tpu] 0.10.2 asks for: tests compile for TPUs, which needs its compiler but no TPU.
             "libtpu==0.0.42.*",
+            "matplotlib>=3.9,<4",  # as in plots
             "pytest>=8.4,<10",
+            "pytest-xdist>=3.8,<4",
             # Formatting changes between minor versions, and CI checks it.
             "ruff>=0.17.6,<0.18",
         ],

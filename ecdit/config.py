@@ -8,6 +8,7 @@ value raises `ConfigError` with the key, the value and what is allowed.
 
 import contextlib
 import dataclasses
+import functools
 import os
 import re
 import sys
@@ -179,22 +180,42 @@ def config_values(flag: flags.FlagHolder) -> ml_collections.ConfigDict:
     """
     if flag.value is None:
         raise UserError("--config is missing: name a config file, such as configs/emoji.py")
-    if not isinstance(flag.value, ml_collections.ConfigDict):
-        raise UserError(f"--config={flags.FLAGS['config'].config_filename}: no such config file")
-    return flag.value
+    return _existing(flags.FLAGS[flag.name])
 
 
 def config_origin(flag: flags.FlagHolder) -> dict[str, Any]:
     """Where the values of `config_values` came from: the file with its :argument, and what the flags changed in it."""
-    chosen = flags.FLAGS[flag.name]
+    return _origin(flags.FLAGS[flag.name])
+
+
+def parse_config(arguments: Sequence[str]) -> tuple[ml_collections.ConfigDict, dict[str, Any]]:
+    """What `config_values` and `config_origin` of a command would be that had these `--config...` flags.
+
+    Raises:
+      UserError: there is no such file, an unknown key, or a value that its field cannot be.
+    """
+    argv, values = ["", *arguments], flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, "", flag_values=values, sys_argv=argv)
+    _parse_flags(argv, values)
+    return _existing(values["config"]), _origin(values["config"])
+
+
+def _existing(chosen: flags.Flag) -> ml_collections.ConfigDict:
+    if not isinstance(chosen.value, ml_collections.ConfigDict):
+        raise UserError(f"--config={chosen.config_filename}: no such config file")
+    return chosen.value
+
+
+def _origin(chosen: flags.Flag) -> dict[str, Any]:
     overrides = config_flags.get_override_values(chosen)
     return {"config": config_flags.get_config_filename(chosen), "overrides": overrides}
 
 
-def run_command(main: Callable[[list[str]], None]) -> None:
+def run_command(main: Callable[[list[str]], None], known_only: bool = False) -> None:
     """Runs a command: parses its flags, calls `main(remaining argv)`, prints user errors without a traceback.
 
-    Exits with 2 after a UserError or an OSError, whose message names the path.
+    `known_only` leaves flags that are not defined in the remaining argv. Exits with 2 after a UserError or an OSError,
+    whose message names the path.
     """
 
     def quiet_main(argv: list[str]) -> None:
@@ -203,7 +224,7 @@ def run_command(main: Callable[[list[str]], None]) -> None:
         main(argv)
 
     try:
-        app.run(quiet_main, flags_parser=_parse_flags)
+        app.run(quiet_main, flags_parser=functools.partial(_parse_flags, known_only=known_only))
     except (UserError, OSError) as error:  # OSError: a path that is missing, forbidden or on a full disk
         sys.stdout.flush()
         print(f"error: {error}", file=sys.stderr, flush=True)
@@ -211,10 +232,10 @@ def run_command(main: Callable[[list[str]], None]) -> None:
         os._exit(2)
 
 
-def _parse_flags(argv: list[str]) -> list[str]:
+def _parse_flags(argv: list[str], values: flags.FlagValues = flags.FLAGS, known_only: bool = False) -> list[str]:
     """absl's parser, whose errors are many lines long and do not name the override that has an unknown key."""
     try:
-        return flags.FLAGS(argv)
+        return values(argv, known_only=known_only)
     except flags.Error as error:
         raise UserError(str(error)) from None
     except (AttributeError, KeyError) as error:

@@ -1,4 +1,4 @@
-"""Flags that say which job is meant, and where it is: the same for `launch.tpu`, `launch.status` and `launch.stop`."""
+"""Flags that say which job is meant, and where it is: the same for all commands of launch."""
 
 import dataclasses
 from collections.abc import Callable
@@ -25,12 +25,12 @@ class Place:
     zone: str
 
 
-def define_place() -> Callable[[], Place]:
-    """Defines the flags; call the result once they are parsed.
+def define_place(backend: str | None = None) -> Callable[[], Place]:
+    """Defines the flags, --backend with this default or none; call the result once they are parsed.
 
     That raises UserError where neither --workdir nor --name says which job.
     """
-    backend = flags.DEFINE_enum("backend", None, BACKENDS, "What runs the job.", required=True)
+    chosen_backend = flags.DEFINE_enum("backend", backend, BACKENDS, "What runs the job.", required=backend is None)
     workdir = flags.DEFINE_string("workdir", "", "The run's workdir; gs://BUCKET/PATH for a pod.")
     name = flags.DEFINE_string("name", "", "Of the job; empty: made of the workdir.")
     slices = flags.DEFINE_integer("slices", 1, "How many slices.", lower_bound=1)
@@ -44,6 +44,6 @@ def define_place() -> Callable[[], Place]:
             raise UserError("--workdir is missing: the run's workdir, or --name=NAME of its job")
         chosen = check_name(name.value) if name.value else job_name(workdir.value)
         where = (namespace.value, context.value, project.value, zone.value)
-        return Place(backend.value, workdir.value, chosen, slices.value, *where)
+        return Place(chosen_backend.value, workdir.value, chosen, slices.value, *where)
 
     return place

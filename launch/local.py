@@ -46,7 +46,7 @@ def launch(
     logs = [log_dir / f"process_{i}.log" for i in range(processes)]
     coordinator = f"127.0.0.1:{_free_port()}"
     children: list[subprocess.Popen] = []
-    with _collect_signals() as pending:
+    with collect_signals() as pending:
         try:
             for i, log in enumerate(logs):
                 children.append(_start(command, process_environment(coordinator, processes, i, devices), log))
@@ -132,7 +132,7 @@ def _exit_code(child: subprocess.Popen) -> int:
 
 
 @contextlib.contextmanager
-def _collect_signals() -> Iterator[list[int]]:
+def collect_signals() -> Iterator[list[int]]:
     """Appends SIGINT and SIGTERM to the yielded list instead of acting: no process can miss one while it starts."""
     pending: list[int] = []
     numbers = (signal.SIGINT, signal.SIGTERM)

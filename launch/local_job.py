@@ -34,10 +34,15 @@ def check(job: Job) -> None:
         )
 
 
+def arguments(job: Job) -> list[str]:
+    """Of the Python that does what `run` does."""
+    sizes = [f"--processes={job.hosts}", f"--devices={job.slice.chips_per_host}", f"--log_dir={LOGS / job.name}"]
+    return ["-m", "launch.local", *sizes, "--", *job.train_flags]
+
+
 def command_line(job: Job) -> str:
     """What `run` does, as one would type it."""
-    sizes = f"--processes={job.hosts} --devices={job.slice.chips_per_host} --log_dir={LOGS / job.name}"
-    return f"python -m launch.local {sizes} -- {shlex.join(job.train_flags)}\n"
+    return f"python {shlex.join(arguments(job))}\n"
 
 
 def run(job: Job) -> int:

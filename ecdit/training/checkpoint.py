@@ -7,6 +7,7 @@ run), export (see interop.weights).
 """
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -163,19 +164,24 @@ def restore_ema(workdir: Path, system: System, mesh: Mesh, step: int | None = No
     return {**values["ema"], **values.get("frozen", {})}, step
 
 
+def config_differences(saved: Mapping[str, Any], experiment: Experiment, step: int) -> list[str]:
+    """A line for every key of the saved config that differs and may not, where a run goes on after `step`."""
+    old, new = flatten(saved), flatten(to_dict(experiment))
+    for values in (old, new):
+        values["phases"] = [phase for phase in values.get("phases", []) if phase["after"] < step]
+    return [
+        f"config.{key}: saved {old.get(key)!r}, now {new.get(key)!r}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and not _may_change(key)
+    ]
+
+
 def check_resume(saved: Meta, experiment: Experiment, fingerprint: str, step: int) -> None:
     """Raises CheckpointError naming every key that differs from the saved run's and may not (see MAY_CHANGE).
 
     Phases may change that begin after `step`, the saved one; `fingerprint` is of the data that it was trained on.
     """
-    old, new = flatten(saved.config), flatten(to_dict(experiment))
-    for values in (old, new):
-        values["phases"] = [phase for phase in values.get("phases", []) if phase["after"] < step]
-    differences = [
-        f"config.{key}: saved {old.get(key)!r}, now {new.get(key)!r}"
-        for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and not _may_change(key)
-    ]
+    differences = config_differences(saved.config, experiment, step)
     if not differences and saved.dataset != fingerprint:
         differences = [f"prepared data: saved fingerprint {saved.dataset[:12]}, now {fingerprint[:12]}"]
     if differences:

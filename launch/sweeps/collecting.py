@@ -1,0 +1,188 @@
+"""What came of a sweep's runs: a table as CSV and markdown, power laws, and plots where matplotlib is installed.
+
+The loss is `flow_loss`, so that the balance loss of token choice does not count. A run's final loss is its mean over
+the last share of the run's steps; a run that has not done all its steps has none, and is in no fit.
+"""
+
+import csv
+import dataclasses
+import importlib.util
+import io
+import itertools
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ecdit.config import UserError, replace_text
+from launch.sweeps.fitting import MIN_SIZES, PowerLaw, fit_power_law
+from launch.sweeps.points import Point
+
+CSV_FILE, MARKDOWN_FILE = "sweep.csv", "sweep.md"
+LOSS = "flow_loss"
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What is known of a point's run."""
+
+    name: str
+    settings: Mapping[str, Any]  # values by key, as the point's
+    series: str
+    step: int  # the last one that is written down
+    num_steps: int
+    loss: float | None  # final, squared velocity; None where steps are missing
+    loss_error: float | None  # standard error of that mean, as if steps were independent
+    activated_params: int
+    denoiser_params: int
+    flops: float  # of one image and its caption, forward, activated
+    losses: tuple[tuple[int, float], ...] = dataclasses.field(repr=False)  # (step, loss) of the finite ones
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are done."""
+        return self.step >= self.num_steps
+
+
+Fits = dict[tuple[str, str], PowerLaw]  # by series and the field of Result that is x
+
+X_NAMES = {"flops": "activated FLOPs of an image, forward", "activated_params": "activated parameters of the denoiser"}
+
+
+def collect(points: Sequence[Point], directory: Path, share: float) -> list[Path]:
+    """Writes the table and the plots into the sweep's `directory`, whatever runs have not begun. Returns the files.
+
+    Args:
+      points: of the sweep.
+      directory: of the sweep: a point's run is in `directory`/NAME.
+      share: of a run's steps, the last ones, over which its final loss is the mean.
+
+    Raises:
+      UserError: nothing has been run there, or a file cannot be written.
+    """
+    if str(directory).startswith("gs:"):
+        raise UserError(f"--workdir={directory}: copy every NAME/metrics.jsonl to a local directory, and name that")
+    results = [read_result(point, directory / point.name, share) for point in points]
+    if not any(result.losses for result in results):
+        raise UserError(f"--workdir={directory}: no point of this sweep has been run there")
+    fits, files = fit_all(results), [directory / CSV_FILE, directory / MARKDOWN_FILE]
+    pictures = {}
+    if importlib.util.find_spec("matplotlib") is not None:
+        from launch.sweeps import plots
+
+        pictures = plots.draw_all(results, fits, directory)
+    replace_text(files[0], csv_text(results))
+    replace_text(files[1], markdown(results, fits, share, pictures))
+    return files + [directory / name for name in pictures]
+
+
+def read_result(point: Point, workdir: Path, share: float) -> Result:
+    """Reads the run's metrics.jsonl; a line that is still being written, or was torn, does not count."""
+    rows, path = [], workdir / "metrics.jsonl"
+    if path.exists():
+        for line in path.read_text().split("\n")[:-1]:
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+    num_steps, counts = point.experiment.train.num_steps, point.counts()
+    step = max((row["step"] for row in rows), default=0)
+    losses = tuple((row["step"], row[LOSS]) for row in rows if row[LOSS] is not None)
+    first = num_steps - max(1, round(share * num_steps))
+    last = [loss for at, loss in losses if first < at <= num_steps] if step >= num_steps else []
+    return Result(
+        name=point.name,
+        settings=point.settings,
+        series=point.series,
+        step=step,
+        num_steps=num_steps,
+        loss=float(np.mean(last)) if last else None,
+        loss_error=float(np.std(last, ddof=1) / math.sqrt(len(last))) if len(last) > 1 else None,
+        activated_params=counts.activated_params,
+        denoiser_params=counts.denoiser_params,
+        flops=sum(part["flops"] for part in counts.flops_per_image.values()),
+        losses=losses,
+    )
+
+
+def by_series(results: Sequence[Result]) -> dict[str, list[Result]]:
+    """The results of each series, in the sweep's order."""
+    series: dict[str, list[Result]] = {}
+    for result in results:
+        series.setdefault(result.series, []).append(result)
+    return series
+
+
+def fit_all(results: Sequence[Result]) -> Fits:
+    """A power law for each series and each x of X_NAMES with finished runs of MIN_SIZES sizes or more."""
+    fits = {}
+    for (series, members), x in itertools.product(by_series(results).items(), X_NAMES):
+        finished = [(getattr(result, x), result.loss) for result in members if result.loss is not None]
+        law = fit_power_law(*zip(*finished, strict=True)) if finished else None
+        if law is not None:
+            fits[series, x] = law
+    return fits
+
+
+def csv_text(results: Sequence[Result]) -> str:
+    """A line for each point; what is not known is empty."""
+    keys = list(dict.fromkeys(key for result in results for key in result.settings))
+    out = io.StringIO()
+    fields = ("series", "step", "num_steps", "loss", "loss_error", "activated_params", "denoiser_params", "flops")
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(["name", *keys, *fields])
+    for result in results:
+        settings = [result.settings.get(key, "") for key in keys]
+        writer.writerow([result.name, *settings, *(getattr(result, field) for field in fields)])
+    return out.getvalue()
+
+
+def markdown(results: Sequence[Result], fits: Fits, share: float, pictures: Mapping[str, str]) -> str:
+    """The table, what was not finished, the fits, and the `pictures`: descriptions by file."""
+    lines = [
+        f"Loss: mean of `{LOSS}` (squared velocity) over the last {share:.0%} of the steps, ± its standard error, as "
+        f"if steps were independent. FLOPs are those of one image and its caption, forward.",
+        "",
+        "| point | steps | loss | activated parameters | parameters of the denoiser | MFLOPs |",
+        "|---|---|---|---|---|---|",
+        *(_row(result) for result in results),
+        "",
+    ]
+    missing = [
+        f"{result.name} ({result.step} of {result.num_steps} steps)" for result in results if not result.finished
+    ]
+    if missing:
+        lines += [f"Not finished, and in no fit: {', '.join(missing)}.", ""]
+    lines += [*_fit_lines(fits), ""]
+    for file, description in pictures.items():
+        lines += [f"![{description}]({file})", "", f"*{description}*", ""]
+    if not pictures:
+        lines += ["No plots: matplotlib is not installed (`pip install -e '.[plots]'`).", ""]
+    return "\n".join(lines)
+
+
+def _row(result: Result) -> str:
+    loss = "" if result.loss is None else f"{result.loss:.4f}"
+    loss += "" if result.loss_error is None else f" ± {result.loss_error:.4f}"
+    sizes = f"{result.activated_params:,} | {result.denoiser_params:,} | {result.flops / 1e6:,.1f}"
+    return f"| {result.name} | {result.step} of {result.num_steps} | {loss} | {sizes} |"
+
+
+def _fit_lines(fits: Fits) -> list[str]:
+    if not fits:
+        return [f"No power law: that takes a series with finished runs of {MIN_SIZES} different sizes."]
+    return [
+        "Power laws: loss = a x^-b, no offset, by least squares in logarithms; b ± its standard error. The interval "
+        "takes Student's t for points - 2 degrees of freedom, and is of the fit alone: not of seeds.",
+        "",
+        "| series | x | points | b | 95 % interval of b | a |",
+        "|---|---|---|---|---|---|",
+        *(
+            f"| {series or 'all'} | {X_NAMES[x]} | {law.points} | {law.b:.4f} ± {law.b_error:.4f} | "
+            f"{law.b - law.b_interval:.4f} to {law.b + law.b_interval:.4f} | {law.a:.4g} |"
+            for (series, x), law in fits.items()
+        ),
+    ]

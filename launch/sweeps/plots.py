@@ -1,0 +1,80 @@
+"""The plots of a sweep, by matplotlib, which is in the extra `plots` and imported where they are drawn."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Float
+
+from launch.sweeps.collecting import X_NAMES, Fits, Result, by_series
+from launch.sweeps.fitting import PowerLaw
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+STEPS_FILE, X_FILES = "loss_steps.png", {"flops": "loss_flops.png", "activated_params": "loss_params.png"}
+WINDOW_SHARE = 0.05  # of a run's steps: what the curves over steps are running means over
+LINES = ("-", "--", ":", "-.")
+
+
+def draw_all(results: Sequence[Result], fits: Fits, directory: Path) -> dict[str, str]:
+    """Draws the plots into `directory`; those against sizes once a run is finished. Returns descriptions by file."""
+    drawn = {STEPS_FILE: f"Loss against steps: running means over {WINDOW_SHARE:.0%} of a run's steps."}
+    _save(directory / STEPS_FILE, lambda axes: _draw_steps(axes, results))
+    if any(result.loss is not None for result in results):
+        for x, file in X_FILES.items():
+            _save(directory / file, lambda axes, x=x: _draw_sizes(axes, results, fits, x))
+            drawn[file] = f"Final loss against {X_NAMES[x]}; lines are power laws, bands a standard error of theirs."
+    return drawn
+
+
+def running_mean(values: Sequence[float], window: int) -> Float[np.ndarray, " n"]:
+    """Mean of each value and those before it, `window` in all: of the first ones fewer."""
+    sums = np.cumsum(np.concatenate([[0.0], values]))
+    ends = np.arange(1, len(sums))
+    starts = np.maximum(ends - window, 0)
+    return (sums[ends] - sums[starts]) / (ends - starts)
+
+
+def _save(path: Path, draw: "Callable[[Axes], None]") -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    draw(axes)
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize="x-small")
+    figure.savefig(path)
+
+
+def _draw_steps(axes: "Axes", results: Sequence[Result]) -> None:
+    for color, members in enumerate(by_series(results).values()):
+        for i, result in enumerate(members):
+            if not result.losses:
+                continue
+            steps, losses = zip(*result.losses, strict=True)
+            smooth = running_mean(losses, max(1, round(WINDOW_SHARE * result.num_steps)))
+            label = result.name if result.finished else f"{result.name} (to step {result.step})"
+            axes.plot(steps, smooth, LINES[i % len(LINES)], color=f"C{color}", linewidth=1, label=label)
+    axes.set(xlabel="steps", ylabel="loss", yscale="log")
+
+
+def _draw_sizes(axes: "Axes", results: Sequence[Result], fits: Fits, x: str) -> None:
+    for color, (series, members) in enumerate(by_series(results).items()):
+        finished = [result for result in members if result.loss is not None]
+        sizes = [getattr(result, x) for result in finished]
+        law = fits.get((series, x))
+        label = series or "all"
+        if law is not None:
+            label += f": b = {law.b:.3f} ± {law.b_error:.3f}"
+            _draw_law(axes, law, min(sizes), max(sizes), f"C{color}")
+        axes.plot(sizes, [result.loss for result in finished], "o", color=f"C{color}", markersize=4, label=label)
+    axes.set(xlabel=X_NAMES[x], ylabel="final loss", xscale="log", yscale="log")
+
+
+def _draw_law(axes: "Axes", law: PowerLaw, low: float, high: float, color: str) -> None:
+    x = np.geomspace(low, high, 50)
+    y, factor = law.at(x), np.exp(law.log_error(x))
+    axes.plot(x, y, color=color, linewidth=1)
+    axes.fill_between(x, y / factor, y * factor, color=color, alpha=0.15, linewidth=0)

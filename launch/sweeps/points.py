@@ -1,0 +1,180 @@
+"""The points of a sweep file, checked: each a run with a name, flags and an experiment.
+
+A sweep file has `get_hyper(hyper)`, which returns the points (see `sweeps.hyper`), and two constants:
+
+    CONFIG = "configs/emoji.py"      # the config file of points that do not name one
+    SERIES = ("config.model.ffn",)   # points alike in these keys are one line of the plots
+"""
+
+import dataclasses
+import hashlib
+import json
+import re
+import runpy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ecdit.config import UserError, flatten, parse_config, to_dict
+from ecdit.planning.counts import Counts, count
+from ecdit.training.experiment import Experiment, make_experiment
+from launch.job import MAX_NAME
+from launch.sweeps import hyper
+
+CONFIG_KEY, PREFIX = "config", "config."
+DIGITS = 6  # of a hash, in names that would be too long
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """A run of a sweep."""
+
+    name: str  # the last part of its workdir
+    flags: tuple[str, ...]  # of `python -m ecdit.train`, without --workdir
+    origin: Mapping[str, Any]  # as `config.config_origin` gives it
+    experiment: Experiment
+    settings: Mapping[str, Any]  # what tells it apart: values by key, {"config.model.width": 64}
+    series: str  # those of SERIES, for people; "" where the sweep has none
+
+    def counts(self) -> Counts:
+        """Its parameters and FLOPs."""
+        return count(self.experiment)
+
+
+def load_points(path: str, config: str = "", overrides: Mapping[str, str] | None = None) -> list[Point]:
+    """The points of a sweep file, in its order.
+
+    Args:
+      path: of the file.
+      config: a config file in place of the sweep's CONFIG; "" for that.
+      overrides: values by key, "config.train.num_steps", for all points.
+
+    Raises:
+      UserError: no such file; a key or a value that a config refuses, where the message names the point; points that
+        are the same; an override of a key in which the points differ.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"--sweep={path}: no such file")
+    module = runpy.run_path(path)
+    if "get_hyper" not in module:
+        raise hyper.SweepError(f"{path} has no get_hyper(hyper)")
+    raw = [dict(point) for point in module["get_hyper"](hyper)]
+    keys = telling_keys(raw)
+    for key in overrides or {}:
+        if len({_shown(point.get(key)) for point in raw}) > 1:
+            raise hyper.SweepError(f"--{key}: is swept by {path}")
+    base = {CONFIG_KEY: config or module.get("CONFIG", "")}
+    # The name of the point as the file has it: what is added for all does not move the runs.
+    return [
+        _make_point(name, base | point | dict(overrides or {}), keys, module.get("SERIES", ()))
+        for name, point in zip(names(raw, keys), raw, strict=True)
+    ]
+
+
+def _make_point(name: str, values: dict[str, Any], keys: Sequence[str], series: Sequence[str]) -> Point:
+    if not values[CONFIG_KEY]:
+        raise hyper.SweepError(f"point {name}: names no config file, and the sweep has no CONFIG")
+    for key in values:
+        if key != CONFIG_KEY and not key.startswith(PREFIX):
+            raise hyper.SweepError(f"point {name}: {key}: must be {PREFIX}KEY, as on the command line, or {CONFIG_KEY}")
+    flags = tuple(f"--{key}={value}" for key, value in values.items())  # base first: the file before its overrides
+    try:
+        parsed, origin = parse_config(flags)
+        experiment = make_experiment(parsed)
+    except UserError as error:
+        raise hyper.SweepError(f"point {name}: {error}") from None
+    resolved = flatten(to_dict(experiment), PREFIX)
+    for key in series:
+        if key not in resolved:
+            raise hyper.SweepError(f"SERIES: {key}: the config of point {name} has no such key")
+    return Point(
+        name=name,
+        flags=flags,
+        origin=origin,
+        experiment=experiment,
+        settings={key: values.get(key, resolved.get(key)) for key in keys},
+        series=", ".join(_series_word(key, resolved[key]) for key in series),
+    )
+
+
+def telling_keys(points: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The keys that tell points apart, in order: one that earlier ones determine (of a zip, say) is left out.
+
+    Raises:
+      SweepError: there are no points, or two are the same.
+    """
+    if not points:
+        raise hyper.SweepError("the sweep has no points")
+
+    def told(keys: Sequence[str]) -> int:
+        return len({tuple(_shown(point.get(key)) for key in keys) for point in points})
+
+    every = list(dict.fromkeys(key for point in points for key in point))
+    if told(every) < len(points):
+        same = next(point for i, point in enumerate(points) if point in points[:i])
+        raise hyper.SweepError(f"two points are the same: {same}")
+    kept: list[str] = []
+    for key in every:
+        if told([*kept, key]) > told(kept):
+            kept.append(key)
+    return kept or every[:1]
+
+
+def names(points: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[str]:
+    """A name for each point, the same each time, valid as a name of Kubernetes, and all different.
+
+    It is made of the point's values of `keys`. Where that is too long keys of several words become their initials, and
+    where it still is, it is cut and ends with digits of a hash.
+    """
+    made = []
+    for point in points:
+        values = {key: point[key] for key in keys if key in point}
+        full, short = _joined_words(values, keys, shorten=False), _joined_words(values, keys, shorten=True)
+        made.append(full if len(full) <= MAX_NAME else short)
+    return [
+        word if len(word) <= MAX_NAME and made.count(word) == 1 else _with_digits(word, point)
+        for word, point in zip(made, points, strict=True)
+    ]
+
+
+def _joined_words(values: Mapping[str, Any], keys: Sequence[str], shorten: bool) -> str:
+    lasts = [_last(key) for key in keys]
+    parts = []
+    for key, value in values.items():
+        last = _last(key)
+        if lasts.count(last) > 1:
+            last = key.removeprefix(PREFIX)
+        if shorten and "_" in last:
+            last = "".join(word[:1] for word in re.split(r"[._]", last))
+        parts += [last, _value_word(key, value)]
+    return re.sub(r"[^a-z0-9]+", "-", "-".join(parts).lower()).strip("-") or "point"
+
+
+def _last(key: str) -> str:
+    """The end of a key; of `optimizer.name` what is named."""
+    return key.removesuffix(".name").rpartition(".")[2]
+
+
+def _value_word(key: str, value: Any) -> str:
+    if key == CONFIG_KEY:
+        file, _, argument = str(value).partition(":")
+        return argument or Path(file).stem
+    if isinstance(value, float):
+        plain, short = f"{value:.12g}", re.sub(r"\.?0*e([+-])0*", r"e\1", f"{value:.11e}").replace("e+", "e")
+        value = min(plain, short, key=len)
+    return re.sub(r"^-(?=\d)", "m", str(value)).replace(".", "p")
+
+
+def _with_digits(word: str, point: Mapping[str, Any]) -> str:
+    text = json.dumps(point, sort_keys=True, default=str)
+    digits = hashlib.sha256(text.encode()).hexdigest()[:DIGITS]
+    return f"{word[: MAX_NAME - DIGITS - 1].strip('-')}-{digits}"
+
+
+def _series_word(key: str, value: Any) -> str:
+    return value if isinstance(value, str) else f"{key.rpartition('.')[2]} {value}"
+
+
+def _shown(value: Any) -> str:
+    """For comparing: values may be lists, which sets do not hold; 1 and True differ."""
+    return repr(value)

@@ -1,0 +1,215 @@
+"""Runs the points of a sweep on this machine, some at a time; what is done is skipped, so the same command goes on.
+
+A point that fails does not stop the others. SIGTERM and SIGINT let every point that runs save and end. When this
+process is killed the kernel tells its points the same (`launch.tied`), and the next start waits until they have ended:
+they hold a lock of the sweep's directory.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO
+
+import orbax.checkpoint as ocp
+
+from ecdit.config import UserError, check_writable
+from ecdit.training.checkpoint import checkpoint_directory, config_differences
+from ecdit.training.loop import PREEMPTED
+from ecdit.training.restored import CONFIG_FILE
+from launch.local import collect_signals
+from launch.sweeps.hyper import SweepError
+from launch.sweeps.points import Point
+
+LOGS = "logs"  # of a sweep's directory: NAME.log, to which every start of a point adds
+SWEEP_LOCK, POINTS_LOCK = ".sweep.lock", ".points.lock"  # held by the sweep; by it and the processes of its points
+POLL_SECONDS = 0.1
+
+
+@dataclasses.dataclass
+class Progress:
+    """What has become of a sweep's points."""
+
+    done: list[str] = dataclasses.field(default_factory=list)
+    failed: dict[str, str] = dataclasses.field(default_factory=dict)  # name: exit code and last line
+    stopped: list[str] = dataclasses.field(default_factory=list)  # saved before their end
+    waiting: list[str] = dataclasses.field(default_factory=list)  # not started
+
+    def exit_code(self) -> int:
+        """0 if all are done, 1 if one failed, else PREEMPTED: the same command goes on."""
+        if self.failed:
+            return 1
+        return PREEMPTED if self.stopped or self.waiting else 0
+
+
+def newest_step(workdir: Path) -> int:
+    """The step of a run's newest finished checkpoint; 0 without one."""
+    return max(ocp.utils.checkpoint_steps(checkpoint_directory(workdir)), default=0)
+
+
+def is_done(point: Point, workdir: Path) -> bool:
+    """Whether the run in `workdir` has done and saved all its steps.
+
+    Raises:
+      SweepError: it is a run of another config.
+    """
+    step, config = newest_step(workdir), workdir / CONFIG_FILE
+    if step and config.exists():
+        differences = config_differences(json.loads(config.read_text()), point.experiment, step)
+        if differences:
+            changed = "\n  ".join(differences)
+            raise SweepError(f"point {point.name}: {workdir} holds another run:\n  {changed}\nTake another --workdir.")
+    return step >= point.experiment.train.num_steps
+
+
+def run_points(points: Sequence[Point], commands: Mapping[str, Sequence[str]], directory: Path, parallel: int) -> int:
+    """Runs `commands`, by the points' names, `parallel` at a time. Main thread only.
+
+    Args:
+      points: of the sweep.
+      commands: of each point: it trains in `directory`/NAME.
+      directory: of the sweep.
+      parallel: how many at a time.
+
+    Returns:
+      The exit code, see `Progress.exit_code`.
+
+    Raises:
+      UserError: a workdir holds another run, or another sweep is at work in `directory`.
+    """
+    check_writable(directory)
+    (directory / LOGS).mkdir(parents=True, exist_ok=True)
+    with _lock(directory / SWEEP_LOCK) as held, collect_signals() as pending:
+        if held is None:
+            raise UserError(f"--workdir={directory}: another sweep is at work in it")
+        with _lock(directory / POINTS_LOCK, pending) as points_lock:
+            progress = Progress()
+            if points_lock is not None:
+                _run(points, commands, directory, parallel, points_lock, pending, progress)
+            else:
+                progress.waiting = [point.name for point in points if not is_done(point, directory / point.name)]
+    _report(progress, [point.name for point in points])
+    return progress.exit_code()
+
+
+def _run(
+    points: Sequence[Point],
+    commands: Mapping[str, Sequence[str]],
+    directory: Path,
+    parallel: int,
+    points_lock: IO[str],
+    pending: list[int],
+    progress: Progress,
+) -> None:
+    """Starts what is not done until all have ended, or a signal is `pending` and those that run have ended."""
+    waiting = progress.waiting
+    for point in points:
+        done = is_done(point, directory / point.name)
+        (progress.done if done else waiting).append(point.name)
+    if progress.done:
+        print(f"done already: {', '.join(progress.done)}", flush=True)
+    running: dict[str, tuple[subprocess.Popen, float]] = {}
+    stopping = False
+    try:
+        while running or (waiting and not stopping):
+            if pending:
+                pending.clear()
+                if not stopping:  # a second signal could cut a save short
+                    print(f"stopping: {', '.join(running)} may save", flush=True)
+                    _terminate(running)
+                stopping = True
+            while waiting and len(running) < parallel and not stopping:
+                name = waiting.pop(0)
+                running[name] = (_start(commands[name], _log(directory, name), points_lock), time.monotonic())
+                print(f"{name}: started, {_log(directory, name)}", flush=True)
+            for name in [name for name, (child, _) in running.items() if child.poll() is not None]:
+                child, begin = running.pop(name)
+                _settle(name, child.returncode, time.monotonic() - begin, directory, stopping, progress)
+            time.sleep(POLL_SECONDS)
+    finally:  # of an error here: nothing is left running
+        _terminate(running)
+        for child, _ in running.values():
+            child.wait()
+
+
+def _settle(name: str, code: int, seconds: float, directory: Path, stopping: bool, progress: Progress) -> None:
+    """Notes how a point ended."""
+    code = code if code >= 0 else 128 - code
+    if code == 0:
+        progress.done.append(name)
+        print(f"{name}: done in {seconds:.0f} s", flush=True)
+    elif code == PREEMPTED or (stopping and code == 128 + signal.SIGTERM):  # told before it listened: nothing to save
+        progress.stopped.append(name)
+        print(f"{name}: stopped", flush=True)
+    else:
+        lines = _log(directory, name).read_text(errors="replace").splitlines()
+        progress.failed[name] = f"exit code {code}: {lines[-1] if lines else ''}"
+        print(f"{name}: failed, {progress.failed[name]}", flush=True)
+
+
+def _report(progress: Progress, names: Sequence[str]) -> None:
+    """For people, in the sweep's order: points stop in any."""
+    left = [name for name in names if name in progress.stopped or name in progress.waiting]
+    print(f"{len(progress.done)} of {len(names)} points are done", flush=True)
+    if left:
+        print(f"left: {', '.join(left)}; the same command goes on", flush=True)
+    for name in names:
+        if name in progress.failed:
+            print(f"failed: {name}: {progress.failed[name]}", flush=True)
+
+
+def _log(directory: Path, name: str) -> Path:
+    return directory / LOGS / f"{name}.log"
+
+
+def _start(command: Sequence[str], log: Path, points_lock: IO[str]) -> subprocess.Popen:
+    """Starts a point in a session of its own, so that a terminal's Ctrl-C reaches it once, through this process."""
+    with log.open("ab") as output:
+        output.write(f"$ {shlex.join(command)}\n".encode())
+        output.flush()
+        return subprocess.Popen(
+            [sys.executable, "-m", "launch.tied", str(os.getpid()), *command],
+            env={**os.environ, "PYTHONUNBUFFERED": "1"},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            pass_fds=[points_lock.fileno()],  # the lock is free when the last process that has it has ended
+        )
+
+
+def _terminate(running: Mapping[str, tuple[subprocess.Popen, float]]) -> None:
+    for child, _ in running.values():
+        child.terminate()
+
+
+@contextlib.contextmanager
+def _lock(path: Path, pending: list[int] | None = None) -> Iterator[IO[str] | None]:
+    """The locked file. None if another process has the lock, or for `pending` if a signal came while waiting for it."""
+    with path.open("a") as file:
+        told = False
+        while not _try_lock(file):
+            if pending is None or pending:
+                yield None
+                return
+            if not told:
+                print(f"waiting for points of an earlier start to end: they hold {path}", flush=True)
+                told = True
+            time.sleep(POLL_SECONDS)
+        yield file
+
+
+def _try_lock(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -1,0 +1,110 @@
+"""Tables, power laws and plots of runs whose metrics are written by hand."""
+
+import csv
+import dataclasses
+import importlib.util
+import json
+import math
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from launch.sweeps.collecting import collect, read_result
+from launch.sweeps.fitting import fit_power_law
+from launch.sweeps.points import Point
+from tests.runs import tiny
+
+WIDTH, FFN = "config.model.width", "config.model.ffn"
+
+
+def test_a_power_law_and_its_errors_as_computed_by_hand():
+    """ln x = 0, 1, 2 and ln y = 3, 1, 2.
+
+    Slope: (-1 x 1 + 1 x 0) / 2 = -1/2. Residuals from 5/2 - ln x / 2: 1/2, -1, 1/2, of squares 3/2 over 3 - 2 degrees
+    of freedom. Error of the slope: sqrt(3/2 / 2); of ln y at ln x = 1: sqrt(3/2 / 3), at 0: sqrt(3/2 (1/3 + 1/2)).
+    """
+    law = fit_power_law(np.exp([0.0, 1, 2]).tolist(), np.exp([3.0, 1, 2]).tolist())
+    assert law.points == 3
+    np.testing.assert_allclose([law.b, law.b_error, law.a], [0.5, math.sqrt(0.75), math.exp(2.5)], rtol=1e-12)
+    np.testing.assert_allclose(law.b_interval, 12.706 * math.sqrt(0.75), rtol=1e-12)
+    np.testing.assert_allclose(law.log_error(np.exp([1.0, 0])), [math.sqrt(0.5), math.sqrt(1.25)], rtol=1e-12)
+    np.testing.assert_allclose(law.at(np.exp([2.0])), [math.exp(1.5)], rtol=1e-12)
+
+
+def test_an_exact_power_law_is_found_without_an_error():
+    law = fit_power_law([1e6, 4e6, 1e7, 5e7], [3 * x**-0.25 for x in (1e6, 4e6, 1e7, 5e7)])
+    np.testing.assert_allclose([law.a, law.b], [3, 0.25], rtol=1e-9)
+    assert law.b_error < 1e-9
+
+
+def test_fewer_than_three_sizes_or_nearly_equal_ones_have_no_fit():
+    assert fit_power_law([1, 2, 2], [3, 2, 2.1]) is None
+    assert fit_power_law([1, 1.05, 1.2], [3, 2, 1]) is None
+    assert fit_power_law([1, 1.2, 1.5], [3, 2, 1]) is not None
+
+
+@pytest.fixture
+def points():
+    """Three widths, dense and with experts, of ten steps."""
+    made = []
+    for ffn in ("dense", "expert_choice"):
+        for width in (32, 64, 128):
+            experiment = tiny(model__width=width, model__ffn=ffn, train__num_steps=10)
+            made.append(Point(f"width-{width}-{ffn}", (), {}, experiment, {WIDTH: width, FFN: ffn}, ffn))
+    return made
+
+
+def write_run(directory, name, losses, tail=""):
+    (directory / name).mkdir()
+    # Last the loss with what balances experts, which must not count.
+    rows = [{"step": step, "flow_loss": loss, "loss": 99.0} for step, loss in enumerate(losses, 1)]
+    (directory / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + tail)
+
+
+def test_the_final_loss_is_the_mean_over_the_last_steps(tmp_path, points):
+    write_run(tmp_path, points[0].name, [9, 9, 9, 9, 9, 9, 4, None, 1, 2], '{"step": 11, "flo')
+    result = read_result(points[0], tmp_path / points[0].name, share=0.4)
+    assert (result.step, result.finished) == (10, True)
+    np.testing.assert_allclose([result.loss, result.loss_error], [7 / 3, math.sqrt(7 / 3 / 3)], rtol=1e-12)
+    assert len(result.losses) == 9
+    longer = dataclasses.replace(points[0], experiment=tiny(train__num_steps=20))
+    assert read_result(longer, tmp_path / points[0].name, share=0.6).loss is None
+
+
+def test_a_part_of_a_sweep_is_collected_with_fits_of_what_is_finished(tmp_path, points):
+    counts = [point.counts() for point in points]
+    for point, count in zip(points[:3], counts, strict=False):
+        write_run(tmp_path, point.name, [5.0] * 8 + [count.activated_params**-0.5] * 2)
+    write_run(tmp_path, points[3].name, [1.0] * 10)
+    write_run(tmp_path, points[4].name, [1.0] * 7)
+    files = collect(points, tmp_path, share=0.2)
+    assert [file.name for file in files] == [
+        *("sweep.csv", "sweep.md"),
+        *("loss_steps.png", "loss_flops.png", "loss_params.png"),
+    ]
+    for file in files[2:]:
+        with Image.open(file) as picture:
+            assert np.asarray(picture.convert("L")).std() > 5
+    rows = list(csv.DictReader((tmp_path / "sweep.csv").read_text().splitlines()))
+    assert [row["loss"] != "" for row in rows] == [True] * 4 + [False] * 2
+    assert [row["step"] for row in rows] == ["10"] * 4 + ["7", "0"]
+    assert [row[WIDTH] for row in rows] == ["32", "64", "128"] * 2
+    assert [int(row["activated_params"]) for row in rows] == [count.activated_params for count in counts]
+    flops = sum(part["flops"] for part in counts[0].flops_per_image.values())
+    assert float(rows[0]["flops"]) == flops
+    text = (tmp_path / "sweep.md").read_text()
+    assert "Not finished, and in no fit: width-64-expert_choice (7 of 10 steps), width-128-expert_choice (0 of" in text
+    assert "| dense | activated parameters of the denoiser | 3 | 0.5000 ± 0.0000 | 0.5000 to 0.5000 | 1 |" in text
+    assert "| expert_choice |" not in text  # one finished point is no series to fit
+    assert "no offset" in text
+    assert "over the last 20% of the steps" in text
+
+
+def test_without_matplotlib_there_are_tables_and_a_word_about_plots(tmp_path, points, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    write_run(tmp_path, points[0].name, [1.0] * 10)
+    assert [file.name for file in collect(points[:1], tmp_path, share=0.2)] == ["sweep.csv", "sweep.md"]
+    text = (tmp_path / "sweep.md").read_text()
+    assert "matplotlib is not installed" in text
+    assert "No power law: that takes" in text
