@@ -1,5 +1,6 @@
 """A profile of some steps (`train.profile_start`, `train.profile_steps`), for XProf, which TensorBoard can show."""
 
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,8 @@ class Profile:
     """
 
     def __init__(self, config: TrainConfig, workdir: Path, start_step: int):
-        self.directory, self.running = workdir / PROFILE, False
-        # The profiler itself writes to disks alone.
-        self.local = Path(tempfile.mkdtemp()) if is_remote(workdir) else self.directory
+        self.directory = self.local = workdir / PROFILE
+        self.running = False
         wanted = config.profile_steps if jax.process_index() == 0 else 0
         first = max(config.profile_start, start_step + 2)
         self.window = range(first, config.profile_start + wanted)
@@ -33,6 +33,8 @@ class Profile:
             jax.block_until_ready(state)  # so that a step is traced whole, or not at all
             self.close()
             if step in self.window:
+                if is_remote(self.directory):  # the profiler itself writes to disks alone
+                    self.local = Path(tempfile.mkdtemp())
                 jax.profiler.start_trace(self.local)
                 self.running = True
 
@@ -44,3 +46,4 @@ class Profile:
             if self.local != self.directory:
                 with writing(self.directory):
                     upload(self.local, self.directory)
+                shutil.rmtree(self.local)
