@@ -142,13 +142,13 @@ def _steps(run: Running, state: TrainState) -> tuple[TrainState, bool]:
             if draw or save or step == run.part.last:
                 reporter.report(*pending)  # first, so that a run that resumes from here has this line
                 pending = None
-                reporter.save()
                 run.check_restored()
             if draw:  # before the save, for the same reason; and before the next step takes the state's memory
                 watchdog.enter(f"drawing the pictures of step {step}", slow=True)
                 reporter.pictures(step, samples.write(sampling_params(state), step))
             if save:
                 watchdog.enter(f"saving step {step}", slow=True)
+                reporter.save()
                 run.saver.save(state, step, _meta(run.experiment, run.manifest, step))
             run.saver.check()
             if stop:

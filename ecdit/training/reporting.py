@@ -87,7 +87,7 @@ class Reporter:
                 writer.picture(step, name, path)
 
     def save(self) -> None:
-        """Writes what is only kept yet, as in a bucket: before a checkpoint, whose run goes on from these lines."""
+        """Writes what is only kept yet, as in a bucket: a checkpoint comes next, and has these lines before it."""
         if isinstance(self.file, Parts):
             with writing(self.path):
                 self.file.save()
