@@ -5,13 +5,14 @@ does with a path works with both, so signatures say Path for either. In a bucket
 an object is written whole or not at all; but nothing can be appended to one, and what is renamed is copied.
 """
 
+import contextlib
 import datetime
 import importlib.util
 import os
 import re
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,20 +48,31 @@ def as_path(text: str, name: str = "--workdir") -> Path:
 
 
 def check_workdir(workdir: Path) -> None:
-    """Raises UserError, before work is done for nothing, where this process cannot write to a workdir in a bucket."""
+    """Raises UserError, before work is done for nothing, where this process has not all rights to a bucket's workdir.
+
+    Without that of listing, its checkpoints would not be seen, and the run would begin anew.
+    """
     if not is_remote(workdir):
         return
     probe = workdir / f"write_check_{secrets.token_hex(4)}"
     try:
-        probe.write_bytes(b"")
+        probe.write_bytes(b"to be deleted")  # an empty one would be read without asking the bucket
+        list(workdir.iterdir())
+        _bucket().cat_file(str(probe))
         probe.unlink()
     except Exception as error:
-        raise UserError(f"--workdir={workdir}: cannot be written: {described(error)}") from error
+        raise UserError(f"--workdir={workdir}: cannot be read, listed and written: {_said(error)}") from error
 
 
-def described(error: Exception) -> str:
-    """What an error says, or its type where it says nothing."""
-    return str(error) or type(error).__name__
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Makes an error of the way to a bucket a UserError that names `path`."""
+    try:
+        yield
+    except Exception as error:
+        if not is_outage(error):
+            raise
+        raise UserError(f"{path} cannot be read: {_said(error)}") from error
 
 
 def is_outage(error: BaseException) -> bool:
@@ -77,6 +89,14 @@ def make_directory(path: Path) -> None:
     """Makes a directory and those above it, where they are missing; in a bucket there is nothing to make."""
     if not is_remote(path):
         path.mkdir(parents=True, exist_ok=True)
+
+
+def children(directory: Path) -> list[Path]:
+    """What is in a directory, nothing if it is missing: is_dir says that too of what a bucket does not let one read."""
+    try:
+        return list(directory.iterdir())
+    except FileNotFoundError:
+        return []
 
 
 def size_and_time(directory: Path) -> tuple[int, datetime.datetime]:
@@ -145,6 +165,10 @@ class Parts:
     def close(self) -> None:
         """Writes the last part."""
         self.save()
+
+
+def _said(error: Exception) -> str:
+    return str(error) or type(error).__name__
 
 
 def _bucket() -> Any:

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from ecdit.conditioning.text_to_image import Params, System
 from ecdit.config import flatten, is_remote, to_dict
-from ecdit.storage import as_path
+from ecdit.storage import as_path, reading
 from ecdit.training.checksums import checksums
 from ecdit.training.experiment import CheckpointConfig, Experiment
 from ecdit.training.state import TrainState
@@ -91,10 +91,12 @@ def open_reader(workdir: Path) -> ocp.CheckpointManager:
 
     Raises:
       CheckpointError: the run has no checkpoint.
+      UserError: the bucket refuses or is away.
     """
-    if not checkpoint_directory(workdir).is_dir():
-        raise CheckpointError(f"{workdir}: no run's workdir, it has no {checkpoint_directory(workdir).name}/")
-    manager = open_manager(workdir, None)
+    with reading(workdir):
+        if not checkpoint_directory(workdir).exists():
+            raise CheckpointError(f"{workdir}: no run's workdir, it has no {checkpoint_directory(workdir).name}/")
+        manager = open_manager(workdir, None)
     if manager.latest_step() is None:
         raise CheckpointError(f"{workdir}: the run has no finished checkpoint yet")
     return manager

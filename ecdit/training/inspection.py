@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
 from ecdit.partitioning import replicated
-from ecdit.storage import size_and_time
+from ecdit.storage import children, size_and_time
 from ecdit.training.checkpoint import checkpoint_directory, step_directory
 from ecdit.training.checksums import checksums
 from ecdit.training.recovery import aside_directory
@@ -61,7 +61,7 @@ def listed(workdir: Path, manager: ocp.CheckpointManager) -> Iterator[str]:
     """Lines: step, time, size and what is known without reading the arrays; those set aside as damaged at the end."""
     aside = aside_directory(checkpoint_directory(workdir))
     directories = [step_directory(manager, step) for step in sorted(manager.all_steps())]
-    directories += sorted(aside.iterdir()) if aside.is_dir() else []
+    directories += sorted(children(aside))
     for directory in directories:
         size, changed = size_and_time(directory)
         note = "set aside: it was found damaged" if directory.parent == aside else _known(directory)

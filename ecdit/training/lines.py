@@ -5,12 +5,11 @@ part is named by its first step, so one that is written anew takes the place of 
 """
 
 import json
-import math
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from ecdit.config import is_remote, replace_text
-from ecdit.storage import Parts, read_all
+from ecdit.storage import Parts, children, read_all
 
 METRICS = "metrics.jsonl"
 
@@ -34,11 +33,15 @@ def open_lines(workdir: Path, start_step: int) -> BinaryIO | Parts:
 
 
 def read_lines(workdir: Path) -> list[dict[str, Any]]:
-    """The metrics of each step that was written, in order; of a run on a disk or in a bucket."""
+    """The metrics of each step that was written, in order; of a run on a disk or in a bucket.
+
+    A line that is still being written, or that a crash has garbled, does not count.
+    """
     path = workdir / METRICS
     paths = _parts(workdir) if is_remote(workdir) else [path] if path.exists() else []
-    whole = b"".join(read_all(paths)).rpartition(b"\n")[0]  # the last line of a run that goes on may be torn
-    return [json.loads(line) for line in whole.splitlines()]
+    text = b"".join(read_all(paths)).decode(errors="replace")
+    rows = map(_row, text.split("\n")[:-1])
+    return [row for row in rows if row is not None]
 
 
 def drop_lines_after(path: Path, step: int) -> None:
@@ -46,22 +49,22 @@ def drop_lines_after(path: Path, step: int) -> None:
     if not path.exists():
         return
     lines = path.read_text().splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and _step_of(line) <= step]
+    kept = [line for line in lines if line.endswith("\n") and (row := _row(line)) and row["step"] <= step]
     replace_text(path, "".join(kept))
 
 
 def _parts(workdir: Path) -> list[Path]:
-    directory = (workdir / METRICS).with_suffix("")
-    return sorted(directory.iterdir(), key=_first_step) if directory.is_dir() else []
+    return sorted(children((workdir / METRICS).with_suffix("")), key=_first_step)
 
 
 def _first_step(part: Path) -> int:
     return int(part.stem)
 
 
-def _step_of(line: str) -> float:
-    """A line's step; infinity for a line that a crash has garbled."""
+def _row(line: str) -> dict[str, Any] | None:
+    """A line's metrics; None for a line that a crash has garbled."""
     try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return math.inf
+        row = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return row if isinstance(row, dict) and "step" in row else None

@@ -8,7 +8,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from ecdit.config import is_remote
-from ecdit.storage import COMMITTED, move_checkpoint
+from ecdit.storage import COMMITTED, children, move_checkpoint
 from ecdit.training.agreement import anywhere, wait_for_all
 from ecdit.training.checkpoint import (
     Meta,
@@ -38,7 +38,7 @@ class Recovered(NamedTuple):
 def half_written(workdir: Path) -> list[str]:
     """What killed saves have left, by name; opening the manager removes it."""
     directory = checkpoint_directory(workdir)
-    paths = list(directory.iterdir()) if directory.is_dir() else []
+    paths = children(directory)
     if is_remote(directory):  # there a save writes where the checkpoint stays, and marks it when it is whole
         return sorted(path.name for path in paths if path.name.isdigit() and not (path / COMMITTED).exists())
     return sorted(path.name for path in paths if path.name.endswith("-tmp"))
