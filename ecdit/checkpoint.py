@@ -13,6 +13,7 @@ from absl import flags
 
 from ecdit.config import UserError, run_command, to_dict
 from ecdit.interop.weights import save_weights
+from ecdit.storage import as_path
 from ecdit.training.checkpoint import open_reader
 from ecdit.training.inspection import listed, verify
 from ecdit.training.restored import open_run
@@ -27,7 +28,7 @@ def main(argv: list[str]) -> None:
     verbs = {"verify": _verify, "list": _list, "export": _export}
     if len(argv) != 2 or argv[1] not in verbs:
         raise UserError(f"verbs: {', '.join(verbs)}; got {' '.join(argv[1:]) or 'none'}")
-    verbs[argv[1]](Path(WORKDIR.value))
+    verbs[argv[1]](as_path(WORKDIR.value))
 
 
 def _verify(workdir: Path) -> None:

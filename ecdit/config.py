@@ -133,13 +133,22 @@ def check_writable(path: Path) -> None:
         raise UserError(f"{path} cannot be written: {existing} is no directory to write in")
 
 
+def is_remote(path: str | os.PathLike) -> bool:
+    """Whether a path is in a bucket and not on a disk: see `storage`."""
+    return os.fspath(path).startswith("gs://")
+
+
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Makes an OSError a UserError that names `path`: that of a full disk does not."""
+    """Makes an OSError, or whatever a bucket's libraries raise, a UserError that names `path`: they often do not."""
     try:
         yield
-    except OSError as error:
-        raise UserError(f"writing {path} failed: {error}") from error
+    except UserError:
+        raise
+    except Exception as error:
+        if not is_remote(path) and not isinstance(error, OSError):
+            raise
+        raise UserError(f"writing {path} failed: {str(error) or type(error).__name__}") from error
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -148,6 +157,10 @@ def replace_text(path: Path, text: str) -> None:
     Raises:
       UserError: it cannot be written; the old text is still there.
     """
+    if is_remote(path):  # an object is written so anyway
+        with writing(path):
+            path.write_text(text)
+        return
     scratch = path.with_name(path.name + ".tmp")
     with writing(path):
         scratch.write_text(text)

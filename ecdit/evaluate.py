@@ -10,6 +10,7 @@ from absl import flags
 from ecdit.config import UserError, check_writable, run_command, to_dict
 from ecdit.data.records import Records
 from ecdit.evaluation.retrieval import fixed_choice, protocol, recall, target_ranks
+from ecdit.storage import as_path
 from ecdit.training.restored import open_run, sample_run
 
 WORKDIR = flags.DEFINE_string("workdir", None, "The run.", required=True)
@@ -24,7 +25,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"evaluations: retrieval; got {' '.join(argv[1:]) or 'none'}")
     if JSON.value:
         check_writable(Path(JSON.value))
-    result = retrieval(Path(WORKDIR.value), STEP.value, ALL.value)
+    result = retrieval(as_path(WORKDIR.value), STEP.value, ALL.value)
     if JSON.value:
         Path(JSON.value).write_text(json.dumps(result, indent=2) + "\n")
 

@@ -6,11 +6,13 @@ A run and its plan both call `configure`, so that both compile the same program.
 import ctypes
 import dataclasses
 import os
+from pathlib import Path
 
 import jax
 from jax.sharding import Mesh
 
-from ecdit.config import require
+from ecdit.config import is_remote, require
+from ecdit.storage import as_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +22,7 @@ class RuntimeConfig:
     xla_flags: tuple[str, ...]  # each "--xla_...=value", added to XLA_FLAGS
     tpu_options: tuple[str, ...]  # each "xla_...=value", of the training step's compilation for TPUs
     keep_host_memory: bool  # do not give freed memory back to the system: halves the time of a step on CPU
-    compilation_cache: str  # directory of the persistent compilation cache; "" for none
+    compilation_cache: str  # directory of the persistent compilation cache; "" for none (see `configure`)
     distributed: bool  # join the other hosts by jax.distributed (a TPU pod; needs no further setting there)
     heartbeat_seconds: int  # of silence after which a process counts as dead, and the others end
 
@@ -33,8 +35,11 @@ class RuntimeConfig:
         require(self.heartbeat_seconds >= 1, "heartbeat_seconds", self.heartbeat_seconds, "must be 1 or more")
 
 
-def configure(config: RuntimeConfig) -> None:
+def configure(config: RuntimeConfig, workdir: Path | None = None) -> None:
     """Applies `config`; call it before the first use of a device.
+
+    A run in a bucket keeps there what it has compiled, unless the config names no directory or another bucket's:
+    whatever starts it again has a new disk. `workdir` is that of a run that is trained.
 
     Where ECDIT_COORDINATOR, ECDIT_NUM_PROCESSES and ECDIT_PROCESS_ID are set (by `launch.local`), they say whom to
     join.
@@ -44,8 +49,7 @@ def configure(config: RuntimeConfig) -> None:
     if config.keep_host_memory:
         _keep_freed_memory()
     if config.compilation_cache:
-        cache = os.path.expanduser(config.compilation_cache)
-        jax.config.update("jax_compilation_cache_dir", cache)
+        jax.config.update("jax_compilation_cache_dir", _cache_directory(config.compilation_cache, workdir))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     if "ECDIT_COORDINATOR" in os.environ:
         jax.distributed.initialize(
@@ -56,6 +60,12 @@ def configure(config: RuntimeConfig) -> None:
         )
     elif config.distributed:
         jax.distributed.initialize(heartbeat_timeout_seconds=config.heartbeat_seconds)
+
+
+def _cache_directory(named: str, workdir: Path | None) -> str:
+    if is_remote(named):
+        return str(as_path(named, "config.runtime.compilation_cache"))
+    return str(workdir / "compilation_cache") if workdir and is_remote(workdir) else os.path.expanduser(named)
 
 
 def compiler_options(config: RuntimeConfig, mesh: Mesh) -> dict[str, str] | None:

@@ -11,6 +11,7 @@ from numpy import ndarray
 from ecdit.config import UserError, check_writable, run_command
 from ecdit.evaluation.pictures import save_grid, save_png
 from ecdit.evaluation.routing_maps import draw_maps
+from ecdit.storage import as_path
 from ecdit.training.restored import open_run, sample_run, saved_experiment
 
 WORKDIR = flags.DEFINE_string("workdir", None, "The run to sample from.", required=True)
@@ -55,9 +56,9 @@ def main(argv: list[str]) -> None:
     repeats = [i % REPEATS.value for i in range(len(prompts))]
     out = Path(OUT.value)
     check_writable(out / "grid.png")
-    if EXPERTS.value and saved_experiment(Path(WORKDIR.value), SET.value).model.ffn == "dense":
+    if EXPERTS.value and saved_experiment(as_path(WORKDIR.value), SET.value).model.ffn == "dense":
         raise UserError(f"--experts: the model of {WORKDIR.value} is dense, it has no experts to count")
-    run = open_run(Path(WORKDIR.value), SET.value, STEP.value)
+    run = open_run(as_path(WORKDIR.value), SET.value, STEP.value)
     drawn = sample_run(run, prompts, repeats, with_experts=EXPERTS.value)
     pictures, counts = drawn if EXPERTS.value else (drawn, None)
     source = {"workdir": WORKDIR.value, "step": run.step, "seed": run.experiment.sampling.seed}

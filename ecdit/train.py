@@ -1,25 +1,28 @@
 """Trains: `python -m ecdit.train --config=configs/emoji.py --workdir=runs/emoji`. The same command again resumes."""
 
 import sys
-from pathlib import Path
 
 from absl import flags
 
 from ecdit import runtime
 from ecdit.config import config_origin, config_values, define_config_flag, run_command
+from ecdit.storage import as_path
 from ecdit.training.experiment import make_experiment
 from ecdit.training.loop import train
 
 CONFIG = define_config_flag()
-WORKDIR = flags.DEFINE_string("workdir", None, "Where checkpoints, metrics and samples go.", required=True)
+WORKDIR = flags.DEFINE_string(
+    "workdir", None, "For checkpoints, metrics and samples: a directory or gs://BUCKET/PATH.", required=True
+)
 
 
 def main(argv: list[str]) -> None:
     """Exits with what `loop.train` returns."""
     del argv
     experiment = make_experiment(config_values(CONFIG))
-    runtime.configure(experiment.runtime)
-    sys.exit(train(experiment, Path(WORKDIR.value), config_origin(CONFIG)))
+    workdir = as_path(WORKDIR.value)
+    runtime.configure(experiment.runtime, workdir)
+    sys.exit(train(experiment, workdir, config_origin(CONFIG)))
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ def _on_slices(experiment: Experiment, overrides: dict[str, Any], slices: int) -
 
 def check_pod(job: Job, experiment: Experiment, config_file: str) -> None:
     """Raises LaunchError or ConfigError for what runs here but not on the hosts of a pod."""
-    if not re.fullmatch(r"gs://[^/]+(/[^/]+)*/?", job.workdir):
+    if not re.fullmatch(r"gs://[^/]+(/[^/]+)+/?", job.workdir):
         raise LaunchError(
             f"--workdir={job.workdir}: must be gs://BUCKET/PATH: the hosts of a pod share no local directory, and what "
             f"one of them writes is gone with it"

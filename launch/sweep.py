@@ -4,8 +4,9 @@
     python -m launch.sweep --sweep=configs/sweeps/model_sizes.py --workdir=runs/sizes --collect
 
 A point trains in WORKDIR/NAME. All are checked and counted before the first starts. Here, --parallel run at a time;
-the same command goes on where an earlier one ended. On pods each point is a job, as `launch.tpu` would start it.
-`--config.x=y` are for all points. Exit code: 0 if all are done, 1 if one failed, 42 if some were stopped.
+the same command goes on where an earlier one ended. On pods each point is a job, as `launch.tpu` would start it; those
+whose checkpoints in the bucket say that they are done get none. `--config.x=y` are for all points.
+Exit code: 0 if all are done (on pods: done or started), 1 if one failed, 42 if some were stopped.
 """
 
 import dataclasses
@@ -19,8 +20,9 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from ecdit.config import UserError, check_writable, replace_text, run_command
+from ecdit.config import UserError, check_writable, is_remote, replace_text, run_command
 from ecdit.partitioning import MESH_AXES, abstract_mesh
+from ecdit.storage import as_path
 from ecdit.topology import find_slice
 from ecdit.training.experiment import check_mesh
 from launch import backends, local_job
@@ -29,7 +31,7 @@ from launch.job import Job, job_name
 from launch.sweeps.collecting import collect
 from launch.sweeps.hyper import SweepError
 from launch.sweeps.points import PREFIX, Point, load_points
-from launch.sweeps.running import run_points
+from launch.sweeps.running import is_done, run_points
 
 PLACE = define_place(backend="local")
 SWEEP = flags.DEFINE_string("sweep", None, "Sweep file, such as configs/sweeps/model_sizes.py.", required=True)
@@ -55,9 +57,11 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--out={OUT.value}: is for --dry-run")
     points = load_points(SWEEP.value, CONFIG.value, overrides)
     if COLLECT.value:
-        for path in collect(points, Path(place.workdir), FINAL_SHARE):
+        for path in collect(points, as_path(place.workdir), FINAL_SHARE):
             print(f"wrote {path}")
         return
+    if place.backend == "local" and is_remote(place.workdir):
+        raise UserError(f"--workdir={place.workdir}: must be a directory for --backend=local, whose logs are in it")
     for point in points:
         print(planned(point), flush=True)
     jobs = make_jobs(points, place)
@@ -67,7 +71,10 @@ def main(argv: list[str]) -> None:
     if place.backend == "local":
         commands = {point.name: [sys.executable, *local_arguments(point, jobs, place)] for point in points}
         sys.exit(run_points(points, commands, Path(place.workdir), PARALLEL.value))
-    sys.exit(start_jobs(jobs, place))
+    done = [point.name for point in points if is_done(point, as_path(jobs[point.name].workdir))]
+    if done:
+        print(f"done already: {', '.join(done)}", flush=True)
+    sys.exit(start_jobs({name: job for name, job in jobs.items() if name not in done}, place))
 
 
 def config_overrides(arguments: Sequence[str]) -> dict[str, str]:

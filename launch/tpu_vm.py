@@ -20,7 +20,7 @@ RUNTIMES = {  # by `Slice.chip`: the VMs' images, cloud.google.com/tpu/docs/runt
     "v6e": "v2-alpha-tpuv6e",
 }
 CODE = ("ecdit", "launch", "configs", "setup.py", "pyproject.toml")
-EXTRAS = "tpu,wandb"  # of setup.py, as in launch/Dockerfile
+EXTRAS = "tpu,gcs,wandb"  # of setup.py, as in launch/Dockerfile
 PYTHON = "3.11"  # the images have an older one
 HOME = "ecdit-run"  # on a worker, in its home directory
 RESTART_PAUSE_SECONDS = 10  # for the other hosts to end as well

@@ -26,7 +26,8 @@ LAYERS = [
     "commands",
     "launch",
 ]
-FOUNDATION = {"config", "runtime", "chips", "topology", "partitioning"}  # the modules of ecdit/ that are no commands
+# The modules of ecdit/ that are no commands.
+FOUNDATION = {"config", "runtime", "chips", "topology", "partitioning", "storage"}
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 80
 # Heavy, or in an extra that training does not install.
 LAZY = ["tensorflow", "torch", "transformers", "diffusers", "wandb", "tensorboardX"]

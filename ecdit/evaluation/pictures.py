@@ -1,5 +1,6 @@
 """Pictures as files: PNGs, and a grid with captions."""
 
+import io
 import math
 import textwrap
 from collections.abc import Sequence
@@ -16,7 +17,14 @@ LINE_HEIGHT = 13
 
 def save_png(picture: UInt8[np.ndarray, "h w 3"], path: Path) -> None:
     """Writes one picture."""
-    Image.fromarray(picture).save(path)
+    write_png(Image.fromarray(picture), path)
+
+
+def write_png(image: Image.Image, path: Path) -> None:
+    """Writes an image as a PNG, to a disk or a bucket: PIL itself knows only disks."""
+    data = io.BytesIO()
+    image.save(data, "PNG")
+    path.write_bytes(data.getvalue())
 
 
 def save_grid(pictures: UInt8[np.ndarray, "n h w 3"], captions: Sequence[str], path: Path) -> None:
@@ -33,4 +41,4 @@ def save_grid(pictures: UInt8[np.ndarray, "n h w 3"], captions: Sequence[str], p
         grid.paste(Image.fromarray(picture).resize((shown, shown), Image.Resampling.NEAREST), (left, top))
         lines = textwrap.wrap(caption, max(8, shown // 6))[:CAPTION_LINES]
         draw.multiline_text((left, top + shown + 1), "\n".join(lines), fill="black", font=font, spacing=1)
-    grid.save(path)
+    write_png(grid, path)

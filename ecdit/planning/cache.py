@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 
 import ecdit
-from ecdit.config import replace_text, to_dict
+from ecdit.config import is_remote, replace_text, to_dict
 from ecdit.planning.compiler import Target, What
 from ecdit.planning.plan import Plan, make_plan
 from ecdit.training.experiment import Experiment
@@ -20,7 +20,8 @@ _LIBRARIES = ("jax", "jaxlib", "libtpu", "flax", "optax")
 def cached_plan(experiment: Experiment, target: Target, what: What = "train") -> Plan:
     """The plan of a run's longest phase, made only if it was not made before. Raises as `plan.make_plan` does.
 
-    Kept in the directory of the compilation cache; where the config has none, it is made anew each time.
+    Kept in the directory of the compilation cache; where the config has none, or one in a bucket, it is made anew each
+    time.
     """
     longest = max(experiment.parts(), key=lambda part: part.last - part.after).experiment
     path = _path(longest, target, what)
@@ -37,7 +38,7 @@ def cached_plan(experiment: Experiment, target: Target, what: What = "train") ->
 def _path(experiment: Experiment, target: Target, what: What) -> Path | None:
     """In the directory of the compilation cache."""
     directory = experiment.runtime.compilation_cache
-    if not directory:
+    if not directory or is_remote(directory):
         return None
     versions = {name: _version(name) for name in _LIBRARIES}
     follows_from = [to_dict(experiment), target.name, what, versions, _code()]

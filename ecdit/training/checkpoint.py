@@ -16,7 +16,8 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
 from ecdit.conditioning.text_to_image import Params, System
-from ecdit.config import flatten, to_dict
+from ecdit.config import flatten, is_remote, to_dict
+from ecdit.storage import as_path, reading
 from ecdit.training.checksums import checksums
 from ecdit.training.experiment import CheckpointConfig, Experiment
 from ecdit.training.state import TrainState
@@ -83,7 +84,7 @@ def open_manager(workdir: Path, config: CheckpointConfig | None, **options: Any)
 
 def checkpoint_directory(workdir: Path) -> Path:
     """Where a run keeps its checkpoints."""
-    return workdir.absolute() / "checkpoints"
+    return (workdir if is_remote(workdir) else workdir.absolute()) / "checkpoints"
 
 
 def open_reader(workdir: Path) -> ocp.CheckpointManager:
@@ -91,10 +92,12 @@ def open_reader(workdir: Path) -> ocp.CheckpointManager:
 
     Raises:
       CheckpointError: the run has no checkpoint.
+      UserError: the bucket refuses or is away.
     """
-    if not checkpoint_directory(workdir).is_dir():
-        raise CheckpointError(f"{workdir}: no run's workdir, it has no {checkpoint_directory(workdir).name}/")
-    manager = open_manager(workdir, None)
+    with reading(workdir):
+        if not checkpoint_directory(workdir).exists():
+            raise CheckpointError(f"{workdir}: no run's workdir, it has no {checkpoint_directory(workdir).name}/")
+        manager = open_manager(workdir, None)
     if manager.latest_step() is None:
         raise CheckpointError(f"{workdir}: the run has no finished checkpoint yet")
     return manager
@@ -102,7 +105,7 @@ def open_reader(workdir: Path) -> ocp.CheckpointManager:
 
 def step_directory(manager: ocp.CheckpointManager, step: int) -> Path:
     """Where the checkpoint of `step` is."""
-    return Path(manager.directory) / str(step)
+    return as_path(str(manager.directory)) / str(step)
 
 
 def read_meta(manager: ocp.CheckpointManager, step: int) -> Meta:

@@ -1,7 +1,6 @@
 """A run's checkpoints looked through array by array, on a CPU: which there are, and whether they are sound."""
 
 import dataclasses
-import datetime
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,10 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
 from ecdit.partitioning import replicated
+from ecdit.storage import children, size_and_time
 from ecdit.training.checkpoint import checkpoint_directory, step_directory
 from ecdit.training.checksums import checksums
-from ecdit.training.recovery import DAMAGED
+from ecdit.training.recovery import aside_directory
 from ecdit.training.stored import (
     CheckpointError,
     DamagedError,
@@ -59,14 +59,13 @@ def verify(manager: ocp.CheckpointManager, step: int | None = None) -> Iterator[
 
 def listed(workdir: Path, manager: ocp.CheckpointManager) -> Iterator[str]:
     """Lines: step, time, size and what is known without reading the arrays; those set aside as damaged at the end."""
-    aside = checkpoint_directory(workdir) / DAMAGED
+    aside = aside_directory(checkpoint_directory(workdir))
     directories = [step_directory(manager, step) for step in sorted(manager.all_steps())]
-    directories += sorted(aside.iterdir()) if aside.is_dir() else []
+    directories += sorted(children(aside))
     for directory in directories:
-        sizes = [path.stat().st_size for path in directory.rglob("*") if path.is_file()]
-        time = datetime.datetime.fromtimestamp(directory.stat().st_mtime).isoformat(" ", "seconds")
+        size, changed = size_and_time(directory)
         note = "set aside: it was found damaged" if directory.parent == aside else _known(directory)
-        yield f"{directory.name:>10}  {time}  {sum(sizes) / 1e6:10.1f} MB  {note}"
+        yield f"{directory.name:>10}  {changed:%Y-%m-%d %H:%M:%S}  {size / 1e6:10.1f} MB  {note}"
 
 
 def _known(directory: Path) -> str:

@@ -18,6 +18,7 @@ from ecdit.data.loader import make_loader
 from ecdit.data.records import Manifest, check_vocabularies, prepare
 from ecdit.interop.weights import flat_names
 from ecdit.partitioning import batch_sharding, make_mesh
+from ecdit.storage import as_path, check_workdir, make_directory
 from ecdit.training import checkpoint
 from ecdit.training.experiment import Experiment, Part, TrainConfig, check_mesh
 from ecdit.training.optimizer import make_optimizer
@@ -50,13 +51,14 @@ def train(experiment: Experiment, workdir: Path, origin: dict[str, Any] | None =
       UserError: (its subclasses) what does not fit, before the first step; a failed save or write; a diverged run.
     """
     check_writers(experiment)
+    check_workdir(workdir)
     mesh = make_mesh(experiment.mesh)
     check_mesh(experiment, mesh)
     parts = experiment.parts()
     systems = [make_system(part.experiment.system) for part in parts]  # of the same parameters
     systems[0].shardings(mesh)  # refuses what cannot be laid out, before anything is written
     manifests = _prepared_data(parts)
-    workdir.mkdir(parents=True, exist_ok=True)
+    make_directory(workdir)
     with contextlib.ExitStack() as stack:
         stack.enter_context(jax.set_mesh(mesh))
         for left in half_written(workdir):
@@ -146,6 +148,7 @@ def _steps(run: Running, state: TrainState) -> tuple[TrainState, bool]:
                 reporter.pictures(step, samples.write(sampling_params(state), step))
             if save:
                 watchdog.enter(f"saving step {step}", slow=True)
+                reporter.save()
                 run.saver.save(state, step, _meta(run.experiment, run.manifest, step))
             run.saver.check()
             if stop:
@@ -239,9 +242,9 @@ def _first_state(
         _say(f"resumed from step {found.step} of {manager.directory}")
         return found.state, found.check
     weights = None
-    if experiment.checkpoint.init_from:
-        weights, _ = checkpoint.restore_ema(Path(experiment.checkpoint.init_from), system, mesh)
-        _say(f"started from the EMA weights of {experiment.checkpoint.init_from}")
+    if source := experiment.checkpoint.init_from:
+        weights, _ = checkpoint.restore_ema(as_path(source, "config.checkpoint.init_from"), system, mesh)
+        _say(f"started from the EMA weights of {source}")
     return init_state(system, optimizer, shardings, experiment.seed, weights), lambda: None
 
 

@@ -1,10 +1,14 @@
 """A profile of some steps (`train.profile_start`, `train.profile_steps`), for XProf, which TensorBoard can show."""
 
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from ecdit.config import is_remote, writing
+from ecdit.storage import upload
 from ecdit.training.experiment import TrainConfig
 
 PROFILE = "profile"
@@ -17,7 +21,8 @@ class Profile:
     """
 
     def __init__(self, config: TrainConfig, workdir: Path, start_step: int):
-        self.directory, self.running = workdir / PROFILE, False
+        self.directory = self.local = workdir / PROFILE
+        self.running = False
         wanted = config.profile_steps if jax.process_index() == 0 else 0
         first = max(config.profile_start, start_step + 2)
         self.window = range(first, config.profile_start + wanted)
@@ -28,7 +33,9 @@ class Profile:
             jax.block_until_ready(state)  # so that a step is traced whole, or not at all
             self.close()
             if step in self.window:
-                jax.profiler.start_trace(self.directory)
+                if is_remote(self.directory):  # the profiler itself writes to disks alone
+                    self.local = Path(tempfile.mkdtemp())
+                jax.profiler.start_trace(self.local)
                 self.running = True
 
     def close(self) -> None:
@@ -36,3 +43,7 @@ class Profile:
         if self.running:
             self.running = False
             jax.profiler.stop_trace()
+            if self.local != self.directory:
+                with writing(self.directory):
+                    upload(self.local, self.directory)
+                shutil.rmtree(self.local)

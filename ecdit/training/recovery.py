@@ -1,4 +1,4 @@
-"""Goes on from the newest checkpoint that is sound, and sets newer ones aside that are not: `checkpoints/damaged/`."""
+"""Goes on from the newest checkpoint that is sound, and sets newer ones aside that are not."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,6 +7,8 @@ from typing import Literal, NamedTuple, TypeVar
 import jax
 import orbax.checkpoint as ocp
 
+from ecdit.config import is_remote
+from ecdit.storage import COMMITTED, children, move_checkpoint
 from ecdit.training.agreement import anywhere, wait_for_all
 from ecdit.training.checkpoint import (
     Meta,
@@ -36,7 +38,15 @@ class Recovered(NamedTuple):
 def half_written(workdir: Path) -> list[str]:
     """What killed saves have left, by name; opening the manager removes it."""
     directory = checkpoint_directory(workdir)
-    return sorted(path.name for path in directory.iterdir() if path.name.endswith("-tmp")) if directory.is_dir() else []
+    paths = children(directory)
+    if is_remote(directory):  # there a save writes where the checkpoint stays, and marks it when it is whole
+        return sorted(path.name for path in paths if path.name.isdigit() and not (path / COMMITTED).exists())
+    return sorted(path.name for path in paths if path.name.endswith("-tmp"))
+
+
+def aside_directory(directory: Path) -> Path:
+    """Where damaged checkpoints of `directory` go: in a bucket beside it, for there Orbax removes what it knows not."""
+    return directory.with_name(f"{directory.name}_{DAMAGED}") if is_remote(directory) else directory / DAMAGED
 
 
 def newest_sound(
@@ -134,14 +144,13 @@ def _background_check(
 def _set_aside(manager: ocp.CheckpointManager, step: int) -> Path:
     """Moves a checkpoint to where no run finds it, and says where that is."""
     directory, count = step_directory(manager, step), 1
-    place = directory.parent / DAMAGED / str(step)
+    place = aside_directory(directory.parent) / str(step)
     while place.exists():
         count += 1
         place = place.with_name(f"{step}-{count}")
     wait_for_all("a free place for a damaged checkpoint")
     if jax.process_index() == 0:
-        place.parent.mkdir(exist_ok=True)
-        directory.rename(place)
+        move_checkpoint(directory, place)
     wait_for_all("damaged checkpoint set aside")
     manager.reload()
     return place

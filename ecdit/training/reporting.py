@@ -1,4 +1,4 @@
-"""What a run says of itself: `metrics.jsonl` (a flushed line per step), printed lines and writers. Process 0 only."""
+"""What a run says of itself: a flushed line of metrics per step, printed lines and writers. Process 0 only."""
 
 import contextlib
 import datetime
@@ -12,8 +12,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from ecdit.config import UserError, replace_text, writing
+from ecdit.config import UserError, writing
+from ecdit.storage import Parts
 from ecdit.training.experiment import TrainConfig
+from ecdit.training.lines import METRICS, open_lines
 from ecdit.training.speed import Stopwatch, flops_text
 from ecdit.training.step import SPIKE
 from ecdit.training.writers import Writer
@@ -34,14 +36,13 @@ class Reporter:
         leaf_names: Sequence[str],
         writers: Sequence[Writer] = (),
     ):
-        """Takes up `metrics.jsonl` after `start_step`; closes `writers` when it is closed."""
+        """Takes up the lines of metrics after `start_step`; closes `writers` when it is closed."""
         self.config, self.leaf_names, self.writers = config, leaf_names, writers
-        self.path, self.start_step = workdir / "metrics.jsonl", start_step
+        self.path, self.start_step = workdir / METRICS, start_step
         self.file = None
         if jax.process_index() == 0:
             with writing(self.path):
-                drop_lines_after(self.path, start_step)
-                self.file = self.path.open("a")
+                self.file = open_lines(workdir, start_step)
 
     def begin(self, watch: Stopwatch) -> None:
         """The steps that follow are timed by `watch`; to be called before the first of them."""
@@ -66,7 +67,7 @@ class Reporter:
         if self.file is not None:
             line = {"step": step, **_without_nan(values), "time": time.time()}
             with writing(self.path):
-                self.file.write(json.dumps(line, allow_nan=False) + "\n")
+                self.file.write(json.dumps(line, allow_nan=False).encode() + b"\n")
                 self.file.flush()
             if step % self.config.log_every == 0 or step == self.config.num_steps or values["bad_in_row"]:
                 for writer in self.writers:
@@ -84,6 +85,14 @@ class Reporter:
         for writer in self.writers if step > self.start_step else ():
             for name, path in files.items():
                 writer.picture(step, name, path)
+
+    def save(self) -> None:
+        """Writes what is only kept yet, as in a bucket: a checkpoint comes next, and has these lines before it."""
+        if isinstance(self.file, Parts):
+            with writing(self.path):
+                self.file.save()
+        for writer in self.writers:
+            writer.save()
 
     def close(self) -> None:
         """Closes the file and the writers."""
@@ -138,20 +147,3 @@ def _without_nan(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _step_of(line: str) -> float:
-    """A line's step; infinity for a line that a crash has garbled."""
-    try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return math.inf
-
-
-def drop_lines_after(path: Path, step: int) -> None:
-    """Removes the lines of steps after `step`, and a torn last one: a resumed run writes them anew."""
-    if not path.exists():
-        return
-    lines = path.read_text().splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and _step_of(line) <= step]
-    replace_text(path, "".join(kept))

@@ -15,6 +15,7 @@ from ecdit.config import ConfigError, require
 from ecdit.data.records import tokenize_captions
 from ecdit.evaluation.sampling import SamplingConfig, make_sampler, sample_pictures
 from ecdit.partitioning import make_mesh
+from ecdit.storage import reading
 from ecdit.training.checkpoint import CheckpointError, restore_ema
 from ecdit.training.experiment import Experiment, make_experiment
 
@@ -62,7 +63,8 @@ def open_run(workdir: Path, overrides: Sequence[str] = (), step: int | None = No
 def saved_experiment(workdir: Path, overrides: Sequence[str] = ()) -> Experiment:
     """The config of a run, as it wrote it; touches no device. Raises as `open_run` does."""
     try:
-        values = json.loads((workdir / CONFIG_FILE).read_text())
+        with reading(workdir):
+            values = json.loads((workdir / CONFIG_FILE).read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{workdir} is no run's workdir: {error}") from None
     if not isinstance(values, dict):

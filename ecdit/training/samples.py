@@ -10,9 +10,10 @@ from jax.sharding import Mesh
 from ecdit.conditioning.text_to_image import Params, System
 from ecdit.config import writing
 from ecdit.data.records import Records, tokenize_captions
-from ecdit.evaluation.pictures import save_grid
+from ecdit.evaluation.pictures import save_grid, write_png
 from ecdit.evaluation.routing_maps import draw_maps
 from ecdit.evaluation.sampling import make_sampler, sample_pictures
+from ecdit.storage import make_directory
 from ecdit.training.experiment import Experiment
 
 
@@ -50,8 +51,8 @@ class SampleWriter:
             files["experts"] = self.directory / f"step_{step:08d}_experts.png"
         if jax.process_index() == 0:
             with writing(self.directory):
-                self.directory.mkdir(parents=True, exist_ok=True)
+                make_directory(self.directory)
                 save_grid(pictures, prompts, files["samples"])
                 if counts is not None:
-                    draw_maps(pictures, prompts, counts).save(files["experts"])
+                    write_png(draw_maps(pictures, prompts, counts), files["experts"])
         return files

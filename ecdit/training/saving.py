@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from ecdit.config import to_dict
+from ecdit.config import is_remote, to_dict
 from ecdit.training.agreement import SaveBarrier, anywhere
 from ecdit.training.checkpoint import Meta, checkpoint_directory, open_manager, state_arrays, state_parts
 from ecdit.training.experiment import CheckpointConfig
@@ -81,6 +81,8 @@ class Saver:
     def close(self) -> None:
         """Waits for the running save and closes the manager. Raises as `finish`."""
         self._wait()
+        if self.failed_in_row:  # it was told; the manager of a bucket raises it again, and that would be told instead
+            self._drop_manager()
         if self.manager is not None:
             self.manager.close()
 
@@ -104,7 +106,12 @@ class Saver:
             self.failed_in_row = 0
 
     def _directory_problem(self) -> str | None:
-        """Why nothing could be saved now, agreed between all processes; makes the directory where it has vanished."""
+        """Why nothing could be saved now, agreed between all processes; makes the directory where it has vanished.
+
+        A bucket has none to make, and says what is wrong with it when it is written to.
+        """
+        if is_remote(self.directory):
+            return None
         if anywhere(None if self.directory.is_dir() else "has vanished"):
             self._drop_manager()  # it knows of checkpoints that are gone
         problem = None

@@ -18,6 +18,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from ecdit.config import UserError
+from ecdit.storage import is_outage
 from ecdit.training.checksums import checksums
 
 WITHOUT_CHECKSUMS = 2  # the format before there were any; its weights can still be sampled from
@@ -145,6 +146,7 @@ def readable(directory: Path) -> Iterator[None]:
         raise
     except Exception as error:
         outer = isinstance(error, PermissionError | MemoryError) or any(text in str(error) for text in OUTER_CAUSES)
+        outer = outer or is_outage(error)
         kind = CheckpointError if outer else DamagedError
         raise kind(f"{directory} cannot be read: {first_line(error)}") from error
 

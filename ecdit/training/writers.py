@@ -1,9 +1,13 @@
-"""Where a run's scalars and pictures go beside metrics.jsonl: TensorBoard, and Weights & Biases if the config asks."""
+"""Where a run's scalars and pictures go beside its lines of metrics: TensorBoard, and Weights & Biases if asked for."""
 
 import importlib.util
+import io
+import itertools
 import secrets
 import socket
+import tempfile
 import time
+import types
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,7 +15,8 @@ from typing import Any, Protocol
 import jax
 from PIL import Image
 
-from ecdit.config import UserError, require, to_dict, writing
+from ecdit.config import UserError, is_remote, require, to_dict, writing
+from ecdit.storage import Parts, make_directory
 from ecdit.training.experiment import Experiment
 
 TENSORBOARD, WANDB_ID = "tensorboard", "wandb_id"
@@ -26,6 +31,9 @@ class Writer(Protocol):
     def picture(self, step: int, name: str, path: Path) -> None:
         """Writes a PNG."""
 
+    def save(self) -> None:
+        """Writes what is only kept yet: a checkpoint comes next."""
+
     def close(self) -> None:
         """Ends the writing."""
 
@@ -33,21 +41,21 @@ class Writer(Protocol):
 class TensorBoard:
     """An event file of its own for each start of a run; what a resumed run does anew is hidden in the earlier ones.
 
-    It writes in the caller's thread, unlike tensorboardX's SummaryWriter, whose thread keeps a full disk to itself.
+    In a bucket, which cannot append, each start writes several. All in the caller's thread, unlike tensorboardX's
+    SummaryWriter, whose thread keeps a full disk to itself.
     """
 
     def __init__(self, workdir: Path, start_step: int):
         # It imports torch where it is installed: not when this module is imported.
         from tensorboardX.proto.event_pb2 import Event, SessionLog
         from tensorboardX.proto.summary_pb2 import Summary
-        from tensorboardX.record_writer import RecordWriter
 
         self.event, self.summary, self.directory = Event, Summary, workdir / TENSORBOARD
         # TensorBoard reads files in the order of their names, and knows them by "tfevents".
         name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}"
         with writing(self.directory):
-            self.directory.mkdir(exist_ok=True)
-            self.file = RecordWriter(str(self.directory / name))
+            make_directory(self.directory)
+            self.file = self._open(self.directory / name)
         self._write(file_version="brain.Event:2")
         self._write(step=start_step + 1, session_log=SessionLog(status=SessionLog.START))  # purges from that step on
 
@@ -58,16 +66,32 @@ class TensorBoard:
 
     def picture(self, step: int, name: str, path: Path) -> None:
         """Writes a PNG."""
-        with Image.open(path) as picture:
-            width, height = picture.size
         png = path.read_bytes()
+        with Image.open(io.BytesIO(png)) as picture:
+            width, height = picture.size
         image = self.summary.Image(height=height, width=width, colorspace=3, encoded_image_string=png)
         self._write(step=step, summary=self.summary(value=[self.summary.Value(tag=name, image=image)]))
+
+    def save(self) -> None:
+        """Writes the part that has begun, in a bucket."""
+        if self.parts is not None:
+            with writing(self.directory):
+                self.parts.save()
 
     def close(self) -> None:
         """Closes the file."""
         with writing(self.directory):
             self.file.close()
+
+    def _open(self, path: Path) -> Any:
+        from tensorboardX.record_writer import RecordWriter, register_writer_factory
+
+        self.parts = None
+        if is_remote(path):  # tensorboardX's own writer there sends the whole file at each flush
+            numbers = itertools.count()
+            self.parts = Parts(lambda _: path.with_name(f"{path.name}.{next(numbers):06d}"))
+            register_writer_factory("gs", types.SimpleNamespace(open=lambda _: self.parts))
+        return RecordWriter(str(path))
 
     def _write(self, **fields: Any) -> None:
         with writing(self.directory):
@@ -91,7 +115,7 @@ class WeightsAndBiases:
                 project=experiment.train.wandb_project,
                 id=id_file.read_text(),
                 resume="allow",
-                dir=workdir,
+                dir=tempfile.mkdtemp() if is_remote(workdir) else workdir,
                 config=to_dict(experiment),
                 settings=wandb.Settings(console="off"),  # what the run prints is left as it is
             )
@@ -104,7 +128,11 @@ class WeightsAndBiases:
 
     def picture(self, step: int, name: str, path: Path) -> None:
         """Logs a PNG."""
-        self.run.log({name: self.image(str(path))}, step=step)
+        shown = Image.open(io.BytesIO(path.read_bytes())) if is_remote(path) else str(path)
+        self.run.log({name: self.image(shown)}, step=step)
+
+    def save(self) -> None:
+        """Nothing is kept."""
 
     def close(self) -> None:
         """Sends what is left."""

@@ -9,7 +9,6 @@ import dataclasses
 import importlib.util
 import io
 import itertools
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,8 @@ from typing import Any
 import numpy as np
 
 from ecdit.config import UserError, replace_text
+from ecdit.storage import reading
+from ecdit.training.lines import read_lines
 from launch.sweeps.fitting import MIN_SIZES, PowerLaw, fit_power_law
 from launch.sweeps.points import Point
 
@@ -61,10 +62,8 @@ def collect(points: Sequence[Point], directory: Path, share: float) -> list[Path
       share: of a run's steps, the last ones, over which its final loss is the mean.
 
     Raises:
-      UserError: nothing has been run there, or a file cannot be written.
+      UserError: nothing has been run there, or a file cannot be read or written.
     """
-    if str(directory).startswith("gs:"):
-        raise UserError(f"--workdir={directory}: copy every NAME/metrics.jsonl to a local directory, and name that")
     results = [read_result(point, directory / point.name, share) for point in points]
     if not any(result.losses for result in results):
         raise UserError(f"--workdir={directory}: no point of this sweep has been run there")
@@ -80,14 +79,9 @@ def collect(points: Sequence[Point], directory: Path, share: float) -> list[Path
 
 
 def read_result(point: Point, workdir: Path, share: float) -> Result:
-    """Reads the run's metrics.jsonl; a line that is still being written, or was torn, does not count."""
-    rows, path = [], workdir / "metrics.jsonl"
-    if path.exists():
-        for line in path.read_text().split("\n")[:-1]:
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
+    """Reads the run's lines of metrics."""
+    with reading(workdir):
+        rows = read_lines(workdir)
     num_steps, counts = point.experiment.train.num_steps, point.counts()
     step = max((row["step"] for row in rows), default=0)
     losses = tuple((row["step"], row[LOSS]) for row in rows if row[LOSS] is not None)

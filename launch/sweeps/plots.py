@@ -1,5 +1,6 @@
 """The plots of a sweep, by matplotlib, which is in the extra `plots` and imported where they are drawn."""
 
+import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -7,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float
 
+from ecdit.config import writing
 from launch.sweeps.collecting import X_NAMES, Fits, Result, by_series
 from launch.sweeps.fitting import PowerLaw
 
@@ -45,7 +47,10 @@ def _save(path: Path, draw: "Callable[[Axes], None]") -> None:
     draw(axes)
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize="x-small")
-    figure.savefig(path)
+    picture = io.BytesIO()  # matplotlib itself knows only disks
+    figure.savefig(picture, format="png")
+    with writing(path):
+        path.write_bytes(picture.getvalue())
 
 
 def _draw_steps(axes: "Axes", results: Sequence[Result]) -> None:

@@ -22,6 +22,7 @@ from typing import IO
 import orbax.checkpoint as ocp
 
 from ecdit.config import UserError, check_writable
+from ecdit.storage import reading
 from ecdit.training.checkpoint import checkpoint_directory, config_differences
 from ecdit.training.loop import PREEMPTED
 from ecdit.training.restored import CONFIG_FILE
@@ -59,14 +60,16 @@ def is_done(point: Point, workdir: Path) -> bool:
     """Whether the run in `workdir` has done and saved all its steps.
 
     Raises:
-      SweepError: it is a run of another config.
+      UserError: it is a run of another config (a SweepError), or its bucket refuses or is away.
     """
-    step, config = newest_step(workdir), workdir / CONFIG_FILE
-    if step and config.exists():
-        differences = config_differences(json.loads(config.read_text()), point.experiment, step)
-        if differences:
-            changed = "\n  ".join(differences)
-            raise SweepError(f"point {point.name}: {workdir} holds another run:\n  {changed}\nTake another --workdir.")
+    config, differences = workdir / CONFIG_FILE, []
+    with reading(workdir):
+        step = newest_step(workdir)
+        if step and config.exists():
+            differences = config_differences(json.loads(config.read_text()), point.experiment, step)
+    if differences:
+        changed = "\n  ".join(differences)
+        raise SweepError(f"point {point.name}: {workdir} holds another run:\n  {changed}\nTake another --workdir.")
     return step >= point.experiment.train.num_steps
 
 

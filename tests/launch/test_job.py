@@ -127,7 +127,9 @@ def test_other_names_are_refused(name):
         check_name(name)
 
 
-@pytest.mark.parametrize("workdir", ["runs/m", "/data/m", "s3://bucket/m", "gs://", "gs:///m", "file:///m"])
+@pytest.mark.parametrize(
+    "workdir", ["runs/m", "/data/m", "s3://bucket/m", "gs://", "gs:///m", "gs://bucket", "gs://bucket/", "file:///m"]
+)
 def test_a_pod_needs_a_workdir_in_a_bucket(workdir):
     with pytest.raises(LaunchError, match=re.escape(f"--workdir={workdir}: must be gs://BUCKET/PATH")):
         check_pod(dataclasses.replace(job("v5p-256"), workdir=workdir), experiment(), "configs/ec_dit.py:XL-32E")

@@ -184,6 +184,7 @@ def test_a_dry_run_for_pods_writes_a_manifest_for_each_point(tmp_path):
         (["--paralel=2"], "--paralel=2: no flag of this command"),
         (["--backend=jobset"], "--accelerator is missing"),
         (["--config.model.group=8192"], "point width-32-ffn-dense: config.model.group = '8192'"),
+        (["--workdir=gs://bucket/sizes"], "--workdir=gs://bucket/sizes: must be a directory for --backend=local"),
         (["--collect"], "no point of this sweep has been run there"),
     ],
 )

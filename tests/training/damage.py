@@ -13,7 +13,8 @@ def flip(path, bit):
 
 def flip_array(directory, name="params.denoiser.head"):
     """One bit of an array of float32, in a way that the reading library does not notice."""
-    base = {"driver": "file", "path": f"{directory}/state/"}
+    where = f"{directory}/state/"
+    base = where if where.startswith("gs://") else {"driver": "file", "path": where}
     kvstore = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
     array = tensorstore.open({"driver": "zarr", "kvstore": kvstore}, open=True).result()
     values = np.array(array.read().result())

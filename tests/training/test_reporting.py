@@ -6,8 +6,9 @@ import json
 import pytest
 
 from ecdit.config import UserError
-from ecdit.training import reporting
-from ecdit.training.reporting import Reporter, drop_lines_after, named_scalars
+from ecdit.training import lines, reporting
+from ecdit.training.lines import drop_lines_after, open_lines, read_lines
+from ecdit.training.reporting import Reporter, named_scalars
 from ecdit.training.speed import Stopwatch, flops_text
 from tests.runs import tiny
 
@@ -52,6 +53,29 @@ def test_a_resumed_run_keeps_the_lines_up_to_its_step(tmp_path, text, step, left
     drop_lines_after(path, step)
     assert path.read_text() == left
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("step", [0, 3, 4, 6, 8, 9, 12])
+def test_a_resumed_run_keeps_the_parts_up_to_its_step(tmp_path, monkeypatch, step):
+    """Those of a bucket, as files."""
+    line = lambda k: f'{{"step": {k}}}\n'  # noqa: E731
+    monkeypatch.setattr(lines, "is_remote", lambda path: True)
+    (tmp_path / "metrics").mkdir()
+    for first, last in ((1, 4), (5, 8), (9, 9), (10, 12)):
+        (tmp_path / f"metrics/{first:08d}.jsonl").write_text("".join(map(line, range(first, last + 1))))
+    parts = open_lines(tmp_path, step)
+    assert [row["step"] for row in read_lines(tmp_path)] == list(range(1, step + 1))
+    for k in range(step + 1, 20):
+        parts.write(line(k).encode())
+    parts.close()
+    assert (tmp_path / f"metrics/{step + 1:08d}.jsonl").read_text() == "".join(map(line, range(step + 1, 20)))
+    assert [row["step"] for row in read_lines(tmp_path)] == list(range(1, 20))
+
+
+def test_the_lines_of_a_run_on_a_disk_are_read_but_for_a_torn_one(tmp_path):
+    assert read_lines(tmp_path) == []
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"st')
+    assert read_lines(tmp_path) == [{"step": 1}, {"step": 2}]
 
 
 def test_lines_are_there_before_the_file_is_closed(tmp_path, capsys):

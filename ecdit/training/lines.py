@@ -1,0 +1,70 @@
+"""A run's lines of metrics, one a step: `metrics.jsonl`, or in a bucket `metrics/FIRST_STEP.jsonl`, ...
+
+A resumed run writes the lines after its checkpoint anew. Both forms have each step once, whenever a run was killed: a
+part is named by its first step, so one that is written anew takes the place of the old one.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ecdit.config import is_remote, replace_text
+from ecdit.storage import Parts, children, read_all
+
+METRICS = "metrics.jsonl"
+
+
+def open_lines(workdir: Path, start_step: int) -> BinaryIO | Parts:
+    """What the lines after `start_step` are written to; those that a run wrote before of later steps are removed."""
+    path = workdir / METRICS
+    if not is_remote(workdir):
+        drop_lines_after(path, start_step)
+        return path.open("ab")
+    parts = _parts(workdir)
+    # The latest first: a kill in between leaves a beginning of the run without a gap.
+    for part in reversed(parts):
+        if _first_step(part) > start_step:
+            part.unlink()
+        else:
+            drop_lines_after(part, start_step)
+            break
+    directory = path.with_suffix("")
+    return Parts(lambda data: directory / f"{json.loads(data.splitlines()[0])['step']:08d}.jsonl")
+
+
+def read_lines(workdir: Path) -> list[dict[str, Any]]:
+    """The metrics of each step that was written, in order; of a run on a disk or in a bucket.
+
+    A line that is still being written, or that a crash has garbled, does not count.
+    """
+    path = workdir / METRICS
+    paths = _parts(workdir) if is_remote(workdir) else [path] if path.exists() else []
+    text = b"".join(read_all(paths)).decode(errors="replace")
+    rows = map(_row, text.split("\n")[:-1])
+    return [row for row in rows if row is not None]
+
+
+def drop_lines_after(path: Path, step: int) -> None:
+    """Removes the lines of steps after `step`, and a torn last one: a resumed run writes them anew."""
+    if not path.exists():
+        return
+    lines = path.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith("\n") and (row := _row(line)) and row["step"] <= step]
+    replace_text(path, "".join(kept))
+
+
+def _parts(workdir: Path) -> list[Path]:
+    return sorted(children((workdir / METRICS).with_suffix("")), key=_first_step)
+
+
+def _first_step(part: Path) -> int:
+    return int(part.stem)
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    """A line's metrics; None for a line that a crash has garbled."""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return row if isinstance(row, dict) and "step" in row else None
