@@ -182,6 +182,7 @@ def test_parts_are_written_when_they_are_old_or_a_save_comes(tmp_path, monkeypat
     assert written() == {"a": b"a1a2a3", "b": b"b1", "c": b"c1"}
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_and_stopped_ends_as_one_on_a_disk(bucket, starts, on_disk, env, tmp_path):
     store, (printed, after_kill, _) = bucket[0], starts
     assert any(name.startswith("runs/a/checkpoints/4/") for name in after_kill)
@@ -213,6 +214,7 @@ def test_a_run_that_was_killed_and_stopped_ends_as_one_on_a_disk(bucket, starts,
         np.testing.assert_array_equal(array, weights[1][name], err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_restart_does_not_compile_again(bucket, starts):
     store, (_, _, first) = bucket[0], starts
     (step,) = (name for name in first if "jit_train_step" in name)
@@ -222,6 +224,7 @@ def test_a_restart_does_not_compile_again(bucket, starts):
     assert store.requests["GET", step] >= 2
 
 
+@pytest.mark.slow
 def test_pictures_and_events_are_those_of_a_run_on_a_disk(bucket, starts, on_disk, tmp_path):
     store, (_, after_kill, _) = bucket[0], starts
     pictures = sorted(path.name for path in (on_disk / "samples").iterdir())
@@ -240,10 +243,12 @@ def test_pictures_and_events_are_those_of_a_run_on_a_disk(bucket, starts, on_dis
     assert [start["step"] for start in json.loads(store.objects["runs/a/overrides.json"][0])] == [0, 4, STOPPED]
 
 
+@pytest.mark.slow
 def test_a_profile_is_copied_to_the_bucket(bucket, starts):
     assert any(name.endswith(".xplane.pb") for name in names(bucket[0], "runs/a/profile/plugins/profile/"))
 
 
+@pytest.mark.slow
 def test_damaged_checkpoints_are_kept_aside_and_the_run_goes_on_from_the_one_before(bucket, starts, emoji_data, env):
     """Its lines of metrics are in parts, of which one begins with a step that no new one begins with."""
     store, place = bucket[0], f"runs/a/checkpoints/{STEPS}/"
@@ -284,6 +289,7 @@ def test_two_processes_save_there_and_resume_as_on_a_disk(emulator, emoji_data, 
     assert meta["arrays"] == json.loads((tmp_path / "two" / place).read_text())["arrays"]
 
 
+@pytest.mark.slow
 def test_other_commands_read_a_run_in_a_bucket(bucket, starts, env, tmp_path):
     result = run(command("sample", "--workdir=gs://bucket/runs/a", "--prompt=red heart", f"--out={tmp_path}"), env)
     assert result.returncode == 0, result.stderr
