@@ -103,7 +103,6 @@ class Stage:
 
     def __init__(self, folder: Path, data: Path, cache: Path):
         self.folder, self.data, self.cache = folder, data, cache
-        self.seconds: dict[Layout, float] = {}  # of a twin
 
     def base(self, layout: Layout) -> Path:
         """The workdir of a run that has done half of its steps."""
@@ -111,16 +110,7 @@ class Stage:
 
     def twin(self, layout: Layout) -> Path:
         """The workdir of a run to the end in one go."""
-        self.base(layout)  # compiles
-        begin = time.monotonic()
-        workdir = self._left_alone(layout, "twin", STEPS)
-        self.seconds.setdefault(layout, time.monotonic() - begin)
-        return workdir
-
-    def duration(self, layout: Layout) -> float:
-        """Seconds that a whole run takes."""
-        self.twin(layout)
-        return self.seconds[layout]
+        return self._left_alone(layout, "twin", STEPS)
 
     def _left_alone(self, layout: Layout, name: str, steps: int) -> Path:
         workdir = self.folder / f"{name}_{layout.processes}x{layout.devices}"
@@ -133,12 +123,11 @@ class Stage:
 
 
 def kill(trial: Trial) -> None:
-    """SIGKILL at any time from the start of the process to its end, sometimes of a resumed run."""
+    """SIGKILL in any step, or before the first, sometimes of a resumed run."""
     if trial.draw("from_base", trial.rng.random() < 0.5):
         shutil.copytree(trial.stage.base(ONE), trial.workdir)
-    delay = trial.draw("after_seconds", trial.rng.uniform(0.0, 1.0) * trial.stage.duration(ONE))
     run = trial.start(ONE)
-    time.sleep(delay)
+    _wait_for_any_moment(trial, run)
     run.kill()
     trial.log["codes"] = run.wait()
     trial.resume(ONE, trial.note_loss())
@@ -163,9 +152,8 @@ def kill_in_a_save(trial: Trial) -> None:
 def kill_one_of_two(trial: Trial) -> None:
     """SIGKILL to one of two processes: the other ends by itself, within the heartbeat's bound."""
     which = trial.draw("process", trial.rng.randrange(2))
-    delay = trial.draw("after_seconds", trial.rng.uniform(0.0, 1.0) * trial.stage.duration(PAIR))
     run = trial.start(PAIR)
-    time.sleep(delay)
+    _wait_for_any_moment(trial, run)
     joined = last_line(trial.workdir) > 0  # before, the other waits for it as long as a start may take
     run.kill(which)
     begin = time.monotonic()
@@ -176,6 +164,16 @@ def kill_one_of_two(trial: Trial) -> None:
     require(None not in codes, f"the other process hangs: {codes}")
     trial.resume(PAIR, trial.note_loss())
     trial.require_twin(PAIR)
+
+
+def _wait_for_any_moment(trial: Trial, run: Run) -> None:
+    """Of a run: by steps, as the time that one takes depends on what else the machine does."""
+    first = max(finished(trial.workdir), default=0)
+    step = trial.draw("after_step", trial.rng.randrange(first, STEPS))
+    delay = trial.draw("after_seconds", trial.rng.uniform(0.0, 1.0 if step == first else 0.2))
+    if step > first:
+        run.until(lambda: last_line(trial.workdir) >= step)
+    time.sleep(delay)
 
 
 def hang(trial: Trial) -> None:
