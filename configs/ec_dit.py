@@ -28,20 +28,26 @@ SIZES = {
 EXPERT_CHIPS = {"XL": 4, "XXL": 16, "3XL": 16, "M": 64}
 # What `ecdit.plan --table` plans: each size on the slice that it is meant for, and with 32 GB a chip.
 SLICES = {"XL": "v5p:4x4x4", "XXL": "v5p:4x4x4", "3XL": "v5p:4x4x8", "M": "v5p:4x4x8"}
+# With mesh.expert = 16 XL is faster wherever there are 16 chips; 4 goes on every slice.
+WIDE = {"mesh.expert": 16}
 PLANS = (
     ("M-64E", SLICES["M"]),
-    *((f"{size}-{kind}", SLICES[size]) for size in ("XL", "XXL", "3XL") for kind in ("dense", "32E")),
-    *((f"XL-{kind}", SLICES["XL"]) for kind in ("16E", "64E")),
-    ("M-64E", "v4:4x4x8"),
+    *((f"{size}-dense", SLICES[size]) for size in ("XL", "XXL", "3XL")),
+    *((f"XL-{kind}", SLICES["XL"], WIDE) for kind in ("32E", "16E", "64E")),
+    *((f"{size}-32E", SLICES[size]) for size in ("XL", "XXL", "3XL")),
+    ("M-64E", "v4:4x4x8", {"model.remat": "attention_out"}),
     *((f"{size}-64E", SLICES[size]) for size in ("XXL", "3XL")),
     ("M-dense", SLICES["M"]),
-    *((f"{size}-{kind}", "v4:4x4x8") for size in ("XL", "XXL", "3XL") for kind in ("64E", "dense")),
+    ("XL-64E", "v4:4x4x8", WIDE),
+    *((f"{size}-64E", "v4:4x4x8") for size in ("XXL", "3XL")),
+    *((f"{size}-dense", "v4:4x4x8") for size in ("XL", "XXL", "3XL")),
     ("M-dense", "v4:4x4x8"),
 )
 EXPERTS = {"8E": 8, "16E": 16, "32E": 32, "64E": 64}  # [P]
 # Gathers of weights and exchanges of tokens go on behind matrix products, reductions of gradients on the SparseCores
 # (see configs/README.md).
 TPU_OPTIONS = (
+    "xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000",  # gathers, not rings of permutes behind small products
     "xla_enable_async_all_gather=true",
     "xla_tpu_enable_async_all_to_all=true",
     "xla_tpu_enable_async_collective_fusion=true",

@@ -68,12 +68,19 @@ def main(argv: list[str]) -> None:
 
 
 def write_table(config_file: Path) -> None:
-    """Plans what the file lists as PLANS, (argument, topology) each; writes rows as they come, so it can be resumed."""
+    """Plans what the file lists as PLANS: (argument, topology), and a dict of overrides where there are any.
+
+    Writes rows as they come, so it can be resumed.
+    """
     use_compiler()
     module = runpy.run_path(str(config_file))
-    for name, topology in module["PLANS"]:
+    for argument, topology, *overrides in module["PLANS"]:
+        changes = overrides[0] if overrides else {}
+        name = ", ".join([argument, *(f"{key}={value}" for key, value in changes.items())])
+        config = module["get_config"](argument)
+        config.update_from_flattened_dict(changes)
         try:
-            values = dataclasses.asdict(cached_plan(make_experiment(module["get_config"](name)), find_target(topology)))
+            values = dataclasses.asdict(cached_plan(make_experiment(config), find_target(topology)))
         except DoesNotFit as error:
             print(f"{name} on {topology} does not fit: {error}", flush=True)
             values = {"fits": False, "topology": topology}

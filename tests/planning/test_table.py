@@ -52,7 +52,7 @@ def test_a_file_without_marks_is_refused(tmp_path, text):
 
 def test_the_family_s_plans_are_configs_and_their_table_has_a_place():
     file = config_file("ec_dit")
-    assert {name for name, _ in file.PLANS} <= set(file.names())
+    assert {name for name, *_ in file.PLANS} <= set(file.names())
     text = (ROOT / "configs" / "README.md").read_text()
     assert BEGIN in text
     assert END in text
