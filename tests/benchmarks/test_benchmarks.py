@@ -183,6 +183,7 @@ def test_probe(cpu_env, emoji_data, tmp_path):
     assert np.mean(probe_losses[-10:]) < 0.9 * np.mean(probe_losses[:10]), "it learns"
 
 
+@pytest.mark.slow
 def test_step(cpu_env, emoji_data, tmp_path):
     options = ("--rounds=2", "--calls=2", "--tiny", f"--data={emoji_data}")
     result, shown = benchmark("step", cpu_env(), tmp_path, *options)
@@ -206,6 +207,7 @@ def test_experts_add_as_many_operations_as_their_slots_and_router_have():
     assert sparse - dense == pytest.approx(3 * 2 * 2 * 8 * (2 * 32 * 128 + 32 * 4))
 
 
+@pytest.mark.slow
 def test_ec_over_dense(cpu_env, emoji_data, tmp_path):
     options = ("--rounds=2", "--calls=1", "--tiny", f"--data={emoji_data}")
     result, shown = benchmark("ec_over_dense", cpu_env(), tmp_path, *options)
@@ -226,6 +228,7 @@ def test_checkpoints(cpu_env, emoji_data, tmp_path):
     assert set(case["percent"]) == {"checkpoints", "checksums"}
 
 
+@pytest.mark.slow
 def test_first_step(cpu_env, emoji_data, tmp_path):
     result, _ = benchmark("first_step", cpu_env(), tmp_path, "--tiny", f"--data={emoji_data}")
     cases = result["runs"][0]["cases"]
@@ -270,6 +273,7 @@ def test_optimizers_are_compared_at_their_best_rates(monkeypatch, tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_fits_train_and_read_the_emoji_config(cpu_env, emoji_data, tmp_path, monkeypatch):
     for key, value in cpu_env().items():
         monkeypatch.setenv(key, value)

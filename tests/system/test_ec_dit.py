@@ -41,6 +41,7 @@ def data(tmp_path_factory):
     return tmp_path_factory.mktemp("latents")
 
 
+@pytest.mark.slow
 def test_it_trains_on_latents_and_resumes_on_another_mesh(tmp_path, data, cpu_env):
     flags = [f"--config.{key}={value}" for key, value in {**SMALL, "data.directory": data}.items()]
     arguments = [f"--config={ROOT}/configs/ec_dit.py:XL-8E", f"--workdir={tmp_path}/run", *flags]

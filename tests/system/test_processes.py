@@ -34,6 +34,7 @@ def losses(workdir):
     }
 
 
+@pytest.mark.slow
 def test_two_processes_train_stop_together_and_resume_as_one_does(tmp_path, emoji_data, compilation_cache, monkeypatch):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(compilation_cache))
     one, two = tmp_path / "one", tmp_path / "two"

@@ -87,6 +87,7 @@ def test_each_ffn_trains_by_changing_one_field(ffn, emoji_data):
     assert ffn == "dense" or (np.asarray(metrics["router_grad_norm"]) > 0).all()
 
 
+@pytest.mark.slow
 def test_a_frozen_text_tower_stays_as_it_was(emoji_data):
     frozen = step_experiment(emoji_data, text__frozen=True)
     losses, state, _ = train(frozen, 6)
@@ -123,6 +124,7 @@ def losses_with_options(emoji_data):
     return losses
 
 
+@pytest.mark.slow
 def test_options_beyond_the_paper_train_alike_on_every_mesh(emoji_data, losses_with_options):
     mesh = mesh_overrides(MESHES["data 2 fsdp 2 expert 2"])
     np.testing.assert_allclose(
@@ -146,6 +148,7 @@ def test_accumulation_changes_no_result(group, emoji_data):
         np.testing.assert_allclose(a, b, atol=2e-4, err_msg=name)
 
 
+@pytest.mark.slow
 def test_groups_of_two_images_compete(emoji_data):
     """The control of the test above: groups do matter to the loss, once a step has moved the head from zero."""
     alone, together = (
