@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests import runs
-from tests.benchmarks import curve, ec_over_dense, fits, moe_layer, step, timing
+from tests.benchmarks import checkpoints, curve, ec_over_dense, fits, moe_layer, step, timing
 
 # Three rounds, on a machine that is slow in the second one.
 SECONDS = {"a": [2.0, 20.0, 9.0], "b": [1.0, 16.0, 2.0]}
@@ -217,6 +217,16 @@ def test_ec_over_dense(cpu_env, emoji_data, tmp_path):
     assert "GFLOP" in case["sizes"]
     assert case["percent"] == ec_over_dense.percentages(case["ratios"]["expert_choice"], case["percent"]["flops"] / 100)
     assert f"{case['percent']['over_flops']:6.2f}" in shown
+
+
+def test_a_save_is_a_share_of_the_steps_between_two():
+    """A save adds 6 s and 2 s to turns of 10 steps of 2 s, and 10 s to one of 4 s: of 50 steps 6 %, 2 % and 5 %."""
+    rounds = [
+        {"saving": 2.6, "not_saving": 2.0, "checksums": 0.01},
+        {"saving": 2.2, "not_saving": 2.0, "checksums": 0.03},
+        {"saving": 5.0, "not_saving": 4.0, "checksums": 0.04},
+    ]
+    assert checkpoints.percentages(rounds, 10) == pytest.approx({"checkpoints": 5.0, "checksums": 0.2})
 
 
 @pytest.mark.slow
