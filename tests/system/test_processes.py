@@ -4,6 +4,7 @@ import json
 import sys
 
 import numpy as np
+import pytest
 
 from launch.local import cpu_environment, launch
 from tests.runs import run, train_command
