@@ -94,7 +94,8 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     elif config.slices != 1:
         from jax.experimental import mesh_utils
 
-        grid = mesh_utils.create_hybrid_device_mesh((1, *shape[1:]), (shape[0], 1, 1, 1, 1), devices)
+        inside, across = (1, *shape[1:]), (shape[0], 1, 1, 1, 1)
+        grid = mesh_utils.create_hybrid_device_mesh(inside, across, devices, allow_split_physical_axes=True)
     else:
         from jax.experimental import mesh_utils
 

@@ -7,8 +7,9 @@ import re
 import pytest
 
 from ecdit.config import UserError
+from ecdit.partitioning import MeshConfig, make_mesh
 from ecdit.planning import fitting
-from ecdit.planning.compiler import DoesNotFit, compile_step, find_target
+from ecdit.planning.compiler import DoesNotFit, compile_step, find_target, target_devices
 from ecdit.planning.fitting import what_fits
 from ecdit.planning.hlo import array_shapes, parse
 from ecdit.planning.plan import Plan, advice, make_plan, report
@@ -113,6 +114,14 @@ def test_two_slices_meet_over_the_network_alone_by_data():
     assert found.dcn_bytes > 0
     # Whatever goes between them is a gradient, or a number, added up.
     assert {name for name in found.collective_seconds if "slices" in name} == {"all_reduce over slices"}
+
+
+def test_an_axis_may_split_a_side_of_each_of_two_slices():
+    """64 chips for the experts of 4 x 4 x 8: half of a side. No coordinate of the mesh but the first changes slices."""
+    devices = target_devices(find_target("2xv5p:4x4x8"))
+    mesh = make_mesh(MeshConfig(slices=2, data=1, fsdp=-1, expert=64, tensor=1), devices)
+    assert mesh.devices.shape == (2, 1, 2, 64, 1)
+    assert [{device.slice_index for device in part.flat} for part in mesh.devices] == [{0}, {1}]
 
 
 @pytest.mark.slow
