@@ -35,7 +35,7 @@ AXIS_RULES: Mapping[str, tuple[str, ...]] = {
     "small_embed": (),  # a width in what is so small that a gather of it would only be waited for
     "experts": ("expert",),
     "expert_embed": (),  # the width inside an expert: `expert` already holds its E
-    "expert_mlp": ("fsdp", "tensor"),  # hidden units, which more chips divide into whole tiles than a width
+    "expert_mlp": ("tensor", "fsdp"),  # hidden units, which more chips divide into whole tiles than a width
     "mlp": ("tensor",),
     "joined_kv": ("tensor",),  # heads side by side
     "vocab": ("tensor",),
@@ -202,6 +202,12 @@ def on_each_shard(function: Callable[..., Any], in_dims: Sequence[int] = (0,), o
         return PartitionSpec(*[None] * dim, BATCH_AXES)
 
     return jax.shard_map(function, in_specs=tuple(split(dim) for dim in in_dims), out_specs=split(out_dim))
+
+
+def axis_size(axis: str) -> int:
+    """Of the mesh that is set; 1 where none is."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else mesh.shape[axis]
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

@@ -166,8 +166,15 @@ def _join(attended: Float[Array, "B H k N"], kernel: nnx.Param, flat: bool = Fal
         joined = named(joined, "attention_out").swapaxes(1, 2).reshape(batch * tokens, -1)
         joined = (joined @ matrix).reshape(batch, tokens, -1)
     else:
-        joined = saved_product(joined, matrix, ("bfn,fd->bnd", "bnd,fd->bfn", "bfn,bnd->fd"), "attention_out")
+        saved = named(joined, "attention_out")
+        joined = saved_product(joined, saved, matrix, ("bfn,fd->bnd", "bnd,fd->bfn"), _join_gradient)
     return constrain(joined, "batch", None, None)
+
+
+def _join_gradient(
+    attended: Float[Array, "B f N"], gradient: Float[Array, "B N d"]
+) -> tuple[Float[Array, "f d"], Float[Array, "B N d"]]:
+    return jnp.einsum("bfn,bnd->fd", attended, gradient), gradient
 
 
 def _inverse_rms(x: Float[Array, "B H k N"], epsilon: float = NORM_EPSILON) -> Float[Array, "B H N"]:

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 Block = TypeVar("Block", bound=nnx.Module)
 Initializer = Callable[[jax.Array, Sequence[int], Any], jax.Array]
+KernelGradient = Callable[[Array, Array], tuple[Array, Array]]
 
 NORM_EPSILON = 1e-6
 zeros = jax.nn.initializers.zeros
@@ -22,7 +23,7 @@ xavier_experts = jax.nn.initializers.variance_scaling(1.0, "fan_avg", "uniform",
 
 # What the backward pass finds saved; the rest it computes again. All save "routing": see moe.MixtureOfExperts.
 # Products with a batch dimension (the expert, or image and head) are not saved as such, but by name.
-SAVED_NAMES = ("routing", "attention_out", "expert_in", "expert_hidden", "expert_out", "expert_sum")
+SAVED_NAMES = ("routing", "norm", "attention_out", "expert_in", "expert_hidden", "expert_out", "expert_sum")
 REMAT_POLICIES = {
     "none": jax.checkpoint_policies.everything_saveable,
     "minimal": jax.checkpoint_policies.save_from_both_policies(
@@ -84,6 +85,7 @@ def layer_norm(x: Float[Array, "*b d"], epsilon: float = NORM_EPSILON) -> Float[
     y = x.astype(jnp.float32)
     # Both moments in one pass over x: the centred form reads it twice, which costs more than the norm's arithmetic.
     mean, square = y.mean(axis=-1, keepdims=True), jnp.square(y).mean(axis=-1, keepdims=True)
+    mean, square = named(mean, "norm"), named(square, "norm")  # small, and else another pass in the backward pass
     variance = jnp.maximum(square - jnp.square(mean), 0.0)
     return ((y - mean) * jax.lax.rsqrt(variance + epsilon)).astype(x.dtype)
 
@@ -117,34 +119,37 @@ def scan_stack(
     return jax.lax.scan(step, carry, params, unroll=unroll)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def saved_product(x: Array, kernel: Array, forms: tuple[str, str, str], name: str) -> Array:
-    """The product of x and kernel, with x named for the remat policies where the kernel's gradient uses it alone.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def saved_product(
+    x: Array, saved: Array, kernel: Array, forms: tuple[str, str], kernel_gradient: KernelGradient
+) -> Array:
+    """The product of x and kernel, whose kernel's gradient uses what remat policies save of x.
 
     The product itself reads x, not what is saved: `jax.checkpoint` rounds a saved activation once more wherever it is
     used too, and of what a kernel or an exchange of tokens wrote that is a pass of its own.
 
     Args:
       x: an activation.
+      saved: `named` x; it gets no gradient.
       kernel: the matrix, or one for each expert.
-      forms: of `jnp.einsum`, for the product, the gradient of x by that of the product and the kernel, and the gradient
-        of the kernel by x and that of the product.
-      name: see SAVED_NAMES.
+      forms: of `jnp.einsum`, for the product, and the gradient of x by that of the product and the kernel.
+      kernel_gradient: of x and the product's gradient: the kernel's gradient, and the product's again, for that of x.
     """
     return jnp.einsum(forms[0], x, kernel)
 
 
 def _product_saving(
-    x: Array, kernel: Array, forms: tuple[str, str, str], name: str
+    x: Array, saved: Array, kernel: Array, forms: tuple[str, str], kernel_gradient: KernelGradient
 ) -> tuple[Array, tuple[Array, Array]]:
-    return jnp.einsum(forms[0], x, kernel), (named(x, name), kernel)
+    return jnp.einsum(forms[0], x, kernel), (saved, kernel)
 
 
 def _product_gradients(
-    forms: tuple[str, str, str], name: str, saved: tuple[Array, Array], gradient: Array
-) -> tuple[Array, Array]:
-    x, kernel = saved
-    return jnp.einsum(forms[1], gradient, kernel), jnp.einsum(forms[2], x, gradient)
+    forms: tuple[str, str], kernel_gradient: KernelGradient, residuals: tuple[Array, Array], gradient: Array
+) -> tuple[Array, Array, Array]:
+    saved, kernel = residuals
+    of_kernel, gradient = kernel_gradient(saved, gradient)
+    return jnp.einsum(forms[1], gradient, kernel), jnp.zeros_like(saved), of_kernel
 
 
 saved_product.defvjp(_product_saving, _product_gradients)

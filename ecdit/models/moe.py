@@ -21,7 +21,7 @@ from ecdit.models.routing import (
     renormalize_gates,
     token_choice,
 )
-from ecdit.partitioning import constrain, on_each_shard
+from ecdit.partitioning import AXIS_RULES, axis_size, constrain, logical_spec, on_each_shard
 
 # GShard's capacity factor: as many slots as first and second choices (arXiv 2006.16668).
 TOKEN_CHOICES = 2
@@ -110,6 +110,8 @@ class MixtureOfExperts(nnx.Module):
         gate = constrain(routing.gate.swapaxes(0, 1), None, "batch", None)
         gate = constrain(gate, "experts", "expert_groups", None)
         outputs = (outputs.astype(jnp.float32) * gate[..., None]).astype(outputs.dtype)
+        # Else, on the way back, what the exchange wrote is converted to float32 in a pass of its own.
+        outputs = jax.lax.optimization_barrier(outputs)
         outputs = constrain(outputs, "experts", "expert_groups", None, None)
         outputs = constrain(outputs, None, "batch", None, None)
         combine = functools.partial(combine, group_size=group_size)
@@ -159,10 +161,89 @@ class MixtureOfExperts(nnx.Module):
         # Groups and slots as one axis t: with two of them, XLA's CPU compiler fuses the GELU's derivative with a
         # transpose for the weight gradient, which takes more than twice the time.
         slots = inputs.reshape(inputs.shape[0], -1, inputs.shape[-1])
-        hidden = saved_product(slots, up, ("etd,edf->etf", "etf,edf->etd", "etd,etf->edf"), "expert_in")
-        hidden = gelu(named(hidden, "expert_hidden"))
-        hidden = constrain(hidden, "experts", "expert_groups", "mlp")
-        return named(jnp.einsum("etf,efd->etd", hidden, down), "expert_out").reshape(inputs.shape)
+        saved = named(slots, "expert_in")
+        outputs = (_by_halves if axis_size("fsdp") == 2 else _by_gathering)(slots, saved, up, down)
+        return named(outputs, "expert_out").reshape(inputs.shape)
+
+
+# What is with its experts, and their matrices.
+_SLOTS = ("experts", "expert_groups", None)
+_HIDDEN = ("experts", "expert_groups", "mlp")
+_UP = ("experts", "expert_embed", "expert_mlp")
+_DOWN = ("experts", "expert_mlp", "expert_embed")
+
+
+def _by_gathering(
+    slots: Float[Array, "E T d"], saved: Float[Array, "E T d"], up: Float[Array, "E d f"], down: Float[Array, "E f d"]
+) -> Float[Array, "E T d"]:
+    """Experts whose matrices the compiler gathers over `fsdp`."""
+    hidden = saved_product(slots, saved, up, ("etd,edf->etf", "etf,edf->etd"), up_gradient)
+    hidden = constrain(gelu(named(hidden, "expert_hidden")), *_HIDDEN)
+    return saved_product(hidden, hidden, down, ("etf,efd->etd", "etd,efd->etf"), down_gradient)
+
+
+def _by_halves(
+    slots: Float[Array, "E T d"], saved: Float[Array, "E T d"], up: Float[Array, "E d f"], down: Float[Array, "E f d"]
+) -> Float[Array, "E T d"]:
+    """Experts whose matrices lie on two chips each: products with one's own half, while the other's is on its way.
+
+    A gather goes on behind a matrix product alone, and where one is needed first there is none.
+    """
+
+    def on_each(slots: Array, saved: Array, up: Array, down: Array) -> Array:
+        slots, saved = (jax.lax.pcast(x, ("tensor",), to="varying") for x in (slots, saved))
+        up, down = (jax.lax.pcast(kernel, ("slices", "data"), to="varying") for kernel in (up, down))
+        outputs = []
+        for half in ((up, down), jax.lax.ppermute((up, down), "fsdp", [(0, 1), (1, 0)])):
+            hidden = saved_product(slots, saved, half[0], ("etd,edf->etf", "etf,edf->etd"), _local_gradient)
+            outputs.append(jnp.einsum("etf,efd->etd", gelu(named(hidden, "expert_hidden")), half[1]))
+        return jax.lax.psum(sum(outputs), "tensor")
+
+    specs = [logical_spec(axes, "experts") for axes in (_SLOTS, _SLOTS, _UP, _DOWN)]
+    return jax.shard_map(on_each, in_specs=tuple(specs), out_specs=specs[0])(slots, saved, up, down)
+
+
+def _local_gradient(
+    inputs: Float[Array, "E T i"], gradient: Float[Array, "E T o"]
+) -> tuple[Float[Array, "E i o"], Float[Array, "E T o"]]:
+    return jnp.einsum("eti,eto->eio", inputs, gradient), gradient
+
+
+def up_gradient(
+    inputs: Float[Array, "E T d"], gradient: Float[Array, "E T f"]
+) -> tuple[Float[Array, "E d f"], Float[Array, "E T f"]]:
+    """Of the experts' first matrix, by their inputs and the gradient of their hidden units; and that gradient."""
+    if axis_size("fsdp") == 1:
+        return _local_gradient(inputs, gradient)
+    # As the other one's, with hidden units before the width: of the last dimension a TPU scatters copies.
+    return down_gradient(gradient, inputs)[0].swapaxes(1, 2), gradient
+
+
+def down_gradient(
+    hidden: Float[Array, "E T f"], gradient: Float[Array, "E T d"]
+) -> tuple[Float[Array, "E f d"], Float[Array, "E T d"]]:
+    """Of the experts' second matrix, by their hidden units and the gradient of their outputs; and that gradient.
+
+    Summed over the chips that have other slots of the same experts, each of which keeps its part of the hidden units.
+    """
+    if axis_size("fsdp") == 1:
+        return _local_gradient(hidden, gradient)
+    others = tuple(axis for axis in AXIS_RULES["expert_groups"] if axis != "fsdp")
+
+    def on_each(hidden: Array, gradient: Array) -> tuple[Array, Array]:
+        alone = hidden.shape[0] == 1  # of an array [1, f, d] a TPU would send the whole sum to every chip
+        product = (
+            jnp.einsum("tf,td->fd", hidden[0], gradient[0]) if alone else jnp.einsum("etf,etd->efd", hidden, gradient)
+        )
+        # Before what needs the gathered matrix: nothing else is left then for the gather to go on behind.
+        product, gradient = jax.lax.optimization_barrier((product, gradient))
+        part = jax.lax.psum_scatter(product, "fsdp", scatter_dimension=product.ndim - 2, tiled=True)
+        part = part[None] if alone else part
+        return jax.lax.psum(part, others), gradient
+
+    tokens = logical_spec(_SLOTS, "gradient")
+    in_specs, out_specs = (logical_spec(_HIDDEN, "hidden"), tokens), (logical_spec(_DOWN, "gradient"), tokens)
+    return jax.shard_map(on_each, in_specs=in_specs, out_specs=out_specs, check_vma=False)(hidden, gradient)
 
 
 def _project_float32(x: Float[Array, "B N d"], kernel: nnx.Param) -> Float[Array, "B N E"]:

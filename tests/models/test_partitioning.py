@@ -137,7 +137,7 @@ def test_the_layers_axis_comes_first():
 
 
 def test_a_logical_spec_by_hand():
-    expected = PartitionSpec(("expert",), None, None, ("fsdp", "tensor"), ("tensor",))
+    expected = PartitionSpec(("expert",), None, None, ("tensor", "fsdp"), ("tensor",))
     assert logical_spec(("experts", "expert_embed", None, "expert_mlp", "mlp"), "kernel") == expected
 
 
@@ -168,8 +168,9 @@ def test_activations_are_constrained_where_a_mesh_is_set():
 
 IMAGES, WIDTH = 64, 32  # the partitioner gathers what is smaller, which in earnest is the weights
 CONFIG = config(width=WIDTH)
-MESHES = [((1, 2, 2, 2, 1), "gather"), ((1, 1, 2, 2, 2), "one_hot")]
-IDS = ["data-fsdp-expert", "fsdp-expert-tensor"]
+# With fsdp 2 experts' matrices are exchanged in halves, with more they are gathered.
+MESHES = [((1, 2, 2, 2, 1), "gather"), ((1, 1, 2, 2, 2), "one_hot"), ((1, 1, 4, 1, 2), "gather")]
+IDS = ["data-fsdp-expert", "fsdp-expert-tensor", "fsdp-tensor"]
 
 
 def gradient(values):
@@ -227,7 +228,7 @@ def test_no_device_gathers_tokens(sizes, dispatch):
     tokens = {(CONFIG.num_kept, WIDTH), (CONFIG.num_tokens, WIDTH)}
     gathered = [shape for name, shape in collectives(compiled(sizes, dispatch)[0]) if name == "all-gather"]
     assert [shape for shape in gathered if shape[1:] in tokens and shape[0] >= IMAGES // 8] == []
-    assert len(gathered) > 10
+    assert len(gathered) > 5
 
 
 @pytest.mark.parametrize("dispatch", ["gather", "one_hot"])

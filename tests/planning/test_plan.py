@@ -4,9 +4,13 @@ import dataclasses
 import json
 import re
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from ecdit.config import UserError
+from ecdit.models.moe import down_gradient, up_gradient
 from ecdit.partitioning import MeshConfig, make_mesh
 from ecdit.planning import fitting
 from ecdit.planning.compiler import DoesNotFit, compile_step, find_target, target_devices
@@ -14,7 +18,7 @@ from ecdit.planning.fitting import what_fits
 from ecdit.planning.hlo import array_shapes, parse
 from ecdit.planning.plan import Plan, advice, make_plan, report
 from ecdit.training.experiment import make_experiment
-from tests.runs import ROOT, command, run
+from tests.runs import ROOT, command, config_file, run
 from tests.system.test_ec_dit import SMALL, small_values
 
 # Wide enough for whole tiles on four chips; a compilation takes some ten seconds.
@@ -97,6 +101,26 @@ def test_a_tpu_gathers_weights_and_no_tokens(routed):
     tokens = images // 8 * kept * width  # of one chip: what is gathered of tokens is more than that
     gathered = [shape for shape in shapes["all-gather"] if kept in shape[1:-1] or images in shape]
     assert [shape for shape in gathered if width in shape and _size(shape) > tokens] == []
+
+
+@pytest.mark.parametrize("experts", [1, 2])
+@pytest.mark.parametrize("gradient", [down_gradient, up_gradient])
+def test_a_tpu_sums_experts_gradients_where_they_are_kept(gradient, experts):
+    """A quarter of the hidden units of M's experts on a chip, which gets the sum of its own and not of all."""
+    mesh = make_mesh(MeshConfig(slices=1, data=1, fsdp=4, expert=1, tensor=1), target_devices(find_target("v5p:2x2x1")))
+    tokens = NamedSharding(mesh, PartitionSpec("expert", "fsdp"))
+    width, hidden = (jax.ShapeDtypeStruct((experts, 32768, n), jnp.bfloat16, sharding=tokens) for n in (3072, 12288))
+    with jax.set_mesh(mesh):
+        arguments = (hidden, width) if gradient is down_gradient else (width, hidden)
+        lowered = jax.jit(lambda *x: gradient(*x)[0]).lower(*arguments)
+    program = lowered.compile(compiler_options=options()).as_text()
+    kinds = {one.opcode.removesuffix("-start") for body in parse(program).computations.values() for one in body}
+    assert kinds & {"all-reduce", "reduce-scatter"} == {"reduce-scatter"}
+
+
+def options():
+    """Those of the compiler, in configs/ec_dit.py."""
+    return dict(option.split("=", 1) for option in config_file("ec_dit").TPU_OPTIONS)
 
 
 def _size(shape):
