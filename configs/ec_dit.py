@@ -116,7 +116,7 @@ def get_config(name: str = "XL-32E") -> ConfigDict:
     model.mask_ratio = 0.5  # share of tokens dropped in training [P]
     model.block_table = True  # a learned offset of the shared modulation in every block [?]
     model.gate_init = 0.2  # where that offset's gates start [?]
-    model.remat = "minimal"  # none | minimal | attention_out | full
+    model.remat = "minimal"  # none | minimal | offload | attention_out | full
     model.scan_unroll = 1  # pairs of blocks in one iteration of the loop over them
     model.dtype = "bfloat16"  # of activations [?]; parameters are float32
 

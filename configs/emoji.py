@@ -58,7 +58,7 @@ def get_config(length: str = "quick") -> ConfigDict:
     model.mask_ratio = 0.0  # share of tokens dropped in training; 0.5 in the paper [P]
     model.block_table = True  # a learned offset of the shared modulation in every block [?]
     model.gate_init = 0.2  # where that offset's gates start [?]
-    model.remat = "none"  # none | minimal | attention_out | full
+    model.remat = "none"  # none | minimal | offload | attention_out | full
     model.scan_unroll = 3  # pairs of blocks in one iteration of the loop over them: all three here, 15 % faster
     model.dtype = "float32"  # of activations
 

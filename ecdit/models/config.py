@@ -43,7 +43,7 @@ class DiTConfig:
     mask_ratio: float  # share of tokens dropped in training
     block_table: bool  # a learned offset of (shift, scale, gate) x 2 per block
     gate_init: float  # of the block table's gates
-    remat: Literal["none", "minimal", "attention_out", "full"]
+    remat: Literal["none", "minimal", "offload", "attention_out", "full"]
     scan_unroll: int  # pairs of blocks in one iteration of the loop over them; depth / 2 or more: no loop
     dtype: Literal["float32", "bfloat16"]  # of activations; parameters are float32
 

@@ -24,11 +24,18 @@ xavier_experts = jax.nn.initializers.variance_scaling(1.0, "fan_avg", "uniform",
 # What the backward pass finds saved; the rest it computes again. All save "routing": see moe.MixtureOfExperts.
 # Products with a batch dimension (the expert, or image and head) are not saved as such, but by name.
 SAVED_NAMES = ("routing", "norm", "attention_out", "expert_in", "expert_hidden", "expert_out", "expert_sum")
+ON_CHIP = ("routing", "norm")  # where the others are offloaded to the host
 REMAT_POLICIES = {
     "none": jax.checkpoint_policies.everything_saveable,
     "minimal": jax.checkpoint_policies.save_from_both_policies(
         jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
         jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES),
+    ),
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=ON_CHIP,
+        names_which_can_be_offloaded=[name for name in SAVED_NAMES if name not in ON_CHIP],
+        offload_src="device",
+        offload_dst="pinned_host",
     ),
     "attention_out": jax.checkpoint_policies.save_only_these_names("attention_out", "routing"),
     "full": jax.checkpoint_policies.save_only_these_names("routing"),

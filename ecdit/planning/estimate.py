@@ -17,6 +17,7 @@ FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after
 FREE |= {"opt-barrier", "add-dependency", "domain"}
 FREE_CALLS = {"AllocateBuffer", "AssumeGatherIndicesInBound", "PrepareAsyncCallStart", "PrepareAsyncCallDone"}
 FREE_CALLS |= {"AsyncCollectiveStart", "AsyncCollectiveDone", "Sharding", "SPMDFullToShardShape"}
+HOST_MEMORY = "S(5)"  # in the type of an array in the memory of the chip's host
 # Of peak, what attention's kernels reach by their schedules, at least: tests/planning/test_kernels.py compares.
 KERNEL_SHARE = 1 / 9.5
 SORT_OPERATIONS = 4  # of a vector unit, for each element, operand and stage: compare, two selects, a move
@@ -33,7 +34,7 @@ class Estimate:
     compute_seconds: float = 0.0  # if all else were hidden
     communication_seconds: float = 0.0  # if none were
     exposed_seconds: float = 0.0  # of communication, that computation waits for
-    memory_wait_seconds: float = 0.0  # for copies between HBM and on-chip memory
+    memory_wait_seconds: float = 0.0  # for copies between HBM and on-chip memory, or the host's
     parts: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # compute, by PARTS or "rest"
     priced: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # compute we priced, by opcode
     collectives: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # how often each runs
@@ -45,7 +46,7 @@ class _Engines:
 
     def __init__(self) -> None:
         self.now = 0.0
-        self.free = {"network": 0.0, "hosts": 0.0, "memory": 0.0, "sparse core": 0.0}
+        self.free = {"network": 0.0, "hosts": 0.0, "host memory": 0.0, "memory": 0.0, "sparse core": 0.0}
         self.pending: dict[str, tuple[str, float]] = {}  # by name or channel: engine, when it is done
 
     def start(self, key: str, engine: str, seconds: float) -> None:
@@ -135,6 +136,9 @@ class Estimator:
         if collective is not None:
             self._count(collective, times)
             engines.start(one.name, engine, collective.seconds)
+        elif HOST_MEMORY in one.result:
+            moved = min((shape.bytes for shape in one.shapes if len(shape)), default=0)  # of a stack there, a slice
+            engines.start(one.name, "host memory", moved / self.chip.host_bandwidth)
         elif one.opcode == "copy-start":
             engines.start(one.name, "memory", one.shapes[0].bytes / self.chip.hbm_bandwidth)
         else:

@@ -43,6 +43,7 @@ class Plan:
     collective_seconds: dict[str, float]  # by kind and axis, hidden or not
     dcn_bytes: float  # to other slices
     exposed_communication_seconds: float
+    memory_wait_seconds: float  # for copies to on-chip memory or the host's, and back
     estimated_step_seconds: float
     seconds_all_hidden: float  # if all communication were hidden behind computation
     seconds_none_hidden: float
@@ -87,6 +88,7 @@ def make_plan(experiment: Experiment, target: Target, what: What = "train") -> P
         collective_seconds=_by_kind_and_axis(estimate),
         dcn_bytes=sum(one.dcn_bytes * times for one, times in estimate.collectives.items()),
         exposed_communication_seconds=estimate.exposed_seconds,
+        memory_wait_seconds=estimate.memory_wait_seconds,
         estimated_step_seconds=seconds,
         seconds_all_hidden=seconds - estimate.exposed_seconds,
         seconds_none_hidden=seconds - estimate.exposed_seconds + estimate.communication_seconds,
@@ -113,7 +115,8 @@ def report(plan: Plan) -> list[str]:
         f"were hidden, {plan.seconds_none_hidden:.3f} if none), MFU {plan.estimated_mfu:.1%}",
         f"compute, ms         {compute}",
         f"wire of a chip, GB  {wire}",
-        f"exposed             {1e3 * plan.exposed_communication_seconds:.0f} ms of communication",
+        f"exposed             {1e3 * plan.exposed_communication_seconds:.0f} ms of communication, "
+        f"{1e3 * plan.memory_wait_seconds:.0f} ms of copies between memories",
     ]
     if plan.what == "train":
         lines += [
@@ -137,6 +140,7 @@ _FIELDS = {
     "reduce_scatter": "reducing gradients: more of train.batch_size for each chip",
     "all_reduce": "reducing gradients: more of mesh.fsdp in place of mesh.data",
     "all_to_all": "exchanging tokens: less of mesh.expert",
+    "copies": "copies between memories: a model.remat other than offload keeps activations out of the host's",
 }
 
 
@@ -146,6 +150,7 @@ def advice(plan: Plan) -> str:
     hidden = plan.exposed_communication_seconds / max(sum(plan.collective_seconds.values()), 1e-12)
     for name, seconds in plan.collective_seconds.items():
         shares[name.split(" over ")[0]] += seconds * hidden
+    shares["copies"] = plan.memory_wait_seconds
     name, seconds = shares.most_common(1)[0]
     return f"{_FIELDS.get(name, name)} ({seconds / plan.estimated_step_seconds:.0%} of the step)"
 

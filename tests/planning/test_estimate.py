@@ -131,6 +131,24 @@ def test_a_call_to_the_sparse_cores_goes_on_beside():
     assert found.communication_seconds == pytest.approx(GATHERED)
 
 
+@pytest.mark.parametrize(
+    "start",
+    [
+        "%s = ((f32[9,250000000]{1,0:S(5)}, f32[1,250000000], s32[]), f32[9,250000000]{1,0:S(5)}, u32[]) "
+        "dynamic-update-slice-start(%p)",
+        "%s = ((f32[9,250000000]{1,0:S(5)}, s32[]), f32[1,250000000], u32[]) dynamic-slice-start(%p)",
+    ],
+    ids=["to the host", "back"],
+)
+def test_offloaded_activations_go_over_the_host_s_link(start):
+    """A gigabyte, of a stack of nine."""
+    done = f"%d = f32[1,250000000] {start.rpartition(' ')[2].removesuffix('(%p)').replace('start', 'done')}(%s)"
+    found = estimate(start, compute("a", 0.25), done)
+    assert found.seconds == pytest.approx(1)
+    assert found.memory_wait_seconds == pytest.approx(0.75)
+    assert found.exposed_seconds == 0
+
+
 def test_what_goes_to_other_slices_is_waited_for_where_it_comes_back():
     """Two slices: half of a gigabyte is sent on and comes back, twice 0.5 GB at 0.1 GB/s, beside nine seconds' work."""
     names = '_xla_host_transfer_rendezvous="r_0",_xla_megascale_transfer_type="ALL_REDUCE"'

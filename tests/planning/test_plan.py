@@ -18,6 +18,7 @@ from ecdit.planning.fitting import what_fits
 from ecdit.planning.hlo import array_shapes, parse
 from ecdit.planning.plan import Plan, advice, make_plan, report
 from ecdit.training.experiment import make_experiment
+from launch.local import cpu_environment
 from tests.runs import ROOT, command, config_file, run
 from tests.system.test_ec_dit import SMALL, small_values
 
@@ -30,8 +31,28 @@ def small(**changes):
 
 
 @pytest.fixture(scope="module")
-def plan():
-    return make_plan(small(), find_target("v5p:2x2x1"))
+def planned(tmp_path_factory):
+    """What the command prints and writes: its output, its JSON, and how to run it again."""
+    folder = tmp_path_factory.mktemp("plan")
+    changes = SMALL | {key.replace("__", "."): value for key, value in CHANGES.items()}
+    arguments = command(
+        "plan",
+        f"--config={ROOT}/configs/ec_dit.py:XL-8E",
+        *(f"--config.{key}={value}" for key, value in changes.items()),
+        f"--config.runtime.compilation_cache={folder}/cache",
+        "--topology=v5p:2x2x1",
+        f"--json={folder}/plan.json",
+    )
+    environment = {name: value for name, value in cpu_environment(1).items() if name != "JAX_PLATFORMS"}
+    result = run(arguments, environment)
+    assert result.returncode == 0, result.stderr
+    return folder, result.stdout, lambda: run(arguments, environment)
+
+
+@pytest.fixture(scope="module")
+def plan(planned):
+    values = json.loads((planned[0] / "plan.json").read_text())
+    return Plan(**{field.name: values[field.name] for field in dataclasses.fields(Plan)})
 
 
 def test_a_plan_adds_up(plan):
@@ -149,6 +170,18 @@ def test_an_axis_may_split_a_side_of_each_of_two_slices():
 
 
 @pytest.mark.slow
+def test_offloaded_activations_are_in_the_host_s_memory():
+    """They take time on its link, and less of the chip's memory than what is kept there."""
+    deep = {"model__depth": 8, "train__batch_size": 256, "runtime__tpu_options": ()}
+    kept, sent = (
+        make_plan(small(model__remat=remat, **deep), find_target("v5p:2x2x1")) for remat in ("minimal", "offload")
+    )
+    assert sent.hbm_parts["temporaries"] < kept.hbm_parts["temporaries"]
+    assert sent.memory_wait_seconds > kept.memory_wait_seconds
+    assert advice(sent).startswith("copies between memories: a model.remat other than offload")
+
+
+@pytest.mark.slow
 def test_sampling_is_planned_too():
     found = make_plan(small(sampling__num_steps=3), find_target("v5p:2x2x1"), "sample")
     assert (found.what, found.batch_size, found.days) == ("sample", 16, 0)
@@ -214,28 +247,18 @@ def test_the_compiler_says_what_is_largest():
 # The command
 
 
-@pytest.fixture(scope="module")
-def flags():
-    changes = SMALL | {key.replace("__", "."): value for key, value in CHANGES.items()}
-    return [f"--config={ROOT}/configs/ec_dit.py:XL-8E", *(f"--config.{key}={value}" for key, value in changes.items())]
-
-
-def test_the_command_plans_and_remembers(tmp_path, flags, cpu_env):
-    path = tmp_path / "plan.json"
-    cached = f"--config.runtime.compilation_cache={tmp_path}/cache"
-    arguments = command("plan", *flags, cached, "--topology=v5p:2x2x1", f"--json={path}")
-    environment = {name: value for name, value in cpu_env().items() if name != "JAX_PLATFORMS"}
-    first = run(arguments, environment)
-    assert first.returncode == 0, first.stderr
-    values = json.loads(path.read_text())
+def test_the_command_writes_what_fits_and_counts(planned):
+    values = json.loads((planned[0] / "plan.json").read_text())
     assert values["fits"]
     assert values["denoiser_params"] > 0
-    fields = {field.name for field in dataclasses.fields(Plan)}
-    assert fields <= set(values)
-    again = run(arguments, environment)
-    assert again.returncode == 0, again.stderr
-    assert (again.stdout, json.loads(path.read_text())) == (first.stdout, values)
-    (cached,) = (tmp_path / "cache/plans").iterdir()
-    told = json.loads(cached.read_text())
-    cached.write_text(json.dumps(told | {"days": 12345.0}))
-    assert "12345.0 days" in run(arguments, environment).stdout  # it was not compiled again
+
+
+def test_the_command_remembers(planned):
+    folder, printed, again = planned
+    (cached,) = (folder / "cache/plans").iterdir()
+    written, told = json.loads((folder / "plan.json").read_text()), json.loads(cached.read_text())
+    cached.write_text(json.dumps(told | {"days": 12345.0}))  # what a compilation would not say
+    result = again()
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == printed.replace(f"{told['days']:.1f} days", "12345.0 days")
+    assert json.loads((folder / "plan.json").read_text()) == written | {"days": 12345.0}

@@ -142,7 +142,7 @@ def test_train_refuses_parameters_that_do_not_divide_over_the_mesh(tmp_path):
     sizes = {"mesh.data": 1, "mesh.fsdp": 3, "train.batch_size": 66, "sampling.batch_size": 33}
     overrides = [f"--config.{key}={value}" for key, value in sizes.items()]
     arguments = command("train", f"--config={ROOT}/configs/emoji.py", f"--workdir={tmp_path}/run", *overrides)
-    refused(arguments, cpu_environment(3), "axis 'expert_mlp' of size 512", "fsdp 3 x tensor 1", "denoiser/")
+    refused(arguments, cpu_environment(3), "axis 'expert_mlp' of size 512", "tensor 1 x fsdp 3", "denoiser/")
     assert not (tmp_path / "run").exists()
 
 

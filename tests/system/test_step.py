@@ -229,8 +229,8 @@ def test_moments_and_ema_are_sharded_like_their_parameters():
     moments = [leaf for leaf in jax.tree.leaves(state.optimizer) if leaf.shape == experts(state.params).shape]
     assert len(moments) == 2  # mean square and trace
     for leaf in (experts(state.params), experts(state.ema), *moments):
-        # layers, E over expert, d whole, f over fsdp and tensor
-        assert leaf.sharding.spec == jax.sharding.PartitionSpec(None, ("expert",), None, ("fsdp", "tensor"))
+        # layers, E over expert, d whole, f over tensor and fsdp
+        assert leaf.sharding.spec == jax.sharding.PartitionSpec(None, ("expert",), None, ("tensor", "fsdp"))
         assert leaf.addressable_shards[0].data.shape == (2, 2, 32, 64)
 
 
