@@ -163,6 +163,7 @@ def test_dispatch(cpu_env, tmp_path):
     assert max(case["relative_error"].values()) < 1e-4
 
 
+@pytest.mark.slow
 def test_probe(cpu_env, emoji_data, tmp_path):
     result, shown = benchmark(
         "probe", cpu_env(), tmp_path, "--rounds=3", "--calls=10", "--tiny", f"--data={emoji_data}"

@@ -203,7 +203,7 @@ def test_arrays_that_do_not_fit_are_refused(change, said, experiment, uninterrup
     assert "denoiser/head" in str(error.value)
 
 
-@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("frozen", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_starts_from_the_ema_weights_of_another_run(
     frozen, tmp_path, emoji_data, module_env, uninterrupted, experiment
 ):

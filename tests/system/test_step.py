@@ -132,13 +132,13 @@ def test_options_beyond_the_paper_train_alike_on_every_mesh(emoji_data, losses_w
     )
 
 
-@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+@pytest.mark.parametrize("name", ["adamw", pytest.param("adafactor", marks=pytest.mark.slow)])
 def test_other_optimizers_train(name, emoji_data):
     losses, _, _ = train(step_experiment(emoji_data, optimizer__name=name, optimizer__learning_rate=1e-3), 12)
     assert losses[-4:].mean() < losses[:4].mean()
 
 
-@pytest.mark.parametrize("group", ["image", "16"])  # an image has 8 kept tokens
+@pytest.mark.parametrize("group", [pytest.param("image", marks=pytest.mark.slow), "16"])  # an image: 8 kept tokens
 def test_accumulation_changes_no_result(group, emoji_data):
     whole, state, _ = train(step_experiment(emoji_data, model__group=group), 4)
     accumulated = step_experiment(emoji_data, model__group=group, train__accumulation=4, mesh__data=2)
