@@ -137,10 +137,11 @@ def saved_product(
 
     Args:
       x: an activation.
-      saved: `named` x; it gets no gradient.
+      saved: x, `named` where a policy is to save it; it gets no gradient.
       kernel: the matrix, or one for each expert.
       forms: of `jnp.einsum`, for the product, and the gradient of x by that of the product and the kernel.
-      kernel_gradient: of x and the product's gradient: the kernel's gradient, and the product's again, for that of x.
+      kernel_gradient: of x and the product's gradient: the kernel's gradient, and the product's again, by which x's
+        is computed, so that it can say what comes first.
     """
     return jnp.einsum(forms[0], x, kernel)
 

@@ -166,7 +166,7 @@ class MixtureOfExperts(nnx.Module):
         return named(outputs, "expert_out").reshape(inputs.shape)
 
 
-# What is with its experts, and their matrices.
+# Logical axes of slots and hidden units where they are with their experts, and of the experts' matrices.
 _SLOTS = ("experts", "expert_groups", None)
 _HIDDEN = ("experts", "expert_groups", "mlp")
 _UP = ("experts", "expert_embed", "expert_mlp")
@@ -187,7 +187,8 @@ def _by_halves(
 ) -> Float[Array, "E T d"]:
     """Experts whose matrices lie on two chips each: products with one's own half, while the other's is on its way.
 
-    A gather goes on behind a matrix product alone, and where one is needed first there is none.
+    A TPU hides a gather behind a matrix product only, and the first product would need what is gathered. Each half of
+    the second product is rounded to the dtype of the slots.
     """
 
     def on_each(slots: Array, saved: Array, up: Array, down: Array) -> Array:
@@ -235,7 +236,7 @@ def down_gradient(
         product = (
             jnp.einsum("tf,td->fd", hidden[0], gradient[0]) if alone else jnp.einsum("etf,etd->efd", hidden, gradient)
         )
-        # Before what needs the gathered matrix: nothing else is left then for the gather to go on behind.
+        # This product comes before the one that needs the gathered matrix, so that the gather can go on behind it.
         product, gradient = jax.lax.optimization_barrier((product, gradient))
         part = jax.lax.psum_scatter(product, "fsdp", scatter_dimension=product.ndim - 2, tiled=True)
         part = part[None] if alone else part

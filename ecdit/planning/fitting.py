@@ -8,6 +8,7 @@ from ecdit.planning.compiler import DoesNotFit, Target, compile_step, find_targe
 from ecdit.topology import usual_shapes
 from ecdit.training.experiment import Experiment
 
+# Not "offload": its time depends on the hosts.
 SPARING = ("minimal", "attention_out", "full")  # remat policies, by falling need of memory
 
 
@@ -16,7 +17,8 @@ def what_fits(experiment: Experiment, target: Target) -> str:
 
     Compiles until one does, each in minutes; a slice that the config's mesh cannot be laid out on is passed over.
     """
-    policies = SPARING[SPARING.index(experiment.model.remat) + 1 :] if experiment.model.remat in SPARING else SPARING
+    remat = experiment.model.remat
+    policies = SPARING[1 + SPARING.index("minimal" if remat == "offload" else remat) :] if remat != "none" else SPARING
     for policy in policies:
         if _fits(_with_remat(experiment, policy), target):
             return f"it fits with --config.model.remat={policy}"

@@ -140,7 +140,8 @@ _FIELDS = {
     "reduce_scatter": "reducing gradients: more of train.batch_size for each chip",
     "all_reduce": "reducing gradients: more of mesh.fsdp in place of mesh.data",
     "all_to_all": "exchanging tokens: less of mesh.expert",
-    "copies": "copies between memories: a model.remat other than offload keeps activations out of the host's",
+    "permute": "exchanging halves of experts' matrices: more of train.batch_size for each chip",
+    "copies": "copies between memories: with model.remat = offload, another policy keeps activations on the chip",
 }
 
 

@@ -105,7 +105,7 @@ def test_a_product_that_saves_what_it_multiplies_has_einsum_s_gradients(policy):
 
         return jit(run)(x, kernel)
 
-    saving = with_gradients(lambda x, kernel: product_of(x, kernel))
+    saving = with_gradients(product_of)
     close(saving, with_gradients(lambda x, kernel: jnp.einsum(FORMS[0], x, kernel)), 1e-6)
 
 

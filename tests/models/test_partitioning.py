@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 
 from ecdit.config import ConfigError
 from ecdit.models.layers import param, zeros
-from ecdit.models.moe import MixtureOfExperts
+from ecdit.models.moe import MixtureOfExperts, down_gradient, up_gradient
 from ecdit.partitioning import (
     AXIS_RULES,
     BATCH_AXES,
@@ -253,3 +253,19 @@ def test_tokens_travel_to_their_experts_by_all_to_all(dispatch):
     large = [(name, shape[-1]) for name, shape in found if len(shape) > 2]
     assert [name for name, width in large if width == WIDTH] == ["all-to-all"] * 4
     assert {name for name, width in large if width != WIDTH} == {"all-to-all"}
+
+
+@pytest.mark.parametrize("experts", [1, 2])
+@pytest.mark.parametrize("gradient", [down_gradient, up_gradient])
+def test_experts_gradients_are_summed_over_all_chips_with_slots_of_theirs(gradient, experts):
+    """Two replicas of four chips, each of which keeps a quarter of the hidden units."""
+    mesh = make_mesh(mesh_config(1, 2, 4, 1, 1))
+    rng = np.random.default_rng(0)
+    hidden, width = normal(rng, experts, 16, 8), normal(rng, experts, 16, 4)
+    arguments = (hidden, width) if gradient is down_gradient else (width, hidden)
+    with jax.set_mesh(mesh):
+        kernel, returned = jit(gradient)(*arguments)
+    side = 1 if gradient is down_gradient else 2
+    assert {shard.data.shape[side] for shard in kernel.addressable_shards} == {2}
+    close(kernel, np.einsum("eti,eto->eio", *arguments), 1e-5)
+    np.testing.assert_array_equal(returned, arguments[1])
