@@ -113,6 +113,8 @@ def test_what_people_read_of_a_plan(plan):
     assert "all_to_all" in text
     wide = dataclasses.replace(plan, compute_seconds_by_part={"experts": 0.9 * plan.estimated_step_seconds})
     assert advice(wide).startswith("the experts' products: model.capacity_factor")
+    offloaded = dataclasses.replace(plan, memory_wait_seconds=0.9 * plan.estimated_step_seconds)
+    assert advice(offloaded).startswith("copies between memories: with model.remat = offload")
 
 
 @pytest.fixture(scope="module")
@@ -185,15 +187,14 @@ def test_an_axis_may_split_a_side_of_each_of_two_slices():
 
 @pytest.mark.slow
 def test_offloaded_activations_are_in_the_host_s_memory():
-    """They take time on its link, and less of the chip's memory than what is kept there. Experts' halves among them."""
+    """They need less of the chip's, and what is neither sent nor kept is computed again. Experts' halves among them."""
     deep = {"model__depth": 32, "train__batch_size": 256, "mesh__expert": 2}
     kept, sent = (
         make_plan(small(model__remat=remat, **deep), find_target("v5p:2x2x1")) for remat in ("minimal", "offload")
     )
     assert sent.hbm_parts["temporaries"] < kept.hbm_parts["temporaries"]
-    assert sent.memory_wait_seconds > kept.memory_wait_seconds
-    assert advice(sent).startswith("copies between memories: with model.remat = offload")
-    assert kept.collective_bytes["permute"] > 0
+    assert sent.compute_seconds > kept.compute_seconds
+    assert min(kept.collective_bytes["permute"], sent.collective_bytes["permute"]) > 0
 
 
 @pytest.mark.slow
