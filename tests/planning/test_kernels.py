@@ -40,11 +40,11 @@ PROGRAM = textwrap.dedent("""
     ("heads", "kv_heads", "tokens", "slack"),
     [
         (48, 12, 128, 1.3),
-        pytest.param(*(48, 48, 128, 1.3), marks=pytest.mark.slow),
-        pytest.param(*(18, 6, 128, 1.3), marks=pytest.mark.slow),
+        pytest.param(48, 48, 128, 1.3, marks=pytest.mark.slow),
+        pytest.param(18, 6, 128, 1.3, marks=pytest.mark.slow),
         (18, 18, 128, 1.3),
         (48, 12, 256, 2.5),
-        pytest.param(*(48, 48, 256, 1.6), marks=pytest.mark.slow),
+        pytest.param(48, 48, 256, 1.6, marks=pytest.mark.slow),
     ],
 )
 def test_attention_is_priced_no_lower_than_its_schedules(tmp_path, cpu_env, heads, kv_heads, tokens, slack):
