@@ -70,7 +70,7 @@ class System:
 
     def shapes(self) -> Params:
         """Shapes and dtypes of what `init` draws; touches no device."""
-        return jax.eval_shape(lambda: self.init(jax.random.key(0)))
+        return nnx.to_pure_dict(self.abstract)
 
     def split(self, params: Params) -> tuple[Params, Params]:
         """What is trained of a dict like `init`'s, and what is frozen; `{**trained, **frozen}` is the whole again."""

@@ -76,7 +76,7 @@ def init_state(
 
 def abstract_state(system: System, optimizer: optax.GradientTransformation, shardings: TrainState) -> TrainState:
     """Shapes, dtypes and shardings of a TrainState; allocates nothing."""
-    abstract = jax.eval_shape(lambda: _state_of(system, optimizer, system.init(jax.random.key(0))))
+    abstract = jax.eval_shape(lambda params: _state_of(system, optimizer, params), system.shapes())
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
 
 
