@@ -9,13 +9,13 @@ from absl import flags
 
 from ecdit.config import UserError, check_writable, run_command, to_dict
 from ecdit.data.records import Records
-from ecdit.evaluation.retrieval import fixed_choice, protocol, recall, target_ranks
+from ecdit.evaluation.retrieval import NUM_CAPTIONS, fixed_choice, protocol, recall, target_ranks
 from ecdit.storage import as_path
 from ecdit.training.restored import open_run, sample_run
 
 WORKDIR = flags.DEFINE_string("workdir", None, "The run.", required=True)
 STEP = flags.DEFINE_integer("step", None, "Of the checkpoint; by default the newest.")
-ALL = flags.DEFINE_bool("all", False, "Sample every caption, not the fixed choice.")
+CAPTIONS = flags.DEFINE_integer("captions", NUM_CAPTIONS, "How many are sampled, always the same ones; 0 for all.", 0)
 JSON = flags.DEFINE_string("json", None, "File for the result.")
 
 
@@ -25,17 +25,17 @@ def main(argv: list[str]) -> None:
         raise UserError(f"evaluations: retrieval; got {' '.join(argv[1:]) or 'none'}")
     if JSON.value:
         check_writable(Path(JSON.value))
-    result = retrieval(as_path(WORKDIR.value), STEP.value, ALL.value)
+    result = retrieval(as_path(WORKDIR.value), STEP.value, CAPTIONS.value)
     if JSON.value:
         Path(JSON.value).write_text(json.dumps(result, indent=2) + "\n")
 
 
-def retrieval(workdir: Path, step: int | None, every_caption: bool) -> dict:
-    """Samples training captions; prints and returns how often the captioned picture is among the nearest."""
+def retrieval(workdir: Path, step: int | None, count: int) -> dict:
+    """Samples `count` training captions, 0 for all; prints and returns how often the right picture is among the nearest."""
     start = time.monotonic()
     run = open_run(workdir, step=step)
     records = list(Records(run.experiment.data))
-    chosen = np.arange(len(records)) if every_caption else fixed_choice(len(records))
+    chosen = fixed_choice(len(records), count or len(records))
     sampling = protocol(run.experiment.sampling)
     samples = sample_run(run, [records[i]["caption"] for i in chosen], [0] * len(chosen), sampling)
     ranks = target_ranks(samples, np.stack([record["image"] for record in records]), chosen)

@@ -1,16 +1,22 @@
-"""Strict runs: eight CPU devices, no silent broadcasting between ranks. (Warnings are errors by pyproject.toml.)"""
+"""Strict runs: eight CPU devices, no silent broadcasting between ranks. (Warnings are errors by pyproject.toml.)
 
+What several files need is made once for all of them: prepared data, and what child processes compile. The two worker
+processes of pytest-xdist share it, the first that needs it makes it while the other waits.
+"""
+
+import contextlib
+import fcntl
 import os
 import sys
 
 import pytest
 
 from launch.local import cpu_environment
+from tests.quick import QUICK_COMPILATION
 
 assert "jax" not in sys.modules, "jax reads these variables when it is imported, so nothing may import it before"
 os.environ.update(cpu_environment(devices=8))
-# Tests compile much and run little: LLVM's optimisations would take most of the suite's time.
-os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+os.environ["XLA_FLAGS"] += f" {QUICK_COMPILATION}"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 # Tests of plans load libtpu: without these it looks for a TPU host's metadata and locks out a second process.
 os.environ["TPU_SKIP_MDS_QUERY"] = "1"
@@ -20,12 +26,20 @@ os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
 
 
 @pytest.fixture(scope="session")
-def compilation_cache(tmp_path_factory):
-    """A directory in which the subprocesses of a test session share what XLA compiled.
+def shared(tmp_path_factory):
+    """The directory that all workers of this test session share."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
 
-    This process does not use it: jax cannot read back what it compiled for TPUs without a TPU, and warns.
+
+@pytest.fixture(scope="session")
+def compilation_cache(pytestconfig):
+    """The directory in which child processes share what XLA compiled, kept for the next test session.
+
+    JAX finds an entry by a hash of the program, the flags and the versions. `pytest --cache-clear` empties it. This
+    process does not use it: jax cannot read back what it compiled for TPUs without a TPU, and warns.
     """
-    return tmp_path_factory.mktemp("compilation_cache")
+    return pytestconfig.cache.mkdir("compiled")
 
 
 @pytest.fixture
@@ -38,12 +52,21 @@ def cpu_env(compilation_cache):
     return environment
 
 
+@contextlib.contextmanager
+def locked(path):
+    """Holds the lock of a file, which ends with the process that holds it."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 @pytest.fixture(scope="session")
-def emoji_data(tmp_path_factory):
+def emoji_data(shared):
     """The directory of the emoji data, prepared once as configs/emoji.py says."""
     from ecdit.data.records import prepare
     from tests.runs import tiny
 
-    directory = tmp_path_factory.mktemp("emoji_data")
-    prepare(tiny(data__directory=str(directory)).data)
+    directory = shared / "emoji_data"
+    with locked(shared / "emoji_data.lock"):
+        prepare(tiny(data__directory=str(directory)).data)  # does nothing where another worker has done it
     return directory

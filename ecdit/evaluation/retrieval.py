@@ -11,7 +11,7 @@ from jaxtyping import Float, Int, UInt8
 from ecdit.diffusion.guidance import GuidanceConfig
 from ecdit.evaluation.sampling import SamplingConfig
 
-NUM_CAPTIONS = 480  # of the fixed choice
+NUM_CAPTIONS = 480  # sampled unless told otherwise: figures of other counts do not compare with those
 
 
 def protocol(config: SamplingConfig) -> SamplingConfig:

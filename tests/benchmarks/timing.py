@@ -21,10 +21,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.quick import QUICK_COMPILATION
 from tests.runs import ROOT, emoji_config
 
 PARTS = ("ratios", "milliseconds", "steps_per_second", "percent")  # the numbers of a case
-QUICK_COMPILATION = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"  # as in conftest.py
 Seconds = dict[str, list[float]]  # of one call, per candidate and round
 
 

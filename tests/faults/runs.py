@@ -13,7 +13,7 @@ import numpy as np
 import tensorstore
 
 from launch.local import _free_port, cpu_environment, process_environment
-from tests.benchmarks.timing import QUICK_COMPILATION
+from tests.quick import QUICK_COMPILATION
 from tests.runs import ROOT, train_command
 
 STEPS, EVERY, BASE = 40, 5, 20  # of a whole run; between saves; of the run that damage is done to

@@ -39,20 +39,31 @@ def step_experiment(data, **overrides):
 
 
 @functools.cache
+def first_state(system_config, optimizer_config, seed):
+    """The state at step 0, drawn on one device. Drawn sharded it is the same: see test_moments_and_ema_are_sharded."""
+    system, optimizer = make_system(system_config), make_optimizer(optimizer_config)
+    mesh = make_mesh(tiny(mesh__data=1).mesh, jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        return jax.device_get(init_state(system, optimizer, state_shardings(system, optimizer, mesh), seed))
+
+
+@functools.cache
 def compiled(experiment):
     mesh = make_mesh(experiment.mesh, jax.devices()[: np.prod([abs(s) for s in vars(experiment.mesh).values()])])
     check_mesh(experiment, mesh)
     system, optimizer = make_system(experiment.system), make_optimizer(experiment.optimizer)
-    shardings = state_shardings(system, optimizer, mesh)
     with jax.set_mesh(mesh):
-        first = jax.device_get(init_state(system, optimizer, shardings, experiment.seed))
-        return mesh, first, shardings, make_train_step(experiment, system, mesh)
+        return mesh, state_shardings(system, optimizer, mesh), make_train_step(experiment, system, mesh)
 
 
 def start(experiment):
     """The mesh, the first state, the step and the batches of a run."""
-    mesh, first, shardings, step = compiled(experiment)
-    return mesh, jax.device_put(first, shardings), step, device_batches(experiment, mesh, 0)
+    mesh, shardings, step = compiled(experiment)
+    # Groups, accumulation and losses are of the step: runs that differ in them alone start from one drawn state.
+    model = dataclasses.replace(experiment.system.model, group="image", router_z_loss=0.0)
+    system = dataclasses.replace(experiment.system, model=model)
+    state = jax.device_put(first_state(system, experiment.optimizer, experiment.seed), shardings)
+    return mesh, state, step, device_batches(experiment, mesh, 0)
 
 
 def train(experiment, num_steps):
@@ -218,13 +229,18 @@ def test_warm_up_is_linear_then_constant():
     np.testing.assert_allclose([schedule(jnp.int32(n)) for n in range(6)], [0.5, 1.0, 1.5, 2.0, 2.0, 2.0])
 
 
-def test_moments_and_ema_are_sharded_like_their_parameters():
-    experiment = tiny(**mesh_overrides((2, 2, 2, 1)))
+def test_moments_and_ema_are_sharded_like_their_parameters(emoji_data):
+    experiment = step_experiment(emoji_data, **mesh_overrides((2, 2, 2, 1)))
     mesh, system = make_mesh(experiment.mesh), make_system(experiment.system)
     optimizer = make_optimizer(experiment.optimizer)
     shardings = state_shardings(system, optimizer, mesh)
     with jax.set_mesh(mesh):
-        state = init_state(system, optimizer, shardings, 0)
+        state = init_state(system, optimizer, shardings, experiment.seed)
+    drawn_on_one = first_state(experiment.system, experiment.optimizer, experiment.seed)
+    for (name, sharded), whole in zip(
+        flat_names(state.params).items(), jax.tree.leaves(drawn_on_one.params), strict=True
+    ):
+        np.testing.assert_allclose(sharded, whole, rtol=1e-6, atol=1e-7, err_msg=name)
     experts = lambda tree: tree["denoiser"]["pairs"]["even"]["experts"]["up"]  # noqa: E731
     moments = [leaf for leaf in jax.tree.leaves(state.optimizer) if leaf.shape == experts(state.params).shape]
     assert len(moments) == 2  # mean square and trace
