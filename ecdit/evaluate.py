@@ -31,7 +31,7 @@ def main(argv: list[str]) -> None:
 
 
 def retrieval(workdir: Path, step: int | None, count: int) -> dict:
-    """Samples `count` training captions, 0 for all; prints and returns how often the right picture is among the nearest."""
+    """Samples `count` training captions, 0 for all; prints and returns how often their pictures are the nearest."""
     start = time.monotonic()
     run = open_run(workdir, step=step)
     records = list(Records(run.experiment.data))

@@ -1,4 +1,4 @@
-"""How tests compile: quickly, as they compile much and run little. Imports no JAX, which reads these flags on import."""
+"""How tests compile: quickly, as they compile much and run little. Imports no JAX, which would read its flags then."""
 
 import importlib.metadata
 
