@@ -70,3 +70,26 @@ def emoji_data(shared):
     with locked(shared / "emoji_data.lock"):
         prepare(tiny(data__directory=str(directory)).data)  # does nothing where another worker has done it
     return directory
+
+
+# What may be missing where CI runs: files that are not in the repository, and programs that pip cannot install.
+EXPECTED_SKIPS = ("no shared/", "ECDIT_XPK names no xpk", "gcloud is not installed")
+
+
+def fail_unexpected_skip(report):
+    """Makes a skip a failure where CI asks for it, so that no test is lost by a package that is not installed."""
+    if os.environ.get("ECDIT_FAIL_ON_SKIP") and report.skipped and isinstance(report.longrepr, tuple):
+        reason = report.longrepr[2].removeprefix("Skipped: ")
+        if not reason.startswith(EXPECTED_SKIPS):
+            report.outcome, report.longrepr = "failed", f"skipped, which CI does not expect: {reason}"
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+    return fail_unexpected_skip((yield))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report():
+    return fail_unexpected_skip((yield))
