@@ -1,7 +1,7 @@
 """A system whose network knows the data, and records what it is given: what it predicts is known by hand.
 
-It is in the place of `conditioning.text_to_image.System`, compiles in a second, and shows what training and sampling
-ask of a network, which a real one would only answer somewhat differently.
+It stands in the place of `conditioning.text_to_image.System` and compiles in a second. A real network that is told a
+wrong time or mask still learns, so the losses of a real one do not show such faults.
 """
 
 from types import SimpleNamespace

@@ -99,7 +99,7 @@ ARRAYS = [
 
 
 def test_a_flipped_bit_of_any_array_is_found_by_each_way_to_verify(toy):
-    """Those of the optimizer and the counters too: a moment that is wrong trains on without a word."""
+    """The optimizer and the counters are checked too: a run with a wrong moment would go on without an error."""
     toy.train(num_steps=2, every=2)
     directory = toy.workdir / "checkpoints/2"
     assert sorted(name.replace("/", ".") for name in stored.stored_arrays(directory)) == ARRAYS
