@@ -81,13 +81,14 @@ def train_command(workdir, data, **overrides):
     return command("train", f"--config={ROOT}/configs/emoji.py", f"--workdir={workdir}", *flags)
 
 
-def save_ema(workdir, ema, step=1, config=None):
-    """Adds a checkpoint of EMA weights alone, nested dicts of numpy arrays."""
+def save_ema(workdir, ema, step=1, config=None, frozen=None):
+    """Adds a checkpoint of EMA weights alone, nested dicts of numpy arrays, and of `frozen` ones if there are any."""
+    state = {"ema": ema} | ({"frozen": frozen} if frozen else {})
     keep_all = CheckpointConfig(every=1, keep=100, init_from="", verify="always", max_failed_saves=0)
     one = replicated(Mesh(np.array(jax.devices()[:1]), ("data",)))
-    records = stored.array_records(stored.flat_arrays({"ema": jax.device_put(ema, one)}))
+    records = stored.array_records(stored.flat_arrays(jax.device_put(state, one)))
     meta = stored.meta_json(to_dict(checkpoint.Meta(checkpoint.FORMAT, config or {}, 0, "", {}, records)))
-    items = ocp.args.Composite(state=ocp.args.PyTreeSave({"ema": ema}), meta=ocp.args.JsonSave(meta))
+    items = ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(meta))
     with checkpoint.open_manager(workdir, keep_all) as manager:
         manager.save(step, args=items)
 

@@ -224,6 +224,28 @@ def test_rmsprop_by_hand():
         np.testing.assert_allclose(params["w"], w, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("in_sqrt", "moved"), [(False, 2 / (2 + 0.1)), (True, 2 / (4 + 0.1) ** 0.5)])
+def test_rmsprop_s_eps_is_where_the_config_says(in_sqrt, moved):
+    """One gradient of 2: its mean square, bias corrected, is 4. Only an eps that is not tiny shows where it stands."""
+    config = tiny(optimizer__warmup_steps=1, optimizer__learning_rate=1.0, optimizer__clip_norm=9.0).optimizer
+    config = dataclasses.replace(config, rmsprop_eps=0.1, rmsprop_eps_in_sqrt=in_sqrt)
+    params = {"w": jnp.array(1.0)}
+    optimizer = make_optimizer(config)
+    updates, _ = optimizer.update({"w": jnp.array(2.0)}, optimizer.init(params), params)
+    np.testing.assert_allclose(updates["w"], -moved, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("corrected", "moved"), [(True, 1.0), (False, 10.0)])
+def test_rmsprop_s_first_step_is_ten_times_too_long_without_bias_correction(corrected, moved):
+    """At a decay of 0.99 the first mean square is a hundredth of the gradient's square."""
+    config = tiny(optimizer__warmup_steps=1, optimizer__learning_rate=1.0, optimizer__clip_norm=9.0).optimizer
+    config = dataclasses.replace(config, rmsprop_decay=0.99, rmsprop_bias_correction=corrected)
+    params = {"w": jnp.array(1.0)}
+    optimizer = make_optimizer(config)
+    updates, _ = optimizer.update({"w": jnp.array(2.0)}, optimizer.init(params), params)
+    np.testing.assert_allclose(updates["w"], -moved, rtol=1e-5)
+
+
 def test_warm_up_is_linear_then_constant():
     schedule = make_schedule(tiny(optimizer__warmup_steps=4, optimizer__learning_rate=2.0).optimizer)
     np.testing.assert_allclose([schedule(jnp.int32(n)) for n in range(6)], [0.5, 1.0, 1.5, 2.0, 2.0, 2.0])

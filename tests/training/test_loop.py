@@ -34,6 +34,19 @@ def test_pictures_are_of_their_own_step_and_written_once(toy):
     assert [step for step, _ in pictures(toy.workdir)] == [3, 6, 7, 9]
 
 
+def test_pictures_are_drawn_with_the_ema_weights(toy, monkeypatch):
+    """Those of a step and the last ones: here the EMA is the parameters and 100."""
+
+    def state_with_another_ema(*_):
+        state = init_state()
+        return dataclasses.replace(state, ema=jax.tree.map(lambda x: x + 100, state.ema))
+
+    init_state = loop.init_state
+    monkeypatch.setattr(loop, "init_state", state_with_another_ema)
+    toy.train(num_steps=3, every=9, pictures_every=2)
+    assert toy.drawn == {2: {(102.0,)}, 3: {(103.0,)}}
+
+
 def test_keep_leaves_the_newest(toy):
     toy.train(num_steps=9, every=2, keep=2)
     assert sorted(toy.saved()) == [8, 9]

@@ -4,6 +4,8 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from ecdit.config import ConfigError, to_dict
@@ -11,7 +13,7 @@ from ecdit.data import DataError
 from ecdit.data.records import check_vocabularies, dataset_directory
 from ecdit.data.text import VOCABULARY
 from ecdit.partitioning import make_mesh
-from ecdit.training import checkpoint
+from ecdit.training import checkpoint, loop
 from ecdit.training.checkpoint import CheckpointError, Meta
 from ecdit.training.experiment import check_mesh, make_experiment
 from tests.runs import tiny
@@ -95,6 +97,31 @@ def test_phases_that_have_not_begun_may_change():
     ):
         with pytest.raises(CheckpointError, match=r"config\.phases: saved "):
             resume(before, now, step)
+
+
+@pytest.mark.parametrize("stop", [3, 4])
+def test_a_new_phase_begins_without_a_usual_loss_and_a_resumed_one_goes_on_with_it(toy, monkeypatch, stop):
+    """Losses of other pictures or masks are no measure of what is a spike. Steps 4 and later are the second phase's."""
+    seen, step = {}, loop.make_train_step()
+
+    def record(state, batch):
+        number = int(state.step) + 1
+        seen[number] = float(state.usual_loss)
+        state, metrics = step(state, batch)
+        return dataclasses.replace(state, usual_loss=jnp.full_like(state.usual_loss, number)), metrics
+
+    def fail():
+        raise ConnectionError
+
+    monkeypatch.setattr(loop, "make_train_step", lambda *_: record)
+    monkeypatch.setattr(loop, "check_vocabularies", lambda configs: None)
+    phases = [{"after": 3, "changes": {"optimizer.learning_rate": 1e-3}}]
+    toy.at[stop + 1] = fail
+    with pytest.raises(ConnectionError):
+        toy.train(num_steps=5, every=stop, phases=phases)
+    toy.at.clear()
+    assert toy.train(num_steps=5, every=stop, phases=phases) == 0
+    assert seen == {1: np.inf, 2: 1.0, 3: 2.0, 4: np.inf, 5: 4.0}
 
 
 def test_data_sets_of_one_run_share_their_vocabulary(tmp_path):

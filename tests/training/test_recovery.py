@@ -7,8 +7,11 @@ import pytest
 
 from ecdit.training import checkpoint, stored
 from ecdit.training.checkpoint import CheckpointError
+from ecdit.training.experiment import CheckpointConfig
+from ecdit.training.recovery import newest_sound
 from ecdit.training.stored import DamagedError
 from tests.training.damage import flip_array, flip_meta
+from tests.training.toy import toy_abstract
 
 
 def steps(toy):
@@ -87,6 +90,38 @@ def test_in_the_background_the_only_checkpoint_stays_and_no_run_goes_on_from_it(
         with pytest.raises(DamagedError, match="the only one"):
             toy.train(num_steps=9, every=1, checkpoint__verify="background")
         assert steps(toy) == [2]
+
+
+ARRAYS = [
+    *("bad_in_row", "bad_steps", "ema.denoiser.head", "ema.denoiser.tail", "optimizer.count"),
+    *("params.denoiser.head", "params.denoiser.tail", "step", "usual_loss"),
+]
+
+
+def test_a_flipped_bit_of_any_array_is_found_by_each_way_to_verify(toy):
+    """The optimizer and the counters are checked too: a run with a wrong moment would go on without an error."""
+    toy.train(num_steps=2, every=2)
+    directory = toy.workdir / "checkpoints/2"
+    assert sorted(name.replace("/", ".") for name in stored.stored_arrays(directory)) == ARRAYS
+    config = CheckpointConfig(every=1, keep=9, init_from="", verify="always", max_failed_saves=0)
+    with checkpoint.open_manager(toy.workdir, config) as manager:
+
+        def resumed(verify):
+            newest_sound(manager, toy_abstract(), verify, lambda meta, step: None).check()
+
+        ways = [lambda: resumed("always"), lambda: resumed("background")]
+        ways.append(lambda: checkpoint.restore(manager, 2, toy_abstract()))
+        for names in (ARRAYS[:5], ARRAYS[5:]):  # a message has five at most
+            for name in names:
+                flip_array(directory, name)
+            for way in ways:
+                said = rf"is damaged: {', '.join(names).replace('.', '/')}: not what was saved"
+                with pytest.raises(CheckpointError, match=said):
+                    way()
+            for name in names:
+                flip_array(directory, name)
+        for way in ways:
+            way()
 
 
 def test_never_looks(toy):

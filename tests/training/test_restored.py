@@ -14,8 +14,10 @@ from ecdit.interop.weights import save_weights
 from ecdit.partitioning import make_mesh
 from ecdit.training import checkpoint
 from ecdit.training.checkpoint import MAY_CHANGE, CheckpointError, Meta
-from ecdit.training.restored import saved_experiment
+from ecdit.training.restored import open_run, saved_experiment
+from ecdit.training.stored import DamagedError
 from tests.runs import run, save_ema, tiny
+from tests.training.damage import flip_array
 
 # What decides which numbers a run computes; all other keys say how, where and how long.
 FIXED = {
@@ -172,6 +174,38 @@ def test_a_damaged_checkpoint_is_refused_by_name(saved, tmp_path, cpu_env, damag
     damage(tmp_path / "run/checkpoints/7/state")
     opened = run([sys.executable, "-c", OPEN, str(tmp_path / "run")], cpu_env())
     assert f"refused: {tmp_path}/run/checkpoints/7" in opened.stdout, opened.stderr[-2000:]
+
+
+ENDS = ["denoiser.caption.hidden.bias", "denoiser.pairs.even.experts.up", "text.tokens"]  # the first and last array
+
+
+@pytest.mark.parametrize("frozen", [(), ("text",)])
+def test_a_flipped_bit_of_any_weight_is_noticed(saved, tmp_path, frozen):
+    """Of those that the run has trained, and of those that it has frozen."""
+    parts = {"ema": {}, "frozen": {}}
+    for name, part in saved[1].items():
+        parts["frozen" if name in frozen else "ema"][name] = part
+    save_ema(tmp_path, parts["ema"], step=7, frozen=parts["frozen"])
+    mesh, system = make_mesh(tiny().mesh), make_system(tiny().system)
+    for name in ENDS:
+        group = "frozen" if name.split(".")[0] in frozen else "ema"
+        flip_array(tmp_path / "checkpoints/7", f"{group}.{name}")
+        path = f"{group}/{name.replace('.', '/')}"
+        with pytest.raises(DamagedError, match=rf"^{tmp_path}/checkpoints/7 is damaged: {path}: not what was saved$"):
+            checkpoint.restore_ema(tmp_path, system, mesh)
+        flip_array(tmp_path / "checkpoints/7", f"{group}.{name}")
+    jax.tree.map(np.testing.assert_array_equal, checkpoint.restore_ema(tmp_path, system, mesh)[0], saved[1])
+
+
+def test_damaged_weights_are_neither_sampled_from_nor_trained_on(saved, tmp_path, toy):
+    """Sampling and evaluation open a run; a new run may start from another one's weights."""
+    workdir = shutil.copytree(saved[0], tmp_path / "damaged")
+    flip_array(workdir / "checkpoints/7", "ema.denoiser.head.kernel")
+    with pytest.raises(DamagedError, match="ema/denoiser/head/kernel: not what was saved"):
+        open_run(workdir)
+    with pytest.raises(DamagedError, match="ema/denoiser/head/kernel: not what was saved"):
+        toy.train(num_steps=2, every=1, checkpoint__init_from=str(workdir))
+    assert not list((toy.workdir / "checkpoints").iterdir())
 
 
 @pytest.mark.parametrize("damage", [lambda meta: (meta / "metadata").write_text("{"), shutil.rmtree])
