@@ -60,7 +60,7 @@ def velocity(config, params, inputs, group_size):
     return image_of(out, config.patch_size, grid), np.array(counts)
 
 
-# What a token is, and where
+# Tokens and their places
 
 
 def patches(images, size):
@@ -93,7 +93,7 @@ def rope_angles(config, row, column):
     return np.concatenate([np.outer(row, frequencies), np.outer(column, frequencies)], axis=1)
 
 
-# What a velocity is conditioned on
+# Conditions
 
 
 def conditions(params, time, pooled, size_crop):

@@ -73,6 +73,8 @@ def drawn():
 
 # The whole model
 
+# Heads of 8, since in those of 4 each axis has one pair, which turns at frequency 1 whatever rope_theta is.
+LARGE = {"width": 32, "rope_theta": 30.0, "depth": 4, "absolute_positions": True, "num_shared_experts": 1}
 # Options, tokens of a group, and whether tokens are masked. All but the last share programs with tests below.
 WHOLE = {
     "masked": ({}, KEPT, True),
@@ -83,12 +85,7 @@ WHOLE = {
     "sandwich": ({"moe_output_norm": "sandwich"}, KEPT, True),
     "no_norm": ({"moe_output_norm": "none"}, KEPT, True),
     "decoupled": ({"router_input": "decoupled", "mask_ratio": 0.0, "extra_blocks": 0}, ALL, False),
-    # Heads of 8, since in those of 4 each axis has one pair, which turns at frequency 1 whatever rope_theta is.
-    "large": (
-        {"width": 32, "rope_theta": 30.0, "depth": 4, "absolute_positions": True, "num_shared_experts": 1},
-        KEPT,
-        True,
-    ),
+    "large": (LARGE, KEPT, True),
 }
 
 

@@ -23,7 +23,7 @@ ONE_HEAD, LOOP_OF_PAIRS = (2, 1, 1), (8, 4, 2)
 
 
 def arguments(case, kv_heads=2):
-    """Of self-attention with angles; of cross-attention with texts of every length."""
+    """Returns the arguments of self-attention with angles, or of cross-attention with texts of every length."""
     rng = np.random.default_rng(0)
     tokens = TOKENS if case == "self" else TEXT
     shapes = (GROUP * kv_heads, TOKENS), (kv_heads, tokens), (kv_heads, tokens)
@@ -63,7 +63,7 @@ def layout(request, monkeypatch):
     return request.param
 
 
-@pytest.mark.parametrize("layout", [LOOP_OF_PAIRS], indirect=True)
+@pytest.mark.parametrize("layout", [LOOP_OF_PAIRS], indirect=True, ids=["loop_of_pairs"])
 @pytest.mark.parametrize("case", CASES)
 def test_it_is_the_plain_attention(layout, case):
     """The gradients of the norms are summed over chunks of heads here too."""
