@@ -1,6 +1,7 @@
 """The fused attention: the same as the plain one with and without its kernels, on shards, and compiled for TPUs."""
 
 import contextlib
+import functools
 import re
 
 import jax
@@ -15,27 +16,27 @@ from ecdit.models.attention import normed_attention
 from ecdit.partitioning import MESH_AXES
 from tests.models.helpers import close, config, dit, inputs, jit, normal
 
-IMAGES, HEADS, KV_HEADS, WIDTH, TOKENS, TEXT = 4, 6, 2, 8, 16, 10
-CHUNK = KV_HEADS // 2 * WIDTH * 4 * (3 * HEADS // KV_HEADS * TOKENS + 4 * TOKENS)  # bytes: half of the heads
+IMAGES, GROUP, WIDTH, TOKENS, TEXT = 4, 3, 8, 16, 10  # GROUP: query heads of a key-value head
 CASES = ["self", "cross"]
+# KV heads of an image, of a step of the kernels' grid, and of an iteration of its loop.
+ONE_HEAD, LOOP_OF_PAIRS = (2, 1, 1), (8, 4, 2)
 
 
-def arguments(case):
-    """Of self-attention with angles; of cross-attention with texts of every length."""
+def arguments(case, kv_heads=2):
+    """Returns the arguments of self-attention with angles, or of cross-attention with texts of every length."""
     rng = np.random.default_rng(0)
     tokens = TOKENS if case == "self" else TEXT
-    heads = (
-        normal(rng, IMAGES, count, WIDTH, n) for count, n in ((HEADS, TOKENS), (KV_HEADS, tokens), (KV_HEADS, tokens))
-    )
+    shapes = (GROUP * kv_heads, TOKENS), (kv_heads, tokens), (kv_heads, tokens)
+    heads = (normal(rng, IMAGES, count, WIDTH, n) for count, n in shapes)
     norms = normal(rng, WIDTH), normal(rng, WIDTH)
     angles = normal(rng, IMAGES, TOKENS, WIDTH // 2) if case == "self" else None
     mask = np.arange(TEXT)[None, None] < np.array([1, 3, 7, TEXT])[:, None, None] if case == "cross" else None
     return *heads, norms, angles, mask
 
 
-def with_gradients(attention, case):
+def with_gradients(attention, case, kv_heads=2):
     """The output, and the gradients of the sum of its squares' halves."""
-    query, key, value, norms, angles, mask = arguments(case)
+    query, key, value, norms, angles, mask = arguments(case, kv_heads)
 
     @jit
     def run(query, key, value, norms):
@@ -45,16 +46,39 @@ def with_gradients(attention, case):
     return run(query, key, value, norms)
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_it_is_the_plain_attention(case):
-    close(with_gradients(fused.fused_attention, case), with_gradients(normed_attention, case), 3e-6)
+@functools.cache
+def plain(case, kv_heads):
+    return with_gradients(normed_attention, case, kv_heads)
 
 
+@pytest.fixture
+def layout(request, monkeypatch):
+    """Sets the kernels' budgets so that they split the KV heads as the parameter says, and returns it.
+
+    Without it the arrays of a test are so small that one step holds all heads and one iteration as many as it may.
+    """
+    _, of_step, of_iteration = request.param
+    monkeypatch.setattr(fused, "CHUNK_BYTES", of_step * WIDTH * 4 * (3 * GROUP * TOKENS + 4 * TOKENS))
+    monkeypatch.setattr(fused, "HEADS_TOGETHER", of_iteration * GROUP)
+    return request.param
+
+
+@pytest.mark.parametrize("layout", [LOOP_OF_PAIRS], indirect=True, ids=["loop_of_pairs"])
 @pytest.mark.parametrize("case", CASES)
-def test_so_are_its_kernels(monkeypatch, case):
+def test_it_is_the_plain_attention(layout, case):
+    """The gradients of the norms are summed over chunks of heads here too."""
+    kv_heads, _, _ = layout
+    close(with_gradients(fused.fused_attention, case, kv_heads), plain(case, kv_heads), 3e-6)
+
+
+@pytest.mark.parametrize("layout", [ONE_HEAD, LOOP_OF_PAIRS], indirect=True, ids=["one_head", "loop_of_pairs"])
+@pytest.mark.parametrize("case", CASES)
+def test_so_are_its_kernels(layout, case):
     """Interpreted, with the heads in two chunks."""
-    monkeypatch.setattr(fused, "CHUNK_BYTES", CHUNK)
-    query, key, value, norms, angles, mask = arguments(case)
+    kv_heads, of_step, of_iteration = layout
+    query, key, value, norms, angles, mask = arguments(case, kv_heads)
+    assert fused.chunk_heads(query, key) == of_step
+    assert fused.heads_together(query[:, : GROUP * of_step], key[:, :of_step]) == of_iteration
     turn = None if angles is None else tuple(f(angles.swapaxes(1, 2)) for f in (np.cos, np.sin))
     bias = None if mask is None else np.where(mask, np.float32(0), np.float32(fused.HIDDEN))
 
@@ -64,9 +88,9 @@ def test_so_are_its_kernels(monkeypatch, case):
         return output, fused.backward_kernel(*inputs, output, interpret=True)
 
     output, (*heads, of_query, of_key) = run(query, key, value, tuple(norm[:, None] for norm in norms), turn, bias)
-    assert of_query.shape == (IMAGES, 2, WIDTH, 1)
+    assert of_query.shape == of_key.shape == (IMAGES, 2, WIDTH, 1)
     parts = tuple(norm.sum(axis=(0, 1))[:, 0] for norm in (of_query, of_key))
-    close((output, (*heads, parts)), with_gradients(normed_attention, case), 3e-6)
+    close((output, (*heads, parts)), plain(case, kv_heads), 3e-6)
 
 
 @pytest.mark.parametrize("case", CASES)
