@@ -152,8 +152,8 @@ MUTANTS = (
     ),
     Mutant(
         _EMBEDDINGS,
-        "first, second = jnp.split(x.astype(jnp.float32), 2, axis=2)",
-        "first, second = jnp.split(x, 2, axis=2)",
+        "cos, sin = jnp.cos(angles), jnp.sin(angles)",
+        "cos, sin = jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype)",
         _embeddings("test_rotation_is_float32_and_keeps_the_dtype"),
     ),
     Mutant(

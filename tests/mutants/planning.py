@@ -149,7 +149,7 @@ MUTANTS = (
         "ecdit/models/sizes.py",
         "projections = rows * (2 * width**2 + 2 * width * config.kv_heads * config.head_dim)",
         "projections = rows * 4 * width**2",
-        _sizes("test_counts_equal_those_of_the_real_pass[changes0]"),
+        _sizes("test_counts_equal_those_of_the_real_pass[changes3]"),
     ),
     Mutant(
         "ecdit/models/sizes.py",
@@ -200,7 +200,7 @@ MUTANTS = (
         "ecdit/topology.py",
         'return f"{generation.prefix}-{self.chips * generation.cores}"',
         'return f"{generation.prefix}-{self.chips}"',
-        ("tests/test_topology.py::test_what_public_tables_say",),
+        ("tests/test_topology.py::test_another_layout_has_the_same_name_and_is_not_the_usual_one",),
         "half of the chips are asked for",
     ),
     Mutant(
