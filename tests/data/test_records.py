@@ -1,10 +1,12 @@
 import dataclasses
+import hashlib
 import json
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import grain
 import numpy as np
 import pytest
 from PIL import Image
@@ -131,6 +133,16 @@ def test_fit_pads_or_cuts_before_the_eos():
 def test_the_same_settings_prepare_the_same_bytes(config, tmp_path):
     again = make_config(tmp_path)
     assert prepare(again) == read_manifest(config)
+
+
+def test_the_fingerprint_is_of_records_and_vocabulary(config):
+    """A run may resume on data of the same fingerprint: other tokens of the same captions must have another."""
+    directory, digest = dataset_directory(config), hashlib.sha256()
+    stored = grain.sources.ArrayRecordDataSource([str(directory / name) for name in read_manifest(config).shards])
+    for index in range(len(stored)):
+        digest.update(stored[index])
+    digest.update((directory / "vocabulary.model").read_bytes())
+    assert read_manifest(config).fingerprint == digest.hexdigest()
 
 
 def test_preparing_twice_does_nothing(config, monkeypatch, capsys):

@@ -1,17 +1,20 @@
-"""What the sampler asks of the network, found while it is traced: nothing here is compiled."""
+"""What the sampler asks of the network, and what it makes of the answers: no model is compiled here."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from ecdit.conditioning.text_to_image import make_system
 from ecdit.conditioning.text_tower import TextTower
-from ecdit.diffusion.flow import sample_keys
+from ecdit.diffusion.flow import sample_key, sample_keys
 from ecdit.diffusion.guidance import GuidanceConfig
-from ecdit.evaluation.sampling import make_sampler
-from ecdit.models.dit import DiT
+from ecdit.evaluation import sampling
+from ecdit.evaluation.sampling import make_sampler, sample_pictures
+from ecdit.models.dit import DiT, TextStates
 from ecdit.partitioning import make_mesh
 from tests.runs import tiny
 
@@ -66,3 +69,45 @@ def test_a_guided_image_and_its_null_twin_are_one_batch(passes, group, size):
 
 def test_scale_zero_is_no_scale_one(passes):
     assert passes(0.0, "image")[0] == 16
+
+
+class FakeModel:
+    """Its velocity is the first token of the caption everywhere, and so is the number of experts."""
+
+    def text(self, tokens, dtype, remat):
+        return TextStates(tokens[..., None].astype(jnp.float32), tokens != 0, tokens[:, :1].astype(jnp.float32))
+
+    def denoiser(self, latents, time, text, size_crop, kept, group_size):
+        self.seen = latents[:, 0, 0, 0], time
+        tokens = jnp.broadcast_to(text.pooled, (len(latents), 16))
+        patches = jnp.broadcast_to(text.pooled[:, :, None], (len(latents), 16, 8 * 8 * 3))
+        return patches, SimpleNamespace(experts_per_token=tokens[None].astype(jnp.int32))
+
+
+def test_the_guided_velocity_of_each_image_by_hand():
+    """Captions 5, 6, 7, null caption 1, scale 3: 1 + 3 (c - 1). Counts are those of the pass with the caption."""
+    experiment = tiny()
+    config = dataclasses.replace(experiment.sampling, guidance=GuidanceConfig(3.0, "plain"))
+    model, tokens, null = FakeModel(), jnp.array([[5, 1], [6, 1], [7, 1]]), jnp.array([[1, 0]])
+    velocity = sampling._velocity(model, experiment.model, config, tokens, null, with_experts=True)
+    x = jnp.arange(3.0)[:, None, None, None] * jnp.ones((1, 32, 32, 3))
+    guided, counts = velocity(x, jnp.array([0.25, 0.5, 0.75]))
+    np.testing.assert_array_equal(model.seen, [[0, 0, 1, 1, 2, 2], [0.25, 0.25, 0.5, 0.5, 0.75, 0.75]])
+    np.testing.assert_allclose(guided[:, 0, 0, 0], [13, 16, 19])
+    np.testing.assert_array_equal(counts[0, :, 0], [5, 6, 7])
+
+
+def test_each_row_has_the_key_of_its_prompt_and_repeat():
+    """Six pictures in batches of four, in place of which the sampler returns what it got."""
+    prompts, repeats = ["a", "b", "b", "a", "c", "a"], [0, 0, 1, 0, 5, 2]
+    config = dataclasses.replace(tiny().sampling, batch_size=4, seed=7)
+    tokenize = lambda texts: np.array([[ord(text) if text else 0] for text in texts])  # noqa: E731
+
+    def sampler(params, tokens, null_tokens, keys):
+        assert (params, tokens.shape, null_tokens.tolist(), keys.shape) == ("params", (4, 1), [[0]], (4,))
+        return tokens, jax.random.key_data(keys)
+
+    tokens, keys = sample_pictures(sampler, "params", tokenize, prompts, repeats, config)
+    np.testing.assert_array_equal(tokens, tokenize(prompts))
+    expected = [jax.random.key_data(sample_key(7, *pair)) for pair in zip(prompts, repeats, strict=True)]
+    np.testing.assert_array_equal(keys, expected)

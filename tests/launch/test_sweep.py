@@ -154,6 +154,17 @@ def test_a_workdir_of_another_run_is_refused_before_anything_starts(tmp_path):
     assert running.is_done(point("b", tiny(train__num_steps=1)), tmp_path / "b")
 
 
+def test_a_point_that_was_stopped_before_it_listened_has_not_failed(tmp_path):
+    """SIGTERM ended it, as it does a process that has no handler yet; unless nobody asked it to stop."""
+    for stopping, stopped, failed in ((True, ["a"], []), (False, [], ["a"])):
+        progress = running.Progress()
+        (tmp_path / running.LOGS).mkdir(exist_ok=True)
+        (tmp_path / running.LOGS / "a.log").write_text("why\n")
+        running._settle("a", -signal.SIGTERM, 1.0, tmp_path, stopping, progress)
+        assert (progress.stopped, list(progress.failed)) == (stopped, failed)
+        assert progress.exit_code() == (1 if failed else 42)
+
+
 def sweep_command(path, workdir, *flags):
     return [sys.executable, "-m", "launch.sweep", f"--sweep={path}", f"--workdir={workdir}", *flags]
 

@@ -5,7 +5,8 @@ from ecdit.models.attention import CausalAttention, CrossAttention, SelfAttentio
 from ecdit.models.embeddings import rope_angles
 from tests.models.helpers import Model, close, jit, normal
 
-WIDTH, HEADS, KV_HEADS, HEAD, TOKENS, TEXT, LENGTH = 16, 4, 2, 4, 9, 12, 5
+# No two sizes are equal that a mistake could confuse: heads and their width, key-value heads and queries on each.
+WIDTH, HEADS, KV_HEADS, HEAD, TOKENS, TEXT, LENGTH = 48, 6, 2, 8, 9, 12, 5
 SELF = Model(lambda rngs: SelfAttention(WIDTH, HEADS, KV_HEADS, rngs))
 CROSS = Model(lambda rngs: CrossAttention(WIDTH, TEXT, HEADS, rngs))
 CAUSAL = Model(lambda rngs: CausalAttention(WIDTH, HEADS, rngs))

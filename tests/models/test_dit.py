@@ -232,6 +232,15 @@ def test_every_condition_changes_the_velocity(change):
     assert (np.abs(velocity(change) - velocity()).max(axis=-1) > 1e-3).all()
 
 
+@pytest.mark.parametrize("name", ["time", "caption", "size_crop"])
+def test_the_size_of_an_embedded_condition_does_not_matter(name):
+    """Each is normed before their sum: a large one would drown the others."""
+    params = dit(CONFIG).params
+    for leaf in ("kernel", "bias"):
+        params = replace_leaf(params, f"{name}/out/{leaf}", lambda x: 8 * x)
+    assert np.abs(velocity(params=params) - velocity()).max() < 1e-3 * np.abs(velocity()).max()
+
+
 def test_the_padding_of_captions_changes_nothing():
     text = inputs(CONFIG, BATCH).text
     assert not text.mask.all()
@@ -388,6 +397,15 @@ def test_bfloat16_stays_near_float32(ffn):
     assert out.dtype == jnp.float32
     error = np.linalg.norm(out - expected) / np.linalg.norm(expected)
     assert 1e-4 < error < 0.1  # 0: it would not be bfloat16
+
+
+def test_the_head_computes_in_float32():
+    values = config(dtype="bfloat16")
+    x, condition = (
+        random(*shape).astype(jnp.bfloat16) for shape in ((BATCH, ALL, CONFIG.width), (BATCH, CONFIG.width))
+    )
+    head = dit(values)(dit(values).params).velocity
+    np.testing.assert_array_equal(head(x, condition), head(x.astype(np.float32), condition))
 
 
 @functools.cache

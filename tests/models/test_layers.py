@@ -155,3 +155,9 @@ def test_norms_compute_in_float32_and_keep_the_dtype():
 
 def test_a_norm_of_nothing_is_nothing():
     np.testing.assert_array_equal(jit(layer_norm)(np.zeros((1, WIDTH), np.float32)), np.zeros((1, WIDTH)))
+
+
+def test_a_norm_of_a_large_constant_is_finite():
+    """Rounding makes mean(x^2) - mean(x)^2 of some of these negative."""
+    x = np.linspace(100, 10_000, 64, dtype=np.float32)[:, None].repeat(WIDTH, axis=1)
+    assert np.isfinite(jit(layer_norm)(x)).all()

@@ -6,6 +6,7 @@ from flax import nnx
 
 from ecdit.models.layers import layer_norm
 from ecdit.models.moe import FeedForward, MixtureOfExperts, scatter
+from ecdit.models.moe import capacity as layer_capacity
 from ecdit.models.routing import Routing, expert_capacity
 from tests.models import oracle
 from tests.models.helpers import Model, close, config, jit, normal
@@ -178,6 +179,12 @@ def test_dropless_token_choice_serves_every_choice(dropless):
     assert (np.asarray(report.drop_rate) < 1e-6).all() == dropless
     everything = oracle_layer(layer.params, "token_choice", SIZE if dropless else 3, "none")
     close(out, oracle.forward(everything, x.astype(np.float64)).out, 2e-6)
+
+
+def test_token_choice_has_a_slot_for_each_choice_whatever_the_capacity_factor():
+    """ceil(2 * 12 / 4) slots: the capacity factor is expert choice's."""
+    for factor in (0.5, 1.0, 3.0):
+        assert layer_capacity(config(ffn="token_choice", num_experts=4, capacity_factor=factor), 12) == 6
 
 
 @pytest.mark.parametrize("ffn", ["expert_choice", "token_choice"])

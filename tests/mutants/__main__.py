@@ -1,42 +1,64 @@
 """Makes the program wrong in one place at a time and runs the tests that must notice.
 
-    python -m tests.mutants [--only=TEXT] [--jobs=2] [--out=FILE] [--list]
+    python -m tests.mutants [--only=AREA] [--jobs=2] [--out=FILE] [--list]
 
-Every mutant is applied to a copy of the checkout, as it is on disk, and never to the checkout itself. First the tests
-that any mutant names run on an unchanged copy: all must pass there. A mutant is
-  dead      if a test fails (exit code 1 of pytest);
+Every mutant is applied to a copy of the checkout, as it is on disk, and never to the checkout itself. First each
+mutant's tests run on an unchanged copy, in the same way: all must pass there. A mutant is
+  dead      if a test fails;
   alive     if all pass: the tests have a hole, or the mutant changes nothing;
-  broken    if pytest could not run the tests, so nothing is known: the mutant or its list of tests must be mended.
---out gets a line of JSON for each, and is read first: a mutant that died is not run again while its file and its tests
-are unchanged. Exits with 1 unless all are dead. Needs what the tests need: pip install -e '.[emoji,test]'.
+  broken    if pytest could not collect or run the tests, so nothing is known: mend the mutant or its list of tests.
+--out gets a line of JSON for each, with the test that failed and what it said, and is read first: a mutant that died is
+not run again while its file and its tests are unchanged. Exits with 1 unless all are dead. Needs what the tests need:
+pip install -e '.[emoji,test]'.
 """
 
 import argparse
 import concurrent.futures
+import contextlib
 import hashlib
 import importlib
 import json
 import os
 import queue
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+import xml.etree.ElementTree
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 from tests.mutants.mutant import Mutant
 
+T = TypeVar("T")
 ROOT = Path(__file__).parents[2]
-NOT_AREAS = ("__init__", "__main__", "mutant")
+NOT_AREAS = ("__init__", "__main__", "mutant", "test_mutants")
 AREAS = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem not in NOT_AREAS)
 TIMEOUT = 900  # seconds that the tests of one mutant may take
+KEYS = ("area", "file", "old", "new", "tests", "hash")  # of a record: what tells a mutant from another
+
+
+class Outcome(NamedTuple):
+    """What pytest made of some tests."""
+
+    state: str  # "passed", "failed" or "broken"
+    seconds: float
+    said: str  # the first test that failed and its error, or the last lines that pytest printed
 
 
 def all_mutants() -> list[tuple[str, Mutant]]:
     """Every mutant with its area, which is the file of this folder that lists it."""
     return [(area, mutant) for area in AREAS for mutant in importlib.import_module(f"tests.mutants.{area}").MUTANTS]
+
+
+def choose(only: str) -> list[tuple[str, Mutant]]:
+    """The mutants of the area `only`; if there is no such area, those whose file or text holds it."""
+    if only in AREAS:
+        return [(area, mutant) for area, mutant in all_mutants() if area == only]
+    return [(area, mutant) for area, mutant in all_mutants() if only in f"{mutant.file} {mutant.old} {mutant.new}"]
 
 
 def copy_checkout(folder: Path) -> Path:
@@ -50,33 +72,47 @@ def copy_checkout(folder: Path) -> Path:
     return folder
 
 
-def run_tests(root: Path, tests: tuple[str, ...], first_failure: bool = True) -> tuple[int | str, float, str]:
-    """Runs tests of the copy at `root`: exit code or "timeout", seconds, and the last lines that pytest printed."""
-    stop = ["-x"] if first_failure else []
-    command = [sys.executable, "-B", "-m", "pytest", *stop, "-q", "-n", "0", "-m", "", "-p", "no:cacheprovider", *tests]
-    environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1"}
-    begin = time.monotonic()
-    try:
-        done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=TIMEOUT)
-        code, text = done.returncode, done.stdout + done.stderr
-    except subprocess.TimeoutExpired:
-        code, text = "timeout", f"no end after {TIMEOUT} s"
-    return code, time.monotonic() - begin, "\n".join(text.strip().splitlines()[-6:])
+def run_tests(root: Path, tests: tuple[str, ...]) -> Outcome:
+    """Runs tests of the copy at `root`, up to the first that fails."""
+    with tempfile.TemporaryDirectory() as scratch:
+        report = Path(scratch) / "report.xml"
+        options = ["-x", "-q", "-n", "0", "-m", "", "-p", "no:cacheprovider", "-o", "junit_family=xunit2"]
+        command = [sys.executable, "-B", "-m", "pytest", *options, f"--junitxml={report}", *tests]
+        # PYTHONPATH: commands that tests start elsewhere must not import an installed ecdit, which is no mutant.
+        environment = {**os.environ, "PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(root)}
+        begin = time.monotonic()
+        with (Path(scratch) / "printed").open("w+") as printed:
+            child = subprocess.Popen(
+                command, cwd=root, env=environment, stdout=printed, stderr=subprocess.STDOUT, start_new_session=True
+            )
+            try:
+                code = child.wait(TIMEOUT)
+            except subprocess.TimeoutExpired:
+                code = None
+            finally:
+                with contextlib.suppress(ProcessLookupError):  # with what the tests have started and left
+                    os.killpg(child.pid, signal.SIGKILL)
+                child.wait()
+            printed.seek(0)
+            last_lines = "\n".join(printed.read().strip().splitlines()[-6:])
+        seconds = time.monotonic() - begin
+        if code is None:
+            return Outcome("broken", seconds, f"no end after {TIMEOUT} s")
+        if code == 1:
+            # Under -x pytest ends with 1 for a file that it cannot import, too: that is no test that failed.
+            failed = first_failure(report)
+            return Outcome("failed", seconds, failed) if failed else Outcome("broken", seconds, last_lines)
+        return Outcome("passed" if code == 0 else "broken", seconds, last_lines)
 
 
-def kill(area: str, mutant: Mutant, root: Path) -> dict[str, Any]:
-    """Applies a mutant to the copy at `root`, runs its tests, and puts the file back."""
-    original = (ROOT / mutant.file).read_text(encoding="utf-8")
-    record = identity(area, mutant)
-    try:
-        mutant.apply(root)
-        code, seconds, text = run_tests(root, mutant.tests)
-    except ValueError as error:
-        return record | {"state": "broken", "seconds": 0.0, "said": str(error)}
-    finally:
-        (root / mutant.file).write_text(original, encoding="utf-8")
-    state = {0: "alive", 1: "dead"}.get(code, "broken")
-    return record | {"state": state, "seconds": round(seconds, 1), "said": text if state != "dead" else ""}
+def first_failure(report: Path) -> str:
+    """The first test in pytest's XML report that failed, or whose fixture did, and the error; "" without one."""
+    for case in xml.etree.ElementTree.parse(report).iter("testcase"):
+        for found in (*case.iterfind("failure"), *case.iterfind("error")):
+            message = " ".join(found.get("message", "").split())
+            if message != "collection failure":
+                return f"{case.get('classname')}::{case.get('name')}: {message[:300]}"
+    return ""
 
 
 def identity(area: str, mutant: Mutant) -> dict[str, Any]:
@@ -87,6 +123,63 @@ def identity(area: str, mutant: Mutant) -> dict[str, Any]:
         digest.update((ROOT / name).read_bytes())
     fields = {"area": area, "file": mutant.file, "old": mutant.old, "new": mutant.new, "tests": list(mutant.tests)}
     return {**fields, "hash": digest.hexdigest()[:16]}
+
+
+def kill(mutant: Mutant, root: Path) -> dict[str, Any]:
+    """Applies a mutant to the copy at `root`, runs its tests, and puts the file back: state, seconds, what was said."""
+    path = root / mutant.file
+    original = path.read_text(encoding="utf-8")
+    try:
+        mutant.apply(root)
+        outcome = run_tests(root, mutant.tests)
+    except ValueError as error:
+        outcome = Outcome("broken", 0.0, str(error))
+    finally:
+        path.write_text(original, encoding="utf-8")
+    state = {"passed": "alive", "failed": "dead", "broken": "broken"}[outcome.state]
+    return {"state": state, "seconds": round(outcome.seconds, 1), "said": outcome.said}
+
+
+class Copies:
+    """Unchanged copies of the checkout, one for each job."""
+
+    def __init__(self, scratch: Path, jobs: int):
+        self.jobs, self.free = jobs, queue.SimpleQueue()
+        for job in range(jobs):
+            self.free.put(copy_checkout(scratch / str(job)))
+
+    def map(self, function: Callable[[Any, Path], T], items: list[Any]) -> Iterator[T]:
+        """function(item, a copy that is its own) of each, `jobs` at a time, in order; it leaves the copy unchanged."""
+
+        def do(item: Any) -> T:
+            root = self.free.get()
+            try:
+                return function(item, root)
+            finally:
+                self.free.put(root)
+
+        with concurrent.futures.ThreadPoolExecutor(self.jobs) as pool:
+            yield from pool.map(do, items)
+
+
+def check_unchanged(copies: Copies, todo: list[Mutant]) -> None:
+    """Runs each mutant's tests on the unchanged program, and exits if some do not pass."""
+    sets = list(dict.fromkeys(mutant.tests for mutant in todo))
+    print(f"{len(todo)} mutants; first their {len(sets)} sets of tests on the unchanged program", flush=True)
+    begin = time.monotonic()
+    outcomes = copies.map(lambda tests, root: run_tests(root, tests), sets)
+    failed = [(tests, found) for tests, found in zip(sets, outcomes, strict=True) if found.state != "passed"]
+    for tests, found in failed:
+        print(f"{found.state}: {' '.join(tests)}\n{found.said}", flush=True)
+    if failed:
+        sys.exit("the tests do not pass on the unchanged program")
+    print(f"({time.monotonic() - begin:.0f} s)", flush=True)
+
+
+def earlier_records(out: Path | None) -> dict[str, dict[str, Any]]:
+    """The last record of each mutant in `out`, by its identity."""
+    lines = out.read_text().splitlines() if out and out.exists() else []
+    return {json.dumps([record[key] for key in KEYS]): record for record in map(json.loads, lines)}
 
 
 def table(records: list[dict[str, Any]]) -> str:
@@ -105,49 +198,38 @@ def table(records: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="mutants whose area, file or text holds this")
+    parser.add_argument("--only", default="", help="an area, or what the file or the text of a mutant holds")
     parser.add_argument("--jobs", type=int, default=2, help="how many run at once, each in its own copy")
     parser.add_argument("--out", type=Path, help="a line of JSON for every mutant")
     parser.add_argument("--list", action="store_true", help="only say which there are")
     arguments = parser.parse_args()
-    chosen = [(a, m) for a, m in all_mutants() if arguments.only in f"{a} {m.file} {m.old} {m.new}"]
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # it, too, waits for the tests that run
+    chosen = choose(arguments.only)
+    if not chosen:
+        sys.exit(f"--only={arguments.only}: no mutant; areas: {', '.join(AREAS)}")
     if arguments.list:
         for area, mutant in chosen:
             print(f"{area}: {mutant.file}: {mutant.old!r} -> {mutant.new!r}")
         return
-    earlier = arguments.out.read_text().splitlines() if arguments.out and arguments.out.exists() else []
-    keys = ("area", "file", "old", "new", "tests", "hash")
-    dead = {json.dumps([r[k] for k in keys]): r for r in map(json.loads, earlier) if r["state"] == "dead"}
-    found = [dead.get(json.dumps([identity(a, m)[k] for k in keys])) for a, m in chosen]
-    todo = [pair for pair, record in zip(chosen, found, strict=True) if record is None]
-    records = [record for record in found if record is not None]
-
+    earlier, records, todo = earlier_records(arguments.out), [], []
+    for area, mutant in chosen:
+        own = identity(area, mutant)
+        known = earlier.get(json.dumps([own[key] for key in KEYS]), {})
+        if known.get("state") == "dead":
+            records.append(known)
+        else:
+            todo.append((own, mutant))
     with tempfile.TemporaryDirectory() as scratch:
-        copies: queue.SimpleQueue[Path] = queue.SimpleQueue()
-        for job in range(arguments.jobs):
-            copies.put(copy_checkout(Path(scratch) / str(job)))
-        tests = tuple(sorted({test for _, mutant in todo for test in mutant.tests}))
-        if tests:
-            print(f"{len(todo)} mutants; first their tests on the unchanged program", flush=True)
-            code, seconds, text = run_tests(copy_checkout(Path(scratch) / "unchanged"), tests, first_failure=False)
-            print(f"{text}\n({seconds:.0f} s)", flush=True)
-            if code != 0:
-                sys.exit("the tests do not pass on the unchanged program")
-
-        def do(pair: tuple[str, Mutant]) -> dict[str, Any]:
-            root = copies.get()
-            try:
-                return kill(*pair, root)
-            finally:
-                copies.put(root)
-
-        with concurrent.futures.ThreadPoolExecutor(arguments.jobs) as pool:
-            for record in pool.map(do, todo):
-                records.append(record)
-                print(f"{record['state']:7}{record['seconds']:7.1f} s  {record['file']}: {record['new']!r}", flush=True)
-                if arguments.out:
-                    with arguments.out.open("a") as out:
-                        out.write(json.dumps(record) + "\n")
+        copies = Copies(Path(scratch), arguments.jobs)
+        if todo:
+            check_unchanged(copies, [mutant for _, mutant in todo])
+        results = copies.map(lambda pair, root: kill(pair[1], root), todo)
+        for (own, mutant), result in zip(todo, results, strict=True):
+            records.append(own | result)
+            print(f"{result['state']:7}{result['seconds']:7.1f} s  {mutant.file}: {mutant.new!r}", flush=True)
+            if arguments.out:
+                with arguments.out.open("a") as out:
+                    out.write(json.dumps(records[-1]) + "\n")
     print(table(records))
     sys.exit(0 if all(record["state"] == "dead" for record in records) else 1)
 

@@ -114,6 +114,13 @@ def test_a_permute_is_as_slow_as_its_slowest_pair():
     assert (far.wire_bytes, far.dcn_bytes, far.seconds) == (0, GB, pytest.approx(10.0))
 
 
+def test_a_permute_goes_the_short_way_round():
+    """From end to end: one hop in a ring of four, two in a line of three."""
+    for where, last, hops in ((RING, 3, 1), (LINE, 2, 2)):
+        found = collective("collective-permute", "f32[1]", f"source_target_pairs={{{{0,{last}}}}}", where)
+        assert found.seconds == pytest.approx(hops * 1e-6)
+
+
 def test_asynchronous_forms_count_their_results():
     found = collective("all-gather-start", f"(f32[62500000], {MILLION})", ALL, RING)
     assert found.wire_bytes == pytest.approx(0.75 * GB)

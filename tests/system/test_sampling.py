@@ -11,7 +11,7 @@ from ecdit.conditioning.text_to_image import make_system
 from ecdit.data.records import dataset_directory
 from ecdit.data.text import tokenize
 from ecdit.diffusion.guidance import GuidanceConfig
-from ecdit.evaluation.retrieval import fixed_choice, recall, target_ranks
+from ecdit.evaluation.retrieval import fixed_choice, protocol, recall, target_ranks
 from ecdit.evaluation.sampling import make_sampler, sample_pictures
 from ecdit.partitioning import make_mesh
 from tests.runs import tiny
@@ -162,3 +162,15 @@ def test_the_fixed_choice_is_fixed_and_spread():
     assert chosen.min() < 40
     assert chosen.max() > 1870
     assert abs(chosen.mean() - 956) < 60
+
+
+def test_the_protocol_is_the_same_for_every_run():
+    """Only how many pictures are drawn at once, and what size training told the model, are the run's own."""
+    own = dataclasses.replace(tiny().sampling, batch_size=4, original_size=50, num_grid=3)
+    other = dataclasses.replace(
+        own, solver="heun", num_steps=7, seed=5, group="64", guidance=GuidanceConfig(9.0, "renormalized")
+    )
+    expected = dataclasses.replace(
+        own, solver="euler", num_steps=25, seed=0, group="image", guidance=GuidanceConfig(3.0, "plain")
+    )
+    assert protocol(own) == protocol(other) == expected

@@ -94,6 +94,10 @@ def test_each_ffn_trains_by_changing_one_field(ffn, emoji_data):
     losses, _, metrics = train(step_experiment(emoji_data, model__ffn=ffn), 12)
     assert losses[-4:].mean() < losses[:4].mean()
     assert ("balance_loss" in metrics) == (ffn == "token_choice")
+    expected = metrics["flow_loss"] + (
+        tiny().model.balance_loss_weight * metrics["balance_loss"] if ffn == "token_choice" else 0
+    )
+    np.testing.assert_allclose(metrics["loss"], expected, rtol=1e-6)
     assert metrics["router_grad_norm"].shape == ((0,) if ffn == "dense" else (2,))
     assert ffn == "dense" or (np.asarray(metrics["router_grad_norm"]) > 0).all()
 
@@ -244,6 +248,28 @@ def test_rmsprop_s_first_step_is_ten_times_too_long_without_bias_correction(corr
     optimizer = make_optimizer(config)
     updates, _ = optimizer.update({"w": jnp.array(2.0)}, optimizer.init(params), params)
     np.testing.assert_allclose(updates["w"], -moved, rtol=1e-5)
+
+
+def test_adamw_by_hand():
+    """Clipped gradient, both moments with bias correction, eps outside the root, the weight decays at the same rate."""
+    changes = {"name": "adamw", "warmup_steps": 1, "learning_rate": 0.5, "clip_norm": 3.0, "weight_decay": 0.1}
+    config = tiny(**{f"optimizer__{key}": value for key, value in changes.items()}).optimizer
+    config = dataclasses.replace(config, adam_b1=0.8, adam_b2=0.95, adam_eps=1e-3)
+    optimizer = make_optimizer(config)
+    params = {"w": jnp.array(1.0)}
+    state, w, mean, square = optimizer.init(params), 1.0, 0.0, 0.0
+    for n, gradient in enumerate([2.0, -5.0, 1.0], 1):
+        updates, state = optimizer.update({"w": jnp.array(gradient)}, state, params)
+        params = optax.apply_updates(params, updates)
+        clipped = np.clip(gradient, -3, 3)
+        mean, square = 0.8 * mean + 0.2 * clipped, 0.95 * square + 0.05 * clipped**2
+        w -= 0.5 * (mean / (1 - 0.8**n) / (np.sqrt(square / (1 - 0.95**n)) + 1e-3) + 0.1 * w)
+        np.testing.assert_allclose(params["w"], w, rtol=1e-5)
+
+
+def test_parameters_and_examples_have_keys_of_their_own():
+    keys = [run_key(seed, use) for seed in (0, 1) for use in ("init", "examples")]
+    assert len({jax.random.key_data(key).tobytes() for key in keys}) == 4
 
 
 def test_warm_up_is_linear_then_constant():

@@ -97,6 +97,11 @@ def test_two_damaged_words_escape_a_short_sum_as_often_as_chance_has_it():
     assert len({tuple(row) for row in sums.tolist()}) > 4000  # some damage is drawn twice
 
 
+def test_each_array_has_its_own_sum_in_whatever_order_they_come():
+    arrays = {name: on(noise((4, 4), seed=seed)) for seed, name in enumerate("cab")}
+    assert checksums(arrays) == {name: checksum(np.asarray(array)) for name, array in arrays.items()}
+
+
 def test_keys_have_checksums():
     one, other = (on(jax.random.split(jax.random.key(seed), 4)) for seed in (0, 1))
     assert checksums({"x": one}) != checksums({"x": other})

@@ -76,6 +76,31 @@ def test_a_run_that_dies_between_steps_resumes_without_a_gap_or_a_repeat(toy, st
     assert toy.saved()[9] == {(9.0,)}
 
 
+def test_a_resumed_run_reads_on_where_it_stopped(toy, monkeypatch):
+    """Sixteen rows a step."""
+    first_rows, batches = [], toy.batches
+    monkeypatch.setattr(
+        loop, "device_batches", lambda *arguments: first_rows.append(arguments[2]) or batches(*arguments)
+    )
+    for num_steps in (4, 9):
+        assert toy.train(num_steps=num_steps, every=4) == 0
+    assert first_rows == [0, 64]
+
+
+def test_the_saver_is_asked_every_step(toy, monkeypatch):
+    """So that a failed save is told of while it may still be mended."""
+    asked = []
+
+    class Saver(loop.Saver):
+        def check(self):
+            asked.append(self.running)
+            super().check()
+
+    monkeypatch.setattr(loop, "Saver", Saver)
+    assert toy.train(num_steps=9, every=4) == 0
+    assert len(asked) == 9
+
+
 def test_sigterm_saves_the_running_step_and_the_same_command_goes_on(toy, capsys):
     before = signal.getsignal(signal.SIGTERM)
     toy.at[5] = lambda: os.kill(os.getpid(), signal.SIGTERM)

@@ -9,6 +9,7 @@ from ecdit.training import checkpoint, stored
 from ecdit.training.checkpoint import CheckpointError
 from ecdit.training.experiment import CheckpointConfig
 from ecdit.training.recovery import newest_sound
+from ecdit.training.inspection import verify
 from ecdit.training.stored import DamagedError
 from tests.training.damage import flip_array, flip_meta
 from tests.training.toy import toy_abstract
@@ -169,3 +170,24 @@ def test_a_checkpoint_without_checksums_is_read_unverified(toy):
     }
     assert {checksum for _, checksum in records.values()} == {""}
     stored.check_sums(directory, records, {"ema/denoiser/head": "0" * 16})
+
+
+def test_an_array_that_is_of_another_type_than_was_saved_is_damage(toy, monkeypatch):
+    """The reading library would cast it, and say nothing."""
+    toy.train(num_steps=2, every=2)
+    found = stored.stored_arrays(toy.workdir / "checkpoints/2") | {"ema/denoiser/tail": "bfloat16[3]"}
+    monkeypatch.setattr(stored, "stored_arrays", lambda directory: found)
+    with (
+        checkpoint.open_reader(toy.workdir) as manager,
+        pytest.raises(DamagedError, match=r"ema/denoiser/tail, saved as float32\[3\], is now bfloat16\[3\]"),
+    ):
+        checkpoint.restore(manager, 2, toy_abstract())
+
+
+def test_verify_names_the_array_that_was_damaged(toy):
+    toy.train(num_steps=4, every=2)
+    flip_array(toy.workdir / "checkpoints/2", "ema.denoiser.tail")
+    with checkpoint.open_reader(toy.workdir) as manager:
+        two, four = verify(manager)
+    assert (list(two.damage), four.damage) == (["ema/denoiser/tail"], {})
+    assert two.has_checksums

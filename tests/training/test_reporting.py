@@ -2,11 +2,12 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from ecdit.config import UserError
-from ecdit.training import lines, reporting
+from ecdit.training import lines, reporting, speed
 from ecdit.training.lines import drop_lines_after, open_lines, read_lines
 from ecdit.training.reporting import Reporter, named_scalars
 from ecdit.training.speed import Stopwatch, flops_text
@@ -133,6 +134,26 @@ def test_speeds_by_hand(tmp_path, capsys, monkeypatch, peak):
     assert [row.get("peak_share", "unknown") for row in rows(tmp_path)] == (
         [None, 0.1, 0.1] if peak else ["unknown"] * 3
     )
+
+
+def test_the_printed_speed_is_a_mean(tmp_path, capsys, monkeypatch):
+    """Steps of 2 and 4 seconds are 3 on average: 4 images in it, and nine steps are left."""
+    clock = Clock(monkeypatch, 2.0)
+    reporter = make_reporter(tmp_path, log_every=1)
+    for step in (1, 2, 3):
+        clock.now += 2.0 * (step == 3)
+        reporter.report(step, METRICS, 0.0)
+    reporter.close()
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert "  1.3 images/s  " in line
+    assert "  0:00:27 left" in line
+    assert [row["images_per_second"] for row in rows(tmp_path)] == [None, 2.0, 1.0]
+
+
+def test_the_peak_is_that_of_all_devices(monkeypatch):
+    monkeypatch.setattr(speed, "chip", lambda kind: SimpleNamespace(peak_flops=1e12))
+    watch = speed.stopwatch(tiny())
+    assert (watch.images, watch.peak) == (16, 8e12)
 
 
 def test_the_time_that_pictures_take_is_no_step_s(tmp_path, monkeypatch):

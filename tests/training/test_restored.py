@@ -55,6 +55,11 @@ def test_a_changed_key_refuses_to_resume_by_name_or_may_change(key):
     assert named[0].startswith(f"  config.{key}: saved 'another value', now ")
 
 
+def test_other_data_is_refused():
+    with pytest.raises(CheckpointError, match="prepared data: saved fingerprint data, now other"):
+        checkpoint.check_resume(meta_of(to_dict(tiny())), tiny(), "other", 7)
+
+
 def test_all_that_may_change_are_keys():
     keys = flatten(to_dict(tiny()))
     for allowed in MAY_CHANGE:

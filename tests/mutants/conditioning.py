@@ -1,0 +1,97 @@
+"""Mutants of what conditions the denoiser: pixels, the text tower, and the whole model's parts."""
+
+from tests.mutants.mutant import Mutant
+
+_TOWER, _CODEC = "ecdit/conditioning/text_tower.py", "ecdit/conditioning/autoencoder.py"
+
+
+def _tower(*names: str) -> tuple[str, ...]:
+    return tuple(f"tests/conditioning/test_text_tower.py::{name}" for name in names)
+
+
+MUTANTS = (
+    Mutant(
+        _CODEC,
+        "return pictures.astype(jnp.float32) / 127.5 - 1.0",
+        "return pictures.astype(jnp.float32) / 255.0",
+        ("tests/conditioning/test_autoencoder.py::test_bytes_span_minus_one_to_one",),
+    ),
+    Mutant(
+        _CODEC,
+        "jnp.clip(jnp.round((pictures + 1.0) * 127.5), 0, 255)",
+        "jnp.round((pictures + 1.0) * 127.5)",
+        ("tests/conditioning/test_autoencoder.py::test_bytes_are_rounded_and_clipped",),
+        "bright pixels become black",
+    ),
+    Mutant(
+        _CODEC,
+        "jnp.clip(jnp.round((pictures + 1.0) * 127.5), 0, 255)",
+        "jnp.clip((pictures + 1.0) * 127.5, 0, 255)",
+        ("tests/conditioning/test_autoencoder.py::test_bytes_are_rounded_and_clipped",),
+    ),
+    Mutant(
+        _TOWER,
+        "last = jnp.maximum(mask.sum(axis=1) - 1, 0)",
+        "last = jnp.full(tokens.shape[0], tokens.shape[1] - 1)",
+        _tower("test_pooled_is_the_state_of_the_last_token"),
+        "the pooled caption is a state of padding",
+    ),
+    Mutant(
+        _TOWER,
+        "mask = tokens != PAD_ID",
+        "mask = tokens > 1",
+        _tower("test_the_empty_caption_is_its_end"),
+        "the end of a caption counts as padding",
+    ),
+    Mutant(
+        _TOWER,
+        "+ self.positions[...].astype(dtype)[None, : tokens.shape[1]]",
+        "+ self.positions[...].astype(dtype)[None, :1]",
+        _tower("test_states_are_those_of_float64_numpy"),
+    ),
+    Mutant(
+        _TOWER,
+        "else hidden * jax.nn.sigmoid(1.702 * hidden)",
+        "else hidden * jax.nn.sigmoid(hidden)",
+        _tower("test_states_are_those_of_float64_numpy"),
+    ),
+    Mutant(
+        _TOWER,
+        "jax.nn.gelu(hidden, approximate=False)",
+        "jax.nn.gelu(hidden, approximate=True)",
+        _tower("test_states_are_those_of_float64_numpy"),
+        "weights of another library give other states",
+    ),
+    Mutant(
+        _TOWER,
+        "return layer_norm(x, epsilon=1e-5) * scale",
+        "return layer_norm(x) * scale",
+        _tower("test_states_are_those_of_float64_numpy"),
+        "weights of another library give other states",
+    ),
+    Mutant(
+        _TOWER,
+        "x = x + self.attention(self.attention_norm(x))",
+        "x = x + self.attention(self.ffn_norm(x))",
+        _tower("test_states_are_those_of_float64_numpy"),
+    ),
+    Mutant(
+        _TOWER,
+        "states = self.final_norm(x)",
+        "states = x",
+        _tower("test_states_are_those_of_float64_numpy"),
+    ),
+    Mutant(
+        "ecdit/conditioning/text_to_image.py",
+        'frozen = {"text"} if self.config.text.frozen else set()',
+        'frozen = {"text"} if not self.config.text.frozen else set()',
+        ("tests/launch/test_job.py::test_a_checkpoint_has_16_bytes_a_trained_parameter_and_4_a_frozen_one",),
+    ),
+    Mutant(
+        "ecdit/conditioning/text_to_image.py",
+        "nnx.Rngs(key)), nnx.Param",
+        "nnx.Rngs(0)), nnx.Param",
+        ("tests/conditioning/test_text_to_image.py::test_the_key_decides_the_draw",),
+        "every seed draws the same parameters",
+    ),
+)

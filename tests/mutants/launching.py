@@ -1,0 +1,222 @@
+"""Mutants of the launchers and of sweeps."""
+
+from tests.mutants.mutant import Mutant
+
+_JOB, _JOBSET, _TPU_VM, _LOCAL, _LOCAL_JOB, _CHECK = (
+    f"launch/{name}.py" for name in ("job", "jobset", "tpu_vm", "local", "local_job", "check")
+)
+
+
+def _job(*names: str) -> tuple[str, ...]:
+    return tuple(f"tests/launch/test_job.py::{name}" for name in names)
+
+
+def _jobset(*names: str) -> tuple[str, ...]:
+    return tuple(f"tests/launch/test_jobset.py::{name}" for name in names)
+
+
+def _tpu_vm(*names: str) -> tuple[str, ...]:
+    return tuple(f"tests/launch/test_tpu_vm.py::{name}" for name in names)
+
+
+def _local(*names: str) -> tuple[str, ...]:
+    return tuple(f"tests/launch/test_local.py::{name}" for name in names)
+
+
+MUTANTS = (
+    Mutant(
+        _JOB,
+        "RESTART_CODES = (42, 43, *range(127, 256))",
+        "RESTART_CODES = (43, *range(127, 256))",
+        _job("test_what_training_ends_with_after_a_save_is_restarted"),
+        "a preempted run is not started again",
+    ),
+    Mutant(
+        _JOB,
+        "return self.checkpoint_bytes / self.hosts / bytes_per_second",
+        "return self.checkpoint_bytes / bytes_per_second",
+        _job("test_hosts_share_the_writing"),
+    ),
+    Mutant(
+        _JOB,
+        "return self.slice.hosts * self.slices",
+        "return self.slice.hosts",
+        _job("test_hosts_share_the_writing"),
+    ),
+    Mutant(
+        _JOB,
+        'digits = hashlib.sha256(workdir.rstrip("/").encode()).hexdigest()[:6]',
+        "digits = hashlib.sha256(workdir.encode()).hexdigest()[:6]",
+        _job("test_a_run_has_one_name_and_another_run_another"),
+        "stop does not find the job where a workdir was typed with a slash",
+    ),
+    Mutant(
+        _CHECK,
+        "if job.hosts > 1 and not experiment.runtime.distributed:",
+        "if job.slices > 1 and not experiment.runtime.distributed:",
+        _job("test_hosts_that_would_not_join_are_refused"),
+        "every host trains a run of its own, in one workdir",
+    ),
+    Mutant(
+        _CHECK,
+        "checkpoint_bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)),",
+        "checkpoint_bytes=sum(leaf.size for leaf in jax.tree.leaves(state)),",
+        _job("test_a_checkpoint_has_16_bytes_a_trained_parameter_and_4_a_frozen_one"),
+        "pods are killed before they have saved",
+    ),
+    Mutant(
+        _CHECK,
+        'if slices > 1 and mesh.slices == 1 and "mesh.slices" not in overrides:',
+        "if slices > 1 and mesh.slices == 1:",
+        _job("test_a_mesh_that_was_given_its_slices_keeps_them"),
+    ),
+    Mutant(
+        _JOBSET,
+        '"operator": "NotIn", "values"',
+        '"operator": "In", "values"',
+        _jobset("test_it_restarts_on_the_codes_of_preemption_hangs_and_signals_alone"),
+    ),
+    Mutant(
+        _JOBSET,
+        '"replicas": job.slices,',
+        '"replicas": 1,',
+        _jobset("test_a_slice_is_a_job_and_a_host_a_pod"),
+    ),
+    Mutant(
+        _JOBSET,
+        '"completions": hosts,',
+        '"completions": job.hosts,',
+        _jobset("test_a_slice_is_a_job_and_a_host_a_pod"),
+    ),
+    Mutant(
+        _JOBSET,
+        "needed = math.ceil(job.save_seconds(options.write_rate)) + SETTLE_SECONDS",
+        "needed = math.ceil(job.save_seconds(options.write_rate))",
+        _jobset("test_the_grace_period_is_as_long_as_a_checkpoint_takes"),
+    ),
+    Mutant(
+        _JOBSET,
+        "return max(needed, MIN_GRACE_SECONDS)",
+        "return min(needed, MIN_GRACE_SECONDS)",
+        _jobset("test_the_grace_period_is_as_long_as_a_checkpoint_takes"),
+        "large models never finish a save after SIGTERM",
+    ),
+    Mutant(
+        _JOBSET,
+        '"backoffLimit": 0,',
+        '"backoffLimit": 6,',
+        _jobset("test_it_restarts_on_the_codes_of_preemption_hangs_and_signals_alone"),
+        "one host is started again, alone, and waits for the others for ever",
+    ),
+    Mutant(
+        _TPU_VM,
+        "if ranges and ranges[-1][1] == code - 1:",
+        "if ranges:",
+        _tpu_vm("test_the_loop_restarts_on_the_same_codes_as_the_other_backend[44]"),
+        "all errors above 42 are tried again for ever",
+    ),
+    Mutant(
+        _TPU_VM,
+        '  while kill -0 "$child" 2>/dev/null; do wait "$child"; code=$?; done\n',
+        "\n",
+        _tpu_vm("test_sigterm_lets_training_save_and_ends_the_loop"),
+        "the loop ends, and its VM with it, while training saves",
+    ),
+    Mutant(
+        _TPU_VM,
+        'return [name] if slices == 1 else [f"{name}-{i}" for i in range(slices)]',
+        'return [name] if slices == 1 else [f"{name}-{i}" for i in range(1, slices + 1)]',
+        _tpu_vm("test_one_slice_is_a_node_and_several_have_a_prefix"),
+    ),
+    Mutant(
+        _TPU_VM,
+        '{"on-demand": [], "spot": ["--spot"], "reserved": ["--reserved"]}',
+        '{"on-demand": [], "spot": [], "reserved": ["--reserved"]}',
+        _tpu_vm("test_gcloud_knows_every_flag", "test_one_slice_is_a_node_and_several_have_a_prefix"),
+        "TPUs cost more than was asked for",
+    ),
+    Mutant(
+        _LOCAL,
+        "return child.returncode if child.returncode >= 0 else 128 - child.returncode",
+        "return child.returncode if child.returncode >= 0 else 128 + child.returncode",
+        _local("test_the_first_failure_counts_not_those_that_follow_from_it"),
+    ),
+    Mutant(
+        _LOCAL,
+        "                if not stopping:",
+        "                if True:",
+        _local("test_signals_reach_every_process_once_and_they_may_save[Signals.SIGTERM]"),
+        "a second signal cuts the save of the others short",
+    ),
+    Mutant(
+        _LOCAL,
+        '"ECDIT_PROCESS_ID": str(process_id),',
+        '"ECDIT_PROCESS_ID": str(process_id + 1),',
+        _local("test_processes_know_whom_to_join_and_how_many_devices_they_have"),
+    ),
+    Mutant(
+        _LOCAL,
+        "if not flag.startswith(DEVICE_COUNT_FLAG)]",
+        "if flag.startswith(DEVICE_COUNT_FLAG)]",
+        _local("test_the_device_count_replaces_another_and_leaves_other_flags"),
+    ),
+    Mutant(
+        _LOCAL_JOB,
+        'f"--devices={job.slice.chips_per_host}"',
+        'f"--devices={job.slice.chips}"',
+        ("tests/launch/test_local_job.py::test_every_host_is_a_process_with_a_device_for_each_of_its_chips",),
+    ),
+    Mutant(
+        _LOCAL_JOB,
+        'return bool(state) and not state.startswith("Z") and plain == noted',
+        'return bool(state) and not state.startswith("Z")',
+        ("tests/launch/test_local_job.py::test_a_process_that_got_the_number_of_an_ended_one_is_left_alone",),
+        "stop ends a stranger's process",
+    ),
+    Mutant(
+        "launch/sweeps/running.py",
+        "return step >= point.experiment.train.num_steps",
+        "return step > 0",
+        ("tests/launch/test_sweep.py::test_a_workdir_of_another_run_is_refused_before_anything_starts",),
+        "killed points are never finished",
+    ),
+    Mutant(
+        "launch/sweeps/running.py",
+        "elif code == PREEMPTED or (stopping and code == 128 + signal.SIGTERM):",
+        "elif code == PREEMPTED:",
+        ("tests/launch/test_sweep.py::test_a_point_that_was_stopped_before_it_listened_has_not_failed",),
+    ),
+    Mutant(
+        "launch/sweeps/collecting.py",
+        "last = [loss for at, loss in losses if first < at <= num_steps] if step >= num_steps else []",
+        "last = [loss for at, loss in losses if first < at <= num_steps]",
+        ("tests/launch/test_collecting.py::test_the_final_loss_is_the_mean_over_the_last_steps",),
+        "runs that are not done are in the fits",
+    ),
+    Mutant(
+        "launch/sweeps/collecting.py",
+        'LOSS = "flow_loss"',
+        'LOSS = "loss"',
+        ("tests/launch/test_collecting.py::test_the_final_loss_is_the_mean_over_the_last_steps",),
+        "token choice is compared with its balance loss",
+    ),
+    Mutant(
+        "launch/sweeps/fitting.py",
+        "spread = np.sqrt((residuals**2).sum() / (len(x) - 2))",
+        "spread = np.sqrt((residuals**2).sum() / (len(x) - 1))",
+        ("tests/launch/test_collecting.py::test_a_power_law_and_its_errors_as_computed_by_hand",),
+    ),
+    Mutant(
+        "launch/sweeps/fitting.py",
+        "return T_95[min(self.points - 2, len(T_95)) - 1] * self.b_error",
+        "return T_95[min(self.points - 1, len(T_95)) - 1] * self.b_error",
+        ("tests/launch/test_collecting.py::test_a_power_law_and_its_errors_as_computed_by_hand",),
+    ),
+    Mutant(
+        "launch/sweeps/points.py",
+        "_make_point(name, base | point | dict(overrides or {}), keys,",
+        "_make_point(name, dict(overrides or {}) | base | point, keys,",
+        ("tests/launch/test_hyper.py::test_points_become_flags_of_training",),
+        "an override for all points is not applied to those that set the key",
+    ),
+)

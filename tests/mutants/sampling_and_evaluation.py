@@ -1,0 +1,140 @@
+"""Mutants of sampling, retrieval and routing maps."""
+
+from tests.mutants.mutant import Mutant
+
+_SAMPLING, _RETRIEVAL, _MAPS = (f"ecdit/evaluation/{name}.py" for name in ("sampling", "retrieval", "routing_maps"))
+
+
+def _samples(*names: str) -> tuple[str, ...]:
+    return tuple(f"tests/system/test_sampling.py::{name}" for name in names)
+
+
+def _maps(*names: str) -> tuple[str, ...]:
+    return tuple(f"tests/evaluation/test_routing_maps.py::{name}" for name in names)
+
+
+def _passes(*names: str) -> tuple[str, ...]:
+    return tuple(f"tests/evaluation/test_passes.py::{name}" for name in names)
+
+
+MUTANTS = (
+    Mutant(
+        _SAMPLING,
+        "guided = config.guidance.scale != 1",
+        "guided = config.guidance.scale > 1",
+        _passes("test_scale_zero_is_no_scale_one"),
+    ),
+    Mutant(
+        _SAMPLING,
+        "guided = config.guidance.scale != 1",
+        "guided = True",
+        _passes("test_scale_one_makes_no_unconditional_pass"),
+        "sampling without guidance takes twice as long",
+    ),
+    Mutant(
+        _SAMPLING,
+        "tokens_per_group = group_size(config.group, dit.num_tokens)",
+        "tokens_per_group = dit.num_tokens",
+        _passes("test_a_guided_image_and_its_null_twin_are_one_batch"),
+        "a model that was trained in larger groups routes by others in sampling",
+    ),
+    Mutant(
+        _SAMPLING,
+        "return combine(predicted[0::2], predicted[1::2], config.guidance), counts",
+        "return combine(predicted[1::2], predicted[0::2], config.guidance), counts",
+        _passes("test_the_guided_velocity_of_each_image_by_hand"),
+        "guidance leads away from the caption",
+    ),
+    Mutant(
+        _SAMPLING,
+        "return jnp.stack([first, second], axis=1).reshape(2 * first.shape[0], *first.shape[1:])",
+        "return jnp.concatenate([first, second]).reshape(2 * first.shape[0], *first.shape[1:])",
+        _passes("test_the_guided_velocity_of_each_image_by_hand"),
+        "half of the pictures are guided by other captions",
+    ),
+    Mutant(
+        _SAMPLING,
+        "counts = counts[:, 0::2] if with_experts else None",
+        "counts = counts[:, 1::2] if with_experts else None",
+        _passes("test_the_guided_velocity_of_each_image_by_hand"),
+        "maps of experts are those of the null caption",
+    ),
+    Mutant(
+        _SAMPLING,
+        "rows = config.batch_size // shards * (1 if config.guidance.scale == 1 else 2)",
+        "rows = config.batch_size // shards",
+        ("tests/system/test_step.py::test_what_does_not_divide_is_refused_with_its_numbers",),
+    ),
+    Mutant(
+        _SAMPLING,
+        "keys = sample_keys(config.seed, prompts, repeats)",
+        "keys = sample_keys(config.seed, prompts, [0] * len(prompts))",
+        _passes("test_each_row_has_the_key_of_its_prompt_and_repeat"),
+        "repeats of a prompt are one picture",
+    ),
+    Mutant(
+        _SAMPLING,
+        "tokens[rows], null_tokens, keys[rows]",
+        "tokens[rows], null_tokens, keys[: len(rows)]",
+        _passes("test_each_row_has_the_key_of_its_prompt_and_repeat"),
+        "pictures depend on the batch size",
+    ),
+    Mutant(
+        _SAMPLING,
+        "np.concatenate(parts)[: len(prompts)]",
+        "np.concatenate(parts[::-1])[: len(prompts)]",
+        _passes("test_each_row_has_the_key_of_its_prompt_and_repeat"),
+    ),
+    Mutant(
+        _RETRIEVAL,
+        "ranks.append(int((distance < distance[target]).sum()))",
+        "ranks.append(int((distance <= distance[target]).sum()))",
+        _samples("test_ranks_by_hand"),
+    ),
+    Mutant(
+        _RETRIEVAL,
+        "return (ranks < k).mean()",
+        "return (ranks <= k).mean()",
+        _samples("test_ranks_by_hand"),
+        "R@1 is R@2",
+    ),
+    Mutant(
+        _RETRIEVAL,
+        "permutation(num_records)[:count]",
+        "permutation(count)[:count]",
+        _samples("test_the_fixed_choice_is_fixed_and_spread"),
+        "the first records are sampled, and not a choice of all",
+    ),
+    Mutant(
+        _RETRIEVAL,
+        'return dataclasses.replace(config, solver="euler", num_steps=25, guidance=guidance, group="image", seed=0)',
+        'return dataclasses.replace(config, solver="euler", num_steps=25, group="image", seed=0)',
+        _samples("test_the_protocol_is_the_same_for_every_run"),
+        "scores of runs with other guidance are compared",
+    ),
+    Mutant(
+        _MAPS,
+        "starts = 1 - np.arange(num_steps) / num_steps",
+        "starts = np.arange(num_steps) / num_steps",
+        _maps("test_stages_are_the_steps_that_start_nearest_to_their_times"),
+        "early and late change places",
+    ),
+    Mutant(
+        _MAPS,
+        "counts[:, :, i].mean(axis=1) for i in range(num_layers)",
+        "counts[:, i].mean(axis=1) for i in range(num_layers)",
+        _maps("test_means_by_hand"),
+    ),
+    Mutant(
+        _MAPS,
+        "colour(values[row].reshape(grid, grid), top)",
+        "colour(values[row].reshape(grid, grid).T, top)",
+        _maps("test_a_token_is_a_square_at_its_place_under_its_layer"),
+    ),
+    Mutant(
+        _MAPS,
+        "place = np.clip(values / top, 0, 1) * (len(VIRIDIS) - 1)",
+        "place = np.clip(values / top, 0, 1) * len(VIRIDIS)",
+        _maps("test_colours_by_hand"),
+    ),
+)
