@@ -8,8 +8,8 @@ import pytest
 from ecdit.training import checkpoint, stored
 from ecdit.training.checkpoint import CheckpointError
 from ecdit.training.experiment import CheckpointConfig
-from ecdit.training.recovery import newest_sound
 from ecdit.training.inspection import verify
+from ecdit.training.recovery import newest_sound
 from ecdit.training.stored import DamagedError
 from tests.training.damage import flip_array, flip_meta
 from tests.training.toy import toy_abstract
