@@ -94,4 +94,5 @@ def save_ema(workdir, ema, step=1, config=None, frozen=None):
 
 
 def run(arguments, env, timeout=300):
+    """Runs a command as a user does. Where one test of it does, others may use `forking.run_forked`."""
     return subprocess.run(arguments, env=env, cwd=ROOT, capture_output=True, text=True, timeout=timeout)

@@ -10,7 +10,8 @@ from ecdit.conditioning.text_to_image import make_system
 from ecdit.config import ConfigError, UserError, to_dict
 from ecdit.sample import read_prompts
 from ecdit.training.experiment import make_experiment
-from tests.runs import ROOT, command, run, save_ema, tiny, tiny_values
+from tests.forking import run_forked
+from tests.runs import ROOT, command, save_ema, tiny, tiny_values
 
 
 @pytest.mark.parametrize(
@@ -78,7 +79,7 @@ def test_a_path_that_cannot_be_written_is_named_before_the_work(arguments, workd
     file = tmp_path / "file"
     file.write_text("in the way")
     known = {"root": ROOT, "data": emoji_data, "run": workdir, "file": file}
-    result = run(command(*(argument.format(**known) for argument in arguments)), cpu_env())
+    result = run_forked(command(*(argument.format(**known) for argument in arguments)), cpu_env())
     assert result.returncode == 2, result.stderr[-2000:]
     assert "Traceback" not in result.stderr
     assert result.stderr.splitlines()[-1].startswith("error: ")

@@ -15,6 +15,7 @@ from launch.job import job_name
 from launch.sweeps import running
 from launch.sweeps.hyper import SweepError
 from launch.sweeps.points import Point
+from tests.forking import run_forked
 from tests.launch.jobs import wait_for
 from tests.runs import ROOT, TINY, run, tiny
 
@@ -200,7 +201,7 @@ def test_a_dry_run_for_pods_writes_a_manifest_for_each_point(tmp_path):
     ],
 )
 def test_what_cannot_be_is_refused_in_a_line(tmp_path, flags, says):
-    done = run(sweep_command(MODEL_SIZES, tmp_path / "none", *flags), dict(os.environ))
+    done = run_forked(sweep_command(MODEL_SIZES, tmp_path / "none", *flags), dict(os.environ))
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert says in done.stderr
     assert not (tmp_path / "none").exists()

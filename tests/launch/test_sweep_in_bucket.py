@@ -11,6 +11,7 @@ from PIL import Image
 
 from ecdit.config import to_dict
 from launch.job import job_name
+from tests.forking import run_forked
 from tests.gcs_server import serving
 from tests.launch.jobs import install
 from tests.runs import ROOT, run, tiny
@@ -59,7 +60,7 @@ def sweep(bucket, tmp_path):
     def start(*flags):
         notes.write_text("")
         command = [sys.executable, "-m", "launch.sweep", f"--sweep={tmp_path}/sweep.py", f"--workdir={WORKDIR}"]
-        result = run([*command, *flags], env)
+        result = run_forked([*command, *flags], env)
         return result, [name for name in (DENSE, TOKEN, EXPERT) if job_name(f"{WORKDIR}/{name}") in notes.read_text()]
 
     return start

@@ -13,6 +13,7 @@ from ecdit.interop.weights import flat_names
 from ecdit.training.experiment import Experiment, make_experiment
 from ecdit.training.restored import open_run
 from launch.local import cpu_environment
+from tests.forking import run_forked
 from tests.runs import ROOT, TINY, command, emoji_config, run, tiny_values, train_command
 
 
@@ -39,7 +40,7 @@ def read_png(path):
 
 
 def refused(arguments, env, *said):
-    result = run(arguments, env)
+    result = run_forked(arguments, env)
     assert result.returncode not in (0, -6, -9, -11)
     assert "Traceback" not in result.stderr
     for words in said:
@@ -59,7 +60,7 @@ def test_metrics_have_an_integer_step_and_every_step(workdir):
 
 def test_a_finished_run_is_left_as_it_is(workdir, emoji_data, env):
     before = (workdir / "metrics.jsonl").read_text()
-    result = run(train_command(workdir, emoji_data, train__num_steps=3), env)
+    result = run_forked(train_command(workdir, emoji_data, train__num_steps=3), env)
     assert result.returncode == 0, result.stderr
     assert (workdir / "metrics.jsonl").read_text() == before
 
@@ -86,9 +87,9 @@ def test_sample_writes_pictures_grid_and_manifest_in_order(workdir, tmp_path, en
     # The same picture alone, by --prompt; and another seed gives another.
     again = tmp_path / "again"
     one = [f"--workdir={workdir}", "--prompt=tiger", f"--out={again}"]
-    assert run(command("sample", *one), env).returncode == 0
+    assert run_forked(command("sample", *one), env).returncode == 0
     np.testing.assert_array_equal(read_png(again / "00000.png"), pictures[2])
-    assert run(command("sample", *one, "--set=sampling.seed=7"), env).returncode == 0
+    assert run_forked(command("sample", *one, "--set=sampling.seed=7"), env).returncode == 0
     assert (read_png(again / "00000.png") != pictures[2]).mean() > 0.5
 
 

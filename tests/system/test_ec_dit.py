@@ -6,6 +6,7 @@ import pytest
 
 from ecdit.config import ConfigError
 from ecdit.training.experiment import make_experiment
+from tests.forking import run_forked
 from tests.runs import ROOT, command, config_file, run
 
 SMALL = {
@@ -56,7 +57,9 @@ def test_it_trains_on_latents_and_resumes_on_another_mesh(tmp_path, data, cpu_en
     assert all(line["bad_steps"] == 0 and len(line["router_grad_norm"]) == 2 for line in lines)
     # Velocities of 0 against noise - latents, both of variance 1.
     assert lines[0]["flow_loss"] == pytest.approx(2, rel=0.05)
-    refused = run(command("sample", f"--workdir={tmp_path}/run", "--prompt=x", f"--out={tmp_path}/out"), cpu_env())
+    refused = run_forked(
+        command("sample", f"--workdir={tmp_path}/run", "--prompt=x", f"--out={tmp_path}/out"), cpu_env()
+    )
     assert refused.returncode == 2
     assert "error: config.codec = 'latents': the run has latents alone: it cannot draw pictures" in refused.stderr
 

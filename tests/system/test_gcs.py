@@ -19,6 +19,7 @@ from ecdit.config import UserError
 from ecdit.storage import as_path
 from launch.local import cpu_environment
 from tests import events
+from tests.forking import run_forked
 from tests.gcs_server import fake_gcs_server, serving
 from tests.runs import ROOT, command, run, train_command
 
@@ -206,7 +207,7 @@ def test_a_run_that_was_killed_and_stopped_ends_as_one_on_a_disk(bucket, starts,
     weights = []
     for i, workdir in enumerate(("gs://bucket/runs/a", on_disk)):
         out = tmp_path / f"{i}.safetensors"
-        result = run(command("checkpoint", "export", f"--workdir={workdir}", f"--out={out}"), env)
+        result = run_forked(command("checkpoint", "export", f"--workdir={workdir}", f"--out={out}"), env)
         assert result.returncode == 0, result.stderr
         weights.append(load_file(out))
     assert weights[0].keys() == weights[1].keys()
@@ -263,7 +264,7 @@ def test_damaged_checkpoints_are_kept_aside_and_the_run_goes_on_from_the_one_bef
     assert f"resumed from step {KILLED}" in out
     assert [row["step"] for row in metrics(store)] == list(range(1, STEPS + 2))
     assert {n: store.objects[aside + n][0] for n in names(store, aside)} == {**before, "meta/metadata": damaged}
-    listed = run(command("checkpoint", "list", "--workdir=gs://bucket/runs/a"), env)
+    listed = run_forked(command("checkpoint", "list", "--workdir=gs://bucket/runs/a"), env)
     assert [line.split()[0] for line in listed.stdout.splitlines()] == ["8", "12", "13", "12", "9"], listed.stderr
     assert "set aside: it was found damaged" in listed.stdout.splitlines()[-1]
 
@@ -306,7 +307,7 @@ def test_verify_finds_a_flipped_bit(server, request, env):
     assert (result.returncode, result.stdout) == (0, "3: sound, 2 arrays\n"), result.stderr
     flip = f"from tests.training.damage import flip_array; flip_array('{workdir}/checkpoints/3', 'ema.b')"
     assert run([python, "-c", flip], env).returncode == 0
-    result = run(verify, env)
+    result = run_forked(verify, env)
     assert (result.returncode, result.stdout) == (1, "3: DAMAGED: ema/b\n"), result.stderr
 
 
@@ -325,7 +326,7 @@ def test_what_may_not_be_read_is_not_called_damaged(forbidden, named, bucket, en
         assert run([command("checkpoint")[0], "-c", SAVE, workdir], env).returncode == 0
     store.hook = lambda method, read: (method, read) == ("GET", forbidden)
     try:
-        result = run(command("checkpoint", "verify", f"--workdir={workdir}"), env)
+        result = run_forked(command("checkpoint", "verify", f"--workdir={workdir}"), env)
     finally:
         store.hook = lambda *_: False
     assert result.returncode == 2, result.stdout + result.stderr

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from ecdit.training.restored import open_run, saved_experiment
-from tests.runs import ROOT, TINY, command, run
+from tests.forking import run_forked
+from tests.runs import ROOT, TINY, command
 from tests.system.test_resume import saved
 
 STEPS, BOUNDARY = 6, 3
@@ -55,7 +56,7 @@ def train(tmp_path_factory, emoji_data, compilation_cache):
     flags = [f"--config.{key}={value}" for key, value in changes.items()]
 
     def train(workdir):
-        result = run(command("train", f"--config={config}", f"--workdir={workdir}", *flags), env)
+        result = run_forked(command("train", f"--config={config}", f"--workdir={workdir}", *flags), env)
         assert result.returncode == 0, result.stderr
         return result.stdout
 

@@ -19,6 +19,7 @@ from ecdit.training import checkpoint
 from ecdit.training.checkpoint import CheckpointError
 from ecdit.training.optimizer import make_optimizer
 from ecdit.training.state import abstract_state, sampling_params, state_shardings
+from tests.forking import run_forked
 from tests.runs import ROOT, run, tiny, train_command
 
 STEPS = 24
@@ -137,7 +138,7 @@ def test_sigterm_saves_exits_42_and_resumes_equal(tmp_path, emoji_data, module_e
     stopped = last_step(workdir)
     assert 5 <= stopped < STEPS
     assert [p.name for p in (workdir / "checkpoints").iterdir()] == [str(stopped)]
-    result = run(train_command(workdir, emoji_data, **SHORT), module_env)
+    result = run_forked(train_command(workdir, emoji_data, **SHORT), module_env)
     assert result.returncode == 0, result.stderr
     assert f"resumed from step {stopped}" in result.stdout
     assert_same_end(workdir, uninterrupted, experiment)
@@ -155,7 +156,7 @@ def test_sigterm_saves_exits_42_and_resumes_equal(tmp_path, emoji_data, module_e
 )
 def test_a_changed_key_refuses_to_resume(key, value, emoji_data, module_env, uninterrupted):
     changes = {**SHORT, key.replace(".", "__"): value}
-    result = run(train_command(uninterrupted, emoji_data, **changes), module_env)
+    result = run_forked(train_command(uninterrupted, emoji_data, **changes), module_env)
     assert result.returncode == 2
     assert f"config.{key}: saved" in result.stderr
     assert "Traceback" not in result.stderr
@@ -216,7 +217,7 @@ def test_starts_from_the_ema_weights_of_another_run(
         "checkpoint__init_from": uninterrupted,
         "text__frozen": frozen,
     }
-    result = run(train_command(workdir, emoji_data, **changes), module_env)
+    result = run_forked(train_command(workdir, emoji_data, **changes), module_env)
     assert result.returncode == 0, result.stderr
     assert "started from the EMA weights" in result.stdout
     now = dataclasses.replace(experiment, text=dataclasses.replace(experiment.text, frozen=frozen))

@@ -10,6 +10,7 @@ from PIL import Image
 
 from launch.local import cpu_environment
 from tests.events import events, pictures, scalars
+from tests.forking import run_forked
 from tests.runs import ROOT, command, run, train_command
 
 HAS_WANDB = importlib.util.find_spec("wandb") is not None
@@ -131,7 +132,7 @@ def test_sample_draws_the_experts_of_given_prompts(starts, tmp_path, env):
 
 def test_sample_refuses_to_draw_the_experts_of_a_dense_model(starts, tmp_path, env):
     flags = [f"--workdir={starts[0]}", "--prompt=tiger", f"--out={tmp_path}/out", "--experts", "--set=model.ffn=dense"]
-    result = run(command("sample", *flags), env)
+    result = run_forked(command("sample", *flags), env)
     assert result.returncode == 2
     assert "is dense, it has no experts to count" in result.stderr
     assert not (tmp_path / "out").exists()

@@ -1,0 +1,10 @@
+"""Prints how many devices JAX sees and where it keeps what it compiles; sleeps as many seconds as it is told."""
+
+import sys
+import time
+
+import jax
+
+if __name__ == "__main__":
+    time.sleep(float(sys.argv[1]) if sys.argv[1:] else 0)
+    print(jax.device_count(), jax.config.jax_compilation_cache_dir)

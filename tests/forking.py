@@ -1,0 +1,63 @@
+"""Commands as processes that are forked from one that has imported JAX, which takes most of a short command's time.
+
+The server is the standard library's: a fresh process with one thread, which imports what commands import and touches no
+device. A forked command has a process id, an exit code, an environment and outputs of its own, as any other has. What
+it cannot show is that the command imports what it needs: one real start of each command does (`runs.run`).
+"""
+
+import multiprocessing
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+IMPORTED = ("ecdit.training.loop", "ecdit.training.restored", "ecdit.training.inspection", "ecdit.interop.weights")
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(list(IMPORTED))
+# JAX has read these when it was imported. The others are the same for all tests.
+_CONFIGURED = {"JAX_COMPILATION_CACHE_DIR": "jax_compilation_cache_dir"}
+
+
+def run_forked(arguments: Sequence[str], env: Mapping[str, str], timeout: float = 300) -> subprocess.CompletedProcess:
+    """Runs `python -m MODULE FLAG...` from the root of the checkout; as `subprocess.run` with captured text."""
+    python, dash, module, *flags = arguments
+    assert (python, dash) == (sys.executable, "-m"), arguments
+    with tempfile.TemporaryDirectory() as scratch:
+        outputs = [Path(scratch, name) for name in ("out", "err")]
+        process = _CONTEXT.Process(target=_command, args=(module, flags, dict(env), *map(str, outputs)))
+        threads = os.environ.get("OPENBLAS_NUM_THREADS")
+        os.environ["OPENBLAS_NUM_THREADS"] = "1"  # for the server, if this starts it: with one thread a fork is safe
+        process.start()
+        os.environ.pop("OPENBLAS_NUM_THREADS") if threads is None else os.environ.update(OPENBLAS_NUM_THREADS=threads)
+        process.join(timeout)
+        late = process.is_alive()
+        if late:
+            process.kill()
+            process.join()
+        out, err = (path.read_text() if path.exists() else "" for path in outputs)
+        if late:
+            raise subprocess.TimeoutExpired(arguments, timeout, out, err)
+        return subprocess.CompletedProcess(arguments, process.exitcode, out, err)
+
+
+def _command(module: str, flags: list[str], env: dict[str, str], out: str, err: str) -> None:
+    """What the forked process does."""
+    for path, descriptor in ((os.devnull, 0), (out, 1), (err, 2)):
+        os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), descriptor)
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115 - multiprocessing has put another file there
+    import jax
+
+    different = {name for name in env.keys() ^ os.environ.keys() if name.startswith("JAX_")} - set(_CONFIGURED)
+    assert not different, f"only a fresh process can see {different}"
+    for name, field in _CONFIGURED.items():
+        if name in env:
+            jax.config.update(field, env[name])
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(ROOT)
+    sys.argv = [module, *flags]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
