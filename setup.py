@@ -9,7 +9,7 @@ from setuptools import find_packages, setup
 INIT = (Path(__file__).parent / "ecdit" / "__init__.py").read_text(encoding="utf-8")
 VERSION = re.search(r'^__version__ = "(.+)"$', INIT, re.MULTILINE).group(1)
 
-# The minor versions whose interfaces the code uses; the next ones may rename them. docs/versions.md says what is tested.
+# The minor versions whose interfaces the code uses; the next may rename them. docs/versions.md says what is tested.
 JAX = ">=0.10.2,<0.13"
 TENSORFLOW = ">=2.21,<2.22"
 

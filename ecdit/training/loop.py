@@ -20,7 +20,7 @@ from ecdit.interop.weights import flat_names
 from ecdit.partitioning import batch_sharding, make_mesh
 from ecdit.storage import as_path, check_workdir, make_directory
 from ecdit.training import checkpoint
-from ecdit.training.experiment import Experiment, Part, TrainConfig, check_mesh
+from ecdit.training.experiment import Experiment, Part, check_mesh
 from ecdit.training.optimizer import make_optimizer
 from ecdit.training.profiling import Profile
 from ecdit.training.provenance import library_versions, record_start

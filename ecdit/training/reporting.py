@@ -152,7 +152,7 @@ def forecast(config: TrainConfig, step: int, speed: Speed, draws: bool) -> str:
     if not draws:
         return line
     due = next((later for later in range(step, config.num_steps) if pictures_due(config, later)), config.num_steps)
-    return f"{line}; the first pictures come after step {due}, in about {_duration(speed, due - step)}"
+    return f"{line}; the next pictures come after step {due}, in {_duration(speed, due - step)}"
 
 
 def _duration(speed: Speed, steps: int) -> str:
