@@ -14,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ecdit.config import UserError, writing
+from ecdit.partitioning import devices_text
 from ecdit.storage import Parts
 from ecdit.training.experiment import Experiment, TrainConfig
 from ecdit.training.lines import METRICS, open_lines
@@ -132,10 +133,9 @@ class Reporter:
 
 def first_line(experiment: Experiment, mesh: Mesh) -> str:
     """What a run is about to do, and on what: said before anything takes time."""
-    devices, config = mesh.devices.flatten(), experiment.train
+    config = experiment.train
     axes = [f"{name} {size}" for name, size in mesh.shape.items() if size > 1]
-    kind = "CPU" if devices[0].platform == "cpu" else devices[0].device_kind
-    parts = [f"{len(devices)} {kind} device{'s' if len(devices) > 1 else ''}"]
+    parts = [devices_text(mesh.devices.flatten().tolist())]
     if jax.process_count() > 1:
         parts.append(f"of {jax.process_count()} processes")
     if axes:
