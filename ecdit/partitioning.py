@@ -103,6 +103,12 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
+def devices_text(devices: Sequence[jax.Device]) -> str:
+    """How many devices of which kind: '8 TPU v4 devices'."""
+    kind = "CPU" if devices[0].platform == "cpu" else devices[0].device_kind
+    return f"{len(devices)} {kind} device{'s' if len(devices) > 1 else ''}"
+
+
 def abstract_mesh(config: MeshConfig, num_devices: int) -> AbstractMesh:
     """The mesh over devices that need not be here: for checks and shapes.
 

@@ -64,6 +64,16 @@ def check_workdir(workdir: Path) -> None:
         raise UserError(f"--workdir={workdir}: cannot be read, listed and written: {_said(error)}") from error
 
 
+def write_time(workdir: Path) -> float:
+    """The Unix time that a bucket gives an object written now, which is deleted again."""
+    probe = workdir / f"clock_check_{secrets.token_hex(4)}"
+    with reading(workdir):
+        probe.write_bytes(b"to be deleted")
+        changed = _bucket().info(str(probe))["mtime"]
+        probe.unlink()
+    return changed.timestamp()
+
+
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
     """Makes an error of the way to a bucket a UserError that names `path`."""

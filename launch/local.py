@@ -3,9 +3,9 @@
     python -m launch.local --processes=2 --devices=2 -- --config=configs/emoji.py --workdir=runs/emoji
 
 Everything after `--` goes to `python -m ecdit.train`. Each process learns whom to join from ECDIT_COORDINATOR,
-ECDIT_NUM_PROCESSES and ECDIT_PROCESS_ID, and writes one log file. The processes end together: when one fails, the
-others are terminated; SIGINT and SIGTERM are forwarded to all, so that each can save. The exit code is that of the
-first that failed, 128 + n if signal n killed it.
+ECDIT_NUM_PROCESSES and ECDIT_PROCESS_ID, and writes one log file; that of process 0, which reports, is printed here
+too. The processes end together: when one fails, the others are terminated; SIGINT and SIGTERM are forwarded to all, so
+that each can save. The exit code is that of the first that failed, 128 + n if signal n killed it.
 """
 
 import argparse
@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 DEVICE_COUNT_FLAG = "--xla_force_host_platform_device_count"
 POLL_SECONDS = 0.05
@@ -38,6 +39,8 @@ def launch(
     The output of process i goes to `process_i.log` in `log_dir`, which is made and whose older files are overwritten.
     `on_start` is told the processes' ids once all are started.
 
+    What process 0 prints is printed here too, as it comes.
+
     Returns:
       0 if all succeeded, else the exit code of the first that failed (of the lowest id where several failed at once).
     """
@@ -51,7 +54,8 @@ def launch(
             for i, log in enumerate(logs):
                 children.append(_start(command, process_environment(coordinator, processes, i, devices), log))
             on_start([child.pid for child in children])
-            failed = _wait(children, pending, grace_seconds)
+            with logs[0].open("rb") as shown:
+                failed = _wait(children, pending, grace_seconds, lambda: _show(shown))
         finally:
             for child in children:
                 _kill_group(child)
@@ -93,11 +97,24 @@ def _start(command: Sequence[str], environment: dict[str, str], log: Path) -> su
         )
 
 
-def _wait(children: Sequence[subprocess.Popen], pending: list[int], grace_seconds: float) -> int | None:
-    """Waits until all have ended, forwarding `pending` signals. Returns which failed first, None if none did."""
+def _show(log: BinaryIO) -> None:
+    """Prints what has been added to a log since the last call; goes on where nobody reads it any more."""
+    if added := log.read():
+        with contextlib.suppress(BrokenPipeError):
+            print(added.decode(errors="replace"), end="", flush=True)
+
+
+def _wait(
+    children: Sequence[subprocess.Popen], pending: list[int], grace_seconds: float, show: Callable[[], None]
+) -> int | None:
+    """Waits until all have ended, forwarding `pending` signals and calling `show` each time that it looks.
+
+    Returns which failed first, None if none did.
+    """
     failed, deadline, stopping = None, float("inf"), False
     while True:
         codes = [child.poll() for child in children]
+        show()
         while pending:
             number, stopping = pending.pop(0), True
             _send(children, number)
@@ -166,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("train_flags", nargs="*", help="flags of ecdit.train, after --")
     options = parser.parse_args(argv)
     sizes = f"{options.processes} processes of {options.devices} devices"
-    print(f"{sizes}; logs: {options.log_dir}/process_*.log", flush=True)
+    print(f"{sizes}; logs: {options.log_dir}/process_*.log, of which that of process 0 follows", flush=True)
     command = [sys.executable, "-m", "ecdit.train", *options.train_flags]
     return launch(command, options.processes, options.devices, options.log_dir)
 

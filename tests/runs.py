@@ -1,6 +1,7 @@
 """Tiny runs: the emoji config made small, in this process or as the real command."""
 
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -91,6 +92,27 @@ def save_ema(workdir, ema, step=1, config=None, frozen=None):
     items = ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(meta))
     with checkpoint.open_manager(workdir, keep_all) as manager:
         manager.save(step, args=items)
+
+
+BASE_INSTALL = """
+import sys
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("seqio", "tensorflow", "tensorflow_datasets", "tensorflow_text"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Missing())
+"""
+
+
+def base_install(env, folder):
+    """The environment of processes for which what the extra `data` brings is not installed."""
+    folder.mkdir(exist_ok=True)
+    (folder / "sitecustomize.py").write_text(BASE_INSTALL)  # Python imports it when it starts
+    env = {**env, "PYTHONPATH": os.pathsep.join([str(folder), *filter(None, [env.get("PYTHONPATH")])])}
+    assert "No module named 'tensorflow'" in run([sys.executable, "-c", "import tensorflow"], env).stderr
+    return env
 
 
 def run(arguments, env, timeout=300):

@@ -6,7 +6,6 @@ Imports TensorFlow: import this module only inside functions.
 """
 
 import contextlib
-import dataclasses
 import importlib.util
 import io
 from collections.abc import Iterator
@@ -33,22 +32,20 @@ _CANCEL_TAG = 0xE007F  # ends the flags of England, Scotland and Wales
 _JOINER, _VARIATION = "\u200d", "\ufe0f"
 
 
-@dataclasses.dataclass(kw_only=True)
-class EmojiConfig(tfds.core.BuilderConfig):
-    """How to make the pictures: side in px, and the directory of PNGs."""
-
-    image_size: int
-    source: Path
-
-
 class Emoji(tfds.core.GeneratorBasedBuilder):
     """Twemoji pictures of one size, one split `train`; `skipped` names the pictures that could not be read."""
 
     VERSION = tfds.core.Version("1.0.0")
     url_infos = None  # nothing is downloaded; looking for checksums needs a package that TFDS does not install
 
+    def __init__(self, image_size: int, source: Path, directory: Path):
+        """Of pictures with `image_size` px a side, made from the PNGs in `source`; written under `directory`."""
+        # No BuilderConfig: TFDS warns of one that it does not know beforehand.
+        self.image_size, self.source = image_size, source
+        super().__init__(data_dir=directory)
+
     def _info(self) -> tfds.core.DatasetInfo:
-        side = self.builder_config.image_size
+        side = self.image_size
         return self.dataset_info_from_configs(
             description=ATTRIBUTION,
             features=tfds.features.FeaturesDict(
@@ -65,14 +62,14 @@ class Emoji(tfds.core.GeneratorBasedBuilder):
         return {"train": self._generate_examples()}
 
     def _generate_examples(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        config, captions, made = self.builder_config, names(), 0
+        captions, made = names(), 0
         self.skipped: list[str] = []
-        paths = sorted(config.source.glob("*.png"))
+        paths = sorted(self.source.glob("*.png"))
         for path in tqdm(paths, "reading", unit="picture", disable=None):
             if path.stem not in captions:
                 continue
             try:
-                image, original_size = read_picture(path, config.image_size)
+                image, original_size = read_picture(path, self.image_size)
             except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all three on broken PNGs
                 reason = f"{type(error).__name__}: {error}".replace(str(path), path.name)
                 self.skipped.append(f"{path.name}: {reason}")
@@ -89,7 +86,7 @@ class Emoji(tfds.core.GeneratorBasedBuilder):
             )
         if not made:
             unread = f"; {len(self.skipped)} could not be read, the first: {self.skipped[0]}" if self.skipped else ""
-            raise DataError(f"no picture in {config.source} is named like an emoji and readable{unread}")
+            raise DataError(f"no picture in {self.source} is named like an emoji and readable{unread}")
 
 
 def build(image_size: int, source: str, directory: Path) -> Emoji:
@@ -98,8 +95,7 @@ def build(image_size: int, source: str, directory: Path) -> Emoji:
     Raises:
       DataError: no readable picture, no such directory, or no installed package to take them from.
     """
-    config = EmojiConfig(name=f"{image_size}px", image_size=image_size, source=_source(source))
-    builder = Emoji(config=config, data_dir=directory)
+    builder = Emoji(image_size, _source(source), directory)
     tfds.disable_progress_bar()
     with contextlib.redirect_stdout(io.StringIO()):  # it says that it downloads, and where to: a scratch directory
         builder.download_and_prepare()

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from ecdit.config import ConfigError, build, to_dict
 from ecdit.data import DataError
 from ecdit.data.tasks import TASKS, Corpus, DataConfig, stored_content
+from ecdit.data.tensorflow import preparing
 from ecdit.data.text import VOCABULARY, fit, load_vocabulary, tokenize
 
 MANIFEST = "dataset.json"
@@ -64,10 +65,11 @@ class Manifest:
 
 
 def prepare(config: DataConfig) -> Manifest:
-    """Prepares `config.task`, unless it is prepared, and prints one line.
+    """Prepares `config.task`, unless it is prepared, and prints a line before and after it.
 
     Raises:
-      DataError: no usable picture, or the directory is taken by other data or by data of other settings.
+      DataError: no usable picture, a package that is missing, or the directory is taken by other data or by data of
+        other settings.
     """
     target = dataset_directory(config)
     if (target / MANIFEST).exists():
@@ -76,11 +78,13 @@ def prepare(config: DataConfig) -> Manifest:
         return manifest
     if target.exists():
         raise DataError(f"{target} is in the way: it is no prepared data; move it, or set data.directory")
+    print(f"preparing {target}, once: loads TensorFlow, reads the pictures, trains a vocabulary", flush=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{config.task}-", dir=target.parent) as scratch:
         prepared = Path(scratch) / "prepared"
         prepared.mkdir()
-        corpus = TASKS[config.task](config, prepared)
+        with preparing():
+            corpus = TASKS[config.task](config, prepared)
         manifest = _write(config, corpus, prepared)
         if manifest.num_records == 0:
             raise DataError(f"data.task = {config.task!r} has no records in data.source = {config.source!r}")

@@ -20,12 +20,12 @@ from ecdit.interop.weights import flat_names
 from ecdit.partitioning import batch_sharding, make_mesh
 from ecdit.storage import as_path, check_workdir, make_directory
 from ecdit.training import checkpoint
-from ecdit.training.experiment import Experiment, Part, TrainConfig, check_mesh
+from ecdit.training.experiment import Experiment, Part, check_mesh
 from ecdit.training.optimizer import make_optimizer
 from ecdit.training.profiling import Profile
 from ecdit.training.provenance import library_versions, record_start
 from ecdit.training.recovery import half_written, newest_sound
-from ecdit.training.reporting import Reporter
+from ecdit.training.reporting import Reporter, first_line, forecast, pictures_due
 from ecdit.training.samples import SampleWriter
 from ecdit.training.saving import Saver
 from ecdit.training.speed import TimedBatches, stopwatch
@@ -34,6 +34,7 @@ from ecdit.training.step import Batch, Metrics, make_train_step
 from ecdit.training.watchdog import Watchdog
 from ecdit.training.writers import check_writers, open_writers
 
+FORECAST_AFTER = 10  # steps of a start, after which it is said how long the others will take
 PREEMPTED = 42  # exit code: saved after SIGTERM, start me again
 
 
@@ -54,6 +55,7 @@ def train(experiment: Experiment, workdir: Path, origin: dict[str, Any] | None =
     check_workdir(workdir)
     mesh = make_mesh(experiment.mesh)
     check_mesh(experiment, mesh)
+    _say(first_line(experiment, mesh))
     parts = experiment.parts()
     systems = [make_system(part.experiment.system) for part in parts]  # of the same parameters
     systems[0].shardings(mesh)  # refuses what cannot be laid out, before anything is written
@@ -87,6 +89,7 @@ def train(experiment: Experiment, workdir: Path, origin: dict[str, Any] | None =
         drawn = ""
         if samples is not None:
             watchdog.enter("drawing the last pictures", slow=True)
+            _say(f"drawing the pictures of step {int(state.step)}")
             files = samples.write(sampling_params(state), int(state.step))
             reporter.pictures(int(state.step), files)
             drawn = f", samples in {files['samples']}"
@@ -121,30 +124,39 @@ def _steps(run: Running, state: TrainState) -> tuple[TrainState, bool]:
     first_row = run.experiment.next_row(int(state.step))
     batches = TimedBatches(device_batches(run.part.experiment, run.mesh, first_row))
     train_step = make_train_step(run.part.experiment, run.system, run.mesh)
-    reporter.begin(stopwatch(run.part.experiment))
+    reporter.begin(watch := stopwatch(run.part.experiment))
+
+    def report(step: int, metrics: Metrics, data_seconds: float) -> None:
+        reporter.report(step, metrics, data_seconds)
+        run.check_restored()
+        timed = step == reporter.start_step + FORECAST_AFTER and step < config.num_steps
+        if timed and (speed := watch.recent()):
+            _say(forecast(config, step, speed, run.samples is not None))
+
     pending: tuple[int, Metrics, float] | None = None
     stop = False
     with contextlib.closing(Profile(config, run.workdir, int(state.step))) as profile:
         for step in range(int(state.step) + 1, run.part.last + 1):
             compiling = step <= first_step + 1
             profile.before(step, state)
+            if step == first_step:
+                _say(f"compiling, then step {step}")
             watchdog.enter(f"waiting for the data of step {step}", slow=compiling)
             batch = batches.next()
             watchdog.enter(f"in step {step}", slow=compiling)
             state, metrics = train_step(state, batch)
             if pending is not None:  # step n - 1 is read once step n is dispatched: the device never waits for us
-                reporter.report(*pending)
-                run.check_restored()
+                report(*pending)
             pending = (step, metrics, batches.seconds)
             stop = run.preempted.reached(step)
             draw = pictures_due(config, step) and samples is not None and not stop
             save = step % every == 0 or step == config.num_steps or stop
             if draw or save or step == run.part.last:
-                reporter.report(*pending)  # first, so that a run that resumes from here has this line
+                report(*pending)  # first, so that a run that resumes from here has this line
                 pending = None
-                run.check_restored()
             if draw:  # before the save, for the same reason; and before the next step takes the state's memory
                 watchdog.enter(f"drawing the pictures of step {step}", slow=True)
+                _say(f"drawing the pictures of step {step}")
                 reporter.pictures(step, samples.write(sampling_params(state), step))
             if save:
                 watchdog.enter(f"saving step {step}", slow=True)
@@ -156,11 +168,6 @@ def _steps(run: Running, state: TrainState) -> tuple[TrainState, bool]:
         watchdog.enter(f"waiting for the save of step {int(state.step)}", slow=True)
         run.saver.finish(int(state.step))
     return state, stop and int(state.step) < config.num_steps
-
-
-def pictures_due(config: TrainConfig, step: int) -> bool:
-    """Whether `step` is one after which samples are drawn; those of the last step come when it is saved."""
-    return config.pictures_every > 0 and step % config.pictures_every == 0 and step < config.num_steps
 
 
 class PreemptionFlag:

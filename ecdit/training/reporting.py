@@ -11,12 +11,14 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from ecdit.config import UserError, writing
+from ecdit.partitioning import devices_text
 from ecdit.storage import Parts
-from ecdit.training.experiment import TrainConfig
+from ecdit.training.experiment import Experiment, TrainConfig
 from ecdit.training.lines import METRICS, open_lines
-from ecdit.training.speed import Stopwatch, flops_text
+from ecdit.training.speed import Speed, Stopwatch, flops_text
 from ecdit.training.step import SPIKE
 from ecdit.training.writers import Writer
 
@@ -127,6 +129,40 @@ class Reporter:
         if leaf == SPIKE:
             return f"the loss was above {self.config.spike_factor:g} times its running mean (config.train.spike_factor)"
         return ("the loss" if leaf < 0 else f"the gradient of {self.leaf_names[leaf]}") + " was not finite"
+
+
+def first_line(experiment: Experiment, mesh: Mesh) -> str:
+    """What a run is about to do, and on what: said before anything takes time."""
+    config = experiment.train
+    axes = [f"{name} {size}" for name, size in mesh.shape.items() if size > 1]
+    parts = [devices_text(mesh.devices.flatten().tolist())]
+    if jax.process_count() > 1:
+        parts.append(f"of {jax.process_count()} processes")
+    if axes:
+        parts.append(f"({' x '.join(axes)})")
+    return (
+        f"{' '.join(parts)}, {experiment.model.dtype} compute, {config.num_steps} steps of {config.batch_size} images; "
+        "the step is compiled first"
+    )
+
+
+def forecast(config: TrainConfig, step: int, speed: Speed, draws: bool) -> str:
+    """How long the steps after `step` will take at this speed, and when the next pictures come if the run draws any."""
+    line = f"the other {config.num_steps - step} steps will take about {_duration(speed, config.num_steps - step)}"
+    if not draws:
+        return line
+    due = next((later for later in range(step, config.num_steps) if pictures_due(config, later)), config.num_steps)
+    return f"{line}; the next pictures come after step {due}, in {_duration(speed, due - step)}"
+
+
+def _duration(speed: Speed, steps: int) -> str:
+    minutes = speed.step_seconds * steps / 60
+    return f"{minutes / 60:.1f} hours" if minutes >= 100 else f"{math.ceil(minutes)} min"
+
+
+def pictures_due(config: TrainConfig, step: int) -> bool:
+    """Whether `step` is one after which samples are drawn; those of the last step come when it is saved."""
+    return config.pictures_every > 0 and step % config.pictures_every == 0 and step < config.num_steps
 
 
 def named_scalars(values: Mapping[str, Any]) -> dict[str, float]:

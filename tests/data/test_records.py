@@ -1,6 +1,8 @@
+import contextlib
 import dataclasses
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from ecdit.data import DataError, records
 from ecdit.data.loader import make_loader
 from ecdit.data.records import Records, dataset_directory, prepare, read_manifest, tokenize_captions
 from ecdit.data.tasks import DataConfig
+from ecdit.data.tensorflow import _without_information
 from ecdit.data.text import EOS, PAD, UNKNOWN, fit, tokenize, train_vocabulary
 
 
@@ -360,3 +363,29 @@ def test_training_and_sampling_import_no_tensorflow(config):
         assert not {{"tensorflow", "seqio", "tensorflow_datasets"}} & set(sys.modules)
     """
     subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[2])
+
+
+@pytest.mark.parametrize("package", ["seqio", "tensorflow_datasets", "emoji"])
+def test_a_package_that_preparing_needs_is_named_with_the_extra_that_brings_it(package, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+    monkeypatch.delitem(sys.modules, "ecdit.data.emoji", raising=False)  # which another test has imported
+    monkeypatch.delattr("ecdit.data.emoji", raising=False)
+    name = package.replace("_", "-")
+    with pytest.raises(DataError, match=rf"needs the package {name}, .*pip install -e '\.\[data\]' \('\.\[emoji\]'"):
+        prepare(make_config(tmp_path / "data"))
+    assert list((tmp_path / "data").iterdir()) == []
+
+
+def test_what_loading_prints_is_heard_but_for_information(capfd):
+    """Written as C++ does, past Python's sys.stderr, by a load that fails in the end."""
+    lines = [
+        "WARNING: All log messages before absl::InitializeLog() is called are written to STDERR",
+        "I0000 00:00:1795809788.398291   13452 port.cc:153] oneDNN custom operations are on.",
+        "E0000 00:00:1795809788.398292   13452 file.cc:1] cannot open it",
+        "a line of somebody else",
+    ]
+    with contextlib.suppress(ImportError), _without_information():
+        os.write(2, "".join(f"{line}\n" for line in lines).encode())
+        raise ImportError
+    os.write(2, b"after\n")
+    assert capfd.readouterr().err.splitlines() == [*lines[2:], "after"]

@@ -11,7 +11,7 @@ import yaml
 
 from launch.job import job_name
 from tests.launch.jobs import WORKDIR, install, wait_for
-from tests.runs import ROOT, TINY
+from tests.runs import ROOT, TINY, base_install
 from tests.system.test_ec_dit import SMALL
 
 # Notes its command line and its input, and ends with $EXIT_CODE.
@@ -28,11 +28,12 @@ PLACE = [f"--workdir={WORKDIR}"]
 
 @pytest.fixture
 def outside(tmp_path):
-    """The environment with the stand-ins, and where they note what they are asked."""
+    """The environment of a base install with the stand-ins, and where they note what they are asked."""
     for name in ("kubectl", "gcloud", "ssh"):
         install(tmp_path / "bin", name, STAND_IN)
     path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
-    return {**os.environ, "PATH": path, "NOTES": str(tmp_path / "notes"), "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "PATH": path, "NOTES": str(tmp_path / "notes"), "PYTHONPATH": str(ROOT)}
+    return base_install(env, tmp_path / "base_install")
 
 
 def launch(module, *flags, env, cwd=ROOT, plan=False, **options):

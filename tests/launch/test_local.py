@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import signal
@@ -84,6 +85,21 @@ def test_output_and_errors_go_to_one_log_each_and_replace_an_older_one(tmp_path)
     (tmp_path / "process_1.log").write_text("an older run")
     assert launch("print('out', me); print('err', me, file=sys.stderr)", tmp_path) == 0
     assert [read(tmp_path, i) for i in range(2)] == ["out 0\nerr 0\n", "out 1\nerr 1\n"]
+
+
+def test_the_first_process_is_heard_while_it_runs_and_the_others_are_not(tmp_path):
+    """It waits until its first line is shown, and fails if that takes long."""
+    shown = tmp_path / "shown"
+    code = f"""
+print('one' if me == 0 else 'not shown', flush=True)
+shown, begin = open({str(shown)!r}), time.monotonic()
+while me == 0 and 'one' not in shown.read():
+    time.sleep(0.02)
+    time.monotonic() - begin < 20 or sys.exit(7)
+print('two')"""
+    with shown.open("w") as output, contextlib.redirect_stdout(output):
+        assert launch(code, tmp_path / "logs") == 0
+    assert shown.read_text() == "one\ntwo\n"
 
 
 def test_one_failure_ends_the_others_and_gives_its_exit_code(tmp_path, capfd):

@@ -8,7 +8,7 @@ from ecdit.conditioning.sizes import VAE_PARAMS, vae_part
 from ecdit.config import ConfigError, UserError
 from ecdit.planning.counts import count, report, table_params
 from ecdit.training.experiment import make_experiment
-from tests.runs import ROOT, command, config_file, run, tiny
+from tests.runs import ROOT, base_install, command, config_file, run, tiny
 
 
 def experiment(name, **changes):
@@ -122,7 +122,8 @@ def test_other_names_are_refused(name):
 def test_the_command_writes_what_it_counts(tmp_path, cpu_env):
     path = tmp_path / "plan.json"
     arguments = [f"--config={ROOT}/configs/ec_dit.py:XL-32E", f"--json={path}"]
-    result = run(command("plan", *arguments), cpu_env())
+    env = base_install(cpu_env(), tmp_path / "base_install")
+    result = run(command("plan", *arguments), env)
     assert result.returncode == 0, result.stderr
     found, expected = json.loads(path.read_text()), count(experiment("XL-32E"))
     assert (found["total_params"], found["activated_params"]) == (expected.total_params, expected.activated_params)
@@ -132,6 +133,6 @@ def test_the_command_writes_what_it_counts(tmp_path, cpu_env):
     }
     assert found["flops_per_image"]["experts"]["tokens"] == 14 * 128 * 2
     assert result.stdout.splitlines() == report(expected)
-    result = run(command("plan", *arguments, "--table-parity"), cpu_env())
+    result = run(command("plan", *arguments, "--table-parity"), env)
     assert json.loads(path.read_text())["total_params"] == table_params(experiment("XL-32E").system)
     assert "6.08 B" in result.stdout

@@ -14,12 +14,14 @@ from ecdit.training.experiment import Experiment, make_experiment
 from ecdit.training.restored import open_run
 from launch.local import cpu_environment
 from tests.forking import run_forked
-from tests.runs import ROOT, TINY, command, emoji_config, run, tiny_values, train_command
+from tests.runs import ROOT, TINY, base_install, command, emoji_config, run, tiny_values, train_command
 
 
 @pytest.fixture(scope="module")
-def env(compilation_cache):
-    return {**cpu_environment(1), "JAX_COMPILATION_CACHE_DIR": str(compilation_cache)}
+def env(compilation_cache, tmp_path_factory):
+    """Of a base install: nothing here needs what prepares data, once the data is prepared."""
+    env = {**cpu_environment(1), "JAX_COMPILATION_CACHE_DIR": str(compilation_cache)}
+    return base_install(env, tmp_path_factory.mktemp("base_install"))
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +31,10 @@ def workdir(tmp_path_factory, emoji_data, env):
     result = run(train_command(workdir, emoji_data, train__num_steps=3), env)
     assert result.returncode == 0, result.stderr
     grid = workdir / "samples" / "step_00000003.png"
-    assert result.stdout.splitlines()[-1] == f"done: step 3, checkpoint and metrics in {workdir}, samples in {grid}"
+    lines = result.stdout.splitlines()
+    assert lines[0] == "1 CPU device, float32 compute, 3 steps of 16 images; the step is compiled first"
+    assert lines[-1] == f"done: step 3, checkpoint and metrics in {workdir}, samples in {grid}"
+    assert result.stderr == ""
     assert read_png(grid).shape[1] > 200
     return workdir
 

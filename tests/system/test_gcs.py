@@ -354,6 +354,22 @@ def test_rights_that_are_missing_are_told_before_any_work(workdir, forbidden, bu
     assert "Traceback" not in err
 
 
+def test_the_doctor_tries_the_bucket_and_its_clock_and_leaves_nothing(bucket, emoji_data, env):
+    config = [f"--config={ROOT}/configs/emoji.py", f"--config.data.directory={emoji_data}", "--config.mesh.data=3"]
+    result = run(command("doctor", *config, "--workdir=gs://bucket/doctor"), env)
+    assert result.returncode == 1, result.stderr
+    verdicts = {line.split()[1]: line for line in result.stdout.splitlines()}
+    assert list(verdicts) == [
+        f"{name}:" for name in ("devices", "versions", "data", "weights", "disk", "bucket", "clock")
+    ]
+    assert [name for name, line in verdicts.items() if line.startswith("fail")] == ["devices:"]
+    assert "config.mesh" in verdicts["devices:"]
+    assert "can be listed, read, written and deleted from" in verdicts["bucket:"]
+    assert names(bucket[0], "doctor/") == []
+    probes = {name.partition("_check_")[0] for method, name in bucket[0].requests if name.startswith("doctor/")}
+    assert probes == {"doctor/write", "doctor/clock"}
+
+
 def test_failed_saves_end_the_run_and_leave_its_metrics(bucket, emoji_data, env):
     store, changes = bucket[0], {"checkpoint__max_failed_saves": 0, "runtime__compilation_cache": ""}
     store.hook = lambda method, name: method == "PUT" and name.startswith("runs/refused/checkpoints/")

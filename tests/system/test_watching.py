@@ -47,13 +47,29 @@ def starts(tmp_path_factory, emoji_data, env):
 
 
 def test_a_line_tells_speed_waits_and_time_left(starts):
-    line = starts[1][0].stdout.splitlines()[-2]
+    line = [line for line in starts[1][0].stdout.splitlines() if line.startswith("step ")][-1]
     number = r"\d+(\.\d+)?"
     assert re.fullmatch(
         rf"step 4/4  loss {number}  grad {number}  {number} images/s  {number} GFLOP/s model  data wait {number} s  "
         r"\d:\d\d:\d\d left",
         line,
     ), line
+
+
+def test_what_takes_long_is_said_before_it_begins(starts):
+    """In this order, by the start that draws pictures after step 3 and at its end."""
+    lines, place = starts[1][0].stdout.splitlines(), -1
+    for begin in (
+        "1 CPU device",
+        "compiling, then step 1",
+        "step 2/4",
+        "drawing the pictures of step 3",
+        "step 4/4",
+        "drawing the pictures of step 4",
+        "done: step 4",
+    ):
+        (place,) = (i for i, line in enumerate(lines) if line.startswith(begin) and i > place)
+    assert "compiling, then step 5" in starts[1][1].stdout
 
 
 def test_metrics_have_the_speeds(starts):

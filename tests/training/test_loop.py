@@ -47,6 +47,17 @@ def test_pictures_are_drawn_with_the_ema_weights(toy, monkeypatch):
     assert toy.drawn == {2: {(102.0,)}, 3: {(103.0,)}}
 
 
+def test_each_start_says_once_how_long_it_will_take(toy, capsys):
+    """After its tenth step, if others follow."""
+    said = lambda: [line for line in capsys.readouterr().out.splitlines() if "will take" in line]  # noqa: E731
+    toy.train(num_steps=10, every=4)
+    assert said() == []
+    toy.train(num_steps=24, every=4, pictures_every=22)
+    (line,) = said()
+    assert line.startswith("the other 4 steps will take about ")
+    assert "the next pictures come after step 22" in line
+
+
 def test_keep_leaves_the_newest(toy):
     toy.train(num_steps=9, every=2, keep=2)
     assert sorted(toy.saved()) == [8, 9]

@@ -2,15 +2,18 @@
 
 import dataclasses
 import json
+import math
 from types import SimpleNamespace
 
+import jax
 import pytest
 
 from ecdit.config import UserError
+from ecdit.partitioning import make_mesh
 from ecdit.training import lines, reporting, speed
 from ecdit.training.lines import drop_lines_after, open_lines, read_lines
-from ecdit.training.reporting import Reporter, named_scalars
-from ecdit.training.speed import Stopwatch, flops_text
+from ecdit.training.reporting import Reporter, first_line, forecast, named_scalars
+from ecdit.training.speed import Speed, Stopwatch, flops_text
 from tests.runs import tiny
 
 CONFIG = dataclasses.replace(tiny().train, num_steps=12, batch_size=4, log_every=5)
@@ -166,6 +169,51 @@ def test_the_time_that_pictures_take_is_no_step_s(tmp_path, monkeypatch):
             reporter.pictures(step, {})
     reporter.close()
     assert [row["images_per_second"] for row in rows(tmp_path)] == [None, 2.0, None, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("step", "every", "num_steps", "said"),
+    [
+        # 0.5 s a step: 1990 steps are 995 s, 490 are 245 s.
+        (10, 500, 2000, "the other 1990 steps will take about 17 min; the next pictures come after step 500, in 5 min"),
+        (
+            500,
+            500,
+            2000,
+            "the other 1500 steps will take about 13 min; the next pictures come after step 500, in 0 min",
+        ),
+        (501, 500, 600, "the other 99 steps will take about 1 min; the next pictures come after step 600, in 1 min"),
+        (10, 0, 130, "the other 120 steps will take about 1 min; the next pictures come after step 130, in 1 min"),
+        (
+            10,
+            0,
+            80_000,
+            "the other 79990 steps will take about 11.1 hours; the next pictures come after step 80000, in 11.1 hours",
+        ),
+    ],
+)
+def test_a_forecast_by_hand(step, every, num_steps, said):
+    config = dataclasses.replace(CONFIG, num_steps=num_steps, pictures_every=every)
+    speed = Speed(0.5, 0.0, 8.0, 1e12, None)
+    assert forecast(config, step, speed, draws=True) == said
+    assert forecast(config, step, speed, draws=False) == said.partition(";")[0]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "dtype", "said"),
+    [
+        ({"data": 1}, "bfloat16", "1 CPU device, bfloat16 compute, 2000 steps of 16 images"),
+        (
+            {"data": 2, "expert": 4},
+            "float32",
+            "8 CPU devices (data 2 x expert 4), float32 compute, 2000 steps of 16 images",
+        ),
+    ],
+)
+def test_the_first_line_says_on_what_and_how_long(sizes, dtype, said):
+    experiment = tiny(model__dtype=dtype, **{f"mesh__{axis}": size for axis, size in sizes.items()})
+    mesh = make_mesh(experiment.mesh, jax.devices()[: math.prod(sizes.values())])
+    assert first_line(experiment, mesh) == f"{said}; the step is compiled first"
 
 
 @pytest.mark.parametrize(

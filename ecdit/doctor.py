@@ -1,0 +1,37 @@
+"""Says whether this machine can train: devices, versions, data, weights, disk, bucket rights and clock, a line each.
+
+    python -m ecdit.doctor [--config=configs/emoji.py] [--workdir=runs/emoji]
+
+A line begins with ok, warn or fail, and says what to do. Exit code 1 if any is fail.
+"""
+
+import os
+import sys
+
+from absl import flags
+
+from ecdit.config import config_values, define_config_flag, run_command
+from ecdit.storage import as_path
+from ecdit.training.diagnosis import diagnose, is_left_behind
+from ecdit.training.experiment import make_experiment
+
+CONFIG = define_config_flag()
+WORKDIR = flags.DEFINE_string("workdir", None, "Of the run: a directory or gs://BUCKET/PATH.")
+
+
+def main(argv: list[str]) -> None:
+    """Prints the findings as they come."""
+    del argv
+    experiment = make_experiment(config_values(CONFIG)) if CONFIG.value is not None else None
+    workdir = as_path(WORKDIR.value) if WORKDIR.value else None
+    failed = False
+    for finding in diagnose(experiment, workdir):
+        failed |= finding.verdict == "fail"
+        print(finding.line(), flush=True)
+    if is_left_behind():
+        os._exit(1)  # what hangs may keep Python from ending
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    run_command(main)
