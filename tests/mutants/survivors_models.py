@@ -193,13 +193,6 @@ MUTANTS = (
     ),
     Mutant(
         _DIT,
-        "x = x + gate * layer_norm(self.attention(",
-        "x = gate * layer_norm(self.attention(",
-        _whole("dense"),
-        "attention would have no residual",
-    ),
-    Mutant(
-        _DIT,
         "self.cross_attention(layer_norm(x), text.states",
         "self.cross_attention(layer_norm(x) * (1 + scale) + shift, text.states",
         _whole("dense"),
