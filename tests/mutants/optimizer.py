@@ -9,10 +9,6 @@ def _step(*names: str) -> tuple[str, ...]:
     return tuple(f"tests/system/test_step.py::{name}" for name in names)
 
 
-def _bad(*names: str) -> tuple[str, ...]:
-    return tuple(f"tests/training/test_bad_steps.py::{name}" for name in names)
-
-
 def _parts(*names: str) -> tuple[str, ...]:
     return tuple(f"tests/training/test_step_parts.py::{name}" for name in names)
 
@@ -87,59 +83,66 @@ MUTANTS = (
         _STEP,
         "decay = jnp.minimum(experiment.train.ema_decay, (1 + step) / (10 + step))",
         "decay = experiment.train.ema_decay",
-        _step("test_ema_follows_the_warmed_up_decay"),
+        _parts("test_a_good_step_by_hand"),
         "the EMA is that of the drawn parameters for the first ten thousand steps",
+    ),
+    Mutant(
+        _STEP,
+        "decay = jnp.minimum(experiment.train.ema_decay, (1 + step) / (10 + step))",
+        "decay = (1 + step) / (10 + step)",
+        _parts("test_the_ema_s_decay_grows_to_that_of_the_config"),
+        "the EMA of a long run averages over most of it",
     ),
     Mutant(
         _STEP,
         "decay * ema + (1 - decay) * param, state.ema, new_params)",
         "decay * ema + (1 - decay) * param, state.ema, state.params)",
-        _step("test_ema_follows_the_warmed_up_decay"),
+        _parts("test_a_good_step_by_hand"),
         "the EMA is a step behind",
     ),
     Mutant(
         _STEP,
         "finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)",
         "finite = jnp.isfinite(loss)",
-        _bad("test_a_gradient_that_overflows_is_named"),
+        _parts("test_a_bad_step_changes_nothing_but_its_counters"),
         "a gradient that is not finite ends the run for good",
     ),
     Mutant(
         _STEP,
         "ema=gate(new_ema, state.ema),",
         "ema=new_ema,",
-        _bad("test_a_gradient_that_overflows_is_named"),
+        _parts("test_a_bad_step_changes_nothing_but_its_counters"),
     ),
     Mutant(
         _STEP,
         "optimizer=gate(new_optimizer, state.optimizer),",
         "optimizer=new_optimizer,",
-        _bad("test_a_gradient_that_overflows_is_named"),
+        _parts("test_a_bad_step_changes_nothing_but_its_counters"),
     ),
     Mutant(
         _STEP,
         "usual_loss=gate(usual_loss, state.usual_loss),",
         "usual_loss=usual_loss,",
-        _bad("test_a_loss_that_is_a_spike_changes_nothing_but_the_counters"),
+        _parts("test_a_good_step_by_hand", "test_a_bad_step_changes_nothing_but_its_counters"),
         "a few spikes make spikes usual",
     ),
     Mutant(
         _STEP,
         "spike = finite & (loss > factor * state.usual_loss)",
         "spike = finite & (loss > state.usual_loss)",
-        _bad("test_a_loss_that_is_a_spike_changes_nothing_but_the_counters"),
+        _parts("test_a_good_step_by_hand", "test_a_bad_step_changes_nothing_but_its_counters"),
     ),
     Mutant(
         _STEP,
         "mean = USUAL_LOSS_DECAY * state.usual_loss + (1 - USUAL_LOSS_DECAY) * loss",
         "mean = (1 - USUAL_LOSS_DECAY) * state.usual_loss + USUAL_LOSS_DECAY * loss",
-        _bad("test_a_loss_that_is_a_spike_changes_nothing_but_the_counters"),
+        _parts("test_a_good_step_by_hand", "test_a_bad_step_changes_nothing_but_its_counters"),
     ),
     Mutant(
         _STEP,
         "bad_in_row=(state.bad_in_row + 1) * bad,",
         "bad_in_row=state.bad_in_row + bad,",
-        _bad("test_a_good_step_ends_the_bad_ones_in_a_row"),
+        _parts("test_a_good_step_by_hand"),
         "a long run with a few bad steps, weeks apart, is stopped as diverged",
     ),
     Mutant(
@@ -180,7 +183,7 @@ MUTANTS = (
         _STEP,
         "return jnp.where(bad.any(), jnp.argmax(bad), -1)",
         "return jnp.where(bad.any(), jnp.argmin(bad), -1)",
-        _bad("test_a_gradient_that_overflows_is_named"),
+        _parts("test_a_bad_step_changes_nothing_but_its_counters"),
         "the wrong parameter is blamed",
     ),
 )

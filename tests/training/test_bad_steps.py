@@ -36,9 +36,8 @@ class Steps:
             self.step = step.lower(self.state, self.batches[0]).compile(compiler_options=UNOPTIMISED)
             self.shardings = shardings
 
-    def __call__(self, batch, change=lambda params: None, usual_loss=np.inf, bad_in_row=0):
-        told = {"usual_loss": np.float32(usual_loss), "bad_in_row": np.int32(bad_in_row)}
-        state = dataclasses.replace(jax.tree.map(np.copy, self.state), **told)
+    def __call__(self, batch, change=lambda params: None, usual_loss=np.inf):
+        state = dataclasses.replace(jax.tree.map(np.copy, self.state), usual_loss=np.float32(usual_loss))
         change(state.params["denoiser"])
         new, metrics = self.step(jax.device_put(state, self.shardings, may_alias=False), batch)
         return state, jax.device_get(new), jax.device_get(metrics)
@@ -97,11 +96,6 @@ def test_the_first_good_loss_is_the_usual_one(steps):
     assert steps(steps.batches[0])[1].usual_loss == steps(steps.batches[0])[2]["loss"]
     batch = {**steps.batches[0], "size_crop": steps.batches[0]["size_crop"].at[0].set(jnp.nan)}
     assert np.isinf(steps(batch)[1].usual_loss)
-
-
-def test_a_good_step_ends_the_bad_ones_in_a_row(steps):
-    good, bad = steps.batches[0], {**steps.batches[0], "size_crop": steps.batches[0]["size_crop"] * jnp.nan}
-    assert [int(steps(batch, bad_in_row=2)[1].bad_in_row) for batch in (good, bad)] == [0, 3]
 
 
 def test_the_most_experts_on_one_token_is_a_maximum_over_microbatches_too(steps):

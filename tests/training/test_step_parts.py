@@ -1,13 +1,19 @@
-"""Parts of the training step by hand, without a model: coverage of tokens, and a batch in microbatches."""
+"""Parts of the training step by hand, without a model: coverage of tokens, microbatches, and what a step changes."""
 
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+import pytest
 
 from ecdit.models.moe import RoutingReport
 from ecdit.training import step
+from ecdit.training.state import TrainState
 from tests.runs import tiny
+
+STEP, LOSS = 5, 2.0  # steps done, and the loss of the next one
 
 
 def test_coverage_by_hand():
@@ -39,3 +45,57 @@ def test_images_of_a_group_stay_together_and_rows_on_their_device():
     np.testing.assert_array_equal(split, [[0, 1, 8, 9], [2, 3, 10, 11], [4, 5, 12, 13], [6, 7, 14, 15]])
     split = step._split_microbatches(jnp.arange(16), tiny(train__accumulation=4))
     np.testing.assert_array_equal(split, [[0, 4, 8, 12], [1, 5, 9, 13], [2, 6, 10, 14], [3, 7, 11, 15]])
+
+
+def tree(first, second):
+    """Two leaves, where the model's would be."""
+    return {"denoiser": {"first": jnp.float32(first), "pairs": {"even": {}}, "second": jnp.float32(second)}}
+
+
+def updated(loss=LOSS, gradient=(0.5, -0.25), usual_loss=LOSS, bad_in_row=2, step_done=STEP):
+    """The state before and after a step by gradient descent with momentum 1/2, and its metrics."""
+    optimizer = optax.sgd(1.0, momentum=0.5)
+    counts = {"bad_steps": jnp.int32(7), "bad_in_row": jnp.int32(bad_in_row), "usual_loss": jnp.float32(usual_loss)}
+    moments = (optax.TraceState(tree(0.125, 0.125)), optax.EmptyState())
+    old = TrainState(jnp.int32(step_done), tree(1, 2), tree(3, 4), {"text": jnp.float32(9)}, moments, **counts)
+    experiment = tiny(train__spike_factor=3.0, train__ema_decay=0.99)
+    new, metrics = step._gated_update(experiment, optimizer, old, jnp.float32(loss), {}, tree(*gradient))
+    return old, new, metrics
+
+
+def test_a_good_step_by_hand():
+    """The trace is the gradient and half of the one before; EMA by (1 + 5) / (10 + 5) = 0.4 takes the new weights."""
+    _, new, metrics = updated(usual_loss=1.5)
+    np.testing.assert_allclose(jax.tree.leaves(new.params), [1 - 0.5625, 2 + 0.1875], rtol=1e-6)
+    np.testing.assert_allclose(jax.tree.leaves(new.optimizer), [0.5625, -0.1875], rtol=1e-6)
+    np.testing.assert_allclose(jax.tree.leaves(new.ema), [0.4 * 3 + 0.6 * 0.4375, 0.4 * 4 + 0.6 * 2.1875], rtol=1e-6)
+    np.testing.assert_allclose(new.usual_loss, 0.98 * 1.5 + 0.02 * 2, rtol=1e-6)
+    assert (new.step, new.bad_steps, new.bad_in_row, new.frozen["text"]) == (STEP + 1, 7, 0, 9)
+    np.testing.assert_allclose(metrics["grad_norm"], np.hypot(0.5, 0.25), rtol=1e-6)
+    assert (metrics["bad_leaf"], metrics["loss"]) == (-1, LOSS)
+    assert updated(usual_loss=np.inf)[1].usual_loss == LOSS, "the first good loss is the usual one"
+    assert updated(loss=5.9)[1].bad_in_row == 0, "less than three times the usual loss is no spike"
+
+
+def test_the_ema_s_decay_grows_to_that_of_the_config():
+    _, new, _ = updated(step_done=1_000_000)
+    expected = [0.99 * old + 0.01 * new for old, new in zip((3, 4), jax.tree.leaves(new.params), strict=True)]
+    np.testing.assert_allclose(jax.tree.leaves(new.ema), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "bad_leaf"),
+    [
+        ({"loss": np.nan}, -1),
+        ({"gradient": (np.inf, 1)}, 0),
+        ({"gradient": (1, np.nan)}, 1),
+        ({"gradient": (1, 1e30)}, 1),  # its square overflows
+        ({"loss": 6.1}, step.SPIKE),
+    ],
+)
+def test_a_bad_step_changes_nothing_but_its_counters(changes, bad_leaf):
+    old, new, metrics = updated(**changes)
+    for part in ("params", "ema", "optimizer", "usual_loss", "frozen"):
+        assert jax.tree.leaves(getattr(new, part)) == jax.tree.leaves(getattr(old, part)), part
+    assert (new.step, new.bad_steps, new.bad_in_row) == (STEP + 1, 8, 3)
+    assert (metrics["bad_leaf"], metrics["bad_steps"], metrics["bad_in_row"]) == (bad_leaf, 8, 3)
