@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float, Int, Key, UInt32
-from tqdm import tqdm
 
 from ecdit.conditioning.autoencoder import to_bytes
 from ecdit.conditioning.text_to_image import Params, System, TextToImage
@@ -159,6 +158,8 @@ def sample_pictures(
     The same (seed, prompt, repeat) gives the same picture whatever the batch size, the devices or the neighbours, up to
     float32 rounding (and up to near-ties of top-k that it decides), where config.group is "image".
     """
+    from tqdm import tqdm
+
     keys = sample_keys(config.seed, prompts, repeats)
     tokens, null_tokens = tokenize(prompts), tokenize([""])
     # The last batch is filled up with its own first rows: their pictures are dropped.
