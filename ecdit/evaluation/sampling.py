@@ -17,7 +17,7 @@ from ecdit.config import require
 from ecdit.diffusion.flow import SAMPLE_KEY_IMPL, sample_keys, sample_noise
 from ecdit.diffusion.guidance import GuidanceConfig, combine
 from ecdit.diffusion.solvers import SOLVERS
-from ecdit.models.config import DiTConfig, check_group, group_size
+from ecdit.models.config import DiTConfig, check_attention, check_group, group_size
 from ecdit.models.dit import TextStates
 from ecdit.models.embeddings import unpatchify
 from ecdit.partitioning import batch_sharding, batch_shards
@@ -46,7 +46,8 @@ class SamplingConfig:
 
 
 def check_sampling(config: SamplingConfig, model: DiTConfig, mesh: Mesh | AbstractMesh) -> None:
-    """Raises ConfigError when the batch or its groups do not divide over the mesh."""
+    """Raises ConfigError when the batch or its groups do not divide over the mesh, or attention has no kernel there."""
+    check_attention(model, mesh)
     shards = batch_shards(mesh)
     require(
         config.batch_size % shards == 0,
