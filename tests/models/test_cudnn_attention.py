@@ -9,13 +9,13 @@ import re
 import jax
 import numpy as np
 import pytest
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from ecdit.config import ConfigError
 from ecdit.models import attention
 from ecdit.models.config import check_attention
 from ecdit.models.cudnn_attention import cudnn_attention
-from ecdit.partitioning import MESH_AXES, abstract_mesh
+from ecdit.partitioning import MESH_AXES, abstract_mesh, batch_sharding, logical_spec
 from tests.models.helpers import close, config, jit
 from tests.models.test_fused_attention import CASES, arguments, model_with_gradients, with_gradients
 from tests.runs import tiny
@@ -30,9 +30,12 @@ def test_it_is_the_plain_attention(case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_on_shards_of_images_and_heads_it_is_the_same(case):
-    alone = with_gradients(by_xla, case)
-    with jax.set_mesh(Mesh(np.array(jax.devices()).reshape(1, 1, 2, 2, 2), MESH_AXES)):
-        text = jit(by_xla).lower(*arguments(case)).compile().as_text()
+    alone, mesh = with_gradients(by_xla, case), Mesh(np.array(jax.devices()).reshape(1, 1, 2, 2, 2), MESH_AXES)
+    *heads, norms, angles, mask = arguments(case)
+    heads = jax.device_put(heads, NamedSharding(mesh, logical_spec(("batch", "heads"), "heads")))
+    angles, mask = jax.device_put((angles, mask), batch_sharding(mesh))
+    with jax.set_mesh(mesh):
+        text = jit(by_xla).lower(*heads, norms, angles, mask).compile().as_text()
         close(with_gradients(by_xla, case), alone, 3e-6)
     assert not re.search(r"all-gather|all-to-all|all-reduce|collective-permute", text)
 
