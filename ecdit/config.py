@@ -4,6 +4,8 @@ An experiment is one Python file with `get_config([argument])` that returns an `
 in which every field is present. `build` turns it into frozen dataclasses that live beside the code they
 configure. There are no defaults anywhere else: an unknown key, a missing key, a wrong type or an impossible
 value raises `ConfigError` with the key, the value and what is allowed.
+
+ml_collections is imported only by what reads config files, so that a model can be built where it is not installed.
 """
 
 import contextlib
@@ -16,11 +18,12 @@ import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import ml_collections
 from absl import app, flags, logging
-from ml_collections import config_flags
+
+if TYPE_CHECKING:
+    import ml_collections
 
 T = TypeVar("T")
 
@@ -111,7 +114,8 @@ def _typed(hint: Any, key: str, value: Any) -> Any:
             raise wrong
         return tuple(_typed(typing.get_args(hint)[0], f"{key}[{i}]", item) for i, item in enumerate(value))
     if dataclasses.is_dataclass(hint):
-        require(isinstance(value, Mapping | ml_collections.ConfigDict), key, value, "must be a group of keys")
+        # A ConfigDict is no Mapping.
+        require(hasattr(value, "items"), key, value, "must be a group of keys")
         try:
             return build(hint, value)
         except ConfigError as error:
@@ -169,10 +173,12 @@ def replace_text(path: Path, text: str) -> None:
 
 def define_config_flag() -> flags.FlagHolder:
     """Defines `--config=FILE.py[:ARGUMENT]` with its overrides `--config.a.b=value`."""
+    from ml_collections import config_flags
+
     return config_flags.DEFINE_config_file("config", None, "Experiment file, with an optional :argument.")
 
 
-def config_values(flag: flags.FlagHolder) -> ml_collections.ConfigDict:
+def config_values(flag: flags.FlagHolder) -> "ml_collections.ConfigDict":
     """The values of the config file that the flag names.
 
     Raises:
@@ -188,25 +194,31 @@ def config_origin(flag: flags.FlagHolder) -> dict[str, Any]:
     return _origin(flags.FLAGS[flag.name])
 
 
-def parse_config(arguments: Sequence[str]) -> tuple[ml_collections.ConfigDict, dict[str, Any]]:
+def parse_config(arguments: Sequence[str]) -> tuple["ml_collections.ConfigDict", dict[str, Any]]:
     """What `config_values` and `config_origin` of a command would be that had these `--config...` flags.
 
     Raises:
       UserError: there is no such file, an unknown key, or a value that its field cannot be.
     """
+    from ml_collections import config_flags
+
     argv, values = ["", *arguments], flags.FlagValues()
     config_flags.DEFINE_config_file("config", None, "", flag_values=values, sys_argv=argv)
     _parse_flags(argv, values)
     return _existing(values["config"]), _origin(values["config"])
 
 
-def _existing(chosen: flags.Flag) -> ml_collections.ConfigDict:
+def _existing(chosen: flags.Flag) -> "ml_collections.ConfigDict":
+    import ml_collections
+
     if not isinstance(chosen.value, ml_collections.ConfigDict):
         raise UserError(f"--config={chosen.config_filename}: no such config file")
     return chosen.value
 
 
 def _origin(chosen: flags.Flag) -> dict[str, Any]:
+    from ml_collections import config_flags
+
     overrides = config_flags.get_override_values(chosen)
     return {"config": config_flags.get_config_filename(chosen), "overrides": overrides}
 

@@ -8,12 +8,10 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
 from ecdit.config import to_dict
 from ecdit.partitioning import replicated
-from ecdit.training import checkpoint, stored
 from ecdit.training.experiment import CheckpointConfig, make_experiment
 
 ROOT = Path(__file__).parents[1]
@@ -84,6 +82,10 @@ def train_command(workdir, data, **overrides):
 
 def save_ema(workdir, ema, step=1, config=None, frozen=None):
     """Adds a checkpoint of EMA weights alone, nested dicts of numpy arrays, and of `frozen` ones if there are any."""
+    import orbax.checkpoint as ocp  # here, so that benchmarks of a step need none of it
+
+    from ecdit.training import checkpoint, stored
+
     state = {"ema": ema} | ({"frozen": frozen} if frozen else {})
     keep_all = CheckpointConfig(every=1, keep=100, init_from="", verify="always", max_failed_saves=0)
     one = replicated(Mesh(np.array(jax.devices()[:1]), ("data",)))

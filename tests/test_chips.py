@@ -4,7 +4,7 @@ import jax
 import pytest
 from jax.experimental import topologies
 
-from ecdit.chips import CHIPS, chip
+from ecdit.chips import CHIPS, GPUS, chip, limits
 
 
 def test_the_public_figures():
@@ -12,8 +12,31 @@ def test_the_public_figures():
     assert figures == {"v4": (275, 32), "v5p": (459, 95), "v5e": (197, 16), "v6e": (918, 32)}
 
 
+def test_the_public_figures_of_gpus():
+    """TFLOP/s without sparsity, GB, TB/s."""
+    figures = {
+        gpu.name: (gpu.peak_flops / 1e12, gpu.hbm_bytes / 1e9, gpu.hbm_bandwidth / 1e12) for gpu in GPUS.values()
+    }
+    assert figures == {
+        "H100-SXM": (989, 80, 3.35),
+        "H100-PCIe": (756, 80, 2),
+        "H100-NVL": (835, 94, 3.9),
+        "H200-SXM": (989, 141, 4.8),
+        "H200-NVL": (835, 141, 4.8),
+        "A100-SXM-80GB": (312, 80, 2.039),
+        "A100-SXM-40GB": (312, 40, 1.555),
+    }
+
+
+def test_a_gpu_has_limits_but_is_no_chip_of_a_plan():
+    assert limits("NVIDIA H200").name == "H200-SXM"
+    assert limits("TPU v5") is chip("TPU v5")
+    assert chip("NVIDIA H200") is None
+
+
 def test_an_unknown_chip_is_not_guessed():
     assert chip(jax.devices()[0].device_kind) is None
+    assert limits(jax.devices()[0].device_kind) is None
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,14 @@ at preparation and what `tokenize` makes of it later is the same (tests/data/tes
 import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import sentencepiece
 
 from ecdit.data import DataError
+
+if TYPE_CHECKING:
+    import sentencepiece
 
 VOCABULARY = "vocabulary.model"
 PAD, EOS, UNKNOWN = 0, 1, 2
@@ -23,6 +26,8 @@ def train_vocabulary(captions: Iterable[str], vocab_size: int, path: Path) -> No
     Raises:
       DataError: the captions have more distinct characters than `vocab_size` has room for.
     """
+    import sentencepiece
+
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -57,12 +62,14 @@ def tokenize(directory: str | Path, captions: Sequence[str], caption_length: int
     return np.array(rows, np.int32).reshape(len(captions), caption_length)
 
 
-def load_vocabulary(directory: str | Path) -> sentencepiece.SentencePieceProcessor:
+def load_vocabulary(directory: str | Path) -> "sentencepiece.SentencePieceProcessor":
     """The vocabulary of a prepared directory.
 
     Raises:
       DataError: there is none, or it cannot be read.
     """
+    import sentencepiece
+
     path = Path(directory) / VOCABULARY
     try:
         return sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())

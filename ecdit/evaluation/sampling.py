@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float, Int, Key, UInt32
-from tqdm import tqdm
 
 from ecdit.conditioning.autoencoder import to_bytes
 from ecdit.conditioning.text_to_image import Params, System, TextToImage
@@ -18,7 +17,7 @@ from ecdit.config import require
 from ecdit.diffusion.flow import SAMPLE_KEY_IMPL, sample_keys, sample_noise
 from ecdit.diffusion.guidance import GuidanceConfig, combine
 from ecdit.diffusion.solvers import SOLVERS
-from ecdit.models.config import DiTConfig, check_group, group_size
+from ecdit.models.config import DiTConfig, check_attention, check_group, group_size
 from ecdit.models.dit import TextStates
 from ecdit.models.embeddings import unpatchify
 from ecdit.partitioning import batch_sharding, batch_shards
@@ -47,7 +46,8 @@ class SamplingConfig:
 
 
 def check_sampling(config: SamplingConfig, model: DiTConfig, mesh: Mesh | AbstractMesh) -> None:
-    """Raises ConfigError when the batch or its groups do not divide over the mesh."""
+    """Raises ConfigError when the batch or its groups do not divide over the mesh, or attention has no kernel there."""
+    check_attention(model, mesh)
     shards = batch_shards(mesh)
     require(
         config.batch_size % shards == 0,
@@ -159,6 +159,8 @@ def sample_pictures(
     The same (seed, prompt, repeat) gives the same picture whatever the batch size, the devices or the neighbours, up to
     float32 rounding (and up to near-ties of top-k that it decides), where config.group is "image".
     """
+    from tqdm import tqdm
+
     keys = sample_keys(config.seed, prompts, repeats)
     tokens, null_tokens = tokenize(prompts), tokenize([""])
     # The last batch is filled up with its own first rows: their pictures are dropped.

@@ -13,12 +13,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from ecdit.models.cudnn_attention import cudnn_attention
 from ecdit.models.embeddings import rotate
 from ecdit.models.fused_attention import fused_attention
 from ecdit.models.layers import NORM_EPSILON, named, param, saved_product, xavier, zeros
 from ecdit.partitioning import constrain
 
-Kind = Literal["plain", "fused"]  # of the attention between projections: the same up to rounding
+Kind = Literal["plain", "fused", "cudnn"]  # of the attention between projections: the same up to rounding
 
 ones = jax.nn.initializers.ones
 
@@ -38,7 +39,7 @@ class SelfAttention(nnx.Module):
 
     def __call__(self, x: Float[Array, "B N d"], angles: Float[Array, "B N k/2"]) -> Float[Array, "B N d"]:
         """Attends within each image; `angles` are the tokens' positions (see embeddings.rope_angles)."""
-        flat, norms = self.kind == "plain", (self.query_scale[...], self.key_scale[...])
+        flat, norms = self.kind != "fused", (self.query_scale[...], self.key_scale[...])
         query = _project(x, self.query, self.heads, flat)
         key, value = (_project(x, kernel, self.kv_heads, flat) for kernel in (self.key, self.value))
         return _join(KINDS[self.kind](query, key, value, norms, angles), self.out, flat)
@@ -61,7 +62,7 @@ class CrossAttention(nnx.Module):
         self, x: Float[Array, "B N d"], states: Float[Array, "B L t"], mask: Bool[Array, "B L"]
     ) -> Float[Array, "B N d"]:
         """Attends to the states whose `mask` is True: one a row at least, or the row gets the padding's mean."""
-        flat, norms = self.kind == "plain", (self.query_scale[...], self.key_scale[...])
+        flat, norms = self.kind != "fused", (self.query_scale[...], self.key_scale[...])
         query = _project(x, self.query, self.heads, flat)
         key, value = (_project(states, kernel, self.heads, flat) for kernel in (self.key, self.value))
         return _join(KINDS[self.kind](query, key, value, norms, None, mask[:, None, :]), self.out, flat)
@@ -114,7 +115,7 @@ def normed_attention(
     return attend(query, key, value, scales, mask)
 
 
-KINDS = {"plain": normed_attention, "fused": fused_attention}
+KINDS = {"plain": normed_attention, "fused": fused_attention, "cudnn": cudnn_attention}
 
 
 def attend(
@@ -150,7 +151,7 @@ def _project(
     x: Float[Array, "B N d"], kernel: nnx.Param, heads: int, flat: bool = False, bias: nnx.Param | None = None
 ) -> Float[Array, "B H k N"]:
     (batch, tokens, _), matrix = x.shape, kernel[...].astype(x.dtype)
-    if flat:  # one product of all rows: faster on a CPU, slower on a TPU
+    if flat:  # one product of all rows: faster on a CPU, slower on a TPU; cuDNN reads rows too
         joined = (x.reshape(batch * tokens, -1) @ matrix).reshape(batch, tokens, -1).swapaxes(1, 2)
     else:
         joined = jnp.einsum("bnd,df->bfn", x, matrix)

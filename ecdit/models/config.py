@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Literal
 
+from jax.sharding import AbstractMesh, Mesh
+
 from ecdit.config import require
 from ecdit.models.fused_attention import SCORE_BYTES, score_bytes
 from ecdit.models.layers import REMAT_POLICIES
@@ -21,7 +23,8 @@ class DiTConfig:
     heads: int
     kv_heads: int  # of self-attention; cross-attention has all heads
     rope_theta: float
-    attention: Literal["plain", "fused"]  # between its projections; fused: by a kernel of its own on TPUs
+    # Between its projections. fused: by a kernel of its own on TPUs; cudnn: by cuDNN's, on GPUs alone.
+    attention: Literal["plain", "fused", "cudnn"]
     absolute_positions: bool  # adds sine-cosine positions to tokens and mask tokens: RoPE alone says nothing absolute
     ffn_multiplier: int  # hidden width of an FFN, and of an expert that expert_width does not say, in d
     ffn: Literal["dense", "token_choice", "expert_choice"]  # of the even blocks
@@ -82,11 +85,18 @@ class DiTConfig:
         )
         scores = score_bytes(self.heads // self.kv_heads, self.num_tokens, self.num_tokens)
         require(
-            self.attention == "plain" or scores <= SCORE_BYTES,
+            self.attention != "fused" or scores <= SCORE_BYTES,
             "attention",
             self.attention,
             f"of {self.num_tokens} tokens and {self.heads // self.kv_heads} heads on a key it does not fit a TPU's own "
             'memory: must be "plain"',
+        )
+        require(
+            self.attention != "cudnn" or (self.dtype == "bfloat16" and self.head_dim % 8 == 0),
+            "attention",
+            self.attention,
+            f"cuDNN takes bfloat16 and heads whose width is a multiple of 8, not {self.dtype} and {self.head_dim}: "
+            'must be "plain" or "fused"',
         )
         require(self.rope_theta > 0, "rope_theta", self.rope_theta, "must be above 0")
         require(self.route_scale > 0, "route_scale", self.route_scale, "must be above 0")
@@ -136,6 +146,19 @@ def check_group(key: str, group: str, num_tokens: int) -> None:
         key,
         group,
         f"must be a multiple or a divisor of the {num_tokens} tokens of an image",
+    )
+
+
+def check_attention(config: DiTConfig, mesh: Mesh | AbstractMesh) -> None:
+    """Raises ConfigError where the mesh has devices, and they lack the kernel that the attention needs."""
+    if not isinstance(mesh, Mesh):
+        return
+    platform = mesh.devices.flat[0].platform
+    require(
+        config.attention != "cudnn" or platform == "gpu",
+        "model.attention",
+        config.attention,
+        f'must be "plain" or "fused": cuDNN\'s kernel runs on GPUs, and these devices are {platform}s',
     )
 
 

@@ -9,7 +9,7 @@ from jax.sharding import AbstractMesh, Mesh
 from ecdit.conditioning.text_to_image import SystemConfig
 from ecdit.conditioning.text_tower import TextConfig
 from ecdit.config import ConfigError, build, require, to_dict
-from ecdit.data.loader import DataConfig
+from ecdit.data.tasks import DataConfig
 from ecdit.diffusion.flow import FlowConfig
 from ecdit.evaluation.sampling import SamplingConfig, check_sampling
 from ecdit.models.config import DiTConfig, group_size

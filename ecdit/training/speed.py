@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from ecdit.chips import chip
+from ecdit.chips import limits
 from ecdit.conditioning.sizes import training_flops
 from ecdit.training.experiment import Experiment
 
@@ -61,7 +61,7 @@ class Stopwatch:
 
 def stopwatch(experiment: Experiment) -> Stopwatch:
     """For the steps of `experiment` on all devices."""
-    kind = chip(jax.devices()[0].device_kind)
+    kind = limits(jax.devices()[0].device_kind)
     images = experiment.train.batch_size
     peak = kind.peak_flops * jax.device_count() if kind else None
     return Stopwatch(images, images * training_flops(experiment.system), peak)

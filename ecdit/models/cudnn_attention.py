@@ -1,0 +1,61 @@
+"""Normed and rotated attention by cuDNN's kernel: on NVIDIA GPUs no scores go to the GPU's main memory.
+
+Axes: B batch, H heads, K key-value heads, k head width, N tokens, M tokens attended to.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
+
+from ecdit.models.embeddings import rotate
+from ecdit.models.layers import NORM_EPSILON
+from ecdit.partitioning import AXIS_RULES
+
+
+def cudnn_attention(
+    query: Float[Array, "B H k N"],
+    key: Float[Array, "B K k M"],
+    value: Float[Array, "B K k M"],
+    norms: tuple[Float[Array, " k"], Float[Array, " k"]],
+    angles: Float[Array, "B N k/2"] | None = None,
+    mask: Bool[Array, "B 1 M"] | None = None,
+    implementation: Literal["cudnn", "xla"] = "cudnn",
+) -> Float[Array, "B H k N"]:
+    """As `attention.normed_attention`; queries and keys are rounded to their dtype after norm and rotation.
+
+    The mask must hide the end of a row and nothing else, as that of a padded caption does: cuDNN takes lengths.
+    `implementation` "xla" is the same call without the kernel, which needs no GPU and takes float32 too.
+    """
+    query, key = (_normed(x, scale) for x, scale in zip((query, key), norms, strict=True))
+    if angles is not None:
+        query, key = rotate(query, angles), rotate(key, angles)
+    lengths = None if mask is None else mask[:, 0].sum(axis=-1, dtype=jnp.int32)
+    return _on_shards(functools.partial(_attend, implementation=implementation))(query, key, value, lengths)
+
+
+def _attend(query: Array, key: Array, value: Array, lengths: Int[Array, " B"] | None, implementation: str) -> Array:
+    """cuDNN's own order of axes is [B, N, H, k]."""
+    rows = (jnp.transpose(x, (0, 3, 1, 2)) for x in (query, key, value))
+    out = jax.nn.dot_product_attention(*rows, key_value_seq_lengths=lengths, implementation=implementation)
+    return jnp.transpose(out, (0, 2, 3, 1))
+
+
+def _on_shards(function: Callable[..., Array]) -> Callable[..., Any]:
+    """`function` of each device's images and heads: what to do with a kernel of its own the compiler cannot tell."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return function
+    heads, images = PartitionSpec(AXIS_RULES["batch"], AXIS_RULES["heads"]), PartitionSpec(AXIS_RULES["batch"])
+    # What a kernel's results vary over cannot be told by looking at it.
+    return jax.shard_map(function, in_specs=(heads, heads, heads, images), out_specs=heads, check_vma=False)
+
+
+def _normed(x: Float[Array, "B H k N"], scale: Float[Array, " k"]) -> Float[Array, "B H k N"]:
+    """RMSNorm over each head, computed in float32."""
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.square(y).mean(axis=2, keepdims=True) + NORM_EPSILON)
+    return (y * scale.astype(jnp.float32)[None, None, :, None]).astype(x.dtype)
