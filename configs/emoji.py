@@ -1,6 +1,6 @@
 """EC-DIT on 1913 emoji and their names, for two CPU cores.
 
-    python -m ecdit.train --config=configs/emoji.py --workdir=runs/emoji              # :quick, about 12 minutes
+    python -m ecdit.train --config=configs/emoji.py --workdir=runs/emoji              # :quick, 2000 steps
     python -m ecdit.train --config=configs/emoji.py:long --workdir=runs/emoji_long    # :long, three times as many steps
 
 Marks of certainty, beside values that the paper or its relatives speak of: [P] the paper (arXiv 2410.02098),

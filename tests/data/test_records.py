@@ -293,7 +293,10 @@ def test_damage_is_an_error(config, tmp_path):
 LATENTS = {"task": "random_latents", "image_size": 64, "latent_channels": 5, "flip_probability": 0.0, "crop_padding": 0}
 
 
-def test_latents_are_prepared_and_read_in_place_of_pictures(tmp_path):
+def test_latents_are_prepared_and_read_in_place_of_pictures(tmp_path, monkeypatch):
+    """By the hosts of a pod too, which have no TensorFlow."""
+    for package in ("seqio", "tensorflow"):
+        monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
     config = make_config(tmp_path, **LATENTS)
     manifest, records = prepare(config), Records(config)
     assert (manifest.num_records, manifest.latent_channels, manifest.image_size) == (len(records), 5, 64)

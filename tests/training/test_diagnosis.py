@@ -93,6 +93,13 @@ def test_data_that_is_not_prepared_needs_what_prepares_it(missing, verdict, tmp_
     assert missing is None or f"needs {missing}: pip install -e '.[data]'" in told[1]
 
 
+def test_random_latents_are_made_without_what_prepares_pictures(tmp_path, monkeypatch):
+    monkeypatch.setattr(diagnosis.importlib.util, "find_spec", lambda _: None)
+    values = config_file("ec_dit").get_config("XL-8E")
+    values.data.directory = str(tmp_path / "data")
+    assert found("data", make_experiment(values))[0] == "ok"
+
+
 def test_data_of_other_settings_fails_with_the_key(experiment):
     other = dataclasses.replace(experiment.data, caption_length=7)
     verdict, text = found("data", dataclasses.replace(experiment, data=other))
