@@ -74,6 +74,7 @@ setup(
             "pytest-xdist>=3.8,<4",
             # Formatting changes between minor versions, and CI checks it.
             "ruff>=0.17.6,<0.18",
+            "wandb>=0.20,<1",  # as in wandb; it runs offline
         ],
         "parity": [
             "diffusers>=0.42.1,<0.43",
