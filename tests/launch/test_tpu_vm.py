@@ -191,6 +191,14 @@ def test_one_slice_is_a_node_and_several_have_a_prefix():
     assert tpu_vm.nodes(name, 2) == [f"{name}-0", f"{name}-1"]
 
 
+@pytest.mark.parametrize(
+    ("capacity", "flags"), [("on-demand", set()), ("spot", {"--spot"}), ("reserved", {"--reserved"})]
+)
+def test_the_tpus_are_of_the_capacity_that_was_asked_for(capacity, flags):
+    command = tpu_vm.create_command(placed("v5p-16"), dataclasses.replace(OPTIONS, capacity=capacity))
+    assert {"--spot", "--reserved"} & set(command) == flags
+
+
 def test_a_container_brings_its_code():
     text = tpu_vm.script(placed("v5p-16"), dataclasses.replace(EVERYTHING, image="repository/ecdit:1"))
     assert "docker pull repository/ecdit:1" in text

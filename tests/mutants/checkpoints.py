@@ -63,7 +63,8 @@ MUTANTS = (
         _STORED,
         "if records[name][0] != text:",
         'if records[name][0].partition("[")[0] != text.partition("[")[0]:',
-        ("tests/system/test_resume.py::test_arrays_that_do_not_fit_are_refused",),
+        _recovery("test_an_array_that_this_run_needs_otherwise_is_no_damage"),
+        "another model's checkpoints are set aside as damaged",
     ),
     Mutant(
         _STORED,

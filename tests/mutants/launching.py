@@ -132,7 +132,7 @@ MUTANTS = (
         _TPU_VM,
         '{"on-demand": [], "spot": ["--spot"], "reserved": ["--reserved"]}',
         '{"on-demand": [], "spot": [], "reserved": ["--reserved"]}',
-        _tpu_vm("test_gcloud_knows_every_flag", "test_one_slice_is_a_node_and_several_have_a_prefix"),
+        _tpu_vm("test_the_tpus_are_of_the_capacity_that_was_asked_for"),
         "TPUs cost more than was asked for",
     ),
     Mutant(
@@ -145,7 +145,7 @@ MUTANTS = (
         _LOCAL,
         "                if not stopping:",
         "                if True:",
-        _local("test_signals_reach_every_process_once_and_they_may_save[Signals.SIGTERM]"),
+        _local("test_signals_reach_every_process_once_and_they_may_save"),
         "a second signal cuts the save of the others short",
     ),
     Mutant(

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import jax
 import pytest
 
 from ecdit.training import checkpoint, stored
@@ -182,6 +183,20 @@ def test_an_array_that_is_of_another_type_than_was_saved_is_damage(toy, monkeypa
         pytest.raises(DamagedError, match=r"ema/denoiser/tail, saved as float32\[3\], is now bfloat16\[3\]"),
     ):
         checkpoint.restore(manager, 2, toy_abstract())
+
+
+@pytest.mark.parametrize(("shape", "dtype"), [((4,), "float32"), ((3,), "bfloat16")])
+def test_an_array_that_this_run_needs_otherwise_is_no_damage(toy, shape, dtype):
+    """It is another model's: a run that called it damage would set its checkpoints aside."""
+    toy.train(num_steps=2, every=2)
+    abstract = toy_abstract()
+    abstract.ema["denoiser"]["tail"] = jax.ShapeDtypeStruct(shape, dtype, sharding=abstract.step.sharding)
+    with (
+        checkpoint.open_reader(toy.workdir) as manager,
+        pytest.raises(CheckpointError, match="this run needs") as error,
+    ):
+        checkpoint.restore(manager, 2, abstract)
+    assert not isinstance(error.value, DamagedError)
 
 
 def test_verify_names_the_array_that_was_damaged(toy):
