@@ -177,12 +177,20 @@ def with_batch(base: Experiment, batch: int) -> Experiment:
 
 def step_bytes(base: Experiment, system: System, mesh: Mesh) -> dict[int, int] | None:
     """What the compiler gives a step of each of SMALL_BATCHES; None where it or the device does not say."""
-    # Choosing the fastest products takes most of a GPU's compile time, and hardly changes the memory.
-    quick = {"xla_gpu_autotune_level": "0"} if jax.default_backend() == "gpu" else None
     needs = {}
     for batch in SMALL_BATCHES if bytes_limit() else ():
-        needs[batch] = needed_bytes(lower_step(with_batch(base, batch), system, mesh).compile(compiler_options=quick))
+        needs[batch] = needed_bytes(quickly_compiled(lower_step(with_batch(base, batch), system, mesh)))
     return needs if needs and None not in needs.values() else None
+
+
+def quickly_compiled(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    """For its memory alone: choosing the fastest products takes most of a GPU's compile time, and hardly changes it."""
+    if jax.default_backend() == "gpu":
+        try:
+            return lowered.compile(compiler_options={"xla_gpu_autotune_level": "0"})
+        except jax.errors.JaxRuntimeError as error:  # an option of the compiler's own, which may go
+            print(f"compiling as usual: {error}", flush=True)
+    return lowered.compile()
 
 
 def largest_batch(small: Mapping[int, int] | None, limit: float) -> int:
