@@ -42,7 +42,7 @@ def install(directory: Path, name: str, code: str) -> None:
     program.chmod(0o755)
 
 
-def wait_for(condition, seconds=20):
+def wait_for(condition, seconds=120):
     """Waits until `condition()` is true."""
     deadline = time.monotonic() + seconds
     while not condition():

@@ -166,7 +166,7 @@ def test_two_real_processes_train_here_until_they_are_stopped(outside, tmp_path,
         assert [line.split(" (")[0] for line in shown] == ["process 0", "process 1"]
         assert all(" runs: " in line for line in shown)
         assert "has stopped" in launch("stop", *place, env=environment, cwd=tmp_path).stdout
-        assert launcher.wait(timeout=20) == 42
+        assert launcher.wait(timeout=120) == 42
     finally:
         launcher.terminate()
         printed, _ = launcher.communicate(timeout=60)

@@ -37,7 +37,7 @@ def launcher(tmp_path, monkeypatch):
     wait_for((local_job.LOGS / NAME / local_job.RECORD).exists)
     yield started
     started.terminate()
-    started.wait(timeout=20)
+    started.wait(timeout=120)
 
 
 def test_status_shows_who_runs_and_stop_lets_them_save(launcher):
@@ -47,8 +47,8 @@ def test_status_shows_who_runs_and_stop_lets_them_save(launcher):
         [sys.executable, "-c", f"from launch import local_job; assert local_job.stop({NAME!r})"],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
-    assert launcher.wait(timeout=20) == 42
-    assert stopping.wait(timeout=20) == 0
+    assert launcher.wait(timeout=120) == 42
+    assert stopping.wait(timeout=120) == 0
     assert [line.rpartition(") ")[2] for line in local_job.status(NAME)] == ["has ended: saved"] * 2
     assert not local_job.stop(NAME)
 

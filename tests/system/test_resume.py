@@ -134,7 +134,7 @@ def test_sigterm_saves_exits_42_and_resumes_equal(tmp_path, emoji_data, module_e
     process = start(workdir, emoji_data, module_env, **changes)
     wait_for(lambda: last_step(workdir) >= 5, process)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=60) == 42
+    assert process.wait(timeout=120) == 42
     stopped = last_step(workdir)
     assert 5 <= stopped < STEPS
     assert [p.name for p in (workdir / "checkpoints").iterdir()] == [str(stopped)]
