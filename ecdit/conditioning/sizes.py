@@ -96,9 +96,11 @@ def forward_parts(system: SystemConfig, tokens: int, group: str) -> tuple[Part, 
 
 
 def training_flops(system: SystemConfig) -> float:
-    """An image's share of a training step: forward, and twice that backward.
+    """An image's share of a training step: forward, and twice that backward, but for a text tower that is frozen.
 
     What remat computes again is not the model's and does not count, so a rate of these is a model FLOP/s
     (arXiv 2204.02311, appendix B).
     """
-    return 3 * total_flops(forward_parts(system, system.model.num_kept, system.model.group))
+    parts = forward_parts(system, system.model.num_kept, system.model.group)
+    untrained = text_part(system.text, system.caption_length).flops if system.text.frozen else 0.0
+    return 3 * total_flops(parts) - 2 * untrained

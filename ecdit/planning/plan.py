@@ -10,7 +10,7 @@ import math
 
 import jax
 
-from ecdit.conditioning.sizes import forward_parts, training_flops
+from ecdit.conditioning.sizes import forward_parts
 from ecdit.models.sizes import total_flops
 from ecdit.partitioning import TILE_ROWS
 from ecdit.planning.collectives import wire_bytes_by_kind
@@ -204,8 +204,9 @@ def _model_flops(experiment: Experiment, what: What) -> float:
     """Of the denoiser, without towers, tables and what is computed again."""
     system = experiment.system
     if what == "train":
-        tower = total_flops(part for part in forward_parts(system, *_seen(experiment)) if part.name == "text_tower")
-        return (training_flops(system) - 3 * tower) * experiment.train.batch_size
+        parts = forward_parts(system, *_seen(experiment))
+        denoiser = total_flops(part for part in parts if part.name != "text_tower")
+        return 3 * denoiser * experiment.train.batch_size
     sampling = experiment.sampling
     parts = forward_parts(system, system.model.num_tokens, sampling.group)
     passes = (1 if sampling.guidance.scale == 1 else 2) * (2 if sampling.solver == "heun" else 1) * sampling.num_steps

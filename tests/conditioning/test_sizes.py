@@ -90,6 +90,8 @@ def test_parts_by_hand():
     assert parts["text_tower"].flops == 2 * 16 * 12 * 32**2 + 4 * 16**2 * 32
     assert parts["head"].flops == 2 * 2 * 16 * 192 * 32
     assert training_flops(system) == 3 * sum(part.flops for part in parts.values())
+    frozen = dataclasses.replace(system, text=dataclasses.replace(system.text, frozen=True))
+    assert training_flops(system) - training_flops(frozen) == 2 * parts["text_tower"].flops
 
 
 def test_token_choice_with_room_for_two_choices_costs_what_expert_choice_of_factor_two_does():
