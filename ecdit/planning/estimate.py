@@ -90,7 +90,7 @@ class Estimator:
         elif one.opcode == "conditional":
             raise HloError(f"{one.name}: a conditional's cost depends on its data")
         elif one.opcode.endswith("-update") and one.opcode != "dynamic-update-slice":
-            engines.pending[one.name] = engines.pending.pop(one.operands[0])
+            self._update(one, known, engines, times)
         elif one.opcode == "send":  # to other slices, by way of the hosts
             collective = between_slices(one, self.torus)
             self._count(collective, times)
@@ -101,6 +101,8 @@ class Estimator:
             self._waited(engines.wait(rendezvous(known[one.operands[0]])), times)
         elif one.opcode.endswith("-done"):
             self._waited(engines.wait(one.operands[0]), times)
+        elif one.opcode == "custom-call-start" and not one.operands:
+            pass  # what a call to the SparseCores needs is prepared; it begins with its update, which has the operands
         elif one.opcode.endswith("-start"):
             self._start(one, known, engines, times)
         elif (collective := self._synchronous(one)) is not None:
@@ -127,10 +129,21 @@ class Estimator:
         engines.now += waited
         self._waited(("network", waited), times)
 
+    def _update(self, one: Instruction, known: dict[str, Instruction], engines: _Engines, times: int) -> None:
+        """Another name for what goes on; or, where it was prepared only, its beginning."""
+        before, *operands = one.operands
+        if before in engines.pending:
+            engines.pending[one.name] = engines.pending.pop(before)
+        else:
+            attributes = known[before].attributes
+            self._start(
+                dataclasses.replace(one, operands=tuple(operands), attributes=attributes), known, engines, times
+            )
+
     def _start(self, one: Instruction, known: dict[str, Instruction], engines: _Engines, times: int) -> None:
         collective = collective_of(one, self.torus)
         engine = "network"
-        if collective is None and (one.attribute("to_apply") or one.attribute("calls")):
+        if collective is None and one.called:
             collective = self._inside(one)
             engine = "network" if collective else "sparse core"
         if collective is not None:
@@ -153,9 +166,8 @@ class Estimator:
 
     def _inside(self, one: Instruction) -> Collective | None:
         """The collective in what a fusion or an asynchronous call runs."""
-        called = one.attribute("calls") or one.attribute("to_apply")
-        body = list(self.module.reachable(self.module.computations[called])) if called else []
-        scattered = "all-reduce-scatter" in (called or "")
+        body = list(self.module.reachable(self.module.computations[one.called])) if one.called else []
+        scattered = "all-reduce-scatter" in (one.called or "")
         return next((found for i in body if (found := collective_of(i, self.torus, scattered))), None)
 
     def _marker(self, one: Instruction) -> str | None:

@@ -77,6 +77,12 @@ class Instruction:
         found = re.search(rf"\b{key}=%?([\w.\-]+)", self.attributes)
         return found and found.group(1)
 
+    @property
+    def called(self) -> str | None:
+        """The computation that a fusion, a call or an asynchronous call runs."""
+        custom = re.search(r"\bcalled_computations=\{%?([\w.\-]+)\}", self.attributes)
+        return self.attribute("calls") or self.attribute("to_apply") or (custom and custom.group(1))
+
     @functools.cached_property
     def cycles(self) -> int | None:
         """The compiler's own estimate; None where it made none."""
@@ -123,9 +129,8 @@ class Module:
         """Its instructions and those of the fusions and calls in it."""
         for instruction in computation:
             yield instruction
-            called = instruction.attribute("calls") or instruction.attribute("to_apply")
-            if called in self.computations:
-                yield from self.reachable(self.computations[called])
+            if instruction.called in self.computations:
+                yield from self.reachable(self.computations[instruction.called])
 
 
 def parse(text: str) -> Module:

@@ -117,18 +117,43 @@ def test_a_product_that_does_a_collective_of_its_own_pays_for_both():
     assert found.seconds == pytest.approx(0.3 + GATHERED)
 
 
-def test_a_call_to_the_sparse_cores_goes_on_beside():
-    offloaded = """\
+ON_SPARSE_CORES = """\
 %called (p: f32[250000000]) -> f32[62500000] {
   ROOT %r = f32[62500000] reduce-scatter(%p), channel_id=4, replica_groups={{0,1,2,3}}, to_apply=%work
 }
 """
-    start = (
-        '%s = ((f32[250000000]), f32[62500000]) call-start(%p), async_execution_thread="sparsecore", to_apply=%called'
-    )
-    found = estimate(start, compute("a", 1.0), "%d = f32[62500000] call-done(%s)", more=offloaded)
+THREAD = 'async_execution_thread="sparsecore"'
+# As libtpu 0.0.42 writes it, and as 0.0.50 does: there, `s` prepares, and `u` begins.
+CALLS = {
+    "call": (
+        f"%s = ((f32[250000000]), f32[62500000]) call-start(%p), {THREAD}, to_apply=%called",
+        "%d = f32[62500000] call-done(%s)",
+    ),
+    "custom call": (
+        f'%s = ((), (), (s32[131072], s32[1])) custom-call-start(), {THREAD}, custom_call_target="TODO(b/1)", '
+        "called_computations={%called}",
+        "%u = ((f32[250000000]), f32[62500000], (s32[131072])) custom-call-update(%s, %p)",
+        "%d = f32[62500000] custom-call-done(%u)",
+    ),
+}
+
+
+@pytest.mark.parametrize("written", CALLS)
+def test_a_call_to_the_sparse_cores_goes_on_beside(written):
+    *begin, end = CALLS[written]
+    found = estimate(*begin, compute("a", 1.0), end, more=ON_SPARSE_CORES)
     assert found.exposed_seconds == 0
     assert found.communication_seconds == pytest.approx(GATHERED)
+    ((one, times),) = found.collectives.items()
+    assert (one.kind, one.wire_bytes, times) == ("reduce_scatter", 0.75e9, 1)
+
+
+@pytest.mark.parametrize("written", CALLS)
+def test_a_call_begins_with_its_operands(written):
+    """What is computed between its preparation and its beginning hides nothing."""
+    *begin, end = CALLS[written]
+    found = estimate(*begin[:-1], compute("a", 1.0), begin[-1], end, more=ON_SPARSE_CORES)
+    assert found.exposed_seconds == pytest.approx(GATHERED)
 
 
 @pytest.mark.parametrize(
