@@ -51,7 +51,6 @@ TPU_OPTIONS = (
     "xla_enable_async_all_gather=true",
     "xla_tpu_enable_async_all_to_all=true",
     "xla_tpu_enable_async_collective_fusion=true",
-    "xla_tpu_enable_async_collective_fusion_fuse_all_gather=true",
     "xla_tpu_enable_async_collective_fusion_multiple_steps=true",
     "xla_tpu_overlap_compute_collective_tc=true",
     "xla_tpu_use_tc_device_shape_on_sc=true",
