@@ -106,7 +106,7 @@ def test_data_of_other_settings_fails_with_the_key(experiment):
     assert (verdict, "data.caption_length = 7" in text) == ("fail", True)
 
 
-def test_what_a_run_would_start_from(experiment, tmp_path):
+def test_what_a_run_would_start_from(experiment, tmp_path, monkeypatch):
     start = lambda source: dataclasses.replace(experiment.checkpoint, init_from=str(source))  # noqa: E731
     save_ema(tmp_path / "run", {"a": np.ones(3)}, step=7)
     (tmp_path / "empty").mkdir()
@@ -119,6 +119,10 @@ def test_what_a_run_would_start_from(experiment, tmp_path):
     assert found("weights", other, tmp_path / "empty")[0] == "fail"
     other = dataclasses.replace(experiment, text=dataclasses.replace(experiment.text, frozen=True))
     assert found("weights", other, tmp_path / "empty")[0] == "warn"
+    # In a bucket a killed save is where the checkpoint would be.
+    (tmp_path / "run" / "checkpoints" / "9").mkdir()
+    monkeypatch.setattr(diagnosis, "half_written", lambda _: ["9"])
+    assert "step 7" in found("weights", experiment, tmp_path / "run")[1]
 
 
 @pytest.mark.parametrize(("free", "verdict"), [(29.9e9, "fail"), (30.1e9, "ok")])
