@@ -13,7 +13,7 @@ from ecdit.storage import as_path
 from ecdit.training import diagnosis
 from ecdit.training.diagnosis import TESTED, compare_versions, diagnose, state_bytes
 from ecdit.training.experiment import make_experiment
-from tests.runs import config_file, save_ema, tiny
+from tests.runs import ROOT, config_file, save_ema, tiny
 
 SUBJECTS = ["devices", "versions", "data", "weights", "disk", "bucket", "clock"]
 BUCKET = "gs://bucket/run"
@@ -186,3 +186,11 @@ def test_a_clock_that_differs_from_the_bucket_s_fails(ahead, verdict, monkeypatc
 def test_a_clock_that_is_behind_the_files_of_the_disk_fails(tmp_path, monkeypatch):
     monkeypatch.setattr(diagnosis.time, "time", lambda at=time.time: at() - 7200)
     assert diagnosis.clock(tmp_path)[0] == "fail"
+
+
+def test_the_page_of_versions_has_those_of_the_doctor():
+    page = (ROOT / "docs/versions.md").read_text()
+    rows = [line.lower() for line in page.splitlines() if line.startswith("|")]
+    for name, versions in TESTED.items():
+        row = next(line for line in rows if name in line)
+        assert all(version in row for version in versions), name
