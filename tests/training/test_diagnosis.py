@@ -13,7 +13,7 @@ from ecdit.storage import as_path
 from ecdit.training import diagnosis
 from ecdit.training.diagnosis import TESTED, compare_versions, diagnose, state_bytes
 from ecdit.training.experiment import make_experiment
-from tests.runs import config_file, save_ema, tiny
+from tests.runs import ROOT, config_file, save_ema, tiny
 
 SUBJECTS = ["devices", "versions", "data", "weights", "disk", "bucket", "clock"]
 BUCKET = "gs://bucket/run"
@@ -106,7 +106,7 @@ def test_data_of_other_settings_fails_with_the_key(experiment):
     assert (verdict, "data.caption_length = 7" in text) == ("fail", True)
 
 
-def test_what_a_run_would_start_from(experiment, tmp_path):
+def test_what_a_run_would_start_from(experiment, tmp_path, monkeypatch):
     start = lambda source: dataclasses.replace(experiment.checkpoint, init_from=str(source))  # noqa: E731
     save_ema(tmp_path / "run", {"a": np.ones(3)}, step=7)
     (tmp_path / "empty").mkdir()
@@ -119,6 +119,10 @@ def test_what_a_run_would_start_from(experiment, tmp_path):
     assert found("weights", other, tmp_path / "empty")[0] == "fail"
     other = dataclasses.replace(experiment, text=dataclasses.replace(experiment.text, frozen=True))
     assert found("weights", other, tmp_path / "empty")[0] == "warn"
+    # In a bucket a killed save is where the checkpoint would be.
+    (tmp_path / "run" / "checkpoints" / "9").mkdir()
+    monkeypatch.setattr(diagnosis, "half_written", lambda _: ["9"])
+    assert "step 7" in found("weights", experiment, tmp_path / "run")[1]
 
 
 @pytest.mark.parametrize(("free", "verdict"), [(29.9e9, "fail"), (30.1e9, "ok")])
@@ -182,3 +186,11 @@ def test_a_clock_that_differs_from_the_bucket_s_fails(ahead, verdict, monkeypatc
 def test_a_clock_that_is_behind_the_files_of_the_disk_fails(tmp_path, monkeypatch):
     monkeypatch.setattr(diagnosis.time, "time", lambda at=time.time: at() - 7200)
     assert diagnosis.clock(tmp_path)[0] == "fail"
+
+
+def test_the_page_of_versions_has_those_of_the_doctor():
+    page = (ROOT / "docs/versions.md").read_text()
+    rows = [line.lower() for line in page.splitlines() if line.startswith("|")]
+    for name, versions in TESTED.items():
+        row = next(line for line in rows if name in line)
+        assert all(version in row for version in versions), name
