@@ -38,7 +38,7 @@ def make_job(
       UserError: (its subclasses) the mesh, the batch, a group or a parameter does not divide, or an argument is wrong.
     """
     experiment, overrides = _on_slices(experiment, dict(origin["overrides"]), slices)
-    mesh = abstract_mesh(experiment.mesh, where.chips * slices)
+    mesh = abstract_mesh(experiment.mesh, where.devices * slices)
     if mesh.shape["slices"] != slices:
         raise ConfigError("mesh.slices", mesh.shape["slices"], f"must be the number of slices, {slices}")
     check_mesh(experiment, mesh)

@@ -92,6 +92,7 @@ def validator():
 
 
 MANIFESTS = [("v5p-256", 1), ("v5p-256", 2), ("v4-8", 1), ("v5litepod-16", 2), ("v6e-8", 1), ("v6e-4", 1)]
+MANIFESTS += [("tpu7x-128", 2)]
 
 
 @pytest.mark.parametrize("options", [OPTIONS, EVERYTHING], ids=["plain", "everything"])
@@ -249,6 +250,17 @@ def test_two_slices_of_v5p_256_as_stated_by_hand():
     assert found["tolerations"] == [[("key", "google.com/tpu"), ("operator", "Exists")]]
     assert found["network"] == (True, "ClusterFirstWithHostNet")
     assert found["kept"] == 12 * 3600
+
+
+def test_a_slice_of_tpu7x_as_stated_by_hand():
+    """64 chips, which GKE counts and JAX sees as 128 devices."""
+    found = meaning(manifest("tpu7x-128", 2))
+    assert found["hosts"] == (2, 16, 16, 0)
+    assert found["nodes"] == {
+        "cloud.google.com/gke-tpu-accelerator": "tpu7x",
+        "cloud.google.com/gke-tpu-topology": "4x4x4",
+    }
+    assert found["chips"] == {"google.com/tpu": 4}
 
 
 def xpk_manifest(made, options, out: Path):

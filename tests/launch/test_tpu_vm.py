@@ -235,6 +235,8 @@ def test_a_layout_without_a_name_is_refused():
     with pytest.raises(LaunchError, match=re.escape("accelerator v5p:4x4x16: tpu-vm takes accelerators by name")):
         tpu_vm.check(placed("v5p:4x4x16"))
     tpu_vm.check(placed("v5p:4x8x8"))
+    with pytest.raises(LaunchError, match=re.escape("accelerator tpu7x-128: tpu-vm takes v4, v5p, v5e, v6e")):
+        tpu_vm.check(placed("tpu7x-128"))
 
 
 @pytest.mark.skipif(shutil.which("gcloud") is None, reason="gcloud is not installed: its linter knows the flags")

@@ -162,9 +162,9 @@ MUTANTS = (
     ),
     Mutant(
         _LOCAL_JOB,
-        'f"--devices={job.slice.chips_per_host}"',
+        'f"--devices={job.slice.devices_per_host}"',
         'f"--devices={job.slice.chips}"',
-        ("tests/launch/test_local_job.py::test_every_host_is_a_process_with_a_device_for_each_of_its_chips",),
+        ("tests/launch/test_local_job.py::test_every_host_is_a_process_with_the_devices_of_its_chips",),
     ),
     Mutant(
         _LOCAL_JOB,
