@@ -135,7 +135,7 @@ def test_a_permute_goes_the_short_way_round():
 @pytest.mark.parametrize(
     ("opcode", "wire", "seconds"),
     [
-        # Each die gets half of the array, of which it has a quarter, over two links; then the other half from the other.
+        # Each die gathers one half of the array over two links, and gets the other from the other die.
         ("all-gather", 0.875, 0.5 * 0.75 / 2 + 0.5 / 4),
         ("all-reduce", 1.75, 2 * (0.5 * 0.75 / 2 + 0.5 / 4)),
         # Half of the eight send half a gigabyte each over two links of the middle, of which there are two shares.
