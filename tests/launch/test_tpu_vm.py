@@ -235,6 +235,9 @@ def test_a_layout_without_a_name_is_refused():
     with pytest.raises(LaunchError, match=re.escape("accelerator v5p:4x4x16: tpu-vm takes accelerators by name")):
         tpu_vm.check(placed("v5p:4x4x16"))
     tpu_vm.check(placed("v5p:4x8x8"))
+
+
+def test_a_tpu7x_is_refused_for_it_has_no_queued_resources():
     with pytest.raises(LaunchError, match=re.escape("accelerator tpu7x-128: tpu-vm takes v4, v5p, v5e, v6e")):
         tpu_vm.check(placed("tpu7x-128"))
 

@@ -219,4 +219,24 @@ MUTANTS = (
         ("tests/launch/test_hyper.py::test_points_become_flags_of_training",),
         "an override for all points is not applied to those that set the key",
     ),
+    Mutant(
+        _CHECK,
+        "abstract_mesh(experiment.mesh, where.devices * slices)",
+        "abstract_mesh(experiment.mesh, where.chips * slices)",
+        _job("test_a_mesh_is_of_devices_and_a_host_of_chips"),
+        "a job for TPU7x is checked for half of its devices",
+    ),
+    Mutant(
+        _JOBSET,
+        "chips = job.slice.chips_per_host",
+        "chips = job.slice.devices_per_host",
+        _jobset("test_a_slice_of_tpu7x_as_stated_by_hand"),
+        "GKE waits for hosts with eight chips of TPU7x",
+    ),
+    Mutant(
+        _TPU_VM,
+        "if job.slice.chip not in RUNTIMES:",
+        "if not RUNTIMES:",
+        _tpu_vm("test_a_tpu7x_is_refused_for_it_has_no_queued_resources"),
+    ),
 )

@@ -162,6 +162,12 @@ def test_the_dies_of_a_chip_need_no_link(opcode, seconds):
     assert small.seconds == pytest.approx(2e-6 if opcode == "all-reduce" else 1e-6)
 
 
+def test_a_step_between_dies_is_a_hop():
+    """Three hops round the ring of chips, in both directions at once, and one to the other die."""
+    found = collective("all-gather", "f32[8]", "replica_groups={{0,1,2,3,4,5,6,7}}", pairs((1, 1, 4)))
+    assert found.seconds == pytest.approx(1.5e-6 + 1e-6)
+
+
 def test_a_permute_between_dies_moves_bytes_and_between_chips_takes_a_link():
     for pair, seconds in (("{0,1}", 0.25), ("{0,2}", 1.0), ("{0,3}", 1.0), ("{0,0}", 0.0)):
         found = collective("collective-permute", MILLION, f"source_target_pairs={{{pair}}}", pairs((1, 1, 4)))
