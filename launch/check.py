@@ -109,4 +109,4 @@ def check_plan(job: Job, experiment: Experiment) -> None:
             f"--accelerator: the step does not fit {target.name}: {error}\n`python -m ecdit.plan "
             f"--topology={target.name}` says what would"
         ) from error
-    print(f"fits: {plan.hbm_bytes_per_chip / 1e9:.1f} GB of {plan.hbm_limit / 1e9:.0f} GB a chip", flush=True)
+    print(f"fits: {plan.hbm_bytes_per_device / 1e9:.1f} GB of {plan.hbm_limit / 1e9:.0f} GB a device", flush=True)

@@ -177,9 +177,9 @@ def _ring(group: Sequence[Place], torus: Torus) -> tuple[int, int, int]:
 
 
 def _cut(group: Sequence[Place], torus: Torus) -> float:
-    """Seconds of an all-to-all, for each byte a chip sends, in units of 1 / link bandwidth: the worst middle cut.
+    """Seconds of an all-to-all, for each byte a device sends, in units of 1 / link bandwidth: the worst middle cut.
 
-    Half of the n chips send half of their bytes over a cut of n / n_d links, twice as many where that dimension is a
+    Half of the n devices send half of their bytes over a cut of n / n_d links, twice as many where that dimension is a
     ring: n_d / 4 or n_d / 8 each; groups that share links share them here too.
     """
     members = len(group)

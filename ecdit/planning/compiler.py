@@ -28,7 +28,7 @@ What = Literal["train", "sample"]
 
 
 class DoesNotFit(UserError):
-    """The step needs more memory than a chip has; the message is the compiler's, shortened."""
+    """The step needs more memory than a device has; the message is the compiler's, shortened."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +147,7 @@ def make_torus(mesh: Mesh, chip: Chip) -> Torus:
 
 
 def shard_bytes(tree: Any) -> int:
-    """Of a tree of arrays with shardings: what one chip holds, without padding."""
+    """Of a tree of arrays with shardings: what one device holds, without padding."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)

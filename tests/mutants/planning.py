@@ -66,8 +66,8 @@ MUTANTS = (
     ),
     Mutant(
         _COLLECTIVES,
-        "return max(wire * stride / (links",
-        "return max(wire / (links",
+        "far = (wire - nearby) * stride / (links",
+        "far = (wire - nearby) / (links",
         _collectives("test_groups_that_share_links_share_their_bandwidth"),
     ),
     Mutant(

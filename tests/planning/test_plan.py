@@ -71,7 +71,7 @@ def plan(planned):
 
 def test_a_plan_adds_up(plan):
     assert plan.num_chips == 4
-    assert plan.hbm_bytes_per_chip == sum(plan.hbm_parts.values()) < plan.hbm_limit
+    assert plan.hbm_bytes_per_device == sum(plan.hbm_parts.values()) < plan.hbm_limit
     parameters, moments, ema = (plan.hbm_parts[name] for name in ("parameters", "optimizer", "ema"))
     assert moments == pytest.approx(2 * ema, rel=1e-3)  # RMSProp's square and its momentum
     assert parameters > ema  # with the frozen text tower
@@ -175,6 +175,20 @@ def test_two_slices_meet_over_the_network_alone_by_data():
     assert found.dcn_bytes > 0
     # Whatever goes between them is a gradient, or a number, added up.
     assert {name for name in found.collective_seconds if "slices" in name} == {"all_reduce over slices"}
+
+
+@pytest.mark.slow
+def test_a_plan_for_tpu7x_is_of_chips_that_are_two_devices():
+    target = find_target("tpu7x:2x2x1")
+    found = make_plan(small(runtime__tpu_options=()), target)
+    assert (found.num_chips, found.num_devices) == (4, 8)
+    assert found.hbm_bytes_per_device < found.hbm_limit == 96e9
+    seconds = found.estimated_step_seconds
+    assert found.estimated_mfu == pytest.approx(found.model_flops_per_step / (seconds * 4 * 2307e12))
+    assert found.chip_hours == pytest.approx(4 * 24 * found.days)
+    # All that is sent has its price, between the dies of a chip too.
+    assert min(found.collective_seconds.values()) > 0
+    assert "tpu7x:2x2x1: 4 chips of 8 devices, train, 64 images a step." in report(found)[0]
 
 
 def test_an_axis_may_split_a_side_of_each_of_two_slices():
