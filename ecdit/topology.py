@@ -2,7 +2,8 @@
 
 Two spellings of a slice: the accelerator's name as Google Cloud has it (`v5p-256`), laid out as usual, and the
 generation with a layout of one's own (`v5p:4x4x8`), as JAX's compile-only topologies have it. The number in a name
-counts TensorCores of v4 and v5p, two a chip, and chips of the others. By cloud.google.com/tpu/docs/{v4,v5p,v5e,v6e}.
+counts TensorCores of v4, v5p and TPU7x, two a chip, and chips of v5e and v6e. Layouts always count chips. By
+cloud.google.com/tpu/docs/{v4,v5p,v5e,v6e,tpu7x}; names of TPU7x as xpk has them (github.com/AI-Hypercomputer/xpk).
 """
 
 import dataclasses
@@ -25,6 +26,7 @@ class Generation:
     cores: int  # what the number in an accelerator's name counts of a chip
     dimensions: int  # of the network between chips
     max_chips: int  # of a slice
+    devices_per_chip: int = 1  # as JAX lists them
 
 
 GENERATIONS = {
@@ -34,6 +36,7 @@ GENERATIONS = {
         Generation("v5p", "v5p", cores=2, dimensions=3, max_chips=6144),
         Generation("v5e", "v5litepod", cores=1, dimensions=2, max_chips=256),
         Generation("v6e", "v6e", cores=1, dimensions=2, max_chips=256),
+        Generation("tpu7x", "tpu7x", cores=2, dimensions=3, max_chips=9216, devices_per_chip=2),
     )
 }
 FLAT = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
@@ -53,8 +56,18 @@ class Slice:
 
     @property
     def chips(self) -> int:
-        """All of them; JAX sees each as one device."""
+        """All of them."""
         return math.prod(self.shape)
+
+    @property
+    def devices(self) -> int:
+        """What JAX lists on all hosts, and meshes are made of: a chip, or one of the two dies of a TPU7x."""
+        return self.chips * GENERATIONS[self.chip].devices_per_chip
+
+    @property
+    def devices_per_host(self) -> int:
+        """What JAX lists as one process's own."""
+        return self.chips_per_host * GENERATIONS[self.chip].devices_per_chip
 
     @property
     def hosts(self) -> int:
@@ -95,8 +108,8 @@ def find_slice(name: str) -> Slice:
     if not found or not size:
         number = " or ".join(f"{g.prefix}-N" for g in GENERATIONS.values())
         raise SliceError(
-            f"accelerator {name!r}: must be {number} (N: TensorCores of v4 and v5p, two a chip; else chips), "
-            f"or a layout, such as v5p:4x4x8 or v6e:4x4"
+            f"accelerator {name!r}: must be {number} (N: TensorCores of v4, v5p and TPU7x, two a chip; else "
+            f"chips), or a layout, such as v5p:4x4x8 or v6e:4x4"
         )
     shape = _shape_of_layout(name, found[0], size) if separator == ":" else _shape_of_size(name, found[0], size)
     return Slice(found[0].chip, shape, min(HOST_CHIPS, math.prod(shape)))

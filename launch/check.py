@@ -38,7 +38,7 @@ def make_job(
       UserError: (its subclasses) the mesh, the batch, a group or a parameter does not divide, or an argument is wrong.
     """
     experiment, overrides = _on_slices(experiment, dict(origin["overrides"]), slices)
-    mesh = abstract_mesh(experiment.mesh, where.chips * slices)
+    mesh = abstract_mesh(experiment.mesh, where.devices * slices)
     if mesh.shape["slices"] != slices:
         raise ConfigError("mesh.slices", mesh.shape["slices"], f"must be the number of slices, {slices}")
     check_mesh(experiment, mesh)
@@ -109,4 +109,4 @@ def check_plan(job: Job, experiment: Experiment) -> None:
             f"--accelerator: the step does not fit {target.name}: {error}\n`python -m ecdit.plan "
             f"--topology={target.name}` says what would"
         ) from error
-    print(f"fits: {plan.hbm_bytes_per_chip / 1e9:.1f} GB of {plan.hbm_limit / 1e9:.0f} GB a chip", flush=True)
+    print(f"fits: {plan.hbm_bytes_per_device / 1e9:.1f} GB of {plan.hbm_limit / 1e9:.0f} GB a device", flush=True)

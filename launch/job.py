@@ -74,7 +74,7 @@ def describe(job: Job) -> list[str]:
     return [
         f"job         {job.name}: python -m ecdit.train {shlex.join(job.train_flags)}",
         f"slices      {job.slices} x {where.accelerator} ({where.topology}), each: chips {where.chips}, "
-        f"hosts {where.hosts}, chips a host {where.chips_per_host}",
+        f"hosts {where.hosts}, chips a host {where.chips_per_host}, devices a host {where.devices_per_host}",
         f"mesh        {sizes}",
         f"batch       {job.batch}",
         f"checkpoint  {job.checkpoint_bytes / 1e9:.1f} GB, {job.checkpoint_bytes / job.hosts / 1e9:.1f} GB a host",

@@ -20,6 +20,7 @@ ACCELERATORS = {  # by `Slice.chip`: the nodes' label cloud.google.com/gke-tpu-a
     "v5p": "tpu-v5p-slice",
     "v5e": "tpu-v5-lite-podslice",
     "v6e": "tpu-v6e-slice",
+    "tpu7x": "tpu7x",
 }
 KIND = "jobsets.jobset.x-k8s.io"
 SLICE, CONTAINER = "slice", "train"

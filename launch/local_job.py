@@ -1,4 +1,4 @@
-"""Runs a job here: a process for every host of its slices, of as many CPU devices as a host has chips.
+"""Runs a job here: a process for every host of its slices, of as many CPU devices as JAX would list there.
 
 How to try a pod job at home. Nothing restarts it. `launch.status` and `launch.stop` find it by the record that it
 writes beside the logs, in runs/local/NAME.
@@ -36,7 +36,7 @@ def check(job: Job) -> None:
 
 def arguments(job: Job) -> list[str]:
     """Of the Python that does what `run` does."""
-    sizes = [f"--processes={job.hosts}", f"--devices={job.slice.chips_per_host}", f"--log_dir={LOGS / job.name}"]
+    sizes = [f"--processes={job.hosts}", f"--devices={job.slice.devices_per_host}", f"--log_dir={LOGS / job.name}"]
     return ["-m", "launch.local", *sizes, "--", *job.train_flags]
 
 
@@ -52,7 +52,7 @@ def run(job: Job) -> int:
     def record(pids: list[int]) -> None:
         write_record(log_dir, command, pids)
 
-    return local.launch(command, job.hosts, job.slice.chips_per_host, log_dir, on_start=record)
+    return local.launch(command, job.hosts, job.slice.devices_per_host, log_dir, on_start=record)
 
 
 def write_record(log_dir: Path, command: Sequence[str], pids: Sequence[int]) -> None:

@@ -13,7 +13,7 @@ from launch.job import RESTART_CODES, ROOT, Job, LaunchError
 from launch.jobset import environment
 
 GCLOUD = ["gcloud", "compute", "tpus"]
-RUNTIMES = {  # by `Slice.chip`: the VMs' images, cloud.google.com/tpu/docs/runtimes
+RUNTIMES = {  # by `Slice.chip`: the VMs' images, cloud.google.com/tpu/docs/runtimes; TPU7x has no queued resources
     "v4": "tpu-ubuntu2204-base",
     "v5p": "v2-alpha-tpuv5",
     "v5e": "v2-alpha-tpuv5-lite",
@@ -42,7 +42,11 @@ class Options:
 
 
 def check(job: Job) -> None:
-    """Raises LaunchError for slices that an accelerator's name does not give."""
+    """Raises LaunchError for slices that an accelerator's name does not give, or that are no queued resources."""
+    if job.slice.chip not in RUNTIMES:
+        raise LaunchError(
+            f"accelerator {job.slice.accelerator}: tpu-vm takes {', '.join(RUNTIMES)}; --backend=jobset takes this one"
+        )
     if not job.slice.is_usual:
         raise LaunchError(
             f"accelerator {job.slice.chip}:{job.slice.topology}: tpu-vm takes accelerators by name, and "

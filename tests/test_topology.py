@@ -47,6 +47,10 @@ def test_sizes_ascend_from_one_host_to_the_largest_slice():
         ("v6e-4", "2x2", 1),
         ("v6e-32", "4x8", 8),
         ("v5p:4x4x16", "4x4x16", 64),
+        ("tpu7x-8", "2x2x1", 1),
+        ("tpu7x-128", "4x4x4", 16),
+        ("tpu7x-18432", "16x24x24", 2304),
+        ("tpu7x:4x4x8", "4x4x8", 32),
     ],
 )
 def test_what_public_tables_say(name, topology, hosts):
@@ -58,6 +62,23 @@ def test_another_layout_has_the_same_name_and_is_not_the_usual_one():
     assert (found.accelerator, found.is_usual) == ("v5p-512", False)
 
 
+@pytest.mark.parametrize(
+    ("name", "chips", "devices", "of_a_host"),
+    [
+        ("v4-128", 64, 64, 4),
+        ("v5p-128", 64, 64, 4),
+        ("v6e-64", 64, 64, 4),
+        ("v6e-1", 1, 1, 1),
+        ("tpu7x-128", 64, 128, 8),
+        ("tpu7x:2x2x1", 4, 8, 8),
+    ],
+)
+def test_a_chip_is_a_device_but_a_tpu7x_is_two(name, chips, devices, of_a_host):
+    found = find_slice(name)
+    assert (found.chips, found.devices, found.devices_per_host) == (chips, devices, of_a_host)
+    assert found.hosts * found.devices_per_host == found.devices
+
+
 def test_only_eight_flat_chips_come_in_one_host():
     large = {name for name in NAMES if find_slice(name).on_large_hosts() != find_slice(name)}
     assert large == {"v5litepod-8", "v6e-8"}
@@ -66,14 +87,15 @@ def test_only_eight_flat_chips_come_in_one_host():
         assert find_slice(name).on_large_hosts().chips_per_host == LARGE_HOST_CHIPS
 
 
-@pytest.mark.parametrize("name", ["v4-8", "v5p-8", "v5p-32", "v5p-256", "v5e-16", "v6e-16"])
+@pytest.mark.parametrize("name", ["v4-8", "v5p-8", "v5p-32", "v5p-256", "v5e-16", "v6e-16", "tpu7x-8", "tpu7x-128"])
 def test_the_compiler_has_as_many_devices_and_hosts(name):
     found = find_slice(name)
     options = {"chip_config_name": "megacore"} if found.chip == "v4" else {}
     described = topologies.get_topology_desc(
         platform="tpu", topology_name=f"{found.chip}:{found.topology}", **options
     ).devices
-    assert len(described) == found.chips
+    assert len(described) == found.devices
+    assert len({tuple(device.coords) for device in described}) == found.chips
     assert len({device.process_index for device in described}) == found.hosts
 
 
@@ -95,6 +117,9 @@ def test_the_compiler_has_as_many_devices_and_hosts(name):
         ("v4:0x0x0", "layouts of v4 are"),
         ("v4:16x16x20", "at most 4096 chips"),
         ("v6e:4x4x4", "layouts of v6e are 1x1, 2x2, 2x4"),
+        ("tpu7x-4", "slices go from tpu7x-8 to tpu7x-18432"),
+        ("tpu7x:16x24x28", "at most 9216 chips"),
+        ("v7x-128", "or v6e-N or tpu7x-N"),
     ],
 )
 def test_other_names_are_refused_with_what_there_is(name, says):

@@ -1,9 +1,12 @@
-"""Bytes on the wire and seconds of collectives on a torus of chips.
+"""Bytes on the wire and seconds of collectives on a torus of chips, each of which is one device or two.
 
 Rings after "How to Scale Your Model" (jax-ml.github.io/scaling-book/sharding): a bidirectional ring of n chips gathers
 or scatters S bytes in S (n - 1) / n / (links x bandwidth) with links = 2, and takes at least a microsecond for every
 hop. All-reduce is both. All-to-all is bound by the links that cross the middle of the group. Between slices the
 network of the hosts is the bound.
+
+The two devices of a chip (the dies of a TPU7x) share its links in halves, whatever each of them sends. A group that has
+both gathers in two steps: each device its half of the array over the links, then the other half from the other die.
 """
 
 import dataclasses
@@ -37,25 +40,26 @@ class Place:
     coords: tuple[int, ...]  # in the torus of its slice
     slice: int
     mesh: tuple[int, ...]  # in the mesh, one number an axis
+    die: int = 0  # of the chip at `coords`
 
 
 @dataclasses.dataclass(frozen=True)
 class Torus:
-    """The chips of a program: `places[i]` is that of partition i."""
+    """The devices of a program: `places[i]` is that of partition i."""
 
     chip: Chip
-    shape: tuple[int, ...]  # of one slice
+    shape: tuple[int, ...]  # of one slice, in chips
     places: Sequence[Place]
     axes: tuple[str, ...]  # names of the mesh axes
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One collective, by the chip that waits for it."""
+    """One collective, by the device that waits for it."""
 
     kind: Kind
     axis: str  # the mesh axes that it joins, such as "fsdp+expert"
-    wire_bytes: float  # that a chip sends over links inside its slice
+    wire_bytes: float  # that a device sends to others inside its slice
     dcn_bytes: float  # that it sends to other slices
     seconds: float
     channel: str  # equal in all instructions that are parts of it; "" without one
@@ -66,8 +70,8 @@ def collective_of(instruction: Instruction, torus: Torus, scattered: bool = Fals
 
     Args:
       instruction: with the replica groups among its attributes.
-      torus: the chips.
-      scattered: an all-reduce of which each chip keeps its part alone, which is a reduce-scatter.
+      torus: the devices.
+      scattered: an all-reduce of which each device keeps its part alone, which is a reduce-scatter.
 
     Raises:
       HloError: replica groups that cannot be read.
@@ -114,7 +118,7 @@ def rendezvous(transfer: Instruction) -> str:
 
 
 def wire_bytes_by_kind(collectives: Mapping[Collective, float]) -> dict[str, float]:
-    """Bytes that a chip sends in a step, inside its slice, by kind; all five are always there."""
+    """Bytes that a device sends in a step, inside its slice, by kind; all five are always there."""
     total = dict.fromkeys(KINDS, 0.0)
     for one, times in collectives.items():
         total[one.kind] += one.wire_bytes * times
@@ -131,18 +135,25 @@ def _seconds(kind: Kind, wire: float, group: Sequence[Place], colors: int | None
     members = len(group)
     if members == 1:
         return 0.0
+    chips = len({place.coords for place in group})
+    passes = 2 if kind == "all_reduce" else 1
+    # Of the wire's whole x (members - 1) / members, what the other die of the same chip sends.
+    nearby = wire * (members - chips) / (members - 1)
+    between_dies = max(nearby / torus.chip.die_bandwidth, passes * HOP_SECONDS) if nearby else 0.0
+    if chips == 1:
+        return between_dies
     links, stride, extent = _ring(group, torus)
-    if kind == "all_to_all":
+    if kind == "all_to_all":  # what crosses to the other die does so meanwhile, in less time
         return max(wire / torus.chip.link_bandwidth * _cut(group, torus), extent * HOP_SECONDS)
     # An algorithm over several dimensions at once uses so many rings in one direction each, and says so.
     links = max(links, colors) if colors else links
-    passes = 2 if kind == "all_reduce" else 1
-    hops = passes * (members - 1) * (0.5 if links > 1 else 1.0)
-    return max(wire * stride / (links * torus.chip.link_bandwidth), hops * HOP_SECONDS)
+    hops = passes * (chips - 1) * (0.5 if links > 1 else 1.0)
+    far = (wire - nearby) * stride / (links * torus.chip.link_bandwidth)
+    return max(far, hops * HOP_SECONDS) + between_dies
 
 
 def _spans(group: Sequence[Place], torus: Torus) -> list[tuple[int, int, bool]]:
-    """For each dimension that the group extends in: its members there, the hops between two, and if they are a ring."""
+    """For each dimension that the group extends in: its chips there, the hops between two, and if they are a ring."""
     spans = []
     for dimension, size in enumerate(torus.shape):
         values = sorted({place.coords[dimension] for place in group})
@@ -166,9 +177,9 @@ def _ring(group: Sequence[Place], torus: Torus) -> tuple[int, int, int]:
 
 
 def _cut(group: Sequence[Place], torus: Torus) -> float:
-    """Seconds of an all-to-all, for each byte a chip sends, in units of 1 / link bandwidth: the worst middle cut.
+    """Seconds of an all-to-all, for each byte a device sends, in units of 1 / link bandwidth: the worst middle cut.
 
-    Half of the n chips send half of their bytes over a cut of n / n_d links, twice as many where that dimension is a
+    Half of the n devices send half of their bytes over a cut of n / n_d links, twice as many where that dimension is a
     ring: n_d / 4 or n_d / 8 each; groups that share links share them here too.
     """
     members = len(group)
@@ -183,8 +194,15 @@ def _permute(source: int, target: int, size: float, instruction: Instruction, to
     for x, y, side in zip(a.coords, b.coords, torus.shape, strict=True):
         distance = abs(x - y)
         hops += min(distance, side - distance) if side % torus.chip.wraps_at == 0 else distance
-    wire, dcn = (0.0, size) if crosses else (size if hops else 0.0, 0.0)
-    seconds = dcn / torus.chip.dcn_bandwidth if crosses else max(wire / torus.chip.link_bandwidth, hops * HOP_SECONDS)
+    stays = not hops and a.die == b.die
+    wire, dcn = (0.0, size) if crosses else (0.0 if stays else size, 0.0)
+    if crosses:
+        seconds = dcn / torus.chip.dcn_bandwidth
+    elif stays:
+        seconds = 0.0
+    else:
+        rate = torus.chip.link_bandwidth if hops else torus.chip.die_bandwidth
+        seconds = max(wire / rate, max(hops, 1) * HOP_SECONDS)
     return Collective("permute", _axes([a, b], torus), wire, dcn, seconds, _channel(instruction))
 
 

@@ -28,7 +28,7 @@ What = Literal["train", "sample"]
 
 
 class DoesNotFit(UserError):
-    """The step needs more memory than a chip has; the message is the compiler's, shortened."""
+    """The step needs more memory than a device has; the message is the compiler's, shortened."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,13 +45,18 @@ class Target:
         """Of all slices."""
         return self.slice.chips * self.num_slices
 
+    @property
+    def num_devices(self) -> int:
+        """Of all slices, as JAX lists them: the size of the mesh."""
+        return self.slice.devices * self.num_slices
+
 
 @dataclasses.dataclass(frozen=True)
 class CompiledStep:
     """What the compiler made of a step."""
 
     text: str  # scheduled HLO
-    memory: Any  # the compiler's account, bytes of a chip
+    memory: Any  # the compiler's account, bytes of a device
     state: TrainState | None  # shapes and shardings; None for sampling
     torus: Torus
 
@@ -62,7 +67,7 @@ def find_target(name: str) -> Target:
     Raises:
       UserError: no such slice.
     """
-    several = re.fullmatch(r"(\d+)x(v.+)", name)
+    several = re.fullmatch(r"(\d+)x(\D.+)", name)
     count, single = (int(several.group(1)), several.group(2)) if several else (1, name)
     if count < 1:
         raise UserError(f"topology {name!r}: needs a slice at least")
@@ -85,7 +90,7 @@ def use_compiler() -> None:
 
 
 def target_devices(target: Target) -> list[Any]:
-    """Descriptions of the target's chips.
+    """Descriptions of the target's devices.
 
     Raises:
       UserError: the TPU compiler is not installed.
@@ -134,7 +139,7 @@ def compile_step(experiment: Experiment, target: Target, what: What = "train") -
 def make_torus(mesh: Mesh, chip: Chip) -> Torus:
     """Where the devices of a mesh are."""
     places = [
-        Place(tuple(device.coords), getattr(device, "slice_index", 0), index)
+        Place(tuple(device.coords), getattr(device, "slice_index", 0), index, device.core_on_chip)
         for index, device in np.ndenumerate(mesh.devices)
     ]
     shape = tuple(1 + max(side) for side in zip(*(place.coords for place in places), strict=True))
@@ -142,7 +147,7 @@ def make_torus(mesh: Mesh, chip: Chip) -> Torus:
 
 
 def shard_bytes(tree: Any) -> int:
-    """Of a tree of arrays with shardings: what one chip holds, without padding."""
+    """Of a tree of arrays with shardings: what one device holds, without padding."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)

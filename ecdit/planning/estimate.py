@@ -28,7 +28,7 @@ PARTS += ("text_tower", "optimizer")
 
 @dataclasses.dataclass
 class Estimate:
-    """Of one step on one chip; seconds unless said otherwise."""
+    """Of one step on one device; seconds unless said otherwise."""
 
     seconds: float = 0.0  # with what overlaps in the schedule
     compute_seconds: float = 0.0  # if all else were hidden

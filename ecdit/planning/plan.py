@@ -24,13 +24,14 @@ DAY = 86_400.0
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Of one step on a slice; bytes and seconds are of a chip and a step where nothing else is said."""
+    """Of one step on a slice; bytes and seconds are of a device and a step where nothing else is said."""
 
     topology: str
     what: What
     num_chips: int
+    num_devices: int  # as JAX lists them: twice the chips for TPU7x
     batch_size: int  # images of a step
-    hbm_bytes_per_chip: int
+    hbm_bytes_per_device: int
     hbm_limit: int
     hbm_parts: dict[str, int]  # parameters (with frozen ones), optimizer, ema, other arguments, padding, temporaries
     checkpoint_bytes_per_host: int
@@ -48,7 +49,7 @@ class Plan:
     seconds_all_hidden: float  # if all communication were hidden behind computation
     seconds_none_hidden: float
     model_flops_per_step: float  # of the denoiser: 3 x forward in training, 1 x for each call in sampling
-    peak_flops_per_chip: float
+    peak_flops_per_device: float
     estimated_mfu: float
     images_per_second: float
     days: float  # to the last step; 0 for sampling
@@ -74,8 +75,9 @@ def make_plan(experiment: Experiment, target: Target, what: What = "train") -> P
         topology=target.name,
         what=what,
         num_chips=target.num_chips,
+        num_devices=target.num_devices,
         batch_size=images,
-        hbm_bytes_per_chip=_needed(step),
+        hbm_bytes_per_device=_needed(step),
         hbm_limit=int(target.chip.hbm_bytes),
         hbm_parts=_memory_parts(step),
         checkpoint_bytes_per_host=math.ceil(_saved_bytes(step) / (target.slice.hosts * target.num_slices)),
@@ -93,8 +95,8 @@ def make_plan(experiment: Experiment, target: Target, what: What = "train") -> P
         seconds_all_hidden=seconds - estimate.exposed_seconds,
         seconds_none_hidden=seconds - estimate.exposed_seconds + estimate.communication_seconds,
         model_flops_per_step=flops,
-        peak_flops_per_chip=peak,
-        estimated_mfu=flops / (seconds * target.num_chips * peak),
+        peak_flops_per_device=peak,
+        estimated_mfu=flops / (seconds * target.num_devices * peak),
         images_per_second=images / seconds,
         days=total_seconds / DAY,
         chip_hours=total_seconds / 3600 * target.num_chips,
@@ -108,13 +110,14 @@ def report(plan: Plan) -> list[str]:
     parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in plan.hbm_parts.items())
     wire = ", ".join(f"{kind} {size / 1e9:.2f}" for kind, size in plan.collective_bytes.items())
     compute = ", ".join(f"{name} {1e3 * s:.0f}" for name, s in plan.compute_seconds_by_part.items())
+    chips = f"{plan.num_chips} chips" + (f" of {plan.num_devices} devices" if plan.num_devices > plan.num_chips else "")
     lines = [
-        f"{plan.topology}: {plan.num_chips} chips, {plan.what}, {plan.batch_size} images a step. Times are estimates.",
-        f"memory of a chip    {plan.hbm_bytes_per_chip / 1e9:.2f} of {plan.hbm_limit / 1e9:.0f} GB: {parts}",
+        f"{plan.topology}: {chips}, {plan.what}, {plan.batch_size} images a step. Times are estimates.",
+        f"memory of a device  {plan.hbm_bytes_per_device / 1e9:.2f} of {plan.hbm_limit / 1e9:.0f} GB: {parts}",
         f"step                {plan.estimated_step_seconds:.3f} s ({plan.seconds_all_hidden:.3f} if all communication "
         f"were hidden, {plan.seconds_none_hidden:.3f} if none), MFU {plan.estimated_mfu:.1%}",
         f"compute, ms         {compute}",
-        f"wire of a chip, GB  {wire}",
+        f"wire, GB a device   {wire}",
         f"exposed             {1e3 * plan.exposed_communication_seconds:.0f} ms of communication, "
         f"{1e3 * plan.memory_wait_seconds:.0f} ms of copies between memories",
     ]

@@ -8,7 +8,7 @@ from ecdit.config import UserError, replace_text
 
 BEGIN, END = "<!-- plans: begin -->", "<!-- plans: end -->"
 _HEAD = (
-    "| config | slice | GB of a chip | s a step | if all, no communication were hidden | MFU | images/s | days |",
+    "| config | slice | GB of a device | s a step | if all, no communication were hidden | MFU | images/s | days |",
     "|---|---|---|---|---|---|---|---|",
 )
 
@@ -17,7 +17,7 @@ def row(name: str, values: Mapping[str, Any]) -> str:
     """Of a plan's values as `ecdit.plan --json` writes them, or of one that does not fit."""
     if not values.get("fits", True):
         return f"| {name} | {values['topology']} | does not fit | | | | | |"
-    memory = f"{values['hbm_bytes_per_chip'] / 1e9:.1f} of {values['hbm_limit'] / 1e9:.0f}"
+    memory = f"{values['hbm_bytes_per_device'] / 1e9:.1f} of {values['hbm_limit'] / 1e9:.0f}"
     step, hidden, exposed = (
         f"{values[key]:.3f}" for key in ("estimated_step_seconds", "seconds_all_hidden", "seconds_none_hidden")
     )

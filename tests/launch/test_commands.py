@@ -137,7 +137,7 @@ def test_a_job_that_nobody_launched_is_said_not_to_be_there(outside, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("images", "code", "told"),
-    [(64, 0, r"fits: \d+\.\d GB of 32 GB a chip"), (2**16, 2, r"the step does not fit v4:2x2x1: .*HBM")],
+    [(64, 0, r"fits: \d+\.\d GB of 32 GB a device"), (2**16, 2, r"the step does not fit v4:2x2x1: .*HBM")],
 )
 def test_a_step_that_does_not_fit_is_refused(outside, tmp_path, images, code, told):
     out = tmp_path / "job.yaml"

@@ -17,12 +17,17 @@ from tests.launch.jobs import WORKDIR, experiment, job, placed
 MESH_OF_TWO = {"slices": 2, "data": 1, "fsdp": 32, "expert": 4, "tensor": 1}
 
 
-def test_xl_goes_on_every_slice_up_to_512_chips_whose_chips_divide_its_512_groups():
+def test_xl_goes_on_every_slice_up_to_512_devices_that_divide_its_512_groups():
     tested = experiment("XL-32E")
-    sizes = {chips for chip in GENERATIONS for chips in usual_shapes(chip) if 4 <= chips <= 512 and 512 % chips == 0}
+    sizes = {
+        devices
+        for chip, generation in GENERATIONS.items()
+        for chips in usual_shapes(chip)
+        if 4 <= (devices := chips * generation.devices_per_chip) <= 512 and 512 % devices == 0
+    }
     assert sizes == {4, 8, 16, 32, 64, 128, 256, 512}
-    for chips in sizes:
-        check_mesh(tested, abstract_mesh(tested.mesh, chips))
+    for devices in sizes:
+        check_mesh(tested, abstract_mesh(tested.mesh, devices))
 
 
 @pytest.mark.parametrize("accelerator", ["v4-8", "v5p-1024"])
@@ -44,6 +49,7 @@ def test_its_parameters_can_be_laid_out_there(accelerator):
             "config.model.group = '1024': must divide a device's tokens per microbatch, 4 images x 128 tokens",
         ),
         ("v5p-384", 1, "config.train.batch_size = 4096: must be a multiple of 192"),
+        ("tpu7x-384", 1, "config.train.batch_size = 4096: must be a multiple of 384"),
         ("v6e-1", 1, "config.mesh = 'slices 1 x data 1 x fsdp -1 x expert 4 x tensor 1': must multiply to the number"),
     ],
 )
@@ -75,6 +81,15 @@ def test_the_mesh_gets_as_many_slices_as_are_asked_for():
     assert two.hosts == 64
     assert "--config.mesh.slices=2" in two.train_flags
     assert "--config.mesh.slices=2" not in job("v5p-256").train_flags
+
+
+def test_a_mesh_is_of_devices_and_a_host_of_chips():
+    """64 chips of TPU7x in 16 hosts are 128 devices, as many as 128 chips of v5p."""
+    ironwood = job("tpu7x-128")
+    assert ironwood.mesh == job("v5p-256").mesh
+    assert ironwood.hosts == 16
+    says = "1 x tpu7x-128 (4x4x4), each: chips 64, hosts 16, chips a host 4, devices a host 8"
+    assert any(says in line for line in describe(ironwood))
 
 
 def test_a_mesh_that_was_given_its_slices_keeps_them():

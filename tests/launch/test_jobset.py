@@ -92,6 +92,7 @@ def validator():
 
 
 MANIFESTS = [("v5p-256", 1), ("v5p-256", 2), ("v4-8", 1), ("v5litepod-16", 2), ("v6e-8", 1), ("v6e-4", 1)]
+MANIFESTS += [("tpu7x-8", 1), ("tpu7x-128", 2)]
 
 
 @pytest.mark.parametrize("options", [OPTIONS, EVERYTHING], ids=["plain", "everything"])
@@ -251,6 +252,17 @@ def test_two_slices_of_v5p_256_as_stated_by_hand():
     assert found["kept"] == 12 * 3600
 
 
+def test_a_slice_of_tpu7x_as_stated_by_hand():
+    """64 chips, which GKE counts and JAX sees as 128 devices."""
+    found = meaning(manifest("tpu7x-128", 2))
+    assert found["hosts"] == (2, 16, 16, 0)
+    assert found["nodes"] == {
+        "cloud.google.com/gke-tpu-accelerator": "tpu7x",
+        "cloud.google.com/gke-tpu-topology": "4x4x4",
+    }
+    assert found["chips"] == {"google.com/tpu": 4}
+
+
 def xpk_manifest(made, options, out: Path):
     """What xpk would create for the same request; it needs no network for that."""
     flags = {
@@ -283,7 +295,10 @@ def xpk_manifest(made, options, out: Path):
 @pytest.mark.skipif(not XPK, reason="ECDIT_XPK names no xpk (1.16.0, in an environment of its own)")
 @pytest.mark.parametrize(
     ("accelerator", "slices"),
-    [("v5p-256", 1), ("v5p-256", 2), ("v4-8", 1), ("v4-512", 1), ("v5litepod-16", 2), ("v6e-8", 1), ("v6e-64", 1)],
+    [
+        *(("v5p-256", 1), ("v5p-256", 2), ("v4-8", 1), ("v4-512", 1), ("v5litepod-16", 2), ("v6e-8", 1), ("v6e-64", 1)),
+        *(("tpu7x-8", 1), ("tpu7x-128", 1), ("tpu7x-128", 2), ("tpu7x-2048", 1)),
+    ],
 )
 def test_it_means_the_same_as_xpk_for_the_same_request_but_for_code_43(tmp_path, accelerator, slices):
     made = placed(accelerator, slices)
@@ -293,4 +308,8 @@ def test_it_means_the_same_as_xpk_for_the_same_request_but_for_code_43(tmp_path,
     (script,) = (part for part in container(theirs_raw)["command"] if "ecdit.train" in part)
     assert "python -m ecdit.train " + " ".join(made.train_flags) in script
     assert (ours["after exit codes"].pop(43), theirs["after exit codes"].pop(43)) == ("restart", "fail")
+    # A pool of several hosts of TPU7x has a workload policy. xpk makes one of this name; other pools have others.
+    policy = theirs["nodes"].pop("cloud.google.com/placement-policy-name", None)
+    named = accelerator.startswith("tpu7x") and made.slice.hosts > 1
+    assert policy == (f"{accelerator}-{made.slice.topology}-placement-policy" if named else None)
     assert ours == theirs

@@ -72,16 +72,17 @@ def test_a_job_that_was_not_launched_is_said_not_to_be_there(tmp_path, monkeypat
             ask("other")
 
 
-def test_every_host_is_a_process_with_a_device_for_each_of_its_chips(monkeypatch):
+@pytest.mark.parametrize(("accelerator", "slices", "devices"), [("v4-16", 2, 4), ("tpu7x-16", 2, 8)])
+def test_every_host_is_a_process_with_the_devices_of_its_chips(monkeypatch, accelerator, slices, devices):
     seen = []
     monkeypatch.setattr(local, "launch", lambda *arguments, on_start: seen.append(arguments) or 42)
-    made = placed("v4-16", 2)
+    made = placed(accelerator, slices)
     assert local_job.run(made) == 42
     command = [sys.executable, "-m", "ecdit.train", *made.train_flags]
-    assert seen == [(command, 4, 4, Path("runs/local") / made.name)]
+    assert seen == [(command, 4, devices, Path("runs/local") / made.name)]
     shown = local_job.command_line(made)
     assert shown.startswith(
-        f"python -m launch.local --processes=4 --devices=4 --log_dir=runs/local/{made.name} -- --config="
+        f"python -m launch.local --processes=4 --devices={devices} --log_dir=runs/local/{made.name} -- --config="
     )
 
 

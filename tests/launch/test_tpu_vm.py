@@ -245,6 +245,11 @@ def test_a_layout_without_a_name_is_refused():
     tpu_vm.check(placed("v5p:4x8x8"))
 
 
+def test_a_tpu7x_is_refused_for_it_has_no_queued_resources():
+    with pytest.raises(LaunchError, match=re.escape("accelerator tpu7x-128: tpu-vm takes v4, v5p, v5e, v6e")):
+        tpu_vm.check(placed("tpu7x-128"))
+
+
 @pytest.mark.skipif(shutil.which("gcloud") is None, reason="gcloud is not installed: its linter knows the flags")
 def test_gcloud_knows_every_flag(tmp_path):
     made, place = placed("v5p-16", 2), ("p", "us-east5-a")

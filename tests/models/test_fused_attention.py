@@ -132,7 +132,7 @@ def test_what_does_not_fit_a_tpu_is_refused():
     assert config(attention="plain", latent_size=64).num_tokens == 1024
 
 
-@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5p:2x2x1", "v5e:2x2", "v6e:2x2"])
+@pytest.mark.parametrize("topology", ["v4:2x2x1", "v5p:2x2x1", "v5e:2x2", "v6e:2x2", "tpu7x:2x2x1"])
 def test_tpus_run_it_as_kernels_and_hold_no_scores(topology):
     """At the sizes of M: 48 heads of 64, of which four share a key, and all 256 tokens."""
     from ecdit.planning.compiler import find_target, target_devices

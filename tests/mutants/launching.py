@@ -162,9 +162,9 @@ MUTANTS = (
     ),
     Mutant(
         _LOCAL_JOB,
-        'f"--devices={job.slice.chips_per_host}"',
+        'f"--devices={job.slice.devices_per_host}"',
         'f"--devices={job.slice.chips}"',
-        ("tests/launch/test_local_job.py::test_every_host_is_a_process_with_a_device_for_each_of_its_chips",),
+        ("tests/launch/test_local_job.py::test_every_host_is_a_process_with_the_devices_of_its_chips",),
     ),
     Mutant(
         _LOCAL_JOB,
@@ -218,5 +218,25 @@ MUTANTS = (
         "_make_point(name, dict(overrides or {}) | base | point, keys,",
         ("tests/launch/test_hyper.py::test_points_become_flags_of_training",),
         "an override for all points is not applied to those that set the key",
+    ),
+    Mutant(
+        _CHECK,
+        "abstract_mesh(experiment.mesh, where.devices * slices)",
+        "abstract_mesh(experiment.mesh, where.chips * slices)",
+        _job("test_a_mesh_is_of_devices_and_a_host_of_chips"),
+        "a job for TPU7x is checked for half of its devices",
+    ),
+    Mutant(
+        _JOBSET,
+        "chips = job.slice.chips_per_host",
+        "chips = job.slice.devices_per_host",
+        _jobset("test_a_slice_of_tpu7x_as_stated_by_hand"),
+        "GKE waits for hosts with eight chips of TPU7x",
+    ),
+    Mutant(
+        _TPU_VM,
+        "if job.slice.chip not in RUNTIMES:",
+        "if not RUNTIMES:",
+        _tpu_vm("test_a_tpu7x_is_refused_for_it_has_no_queued_resources"),
     ),
 )

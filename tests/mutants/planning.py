@@ -66,8 +66,8 @@ MUTANTS = (
     ),
     Mutant(
         _COLLECTIVES,
-        "return max(wire * stride / (links",
-        "return max(wire / (links",
+        "far = (wire - nearby) * stride / (links",
+        "far = (wire - nearby) / (links",
         _collectives("test_groups_that_share_links_share_their_bandwidth"),
     ),
     Mutant(
@@ -208,5 +208,57 @@ MUTANTS = (
         "return {math.prod(shape): shape for shape in FLAT}",
         "return {math.prod(shape): shape[::-1] for shape in FLAT}",
         ("tests/test_topology.py::test_what_public_tables_say",),
+    ),
+    Mutant(
+        "ecdit/topology.py",
+        "return self.chips * GENERATIONS[self.chip].devices_per_chip",
+        "return self.chips",
+        ("tests/test_topology.py::test_a_chip_is_a_device_but_a_tpu7x_is_two",),
+        "half of the devices of a TPU7x are in the mesh",
+    ),
+    Mutant(
+        "ecdit/topology.py",
+        "return self.chips_per_host * GENERATIONS[self.chip].devices_per_chip",
+        "return self.chips_per_host",
+        ("tests/test_topology.py::test_a_chip_is_a_device_but_a_tpu7x_is_two",),
+    ),
+    Mutant(
+        "ecdit/planning/compiler.py",
+        "return self.slice.devices * self.num_slices",
+        "return self.slice.chips * self.num_slices",
+        ("tests/planning/test_plan.py::test_targets_by_name",),
+        "a plan's MFU on TPU7x is twice what it is",
+    ),
+    Mutant(
+        "ecdit/planning/compiler.py",
+        "index, device.core_on_chip)",
+        "index)",
+        ("tests/planning/test_plan.py::test_the_two_dies_of_a_chip_are_at_one_place",),
+    ),
+    Mutant(
+        _COLLECTIVES,
+        "nearby = wire * (members - chips) / (members - 1)",
+        "nearby = 0.0",
+        _collectives("test_both_dies_of_a_ring_of_four_chips"),
+        "what two dies exchange is priced as if it crossed the links",
+    ),
+    Mutant(
+        _COLLECTIVES,
+        "hops = passes * (chips - 1)",
+        "hops = passes * (members - 1)",
+        _collectives("test_a_step_between_dies_is_a_hop"),
+    ),
+    Mutant(
+        _COLLECTIVES,
+        "return max(far, hops * HOP_SECONDS) + between_dies",
+        "return max(far, hops * HOP_SECONDS)",
+        _collectives("test_both_dies_of_a_ring_of_four_chips"),
+    ),
+    Mutant(
+        _COLLECTIVES,
+        "stays = not hops and a.die == b.die",
+        "stays = not hops",
+        _collectives("test_a_permute_between_dies_moves_bytes_and_between_chips_takes_a_link"),
+        "what goes from die to die is free",
     ),
 )

@@ -1,5 +1,6 @@
 """Bytes and seconds of collectives, by hand: a chip whose link carries 1 GB/s, on small tori."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -11,6 +12,16 @@ from ecdit.planning.hlo import HloError, parse
 GB = 1e9
 CHIP = Chip("toy", 1e12, GB, GB, 1e9, 1e9, link_bandwidth=GB, wraps_at=4, dcn_bandwidth=0.1 * GB,
             host_bandwidth=GB)  # fmt: skip
+
+
+TWO_DIES = dataclasses.replace(CHIP, die_bandwidth=4 * GB)
+
+
+def pairs(shape):
+    """A torus of chips that are two devices each; the mesh is (*shape, 2)."""
+    coords = list(itertools.product(*map(range, shape)))
+    places = [Place(c, 0, (*c, die), die) for c in coords for die in range(2)]
+    return Torus(TWO_DIES, shape, places, ("x", "y", "z", "die"))
 
 
 def torus(shape, slices=1):
@@ -119,6 +130,49 @@ def test_a_permute_goes_the_short_way_round():
     for where, last, hops in ((RING, 3, 1), (LINE, 2, 2)):
         found = collective("collective-permute", "f32[1]", f"source_target_pairs={{{{0,{last}}}}}", where)
         assert found.seconds == pytest.approx(hops * 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("opcode", "wire", "seconds"),
+    [
+        # Each die gathers one half of the array over two links, and gets the other from the other die.
+        ("all-gather", 0.875, 0.5 * 0.75 / 2 + 0.5 / 4),
+        ("all-reduce", 1.75, 2 * (0.5 * 0.75 / 2 + 0.5 / 4)),
+        # Half of the eight send half a gigabyte each over two links of the middle, of which there are two shares.
+        ("all-to-all", 0.875, 0.5),
+    ],
+)
+def test_both_dies_of_a_ring_of_four_chips(opcode, wire, seconds):
+    found = collective(opcode, MILLION, "replica_groups={{0,1,2,3,4,5,6,7}}", pairs((1, 1, 4)))
+    assert (found.axis, found.wire_bytes) == ("z+die", pytest.approx(wire * GB))
+    assert found.seconds == pytest.approx(seconds)
+
+
+def test_one_die_of_each_chip_is_a_ring_of_its_own():
+    found = collective("all-gather", MILLION, "replica_groups={{0,2,4,6},{1,3,5,7}}", pairs((1, 1, 4)))
+    assert (found.axis, found.seconds) == ("z", pytest.approx(0.375))
+
+
+@pytest.mark.parametrize(("opcode", "seconds"), [("all-gather", 0.125), ("all-reduce", 0.25), ("all-to-all", 0.125)])
+def test_the_dies_of_a_chip_need_no_link(opcode, seconds):
+    groups = "replica_groups={{0,1},{2,3},{4,5},{6,7}}"
+    found = collective(opcode, MILLION, groups, pairs((1, 1, 4)))
+    assert (found.axis, found.seconds) == ("die", pytest.approx(seconds))
+    small = collective(opcode, "f32[8]", groups, pairs((1, 1, 4)))
+    assert small.seconds == pytest.approx(2e-6 if opcode == "all-reduce" else 1e-6)
+
+
+def test_a_step_between_dies_is_a_hop():
+    """Three hops round the ring of chips, in both directions at once, and one to the other die."""
+    found = collective("all-gather", "f32[8]", "replica_groups={{0,1,2,3,4,5,6,7}}", pairs((1, 1, 4)))
+    assert found.seconds == pytest.approx(1.5e-6 + 1e-6)
+
+
+def test_a_permute_between_dies_moves_bytes_and_between_chips_takes_a_link():
+    for pair, seconds in (("{0,1}", 0.25), ("{0,2}", 1.0), ("{0,3}", 1.0), ("{0,0}", 0.0)):
+        found = collective("collective-permute", MILLION, f"source_target_pairs={{{pair}}}", pairs((1, 1, 4)))
+        assert found.seconds == pytest.approx(seconds)
+        assert found.wire_bytes == (GB if seconds else 0)
 
 
 def test_asynchronous_forms_count_their_results():

@@ -17,7 +17,7 @@ from ecdit.config import UserError
 from ecdit.models.moe import down_gradient, up_gradient
 from ecdit.partitioning import MeshConfig, make_mesh
 from ecdit.planning import fitting
-from ecdit.planning.compiler import DoesNotFit, compile_step, find_target, target_devices
+from ecdit.planning.compiler import DoesNotFit, compile_step, find_target, make_torus, target_devices
 from ecdit.planning.fitting import what_fits
 from ecdit.planning.hlo import array_shapes, parse
 from ecdit.planning.plan import Plan, advice, make_plan, report
@@ -71,7 +71,7 @@ def plan(planned):
 
 def test_a_plan_adds_up(plan):
     assert plan.num_chips == 4
-    assert plan.hbm_bytes_per_chip == sum(plan.hbm_parts.values()) < plan.hbm_limit
+    assert plan.hbm_bytes_per_device == sum(plan.hbm_parts.values()) < plan.hbm_limit
     parameters, moments, ema = (plan.hbm_parts[name] for name in ("parameters", "optimizer", "ema"))
     assert moments == pytest.approx(2 * ema, rel=1e-3)  # RMSProp's square and its momentum
     assert parameters > ema  # with the frozen text tower
@@ -177,6 +177,20 @@ def test_two_slices_meet_over_the_network_alone_by_data():
     assert {name for name in found.collective_seconds if "slices" in name} == {"all_reduce over slices"}
 
 
+@pytest.mark.slow
+def test_a_plan_for_tpu7x_is_of_chips_that_are_two_devices():
+    target = find_target("tpu7x:2x2x1")
+    found = make_plan(small(runtime__tpu_options=()), target)
+    assert (found.num_chips, found.num_devices) == (4, 8)
+    assert found.hbm_bytes_per_device < found.hbm_limit == 96e9
+    seconds = found.estimated_step_seconds
+    assert found.estimated_mfu == pytest.approx(found.model_flops_per_step / (seconds * 4 * 2307e12))
+    assert found.chip_hours == pytest.approx(4 * 24 * found.days)
+    # All that is sent has its price, between the dies of a chip too.
+    assert min(found.collective_seconds.values()) > 0
+    assert "tpu7x:2x2x1: 4 chips of 8 devices, train, 64 images a step." in report(found)[0]
+
+
 def test_an_axis_may_split_a_side_of_each_of_two_slices():
     """64 chips for the experts of 4 x 4 x 8: half of a side. No coordinate of the mesh but the first changes slices."""
     devices = target_devices(find_target("2xv5p:4x4x8"))
@@ -206,14 +220,35 @@ def test_sampling_is_planned_too():
 
 
 @pytest.mark.parametrize(
-    ("name", "chips", "slices"), [("v5p:4x4x8", 128, 1), ("v5p-256", 128, 1), ("2xv5p:4x4x8", 256, 2), ("v4-8", 4, 1)]
+    ("name", "chips", "devices", "slices"),
+    [
+        ("v5p:4x4x8", 128, 128, 1),
+        ("v5p-256", 128, 128, 1),
+        ("2xv5p:4x4x8", 256, 256, 2),
+        ("v4-8", 4, 4, 1),
+        ("tpu7x:4x4x4", 64, 128, 1),
+        ("2xtpu7x-128", 128, 256, 2),
+    ],
 )
-def test_targets_by_name(name, chips, slices):
+def test_targets_by_name(name, chips, devices, slices):
     target = find_target(name)
-    assert (target.num_chips, target.num_slices) == (chips, slices)
+    assert (target.num_chips, target.num_devices, target.num_slices) == (chips, devices, slices)
 
 
-@pytest.mark.parametrize("name", ["v5p:4x4x9", "v99-8", "0xv5p:4x4x8", "tpu"])
+def test_the_two_dies_of_a_chip_are_at_one_place():
+    target = find_target("tpu7x:2x2x1")
+    mesh = make_mesh(MeshConfig(slices=1, data=1, fsdp=4, expert=2, tensor=1), target_devices(target))
+    torus = make_torus(mesh, target.chip)
+    assert torus.shape == (2, 2, 1)
+    assert sorted((place.coords, place.die) for place in torus.places) == [
+        ((x, y, 0), die) for x in range(2) for y in range(2) for die in range(2)
+    ]
+    # The last axis is the nearest: each of its pairs is one chip.
+    pairs = [torus.places[i : i + 2] for i in range(0, 8, 2)]
+    assert all(a.coords == b.coords for a, b in pairs)
+
+
+@pytest.mark.parametrize("name", ["v5p:4x4x9", "v99-8", "0xv5p:4x4x8", "tpu", "0xtpu7x:4x4x4"])
 def test_other_targets_are_refused(name):
     with pytest.raises(UserError, match=re.escape(name.removeprefix("0x"))):
         find_target(name)

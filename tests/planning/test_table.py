@@ -8,7 +8,7 @@ from tests.runs import ROOT, config_file
 
 VALUES = {
     "topology": "v5p:4x4x8",
-    "hbm_bytes_per_chip": 41.26e9,
+    "hbm_bytes_per_device": 41.26e9,
     "hbm_limit": 95e9,
     "estimated_step_seconds": 0.8855,
     "seconds_all_hidden": 0.8,
