@@ -33,12 +33,16 @@ def shared(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def compilation_cache(pytestconfig):
+def compilation_cache(pytestconfig, shared):
     """The directory in which child processes share what XLA compiled, kept for the next test session.
 
     JAX finds an entry by a hash of the program, the flags and the versions. `pytest --cache-clear` empties it. This
     process does not use it: jax cannot read back what it compiled for TPUs without a TPU, and warns.
     """
+    if not hasattr(pytestconfig, "cache"):  # pytest -p no:cacheprovider
+        directory = shared / "compiled"
+        directory.mkdir(exist_ok=True)
+        return directory
     return pytestconfig.cache.mkdir("compiled")
 
 
