@@ -5,7 +5,7 @@ import math
 import os
 import subprocess
 import sys
-import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -35,6 +35,7 @@ REFUSED = (
 )
 SHIM = f"""
 import sys
+from pathlib import Path
 
 class Refuse:
     def find_spec(self, name, path=None, target=None):
@@ -88,13 +89,11 @@ def test_rows_are_chosen_by_their_beginnings():
 
 
 def test_a_process_is_ended_when_the_time_is_up_with_those_it_started(tmp_path):
-    log, mark = tmp_path / "log", tmp_path / "mark"
-    start = time.monotonic()
-    error = accelerator.run_process(["bash", "-c", f"(sleep 3; touch {mark}) & wait"], dict(os.environ), log, 0.5)
+    log, child = tmp_path / "log", tmp_path / "child"
+    error = accelerator.run_process(["bash", "-c", f"sleep 600 & echo $! > {child}; wait"], dict(os.environ), log, 0.5)
     assert error == "ended after 0 s: the time was up"
-    assert time.monotonic() - start < 3
-    time.sleep(3)
-    assert not mark.exists()
+    state = Path(f"/proc/{child.read_text().strip()}/stat")
+    assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
 def test_a_process_that_fails_leaves_the_end_of_its_output(tmp_path):
@@ -234,11 +233,19 @@ def spread_of(found):
     return found
 
 
+@pytest.mark.slow
 def test_it_runs_with_jax_flax_optax_and_numpy(cpu_env, tmp_path):
     """A row of each kind; the kernels' row is first whether it is asked for or not, and says which to take."""
-    lines = tiny_run(cpu_env(), tmp_path, "--minutes=15", "--rows=train/XL-8E-t,layer/8E,sample/XL-8E")
-    assert list(lines) == ["attention", "train/XL-8E-token_choice", "layer/8E", "sample/XL-8E"]
-    kernels, trained, layer, sampled = lines.values()
+    rows = [
+        "attention",
+        "train/XL-8E-token_choice",
+        "train_without_text/XL-8E-token_choice",
+        "layer/8E",
+        "sample/XL-8E",
+    ]
+    lines = tiny_run(cpu_env(), tmp_path, "--minutes=15", f"--rows={','.join(rows[1:])}")
+    assert list(lines) == rows
+    kernels, trained, alone, layer, sampled = lines.values()
     assert set(kernels["kinds"]) == {"plain", "fused"}
     assert all(kernel["error"] < 1e-5 for kernel in kernels["kinds"].values())
     assert {line["attention"] for line in (trained, layer, sampled)} == {kernels["chosen"]}
@@ -252,12 +259,5 @@ def test_it_runs_with_jax_flax_optax_and_numpy(cpu_env, tmp_path):
     spread_of(layer["over_dense"]["token_choice"])
     assert {spread_of(rate)["median"] > 0 for rate in sampled["images_per_second"].values()} == {True}
     assert sampled["overhead_percent_by_flops"] > 0
-
-
-@pytest.mark.slow
-def test_every_row_runs(cpu_env, tmp_path):
-    lines = tiny_run(cpu_env(), tmp_path, "--minutes=20")
-    assert list(lines) == list(accelerator.ROWS)
-    whole, alone = (lines[f"{kind}/XL-8E"] for kind in ("train", "train_without_text"))
-    assert whole["text_gflops_per_image"] == 2 * alone["text_gflops_per_image"], "two tiny layers, and one"
-    assert whole["denoiser_gflops_per_image"] == alone["denoiser_gflops_per_image"]
+    assert trained["text_gflops_per_image"] == 2 * alone["text_gflops_per_image"], "two tiny layers, and one"
+    assert trained["denoiser_gflops_per_image"] == alone["denoiser_gflops_per_image"]
