@@ -14,6 +14,10 @@ from jax.sharding import Mesh
 from ecdit.config import is_remote, require
 from ecdit.storage import as_path
 
+# The only kinds of device on which an option is safe. By the compiler's own message (libtpu 0.0.52) it may give wrong
+# results or hang elsewhere; older versions take it silently.
+SAFE_ON = {"xla_tpu_enable_async_collective_fusion_fuse_all_gather": ("TPU v5 lite",)}
+
 
 @dataclasses.dataclass(frozen=True)
 class RuntimeConfig:
@@ -69,10 +73,23 @@ def _cache_directory(named: str, workdir: Path | None) -> str:
 
 
 def compiler_options(config: RuntimeConfig, mesh: Mesh) -> dict[str, str] | None:
-    """What jax.jit takes as compiler_options where the mesh is one of TPUs; other compilers refuse those names."""
-    if mesh.devices.flat[0].platform != "tpu" or not config.tpu_options:
+    """What jax.jit takes as compiler_options where the mesh is one of TPUs; other compilers refuse those names.
+
+    Raises:
+      ConfigError: an option that may give wrong results on these devices.
+    """
+    device = mesh.devices.flat[0]
+    if device.platform != "tpu" or not config.tpu_options:
         return None
-    return dict(option.split("=", 1) for option in config.tpu_options)
+    options = dict(option.split("=", 1) for option in config.tpu_options)
+    for name, kinds in SAFE_ON.items():
+        require(
+            options.get(name, "false") == "false" or device.device_kind in kinds,
+            "runtime.tpu_options",
+            f"{name}={options.get(name)}",
+            f"may give wrong results on {device.device_kind}: allowed on {', '.join(kinds)} alone",
+        )
+    return options
 
 
 def _keep_freed_memory() -> None:

@@ -1,0 +1,41 @@
+"""What a process tells the compiler."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from ecdit.config import ConfigError
+from ecdit.runtime import RuntimeConfig, compiler_options
+
+FUSED = "xla_tpu_enable_async_collective_fusion_fuse_all_gather"
+
+
+def options(*chosen, platform="tpu", kind="TPU v5"):
+    config = RuntimeConfig((), chosen, False, "", False, 100)
+    device = SimpleNamespace(platform=platform, device_kind=kind)
+    return compiler_options(config, SimpleNamespace(devices=np.array([device])))
+
+
+def test_options_go_to_the_compiler_for_tpus_alone():
+    assert options("xla_a=1", "xla_b=x=y") == {"xla_a": "1", "xla_b": "x=y"}
+    assert options() is None
+    assert options("xla_a=1", platform="cpu", kind="cpu") is None
+
+
+def test_an_option_that_may_give_wrong_results_is_refused_where_it_may():
+    with pytest.raises(ConfigError) as error:
+        options("xla_a=1", f"{FUSED}=true")
+    assert str(error.value) == (
+        f"config.runtime.tpu_options = '{FUSED}=true': may give wrong results on TPU v5: allowed on TPU v5 lite alone"
+    )
+    assert options(f"{FUSED}=true", kind="TPU v5 lite") == {FUSED: "true"}
+    assert options(f"{FUSED}=false") == {FUSED: "false"}
+
+
+def test_the_paper_s_configs_have_no_such_option():
+    from tests.runs import config_file
+
+    chosen = config_file("ec_dit").get_config("M-64E").runtime.tpu_options
+    for kind in ("TPU v4", "TPU v5", "TPU v6 lite", "TPU7x"):
+        assert len(options(*chosen, kind=kind)) == len(chosen) > 0
