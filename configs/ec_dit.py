@@ -44,7 +44,7 @@ PLANS = (
     ("M-dense", "v4:4x4x8"),
 )
 EXPERTS = {"8E": 8, "16E": 16, "32E": 32, "64E": 64}  # [P]
-# Gathers of weights and exchanges of tokens go on behind matrix products, reductions of gradients on the SparseCores
+# Exchanges of tokens go on behind matrix products, gathers of weights and reductions of gradients on the SparseCores
 # (see configs/README.md).
 TPU_OPTIONS = (
     "xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000",  # gathers, not rings of permutes behind small products
@@ -56,6 +56,8 @@ TPU_OPTIONS = (
     "xla_tpu_use_tc_device_shape_on_sc=true",
     "xla_sc_disable_megacore_partitioning=true",
     "xla_sc_enable_instruction_fusion=false",
+    "xla_tpu_enable_sparse_core_collective_offload_all_gather=true",
+    "xla_tpu_enable_all_gather_offload_tracing=true",
     "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter=true",
     "xla_tpu_enable_reduce_scatter_offload_tracing=true",
     "xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter=false",

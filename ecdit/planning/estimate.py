@@ -19,7 +19,7 @@ FREE_CALLS = {"AllocateBuffer", "AssumeGatherIndicesInBound", "PrepareAsyncCallS
 FREE_CALLS |= {"AsyncCollectiveStart", "AsyncCollectiveDone", "Sharding", "SPMDFullToShardShape"}
 HOST_MEMORY = "S(5)"  # in the type of an array in the memory of the chip's host
 # Of peak, what attention's kernels reach by their schedules, at least: tests/planning/test_kernels.py compares.
-KERNEL_SHARE = 1 / 9.5
+KERNEL_SHARE = 1 / 9.6
 SORT_OPERATIONS = 4  # of a vector unit, for each element, operand and stage: compare, two selects, a move
 
 PARTS = ("self_attention", "cross_attention", "ffn", "experts", "router", "conditioning", "head")
