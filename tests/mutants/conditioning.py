@@ -65,7 +65,7 @@ MUTANTS = (
         _TOWER,
         "return layer_norm(x, epsilon=1e-5) * scale",
         "return layer_norm(x) * scale",
-        _tower("test_states_are_those_of_float64_numpy"),
+        _tower("test_norms_have_the_epsilon_of_clip_s"),
         "weights of another library give other states",
     ),
     Mutant(
