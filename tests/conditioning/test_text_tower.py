@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ecdit.conditioning.text_tower import TextConfig, TextTower
+from ecdit.conditioning.text_tower import Norm, TextConfig, TextTower
 from ecdit.config import ConfigError
 from tests.models.helpers import Model, close, jit
 
@@ -71,6 +71,14 @@ def oracle(tokens, activation):
 def test_states_are_those_of_float64_numpy(activation, function):
     """GELU is the exact one, as in the checkpoints of the towers that have it (OpenCLIP's), not its tanh likeness."""
     close(encode(TOKENS, activation).states, oracle(TOKENS, function), 1e-5)
+
+
+def test_norms_have_the_epsilon_of_clip_s():
+    """1e-5, which matters where tokens are as small as they start: their embeddings have a deviation of 0.02."""
+    layer = Model(lambda rngs: Norm(16, rngs))
+    x = 0.002 * np.random.default_rng(0).normal(size=(2, 3, 16)).astype(np.float32)
+    expected = norm(x.astype(np.float64), jax.tree.map(lambda p: p.astype(np.float64), layer.params))
+    close(jit(lambda params, x: layer(params)(x))(layer.params, x), expected, 1e-5)
 
 
 def test_the_activations_differ():

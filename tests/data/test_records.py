@@ -138,14 +138,15 @@ def test_the_same_settings_prepare_the_same_bytes(config, tmp_path):
     assert prepare(again) == read_manifest(config)
 
 
-def test_the_fingerprint_is_of_records_and_vocabulary(config):
+def test_the_fingerprint_is_of_records_and_vocabulary(pictures, tmp_path):
     """A run may resume on data of the same fingerprint: other tokens of the same captions must have another."""
-    directory, digest = dataset_directory(config), hashlib.sha256()
-    stored = grain.sources.ArrayRecordDataSource([str(directory / name) for name in read_manifest(config).shards])
+    config = make_config(tmp_path, source=str(pictures))
+    directory, digest, manifest = dataset_directory(config), hashlib.sha256(), prepare(config)
+    stored = grain.sources.ArrayRecordDataSource([str(directory / name) for name in manifest.shards])
     for index in range(len(stored)):
         digest.update(stored[index])
     digest.update((directory / "vocabulary.model").read_bytes())
-    assert read_manifest(config).fingerprint == digest.hexdigest()
+    assert manifest.fingerprint == digest.hexdigest()
 
 
 def test_preparing_twice_does_nothing(config, monkeypatch, capsys):

@@ -106,8 +106,8 @@ MUTANTS = (
     ),
     Mutant(
         _LAYERS,
-        "    @nnx.split_rngs(splits=count)\n",
-        "    @nnx.split_rngs(splits=count, only=())\n",
+        "return make(rngs)",
+        "return make(nnx.Rngs(0))",
         _layers("test_a_stack_draws_every_block_anew"),
     ),
     Mutant(

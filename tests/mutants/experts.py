@@ -70,8 +70,8 @@ MUTANTS = (
     ),
     Mutant(
         _FILE,
-        "tokens = jnp.zeros((y.shape[1] * group_size, y.shape[-1]), jnp.float32)",
-        "tokens = jnp.zeros((y.shape[1] * group_size, y.shape[-1]), y.dtype)",
+        "slots = tokens.at[_flat_index(routing, group_size)].add(y.astype(jnp.float32))",
+        "slots = tokens.astype(y.dtype).at[_flat_index(routing, group_size)].add(y)",
         _tests("test_scatter_adds_in_float32"),
     ),
     Mutant(

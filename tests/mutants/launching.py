@@ -215,7 +215,7 @@ MUTANTS = (
     Mutant(
         "launch/sweeps/points.py",
         "_make_point(name, base | point | dict(overrides or {}), keys,",
-        "_make_point(name, dict(overrides or {}) | base | point, keys,",
+        "_make_point(name, base | dict(overrides or {}) | point, keys,",
         ("tests/launch/test_hyper.py::test_points_become_flags_of_training",),
         "an override for all points is not applied to those that set the key",
     ),
