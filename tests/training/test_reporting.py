@@ -154,7 +154,7 @@ def test_the_printed_speed_is_a_mean(tmp_path, capsys, monkeypatch):
 
 
 def test_the_peak_is_that_of_all_devices(monkeypatch):
-    monkeypatch.setattr(speed, "chip", lambda kind: SimpleNamespace(peak_flops=1e12))
+    monkeypatch.setattr(speed, "limits", lambda kind: SimpleNamespace(peak_flops=1e12))
     watch = speed.stopwatch(tiny())
     assert (watch.images, watch.peak) == (16, 8e12)
 
