@@ -168,9 +168,11 @@ def check_unchanged(copies: Copies, todo: list[Mutant]) -> None:
     print(f"{len(todo)} mutants; first their {len(sets)} sets of tests on the unchanged program", flush=True)
     begin = time.monotonic()
     outcomes = copies.map(lambda tests, root: run_tests(root, tests), sets)
-    failed = [(tests, found) for tests, found in zip(sets, outcomes, strict=True) if found.state != "passed"]
-    for tests, found in failed:
-        print(f"{found.state}: {' '.join(tests)}\n{found.said}", flush=True)
+    failed = 0
+    for tests, found in zip(sets, outcomes, strict=True):
+        if found.state != "passed":
+            failed += 1
+            print(f"{found.state}: {' '.join(tests)}\n{found.said}", flush=True)
     if failed:
         sys.exit("the tests do not pass on the unchanged program")
     print(f"({time.monotonic() - begin:.0f} s)", flush=True)
