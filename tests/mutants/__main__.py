@@ -102,7 +102,9 @@ def run_tests(root: Path, tests: tuple[str, ...]) -> Outcome:
             # Under -x pytest ends with 1 for a file that it cannot import, too: that is no test that failed.
             failed = first_failure(report)
             return Outcome("failed", seconds, failed) if failed else Outcome("broken", seconds, last_lines)
-        return Outcome("passed" if code == 0 else "broken", seconds, last_lines)
+        if code == 0:
+            return Outcome("passed", seconds, last_lines)
+        return Outcome("broken", seconds, f"pytest ended with {code}, where 0 and 1 are results\n{last_lines}")
 
 
 def first_failure(report: Path) -> str:
