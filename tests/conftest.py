@@ -1,7 +1,7 @@
 """Strict runs: eight CPU devices, no silent broadcasting between ranks. (Warnings are errors by pyproject.toml.)
 
-What several files need is made once for all of them: prepared data, and what child processes compile. The two worker
-processes of pytest-xdist share it, the first that needs it makes it while the other waits.
+The emoji data is prepared once for the worker processes of pytest-xdist: the first that needs it prepares it while the
+other waits.
 """
 
 import contextlib
@@ -33,17 +33,14 @@ def shared(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def compilation_cache(pytestconfig, shared):
-    """The directory in which child processes share what XLA compiled, kept for the next test session.
+def compilation_cache(tmp_path_factory):
+    """The directory in which the child processes of a worker share what XLA compiled.
 
-    JAX finds an entry by a hash of the program, the flags and the versions. `pytest --cache-clear` empties it. This
-    process does not use it: jax cannot read back what it compiled for TPUs without a TPU, and warns.
+    It is new in each session and each worker's own, because JAX writes its entries in place: one that is read while it
+    is written, or whose writer was killed, costs a warning and a compilation. This process does not use it: jax cannot
+    read back what it compiled for TPUs without a TPU, and warns.
     """
-    if not hasattr(pytestconfig, "cache"):  # pytest -p no:cacheprovider
-        directory = shared / "compiled"
-        directory.mkdir(exist_ok=True)
-        return directory
-    return pytestconfig.cache.mkdir("compiled")
+    return tmp_path_factory.mktemp("compilation_cache")
 
 
 @pytest.fixture

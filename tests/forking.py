@@ -2,7 +2,8 @@
 
 The server is the standard library's: a fresh process with one thread, which imports what commands import and touches no
 device. A forked command has a process id, an exit code, an environment and outputs of its own, as any other has. What
-it cannot show is that the command imports what it needs: one real start of each command does (`runs.run`).
+it cannot show is that the command imports what it needs: one real start of each command does (`runs.run`). Nor does it
+see what Python reads when it starts, such as PYTHONPATH.
 """
 
 import multiprocessing
@@ -45,13 +46,14 @@ def run_forked(arguments: Sequence[str], env: Mapping[str, str], timeout: float 
 
 
 def _command(module: str, flags: list[str], env: dict[str, str], out: str, err: str) -> None:
-    """What the forked process does."""
+    """Runs the command in the forked process, with the streams and the environment of a process of its own."""
     for path, descriptor in ((os.devnull, 0), (out, 1), (err, 2)):
         os.dup2(os.open(path, os.O_RDWR | os.O_CREAT), descriptor)
     sys.stdin = open(0, closefd=False)  # noqa: SIM115 - multiprocessing has put another file there
     import jax
 
-    different = {name for name in env.keys() ^ os.environ.keys() if name.startswith("JAX_")} - set(_CONFIGURED)
+    names = {name for name in env.keys() | os.environ.keys() if name.startswith("JAX_")} - set(_CONFIGURED)
+    different = sorted(name for name in names if env.get(name) != os.environ.get(name))
     assert not different, f"only a fresh process can see {different}"
     for name, field in _CONFIGURED.items():
         if name in env:

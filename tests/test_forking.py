@@ -23,11 +23,11 @@ def test_it_has_the_devices_and_the_cache_of_its_environment(cpu_env):
         assert shown.stdout.split() == [str(devices), cpu_env()["JAX_COMPILATION_CACHE_DIR"]], shown.stderr
 
 
-def test_what_only_a_fresh_process_can_see_is_refused(cpu_env):
-    with_setting = {**cpu_env(), "JAX_ENABLE_X64": "1"}
-    refused = run_forked([sys.executable, "-m", "tests.devices"], with_setting)
+@pytest.mark.parametrize("setting", [{"JAX_ENABLE_X64": "1"}, {"JAX_NUMPY_RANK_PROMOTION": "allow"}])
+def test_what_only_a_fresh_process_can_see_is_refused(setting, cpu_env):
+    refused = run_forked([sys.executable, "-m", "tests.devices"], cpu_env() | setting)
     assert refused.returncode == 1
-    assert "only a fresh process can see" in refused.stderr
+    assert f"only a fresh process can see {list(setting)}" in refused.stderr
 
 
 def test_one_that_does_not_end_in_time_is_killed(cpu_env):

@@ -101,8 +101,8 @@ class Estimator:
             self._waited(engines.wait(rendezvous(known[one.operands[0]])), times)
         elif one.opcode.endswith("-done"):
             self._waited(engines.wait(one.operands[0]), times)
-        elif one.opcode == "custom-call-start" and not one.operands:
-            pass  # what a call to the SparseCores needs is prepared; it begins with its update, which has the operands
+        elif _prepares(one):
+            pass
         elif one.opcode.endswith("-start"):
             self._start(one, known, engines, times)
         elif (collective := self._synchronous(one)) is not None:
@@ -130,15 +130,13 @@ class Estimator:
         self._waited(("network", waited), times)
 
     def _update(self, one: Instruction, known: dict[str, Instruction], engines: _Engines, times: int) -> None:
-        """Another name for what goes on; or, where it was prepared only, its beginning."""
-        before, *operands = one.operands
-        if before in engines.pending:
-            engines.pending[one.name] = engines.pending.pop(before)
+        """Begins a call to the SparseCores that was only prepared; otherwise renames what is going on."""
+        start = known[one.operands[0]]
+        if _prepares(start):
+            begun = dataclasses.replace(one, operands=one.operands[1:], attributes=start.attributes)
+            self._start(begun, known, engines, times)
         else:
-            attributes = known[before].attributes
-            self._start(
-                dataclasses.replace(one, operands=tuple(operands), attributes=attributes), known, engines, times
-            )
+            engines.pending[one.name] = engines.pending.pop(start.name)
 
     def _start(self, one: Instruction, known: dict[str, Instruction], engines: _Engines, times: int) -> None:
         collective = collective_of(one, self.torus)
@@ -230,6 +228,11 @@ def part_of(op_name: str) -> str:
 def slowest(estimate: Estimate, count: int) -> Iterable[tuple[str, float]]:
     """The instructions that take longest, all their runs together."""
     return estimate.instructions.most_common(count)
+
+
+def _prepares(one: Instruction) -> bool:
+    """Whether this prepares a call to the SparseCores, which its update begins: that one has the operands."""
+    return one.opcode == "custom-call-start" and not one.operands
 
 
 def _target(one: Instruction) -> str | None:

@@ -130,7 +130,7 @@ def compare_versions(found: Mapping[str, str]) -> Found:
     if odd:
         return (
             "warn",
-            f"{', '.join(odd)}, the last that the tests have run with (docs/versions.md): try a short run first",
+            f"{', '.join(odd)}, and the tests have not run with it (docs/versions.md): try a short run first",
         )
     return "ok", ", ".join(f"{name} {found[name]}" for name in TESTED)
 

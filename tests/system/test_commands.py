@@ -19,7 +19,7 @@ from tests.runs import ROOT, TINY, base_install, command, emoji_config, run, tin
 
 @pytest.fixture(scope="module")
 def env(compilation_cache, tmp_path_factory):
-    """Of a base install: nothing here needs what prepares data, once the data is prepared."""
+    """Of a base install, for fresh processes: training, sampling and the like need nothing that prepares data."""
     env = {**cpu_environment(1), "JAX_COMPILATION_CACHE_DIR": str(compilation_cache)}
     return base_install(env, tmp_path_factory.mktemp("base_install"))
 
