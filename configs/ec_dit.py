@@ -14,7 +14,7 @@ base model (arXiv 2412.07730, 2503.10618), [A] arithmetic or inference, [?] unkn
 
 from ml_collections import ConfigDict
 
-from ecdit.config import UserError
+from ecdit.errors import UserError
 
 SIZES = {
     # width, blocks of dense models, blocks of those with experts, heads, key-value heads: Table 1 [N]

@@ -10,7 +10,7 @@ Marks of certainty, beside values that the paper or its relatives speak of: [P] 
 
 from ml_collections import ConfigDict
 
-from ecdit.config import UserError
+from ecdit.errors import UserError
 
 LENGTHS = {
     # steps, warm-up steps, EMA decay, steps between pictures

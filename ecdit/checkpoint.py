@@ -11,7 +11,9 @@ from pathlib import Path
 
 from absl import flags
 
-from ecdit.config import UserError, run_command, to_dict
+from ecdit.command_line import run_command
+from ecdit.config import to_dict
+from ecdit.errors import UserError
 from ecdit.interop.weights import save_weights
 from ecdit.storage import as_path
 from ecdit.training.checkpoint import open_reader

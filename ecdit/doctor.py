@@ -10,7 +10,7 @@ import sys
 
 from absl import flags
 
-from ecdit.config import config_values, define_config_flag, run_command
+from ecdit.command_line import config_values, define_config_flag, run_command
 from ecdit.storage import as_path
 from ecdit.training.diagnosis import diagnose, is_left_behind
 from ecdit.training.experiment import make_experiment

@@ -7,9 +7,12 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from ecdit.config import UserError, check_writable, run_command, to_dict
+from ecdit.command_line import run_command
+from ecdit.config import to_dict
 from ecdit.data.records import Records
+from ecdit.errors import UserError
 from ecdit.evaluation.retrieval import NUM_CAPTIONS, fixed_choice, protocol, recall, target_ranks
+from ecdit.files import check_writable
 from ecdit.storage import as_path
 from ecdit.training.restored import open_run, sample_run
 

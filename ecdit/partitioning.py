@@ -18,7 +18,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from ecdit.config import ConfigError, UserError, require
+from ecdit.config import ConfigError, require
+from ecdit.errors import UserError
 
 MESH_AXES = ("slices", "data", "fsdp", "expert", "tensor")
 BATCH_AXES = ("slices", "data", "fsdp", "expert")

@@ -17,7 +17,8 @@ from typing import Any
 
 from absl import flags
 
-from ecdit.config import check_writable, config_origin, config_values, define_config_flag, replace_text, run_command
+from ecdit.command_line import config_origin, config_values, define_config_flag, run_command
+from ecdit.files import check_writable, replace_text
 from ecdit.planning.cache import cached_plan
 from ecdit.planning.compiler import DoesNotFit, find_target, use_compiler
 from ecdit.planning.counts import count, report, table_params

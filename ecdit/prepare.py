@@ -1,6 +1,6 @@
 """Prepares a config's data: `python -m ecdit.prepare --config=configs/emoji.py`. Does nothing if it is prepared."""
 
-from ecdit.config import config_values, define_config_flag, run_command
+from ecdit.command_line import config_values, define_config_flag, run_command
 from ecdit.data.records import dataset_directory, prepare
 from ecdit.training.experiment import make_experiment
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from ecdit.config import is_remote, require
+from ecdit.config import require
+from ecdit.files import is_remote
 from ecdit.storage import as_path
 
 # The only kinds of device on which an option is safe. By the compiler's own message (libtpu 0.0.52) it may give wrong

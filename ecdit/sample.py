@@ -8,9 +8,11 @@ from absl import flags
 from jaxtyping import UInt8
 from numpy import ndarray
 
-from ecdit.config import UserError, check_writable, run_command
+from ecdit.command_line import run_command
+from ecdit.errors import UserError
 from ecdit.evaluation.pictures import save_grid, save_png
 from ecdit.evaluation.routing_maps import draw_maps
+from ecdit.files import check_writable
 from ecdit.storage import as_path
 from ecdit.training.restored import open_run, sample_run, saved_experiment
 

@@ -18,7 +18,8 @@ from typing import Any
 
 from etils import epath
 
-from ecdit.config import UserError, is_remote
+from ecdit.errors import UserError
+from ecdit.files import is_remote
 
 # Else epath takes TensorFlow's file system where TensorFlow is installed: seconds to import, and it knows no emulator.
 os.environ.setdefault("EPATH_USE_TF", "false")

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 
-from ecdit.config import UserError
+from ecdit.errors import UserError
 
 
 class SliceError(UserError, ValueError):

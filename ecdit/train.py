@@ -5,7 +5,7 @@ import sys
 from absl import flags
 
 from ecdit import runtime
-from ecdit.config import config_origin, config_values, define_config_flag, run_command
+from ecdit.command_line import config_origin, config_values, define_config_flag, run_command
 from ecdit.storage import as_path
 from ecdit.training.experiment import make_experiment
 from ecdit.training.loop import train

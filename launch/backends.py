@@ -9,7 +9,7 @@ from typing import Any
 from absl import flags
 
 from ecdit import __version__
-from ecdit.config import UserError
+from ecdit.errors import UserError
 from ecdit.topology import Slice
 from ecdit.training.experiment import Experiment
 from launch import jobset, local_job, tpu_vm
@@ -38,7 +38,7 @@ RUNTIME_VERSION = flags.DEFINE_string("runtime-version", "", "tpu-vm: image of t
 
 
 def checked_job(experiment: Experiment, origin: Mapping[str, Any], place: Place, where: Slice) -> Job:
-    """The job, or a UserError that says why it cannot run there; `origin` is that of `config.config_origin`."""
+    """The job, or a UserError that says why it cannot run there; `origin` is that of `command_line.config_origin`."""
     if not place.workdir:
         raise UserError("--workdir is missing: gs://BUCKET/PATH, or a directory for --backend=local")
     if place.backend == "tpu-vm" or LARGE_HOSTS.value:

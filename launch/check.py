@@ -28,7 +28,7 @@ def make_job(
 
     Args:
       experiment: what to train.
-      origin: of the experiment: see `config.config_origin`.
+      origin: of the experiment: see `command_line.config_origin`.
       where: one of the slices.
       slices: how many.
       workdir: of the run.

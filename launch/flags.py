@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from absl import flags
 
-from ecdit.config import UserError
+from ecdit.errors import UserError
 from launch.job import check_name, job_name
 
 BACKENDS = ("jobset", "tpu-vm", "local")

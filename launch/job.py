@@ -11,7 +11,7 @@ import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
-from ecdit.config import UserError
+from ecdit.errors import UserError
 from ecdit.topology import Slice
 
 ROOT = Path(__file__).parents[1]  # of the checkout, which configs are files of

@@ -2,7 +2,7 @@
 
 import sys
 
-from ecdit.config import run_command
+from ecdit.command_line import run_command
 from launch import jobset, local_job, tpu_vm
 from launch.commands import run_all
 from launch.flags import define_place

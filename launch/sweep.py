@@ -20,7 +20,9 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from ecdit.config import UserError, check_writable, is_remote, replace_text, run_command
+from ecdit.command_line import run_command
+from ecdit.errors import UserError
+from ecdit.files import check_writable, is_remote, replace_text
 from ecdit.partitioning import MESH_AXES, abstract_mesh
 from ecdit.storage import as_path
 from ecdit.topology import find_slice

@@ -14,15 +14,9 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from ecdit.config import (
-    UserError,
-    check_writable,
-    config_origin,
-    config_values,
-    define_config_flag,
-    replace_text,
-    run_command,
-)
+from ecdit.command_line import config_origin, config_values, define_config_flag, run_command
+from ecdit.errors import UserError
+from ecdit.files import check_writable, replace_text
 from ecdit.topology import find_slice
 from ecdit.training.experiment import make_experiment
 from launch import backends

@@ -27,7 +27,7 @@ LAYERS = [
     "launch",
 ]
 # The modules of ecdit/ that are no commands.
-FOUNDATION = {"config", "runtime", "chips", "topology", "partitioning", "storage"}
+FOUNDATION = {"errors", "config", "files", "command_line", "runtime", "chips", "topology", "partitioning", "storage"}
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 80
 # Heavy, or in an extra that training does not install.
 LAZY = ["tensorflow", "torch", "transformers", "diffusers", "wandb", "tensorboardX"]

@@ -1,6 +1,6 @@
 """Pictures with captions: prepared once into ArrayRecord, read by global row while training."""
 
-from ecdit.config import UserError
+from ecdit.errors import UserError
 
 
 class DataError(UserError):

@@ -8,7 +8,8 @@ import jax
 import numpy as np
 from safetensors.numpy import save
 
-from ecdit.config import UserError, check_writable
+from ecdit.errors import UserError
+from ecdit.files import check_writable
 
 
 def flat_names(params: dict[str, Any]) -> dict[str, Any]:

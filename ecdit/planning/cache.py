@@ -9,7 +9,8 @@ from importlib import metadata
 from pathlib import Path
 
 import ecdit
-from ecdit.config import is_remote, replace_text, to_dict
+from ecdit.config import to_dict
+from ecdit.files import is_remote, replace_text
 from ecdit.planning.compiler import Target, What
 from ecdit.planning.plan import Plan, make_plan
 from ecdit.training.experiment import Experiment

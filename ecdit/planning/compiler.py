@@ -13,8 +13,8 @@ from jax.sharding import Mesh
 
 from ecdit.chips import Chip, chip_named
 from ecdit.conditioning.text_to_image import make_system
-from ecdit.config import UserError
 from ecdit.diffusion.flow import sample_keys
+from ecdit.errors import UserError
 from ecdit.evaluation.sampling import make_sample_step
 from ecdit.partitioning import make_mesh
 from ecdit.planning.collectives import Place, Torus

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ecdit.config import UserError, replace_text
+from ecdit.errors import UserError
+from ecdit.files import replace_text
 
 BEGIN, END = "<!-- plans: begin -->", "<!-- plans: end -->"
 _HEAD = (

@@ -16,7 +16,8 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
 from ecdit.conditioning.text_to_image import Params, System
-from ecdit.config import flatten, is_remote, to_dict
+from ecdit.config import flatten, to_dict
+from ecdit.files import is_remote
 from ecdit.storage import as_path, reading
 from ecdit.training.checksums import checksums
 from ecdit.training.experiment import CheckpointConfig, Experiment

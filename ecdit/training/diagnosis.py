@@ -21,9 +21,10 @@ from typing import Literal
 import jax
 
 from ecdit.conditioning.text_to_image import make_system
-from ecdit.config import UserError, is_remote
 from ecdit.data.records import Records, dataset_directory
 from ecdit.data.tasks import WITHOUT_TENSORFLOW
+from ecdit.errors import UserError
+from ecdit.files import is_remote
 from ecdit.partitioning import MeshConfig, abstract_mesh, devices_text
 from ecdit.storage import as_path, check_workdir, children, reading, write_time
 from ecdit.training.checkpoint import checkpoint_directory

@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ecdit.config import is_remote, replace_text
+from ecdit.files import is_remote, replace_text
 from ecdit.storage import Parts, children, read_all
 
 METRICS = "metrics.jsonl"

@@ -44,7 +44,7 @@ def train(experiment: Experiment, workdir: Path, origin: dict[str, Any] | None =
     Args:
       experiment: what to train.
       workdir: made if it is missing.
-      origin: of the experiment, for overrides.json: see `config.config_origin`.
+      origin: of the experiment, for overrides.json: see `command_line.config_origin`.
 
     Returns the exit code: 0 when all steps are done, PREEMPTED after a save on SIGTERM.
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from ecdit.config import is_remote, writing
+from ecdit.files import is_remote, writing
 from ecdit.storage import upload
 from ecdit.training.experiment import TrainConfig
 

@@ -8,7 +8,9 @@ from typing import Any
 import jax
 
 import ecdit
-from ecdit.config import UserError, replace_text, to_dict
+from ecdit.config import to_dict
+from ecdit.errors import UserError
+from ecdit.files import replace_text
 from ecdit.training.experiment import Experiment
 from ecdit.training.restored import CONFIG_FILE
 
@@ -28,7 +30,7 @@ def record_start(experiment: Experiment, workdir: Path, step: int, origin: dict[
       experiment: resolved.
       workdir: of the run.
       step: that the run starts or goes on from.
-      origin: the config file and what the command line changed in it, as `config.config_origin` gives it.
+      origin: the config file and what the command line changed in it, as `command_line.config_origin` gives it.
 
     Raises:
       UserError: one of them cannot be written, or overrides.json is damaged.

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple, TypeVar
 import jax
 import orbax.checkpoint as ocp
 
-from ecdit.config import is_remote
+from ecdit.files import is_remote
 from ecdit.storage import COMMITTED, children, move_checkpoint
 from ecdit.training.agreement import anywhere, wait_for_all
 from ecdit.training.checkpoint import (

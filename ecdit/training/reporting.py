@@ -13,7 +13,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from ecdit.config import UserError, writing
+from ecdit.errors import UserError
+from ecdit.files import writing
 from ecdit.partitioning import devices_text
 from ecdit.storage import Parts
 from ecdit.training.experiment import Experiment, TrainConfig

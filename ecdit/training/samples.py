@@ -8,11 +8,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ecdit.conditioning.text_to_image import Params, System
-from ecdit.config import writing
 from ecdit.data.records import Records, tokenize_captions
 from ecdit.evaluation.pictures import save_grid, write_png
 from ecdit.evaluation.routing_maps import draw_maps
 from ecdit.evaluation.sampling import make_sampler, sample_pictures
+from ecdit.files import writing
 from ecdit.storage import make_directory
 from ecdit.training.experiment import Experiment
 

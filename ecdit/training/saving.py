@@ -12,7 +12,8 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from ecdit.config import is_remote, to_dict
+from ecdit.config import to_dict
+from ecdit.files import is_remote
 from ecdit.training.agreement import SaveBarrier, anywhere
 from ecdit.training.checkpoint import Meta, checkpoint_directory, open_manager, state_arrays, state_parts
 from ecdit.training.experiment import CheckpointConfig

@@ -17,7 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from ecdit.config import UserError
+from ecdit.errors import UserError
 from ecdit.storage import is_outage
 from ecdit.training.checksums import checksums
 

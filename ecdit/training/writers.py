@@ -15,7 +15,9 @@ from typing import Any, Protocol
 import jax
 from PIL import Image
 
-from ecdit.config import UserError, is_remote, require, to_dict, writing
+from ecdit.config import require, to_dict
+from ecdit.errors import UserError
+from ecdit.files import is_remote, writing
 from ecdit.storage import Parts, make_directory
 from ecdit.training.experiment import Experiment
 

@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from ecdit.config import UserError, replace_text
+from ecdit.errors import UserError
+from ecdit.files import replace_text
 from ecdit.storage import reading
 from ecdit.training.lines import read_lines
 from launch.sweeps.fitting import MIN_SIZES, PowerLaw, fit_power_law

@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from ecdit.config import UserError
+from ecdit.errors import UserError
 
 Point = dict[str, Any]
 

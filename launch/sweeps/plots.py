@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float
 
-from ecdit.config import writing
+from ecdit.files import writing
 from launch.sweeps.collecting import X_NAMES, Fits, Result, by_series
 from launch.sweeps.fitting import PowerLaw
 

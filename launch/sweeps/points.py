@@ -15,7 +15,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ecdit.config import UserError, flatten, parse_config, to_dict
+from ecdit.command_line import parse_config
+from ecdit.config import flatten, to_dict
+from ecdit.errors import UserError
 from ecdit.planning.counts import Counts, count
 from ecdit.training.experiment import Experiment, make_experiment
 from launch.job import MAX_NAME
@@ -31,7 +33,7 @@ class Point:
 
     name: str  # the last part of its workdir
     flags: tuple[str, ...]  # of `python -m ecdit.train`, without --workdir
-    origin: Mapping[str, Any]  # as `config.config_origin` gives it
+    origin: Mapping[str, Any]  # as `command_line.config_origin` gives it
     experiment: Experiment
     settings: Mapping[str, Any]  # what tells it apart: values by key, {"config.model.width": 64}
     series: str  # those of SERIES, for people; "" where the sweep has none

@@ -21,7 +21,8 @@ from typing import IO
 
 import orbax.checkpoint as ocp
 
-from ecdit.config import UserError, check_writable
+from ecdit.errors import UserError
+from ecdit.files import check_writable
 from ecdit.storage import reading
 from ecdit.training.checkpoint import checkpoint_directory, config_differences
 from ecdit.training.loop import PREEMPTED

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from ecdit.conditioning.text_to_image import make_system
-from ecdit.config import ConfigError, UserError, to_dict
+from ecdit.config import ConfigError, to_dict
+from ecdit.errors import UserError
 from ecdit.sample import read_prompts
 from ecdit.training.experiment import make_experiment
 from tests.forking import run_forked

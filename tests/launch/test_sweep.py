@@ -10,7 +10,8 @@ import sys
 import pytest
 import yaml
 
-from ecdit.config import UserError, to_dict
+from ecdit.config import to_dict
+from ecdit.errors import UserError
 from launch.job import job_name
 from launch.sweeps import running
 from launch.sweeps.hyper import SweepError

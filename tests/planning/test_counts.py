@@ -5,7 +5,8 @@ import json
 import pytest
 
 from ecdit.conditioning.sizes import VAE_PARAMS, vae_part
-from ecdit.config import ConfigError, UserError
+from ecdit.config import ConfigError
+from ecdit.errors import UserError
 from ecdit.planning.counts import count, report, table_params
 from ecdit.training.experiment import make_experiment
 from tests.runs import ROOT, base_install, command, config_file, run, tiny

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ecdit.config import UserError
+from ecdit.errors import UserError
 from ecdit.models.moe import down_gradient, up_gradient
 from ecdit.partitioning import MeshConfig, make_mesh
 from ecdit.planning import fitting

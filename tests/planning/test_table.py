@@ -2,7 +2,7 @@
 
 import pytest
 
-from ecdit.config import UserError
+from ecdit.errors import UserError
 from ecdit.planning.table import BEGIN, END, row, write_rows
 from tests.runs import ROOT, config_file
 

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from ecdit import storage
-from ecdit.config import UserError
+from ecdit.errors import UserError
 from ecdit.storage import as_path
 from launch.local import cpu_environment
 from tests import events

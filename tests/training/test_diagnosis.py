@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from ecdit.config import UserError
+from ecdit.errors import UserError
 from ecdit.storage import as_path
 from ecdit.training import diagnosis
 from ecdit.training.diagnosis import TESTED, compare_versions, diagnose, state_bytes

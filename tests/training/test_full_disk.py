@@ -6,7 +6,7 @@ import subprocess
 import pytest
 from PIL import Image
 
-from ecdit.config import UserError
+from ecdit.errors import UserError
 from ecdit.training.reporting import Reporter
 from ecdit.training.speed import Stopwatch
 from ecdit.training.writers import TensorBoard

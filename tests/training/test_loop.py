@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from ecdit.config import UserError
+from ecdit.errors import UserError
 from ecdit.partitioning import make_mesh
 from ecdit.training import loop
 from ecdit.training.loop import PREEMPTED, device_batches

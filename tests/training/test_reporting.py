@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from ecdit.config import UserError
+from ecdit.errors import UserError
 from ecdit.partitioning import make_mesh
 from ecdit.training import lines, reporting, speed
 from ecdit.training.lines import drop_lines_after, open_lines, read_lines

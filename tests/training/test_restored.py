@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from ecdit.conditioning.text_to_image import make_system
-from ecdit.config import ConfigError, UserError, flatten, to_dict
+from ecdit.config import ConfigError, flatten, to_dict
+from ecdit.errors import UserError
 from ecdit.interop.weights import save_weights
 from ecdit.partitioning import make_mesh
 from ecdit.training import checkpoint

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from ecdit.config import ConfigError, UserError, replace_text, to_dict
+from ecdit.config import ConfigError, to_dict
+from ecdit.errors import UserError
+from ecdit.files import replace_text
 from ecdit.training import profiling, writers
 from ecdit.training.profiling import Profile
 from ecdit.training.provenance import record_start

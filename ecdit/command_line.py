@@ -1,0 +1,104 @@
+"""The flags of commands that take a config file, and how a command runs and reports a user's error."""
+
+import functools
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from absl import app, flags, logging
+
+from ecdit.config import ConfigError
+from ecdit.errors import UserError
+
+if TYPE_CHECKING:
+    import ml_collections
+
+
+def define_config_flag() -> flags.FlagHolder:
+    """Defines `--config=FILE.py[:ARGUMENT]` with its overrides `--config.a.b=value`."""
+    from ml_collections import config_flags
+
+    return config_flags.DEFINE_config_file("config", None, "Experiment file, with an optional :argument.")
+
+
+def config_values(flag: flags.FlagHolder) -> "ml_collections.ConfigDict":
+    """The values of the config file that the flag names.
+
+    Raises:
+      UserError: no file was named, or it does not exist.
+    """
+    if flag.value is None:
+        raise UserError("--config is missing: name a config file, such as configs/emoji.py")
+    return _existing(flags.FLAGS[flag.name])
+
+
+def config_origin(flag: flags.FlagHolder) -> dict[str, Any]:
+    """Where the values of `config_values` came from: the file with its :argument, and what the flags changed in it."""
+    return _origin(flags.FLAGS[flag.name])
+
+
+def parse_config(arguments: Sequence[str]) -> tuple["ml_collections.ConfigDict", dict[str, Any]]:
+    """What `config_values` and `config_origin` of a command would be that had these `--config...` flags.
+
+    Raises:
+      UserError: there is no such file, an unknown key, or a value that its field cannot be.
+    """
+    from ml_collections import config_flags
+
+    argv, values = ["", *arguments], flags.FlagValues()
+    config_flags.DEFINE_config_file("config", None, "", flag_values=values, sys_argv=argv)
+    _parse_flags(argv, values)
+    return _existing(values["config"]), _origin(values["config"])
+
+
+def _existing(chosen: flags.Flag) -> "ml_collections.ConfigDict":
+    import ml_collections
+
+    if not isinstance(chosen.value, ml_collections.ConfigDict):
+        raise UserError(f"--config={chosen.config_filename}: no such config file")
+    return chosen.value
+
+
+def _origin(chosen: flags.Flag) -> dict[str, Any]:
+    from ml_collections import config_flags
+
+    overrides = config_flags.get_override_values(chosen)
+    return {"config": config_flags.get_config_filename(chosen), "overrides": overrides}
+
+
+def run_command(main: Callable[[list[str]], None], known_only: bool = False) -> None:
+    """Runs a command: parses its flags, calls `main(remaining argv)`, prints user errors without a traceback.
+
+    `known_only` leaves flags that are not defined in the remaining argv. Exits with 2 after a UserError or an OSError,
+    whose message names the path.
+    """
+
+    def quiet_main(argv: list[str]) -> None:
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)  # Orbax tells each save in twenty lines
+        main(argv)
+
+    try:
+        app.run(quiet_main, flags_parser=functools.partial(_parse_flags, known_only=known_only))
+    except (UserError, OSError) as error:  # OSError: a path that is missing, forbidden or on a full disk
+        sys.stdout.flush()
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        # At once: the threads that a failed save leaves behind print, or fail, while Python takes itself down.
+        os._exit(2)
+
+
+def _parse_flags(argv: list[str], values: flags.FlagValues = flags.FLAGS, known_only: bool = False) -> list[str]:
+    """absl's parser, whose errors are many lines long and do not name the override that has an unknown key."""
+    try:
+        return values(argv, known_only=known_only)
+    except flags.Error as error:
+        raise UserError(str(error)) from None
+    except (AttributeError, KeyError) as error:
+        overrides = [argument.removeprefix("--config.") for argument in argv if argument.startswith("--config.")]
+        unknown = re.sub(r"\W+", " ", str(error)).split()[0]
+        for key, _, value in (override.partition("=") for override in overrides):
+            if unknown in key.split("."):
+                raise ConfigError(key, value, f"the config file has no key {unknown!r}") from None
+        raise
