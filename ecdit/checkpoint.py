@@ -11,14 +11,14 @@ from pathlib import Path
 
 from absl import flags
 
+from ecdit.checkpoints.inspection import listed, verify
+from ecdit.checkpoints.restore import open_reader
 from ecdit.command_line import run_command
 from ecdit.config import to_dict
 from ecdit.errors import UserError
 from ecdit.interop.weights import save_weights
+from ecdit.runs.trained_run import open_run
 from ecdit.storage import as_path
-from ecdit.training.checkpoint import open_reader
-from ecdit.training.inspection import listed, verify
-from ecdit.training.restored import open_run
 
 WORKDIR = flags.DEFINE_string("workdir", None, "The run.", required=True)
 STEP = flags.DEFINE_integer("step", None, "Of the checkpoint; by default the newest, for verify all.")

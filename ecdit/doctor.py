@@ -11,9 +11,9 @@ import sys
 from absl import flags
 
 from ecdit.command_line import config_values, define_config_flag, run_command
+from ecdit.experiment import make_experiment
+from ecdit.runs.diagnosis import diagnose, is_left_behind
 from ecdit.storage import as_path
-from ecdit.training.diagnosis import diagnose, is_left_behind
-from ecdit.training.experiment import make_experiment
 
 CONFIG = define_config_flag()
 WORKDIR = flags.DEFINE_string("workdir", None, "Of the run: a directory or gs://BUCKET/PATH.")

@@ -13,8 +13,8 @@ from ecdit.data.records import Records
 from ecdit.errors import UserError
 from ecdit.evaluation.retrieval import NUM_CAPTIONS, fixed_choice, protocol, recall, target_ranks
 from ecdit.files import check_writable
+from ecdit.runs.trained_run import open_run, sample_run
 from ecdit.storage import as_path
-from ecdit.training.restored import open_run, sample_run
 
 WORKDIR = flags.DEFINE_string("workdir", None, "The run.", required=True)
 STEP = flags.DEFINE_integer("step", None, "Of the checkpoint; by default the newest.")

@@ -18,6 +18,7 @@ from typing import Any
 from absl import flags
 
 from ecdit.command_line import config_origin, config_values, define_config_flag, run_command
+from ecdit.experiment import make_experiment
 from ecdit.files import check_writable, replace_text
 from ecdit.planning.cache import cached_plan
 from ecdit.planning.compiler import DoesNotFit, find_target, use_compiler
@@ -25,7 +26,6 @@ from ecdit.planning.counts import count, report, table_params
 from ecdit.planning.fitting import what_fits
 from ecdit.planning.plan import report as plan_report
 from ecdit.planning.table import row, write_rows
-from ecdit.training.experiment import make_experiment
 
 CONFIG = define_config_flag()
 JSON = flags.DEFINE_string("json", None, "File for the result.")

@@ -2,7 +2,7 @@
 
 from ecdit.command_line import config_values, define_config_flag, run_command
 from ecdit.data.records import dataset_directory, prepare
-from ecdit.training.experiment import make_experiment
+from ecdit.experiment import make_experiment
 
 CONFIG = define_config_flag()
 

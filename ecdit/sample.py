@@ -10,11 +10,11 @@ from numpy import ndarray
 
 from ecdit.command_line import run_command
 from ecdit.errors import UserError
-from ecdit.evaluation.pictures import save_grid, save_png
-from ecdit.evaluation.routing_maps import draw_maps
 from ecdit.files import check_writable
+from ecdit.runs.trained_run import open_run, sample_run, saved_experiment
+from ecdit.sampling.grids import save_grid, save_png
+from ecdit.sampling.routing_maps import draw_maps
 from ecdit.storage import as_path
-from ecdit.training.restored import open_run, sample_run, saved_experiment
 
 WORKDIR = flags.DEFINE_string("workdir", None, "The run to sample from.", required=True)
 OUT = flags.DEFINE_string("out", None, "Directory for the pictures, grid.png and manifest.json.", required=True)

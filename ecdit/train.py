@@ -6,9 +6,9 @@ from absl import flags
 
 from ecdit import runtime
 from ecdit.command_line import config_origin, config_values, define_config_flag, run_command
+from ecdit.experiment import make_experiment
+from ecdit.runs.training_run import train
 from ecdit.storage import as_path
-from ecdit.training.experiment import make_experiment
-from ecdit.training.loop import train
 
 CONFIG = define_config_flag()
 WORKDIR = flags.DEFINE_string(

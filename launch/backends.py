@@ -10,8 +10,8 @@ from absl import flags
 
 from ecdit import __version__
 from ecdit.errors import UserError
+from ecdit.experiment import Experiment
 from ecdit.topology import Slice
-from ecdit.training.experiment import Experiment
 from launch import jobset, local_job, tpu_vm
 from launch.check import check_plan, check_pod, make_job
 from launch.commands import run

@@ -8,14 +8,14 @@ from typing import Any
 
 import jax
 
-from ecdit.conditioning.text_to_image import make_system
 from ecdit.config import ConfigError
+from ecdit.experiment import Experiment, check_mesh
 from ecdit.models.config import group_size
 from ecdit.partitioning import MeshConfig, abstract_mesh, batch_shards
 from ecdit.planning.cache import cached_plan
 from ecdit.planning.compiler import DoesNotFit, find_target, use_compiler
+from ecdit.system import make_system
 from ecdit.topology import Slice
-from ecdit.training.experiment import Experiment, check_mesh
 from ecdit.training.optimizer import make_optimizer
 from ecdit.training.state import abstract_state, state_shardings
 from launch.job import Job, LaunchError, check_name, job_name

@@ -22,11 +22,11 @@ from absl import flags
 
 from ecdit.command_line import run_command
 from ecdit.errors import UserError
+from ecdit.experiment import check_mesh
 from ecdit.files import check_writable, is_remote, replace_text
 from ecdit.partitioning import MESH_AXES, abstract_mesh
 from ecdit.storage import as_path
 from ecdit.topology import find_slice
-from ecdit.training.experiment import check_mesh
 from launch import backends, local_job
 from launch.flags import Place, define_place
 from launch.job import Job, job_name

@@ -16,9 +16,9 @@ from absl import flags
 
 from ecdit.command_line import config_origin, config_values, define_config_flag, run_command
 from ecdit.errors import UserError
+from ecdit.experiment import make_experiment
 from ecdit.files import check_writable, replace_text
 from ecdit.topology import find_slice
-from ecdit.training.experiment import make_experiment
 from launch import backends
 from launch.flags import define_place
 

@@ -16,7 +16,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-IMPORTED = ("ecdit.training.loop", "ecdit.training.restored", "ecdit.training.inspection", "ecdit.interop.weights")
+IMPORTED = (
+    "ecdit.runs.training_run",
+    "ecdit.runs.trained_run",
+    "ecdit.checkpoints.inspection",
+    "ecdit.interop.weights",
+)
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(list(IMPORTED))
 # JAX has read these when it was imported. The others are the same for all tests.

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ecdit.conditioning.autoencoder import CODECS
-from ecdit.models.dit import TextStates
+from ecdit.components import TextStates
+from ecdit.encoders.autoencoder import CODECS
 from ecdit.models.embeddings import patchify
 from ecdit.models.moe import RoutingReport
 from ecdit.partitioning import replicated

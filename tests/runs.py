@@ -10,9 +10,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from ecdit.checkpoints.config import CheckpointConfig
 from ecdit.config import to_dict
+from ecdit.experiment import make_experiment
 from ecdit.partitioning import replicated
-from ecdit.training.experiment import CheckpointConfig, make_experiment
 
 ROOT = Path(__file__).parents[1]
 
@@ -84,7 +85,8 @@ def save_ema(workdir, ema, step=1, config=None, frozen=None):
     """Adds a checkpoint of EMA weights alone, nested dicts of numpy arrays, and of `frozen` ones if there are any."""
     import orbax.checkpoint as ocp  # here, so that benchmarks of a step need none of it
 
-    from ecdit.training import checkpoint, stored
+    from ecdit.checkpoints import arrays as stored
+    from ecdit.checkpoints import restore as checkpoint
 
     state = {"ema": ema} | ({"frozen": frozen} if frozen else {})
     keep_all = CheckpointConfig(every=1, keep=100, init_from="", verify="always", max_failed_saves=0)

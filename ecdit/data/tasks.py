@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ecdit.conditioning.autoencoder import LatentsOnly
 from ecdit.config import require
 from ecdit.data.tensorflow import preparing
 from ecdit.data.text import EOS, VOCABULARY, load_vocabulary, train_vocabulary
+from ecdit.encoders.autoencoder import LatentsOnly
 
 if TYPE_CHECKING:
     import seqio

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 
 from ecdit.diffusion.guidance import GuidanceConfig
-from ecdit.evaluation.sampling import SamplingConfig
+from ecdit.sampling.sampler import SamplingConfig
 
 NUM_CAPTIONS = 480  # sampled unless told otherwise: figures of other counts do not compare with those
 

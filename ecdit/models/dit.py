@@ -3,13 +3,12 @@
 Axes: B batch, N tokens of an image, M kept tokens, L text tokens, d width, p numbers in a patch.
 """
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
+from ecdit.components import TextStates
 from ecdit.models.attention import CrossAttention, SelfAttention
 from ecdit.models.config import DiTConfig
 from ecdit.models.embeddings import grid_positions, patchify, put_tokens, rope_angles, sinusoid, take_tokens
@@ -18,14 +17,6 @@ from ecdit.models.moe import FeedForward, MixtureOfExperts, RoutingReport
 from ecdit.partitioning import constrain
 
 SINUSOID_WIDTH = 256
-
-
-class TextStates(NamedTuple):
-    """An encoded caption."""
-
-    states: Float[Array, "B L t"]
-    mask: Bool[Array, "B L"]  # False on padding; never False for a whole row
-    pooled: Float[Array, "B t"]
 
 
 class Block(nnx.Module):

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import ecdit
 from ecdit.config import to_dict
+from ecdit.experiment import Experiment
 from ecdit.files import is_remote, replace_text
 from ecdit.planning.compiler import Target, What
 from ecdit.planning.plan import Plan, make_plan
-from ecdit.training.experiment import Experiment
 
 _LIBRARIES = ("jax", "jaxlib", "libtpu", "flax", "optax")
 

@@ -12,14 +12,14 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ecdit.chips import Chip, chip_named
-from ecdit.conditioning.text_to_image import make_system
 from ecdit.diffusion.flow import sample_keys
 from ecdit.errors import UserError
-from ecdit.evaluation.sampling import make_sample_step
+from ecdit.experiment import Experiment, check_mesh
 from ecdit.partitioning import make_mesh
 from ecdit.planning.collectives import Place, Torus
+from ecdit.sampling.sampler import make_sample_step
+from ecdit.system import make_system
 from ecdit.topology import Slice, find_slice
-from ecdit.training.experiment import Experiment, check_mesh
 from ecdit.training.optimizer import make_optimizer
 from ecdit.training.state import TrainState, abstract_state, state_shardings
 from ecdit.training.step import abstract_batch, make_train_step

@@ -6,12 +6,12 @@ from typing import Any
 
 import jax
 
-from ecdit.conditioning.sizes import VAE_PARAMS, forward_parts, vae_part
-from ecdit.conditioning.text_to_image import SystemConfig, make_system
 from ecdit.config import require
+from ecdit.encoders.flops import VAE_PARAMS, vae_part
+from ecdit.experiment import Experiment
 from ecdit.models.config import group_size
 from ecdit.models.moe import TOKEN_CHOICES, capacity
-from ecdit.training.experiment import Experiment
+from ecdit.system import SystemConfig, forward_parts, make_system
 
 # What the paper's Table 1 counts beside the denoiser [A].
 TABLE_TEXT_WIDTH, TABLE_TEXT_PARAMS, TABLE_VAE_PARAMS = 1280, 32 * 12 * 1280**2 + 32128 * 1280, 84e6

@@ -3,10 +3,10 @@
 import dataclasses
 
 from ecdit.config import ConfigError
+from ecdit.experiment import Experiment
 from ecdit.partitioning import ShardingError
 from ecdit.planning.compiler import DoesNotFit, Target, compile_step, find_target
 from ecdit.topology import usual_shapes
-from ecdit.training.experiment import Experiment
 
 # Not "offload": its time depends on the hosts.
 SPARING = ("minimal", "attention_out", "full")  # remat policies, by falling need of memory

@@ -10,14 +10,14 @@ import math
 
 import jax
 
-from ecdit.conditioning.sizes import forward_parts
-from ecdit.models.sizes import total_flops
+from ecdit.experiment import Experiment
+from ecdit.models.flops import total_flops
 from ecdit.partitioning import TILE_ROWS
 from ecdit.planning.collectives import wire_bytes_by_kind
 from ecdit.planning.compiler import CompiledStep, Target, What, compile_step, shard_bytes
 from ecdit.planning.estimate import Estimate, Estimator, slowest
 from ecdit.planning.hlo import parse
-from ecdit.training.experiment import Experiment
+from ecdit.system import forward_parts
 
 DAY = 86_400.0
 

@@ -9,8 +9,8 @@ import optax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jaxtyping import Array, Float, Int, Key
 
-from ecdit.conditioning.text_to_image import Params, System
 from ecdit.partitioning import replicated
+from ecdit.system import Params, System
 
 
 @jax.tree_util.register_dataclass

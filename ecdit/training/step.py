@@ -12,15 +12,15 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from ecdit.conditioning.autoencoder import to_unit
-from ecdit.conditioning.text_to_image import Params, System
 from ecdit.diffusion.flow import ExampleKeys, example_keys, interpolate, loss_per_example, sample_time, velocity_target
+from ecdit.encoders.autoencoder import to_unit
+from ecdit.experiment import Experiment
 from ecdit.models.config import DiTConfig, group_size
 from ecdit.models.dit import RoutingReport
 from ecdit.models.embeddings import patchify
 from ecdit.partitioning import batch_sharding, constrain, replicated
 from ecdit.runtime import compiler_options
-from ecdit.training.experiment import Experiment
+from ecdit.system import Params, System
 from ecdit.training.optimizer import make_optimizer
 from ecdit.training.state import TrainState, run_key, state_shardings
 

@@ -18,8 +18,8 @@ import numpy as np
 
 from ecdit.errors import UserError
 from ecdit.files import replace_text
+from ecdit.reporting.metrics_file import read_lines
 from ecdit.storage import reading
-from ecdit.training.lines import read_lines
 from launch.sweeps.fitting import MIN_SIZES, PowerLaw, fit_power_law
 from launch.sweeps.points import Point
 

@@ -18,8 +18,8 @@ from typing import Any
 from ecdit.command_line import parse_config
 from ecdit.config import flatten, to_dict
 from ecdit.errors import UserError
+from ecdit.experiment import Experiment, make_experiment
 from ecdit.planning.counts import Counts, count
-from ecdit.training.experiment import Experiment, make_experiment
 from launch.job import MAX_NAME
 from launch.sweeps import hyper
 

@@ -21,12 +21,13 @@ from typing import IO
 
 import orbax.checkpoint as ocp
 
+from ecdit.checkpoints.compatibility import config_differences
+from ecdit.checkpoints.restore import checkpoint_directory
 from ecdit.errors import UserError
 from ecdit.files import check_writable
+from ecdit.runs.trained_run import CONFIG_FILE
+from ecdit.runs.training_run import PREEMPTED
 from ecdit.storage import reading
-from ecdit.training.checkpoint import checkpoint_directory, config_differences
-from ecdit.training.loop import PREEMPTED
-from ecdit.training.restored import CONFIG_FILE
 from launch.local import collect_signals
 from launch.sweeps.hyper import SweepError
 from launch.sweeps.points import Point

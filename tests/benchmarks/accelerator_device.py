@@ -11,8 +11,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ecdit.chips import limits
+from ecdit.experiment import Experiment
 from ecdit.partitioning import batch_sharding
-from ecdit.training.experiment import Experiment
 from ecdit.training.step import Batch, abstract_batch
 from tests.benchmarks import timing
 from tests.benchmarks.paper import paper_experiment

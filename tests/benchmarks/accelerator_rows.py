@@ -15,16 +15,16 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ecdit import runtime
-from ecdit.conditioning.sizes import text_part
-from ecdit.conditioning.text_to_image import Params, System, make_system
 from ecdit.diffusion.flow import sample_keys
-from ecdit.evaluation.sampling import make_sampler
+from ecdit.encoders.flops import text_part
+from ecdit.experiment import Experiment, check_mesh
 from ecdit.models.attention import KINDS
 from ecdit.models.embeddings import rope_angles
+from ecdit.models.flops import denoiser_parts, total_flops
 from ecdit.models.moe import FeedForward, MixtureOfExperts
-from ecdit.models.sizes import denoiser_parts, total_flops
 from ecdit.partitioning import make_mesh
-from ecdit.training.experiment import Experiment, check_mesh
+from ecdit.sampling.sampler import make_sampler
+from ecdit.system import Params, System, make_system
 from ecdit.training.optimizer import make_optimizer
 from ecdit.training.state import abstract_state, init_state, run_key, state_shardings
 from ecdit.training.step import abstract_batch, make_train_step

@@ -21,18 +21,18 @@ from typing import Any
 
 import jax
 
-from ecdit.conditioning.text_to_image import make_system
+from ecdit.checkpoints.async_save import Saver
+from ecdit.checkpoints.checksums import checksums
+from ecdit.checkpoints.restore import FORMAT, Meta, state_arrays
 from ecdit.config import to_dict
+from ecdit.experiment import Experiment, make_experiment
 from ecdit.interop.weights import flat_names
 from ecdit.partitioning import make_mesh
-from ecdit.training.checkpoint import FORMAT, Meta, state_arrays
-from ecdit.training.checksums import checksums
-from ecdit.training.experiment import Experiment, make_experiment
-from ecdit.training.loop import device_batches
+from ecdit.reporting.reporter import Reporter
+from ecdit.reporting.speed import TimedBatches, stopwatch
+from ecdit.runs.training_run import device_batches
+from ecdit.system import make_system
 from ecdit.training.optimizer import make_optimizer
-from ecdit.training.reporting import Reporter
-from ecdit.training.saving import Saver
-from ecdit.training.speed import TimedBatches, stopwatch
 from ecdit.training.state import init_state, state_shardings
 from ecdit.training.step import make_train_step
 from tests.benchmarks import timing

@@ -18,10 +18,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from ecdit.experiment import make_experiment
 from ecdit.models.moe import MixtureOfExperts
 from ecdit.models.routing import expert_capacity
 from ecdit.partitioning import make_mesh
-from ecdit.training.experiment import make_experiment
 from tests.benchmarks import timing
 from tests.benchmarks.moe_layer import (
     CAPACITY_FACTOR,

@@ -15,11 +15,11 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from ecdit.conditioning.text_to_image import System, make_system
-from ecdit.models.sizes import denoiser_parts, total_flops
+from ecdit.experiment import Experiment, make_experiment
+from ecdit.models.flops import denoiser_parts, total_flops
 from ecdit.partitioning import make_mesh
-from ecdit.training.experiment import Experiment, make_experiment
-from ecdit.training.loop import device_batches
+from ecdit.runs.training_run import device_batches
+from ecdit.system import System, make_system
 from ecdit.training.optimizer import make_optimizer
 from ecdit.training.state import init_state, state_shardings
 from ecdit.training.step import Batch, make_train_step

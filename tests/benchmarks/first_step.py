@@ -68,10 +68,11 @@ def phases(arguments: argparse.Namespace, cache: Path, started: float) -> dict[s
     import jax
 
     from ecdit import runtime
-    from ecdit.conditioning.text_to_image import make_system
+    from ecdit.experiment import make_experiment
     from ecdit.partitioning import make_mesh
-    from ecdit.training import loop, optimizer, state, step
-    from ecdit.training.experiment import make_experiment
+    from ecdit.runs import training_run as loop
+    from ecdit.system import make_system
+    from ecdit.training import optimizer, state, step
 
     milliseconds = {"python_and_imports": 1e3 * (time.time() - started)}
 

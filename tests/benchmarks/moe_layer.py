@@ -20,11 +20,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
+from ecdit.experiment import make_experiment
 from ecdit.models.config import DiTConfig
 from ecdit.models.moe import FeedForward, MixtureOfExperts
 from ecdit.models.routing import expert_capacity
 from ecdit.partitioning import make_mesh
-from ecdit.training.experiment import make_experiment
 from tests.benchmarks import timing
 from tests.runs import emoji_config
 

@@ -4,7 +4,7 @@ import sys
 import types
 from typing import Any
 
-from ecdit.training.experiment import Experiment, make_experiment
+from ecdit.experiment import Experiment, make_experiment
 from tests.runs import config_file
 
 

@@ -28,11 +28,11 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from ecdit.conditioning.text_to_image import make_system
 from ecdit.data.records import Records
+from ecdit.experiment import Experiment, make_experiment
 from ecdit.partitioning import make_mesh
-from ecdit.training.experiment import Experiment, make_experiment
-from ecdit.training.loop import device_batches
+from ecdit.runs.training_run import device_batches
+from ecdit.system import make_system
 from ecdit.training.optimizer import make_optimizer
 from ecdit.training.state import init_state, state_shardings
 from ecdit.training.step import make_train_step

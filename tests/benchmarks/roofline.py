@@ -19,10 +19,10 @@ import dataclasses
 from collections.abc import Iterable
 
 from ecdit.chips import CHIPS, GPUS, Limits, limits
-from ecdit.conditioning.sizes import text_part
+from ecdit.encoders.flops import text_part
+from ecdit.experiment import Experiment
 from ecdit.models.config import DiTConfig
-from ecdit.models.sizes import denoiser_parts
-from ecdit.training.experiment import Experiment
+from ecdit.models.flops import denoiser_parts
 from tests.benchmarks.paper import paper_experiment
 
 CAST = 8  # bytes of a use of a parameter: float32 read, bfloat16 written and read

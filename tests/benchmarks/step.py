@@ -26,18 +26,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ecdit.conditioning.text_to_image import make_system
 from ecdit.diffusion.flow import example_keys
+from ecdit.experiment import Experiment, make_experiment
 from ecdit.interop.weights import flat_names
 from ecdit.partitioning import make_mesh
+from ecdit.reporting.reporter import Reporter
+from ecdit.reporting.speed import TimedBatches, stopwatch
+from ecdit.reporting.writers import open_writers
+from ecdit.runs.training_run import device_batches
+from ecdit.system import make_system
 from ecdit.training import step as training_step
-from ecdit.training.experiment import Experiment, make_experiment
-from ecdit.training.loop import device_batches
 from ecdit.training.optimizer import make_optimizer
-from ecdit.training.reporting import Reporter
-from ecdit.training.speed import TimedBatches, stopwatch
 from ecdit.training.state import TrainState, init_state, run_key, state_shardings
-from ecdit.training.writers import open_writers
 from tests.benchmarks import timing
 from tests.runs import emoji_config, tiny_values
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from ecdit.chips import Limits
-from ecdit.conditioning.text_to_image import make_system
+from ecdit.system import make_system
 from tests import runs
 from tests.benchmarks import accelerator, accelerator_device, accelerator_rows, roofline
 from tests.benchmarks.paper import paper_experiment
@@ -132,8 +132,8 @@ def test_ratios_are_of_an_images_time_at_batches_of_each_ones_own():
 
 def flops_ratio():
     """Of training with the tower's forward pass, by models.sizes and conditioning.sizes."""
-    from ecdit.conditioning.sizes import text_part
-    from ecdit.models.sizes import denoiser_parts, total_flops
+    from ecdit.encoders.flops import text_part
+    from ecdit.models.flops import denoiser_parts, total_flops
 
     def flops(name):
         config = paper_experiment(name)

@@ -6,11 +6,11 @@ import jax
 import numpy as np
 import pytest
 
-from ecdit.conditioning.text_to_image import make_system
 from ecdit.config import ConfigError, to_dict
 from ecdit.errors import UserError
+from ecdit.experiment import make_experiment
 from ecdit.sample import read_prompts
-from ecdit.training.experiment import make_experiment
+from ecdit.system import make_system
 from tests.forking import run_forked
 from tests.runs import ROOT, command, save_ema, tiny, tiny_values
 

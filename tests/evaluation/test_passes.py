@@ -8,14 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ecdit.conditioning.text_to_image import make_system
-from ecdit.conditioning.text_tower import TextTower
+from ecdit.components import TextStates
 from ecdit.diffusion.flow import sample_key, sample_keys
 from ecdit.diffusion.guidance import GuidanceConfig
-from ecdit.evaluation import sampling
-from ecdit.evaluation.sampling import make_sampler, sample_pictures
-from ecdit.models.dit import DiT, TextStates
+from ecdit.encoders.text_tower import TextTower
+from ecdit.models.dit import DiT
 from ecdit.partitioning import make_mesh
+from ecdit.sampling import sampler as sampling
+from ecdit.sampling.sampler import make_sampler, sample_pictures
+from ecdit.system import make_system
 from tests.runs import tiny
 
 

@@ -6,8 +6,8 @@ import sys
 import time
 from pathlib import Path
 
+from ecdit.experiment import make_experiment
 from ecdit.topology import find_slice
-from ecdit.training.experiment import make_experiment
 from launch.check import make_job
 from tests.runs import config_file
 

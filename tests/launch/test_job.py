@@ -6,10 +6,10 @@ import re
 import pytest
 
 from ecdit.config import ConfigError
+from ecdit.experiment import check_mesh
 from ecdit.partitioning import ShardingError, abstract_mesh
 from ecdit.planning.counts import count
 from ecdit.topology import GENERATIONS, find_slice, usual_shapes
-from ecdit.training.experiment import check_mesh
 from launch.check import check_pod
 from launch.job import MAX_NAME, RESTART_CODES, LaunchError, check_name, describe, job_name
 from tests.launch.jobs import WORKDIR, experiment, job, placed
@@ -164,7 +164,7 @@ def test_hosts_that_would_not_join_are_refused():
 
 
 def test_what_training_ends_with_after_a_save_is_restarted():
-    from ecdit.training.loop import PREEMPTED
+    from ecdit.runs.training_run import PREEMPTED
 
     assert PREEMPTED in RESTART_CODES
     assert not {0, 1, 2} & set(RESTART_CODES)

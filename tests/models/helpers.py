@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from ecdit.components import TextStates
 from ecdit.models.config import DiTConfig
-from ecdit.models.dit import DiT, TextStates
+from ecdit.models.dit import DiT
 
 # Unoptimised code runs these sizes as fast and compiles in half the time.
 jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})

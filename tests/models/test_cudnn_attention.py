@@ -61,7 +61,7 @@ def test_what_the_kernel_cannot_do_is_refused(changes, found):
 
 
 def test_devices_without_the_kernel_are_refused():
-    from ecdit.evaluation.sampling import check_sampling
+    from ecdit.sampling.sampler import check_sampling
 
     cudnn = config(attention="cudnn", width=32, dtype="bfloat16")
     mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1, 1, 1), MESH_AXES)

@@ -8,19 +8,19 @@ _CHECKPOINT, _CHECKSUMS, _STORED, _SAVING, _RECOVERY, _LOOP = (
 
 
 def _sums(*names: str) -> tuple[str, ...]:
-    return tuple(f"tests/training/test_checksums.py::{name}" for name in names)
+    return tuple(f"tests/checkpoints/test_checksums.py::{name}" for name in names)
 
 
 def _loop(*names: str) -> tuple[str, ...]:
-    return tuple(f"tests/training/test_loop.py::{name}" for name in names)
+    return tuple(f"tests/runs/test_training_run.py::{name}" for name in names)
 
 
 def _recovery(*names: str) -> tuple[str, ...]:
-    return tuple(f"tests/training/test_recovery.py::{name}" for name in names)
+    return tuple(f"tests/checkpoints/test_resume.py::{name}" for name in names)
 
 
 def _restored(*names: str) -> tuple[str, ...]:
-    return tuple(f"tests/training/test_restored.py::{name}" for name in names)
+    return tuple(f"tests/runs/test_trained_run.py::{name}" for name in names)
 
 
 MUTANTS = (
@@ -82,7 +82,7 @@ MUTANTS = (
         _CHECKPOINT,
         'if phase["after"] < step]',
         'if phase["after"] <= step]',
-        ("tests/training/test_phases.py::test_phases_that_have_not_begun_may_change",),
+        ("tests/test_experiment_phases.py::test_phases_that_have_not_begun_may_change",),
     ),
     Mutant(
         _CHECKPOINT,
@@ -152,7 +152,7 @@ MUTANTS = (
         _SAVING,
         "            self.failed_in_row = 0\n",
         "            pass\n",
-        ("tests/training/test_saving.py::test_failed_saves_are_reported_survived_and_counted",),
+        ("tests/checkpoints/test_async_save.py::test_failed_saves_are_reported_survived_and_counted",),
         "a long run ends after a few failed saves, months apart",
     ),
     Mutant(
@@ -189,22 +189,22 @@ MUTANTS = (
         "failed saves are told of at the next save, hours later",
     ),
     Mutant(
-        "ecdit/training/reporting.py",
+        "ecdit/reporting/reporter.py",
         'if values["bad_in_row"] >= self.config.max_bad_steps:',
         'if values["bad_in_row"] > self.config.max_bad_steps:',
         _loop("test_bad_steps_in_a_row_stop_the_run[4]"),
     ),
     Mutant(
-        "ecdit/training/lines.py",
+        "ecdit/reporting/metrics_file.py",
         'row["step"] <= step]',
         'row["step"] < step]',
-        ("tests/training/test_reporting.py::test_a_resumed_run_keeps_the_lines_up_to_its_step",),
+        ("tests/reporting/test_reporter.py::test_a_resumed_run_keeps_the_lines_up_to_its_step",),
     ),
     Mutant(
-        "ecdit/training/writers.py",
+        "ecdit/reporting/writers.py",
         "self._write(step=start_step + 1, session_log",
         "self._write(step=start_step, session_log",
-        ("tests/training/test_writers.py::test_a_resumed_run_hides_the_steps_that_it_does_again",),
+        ("tests/reporting/test_writers.py::test_a_resumed_run_hides_the_steps_that_it_does_again",),
     ),
     Mutant(
         "ecdit/training/watchdog.py",
@@ -214,10 +214,10 @@ MUTANTS = (
         "a run is ended while it compiles, and after every restart again",
     ),
     Mutant(
-        "ecdit/training/inspection.py",
+        "ecdit/checkpoints/inspection.py",
         'elif checksum not in (checksums({name: restore_array(directory, tree, name, cpu)})[name], ""):',
         "elif checksum and not checksums({name: restore_array(directory, tree, name, cpu)})[name]:",
-        ("tests/training/test_recovery.py::test_verify_names_the_array_that_was_damaged",),
+        ("tests/checkpoints/test_resume.py::test_verify_names_the_array_that_was_damaged",),
         "`ecdit.checkpoint verify` calls damaged checkpoints sound",
     ),
 )

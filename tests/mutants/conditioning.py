@@ -2,11 +2,11 @@
 
 from tests.mutants.mutant import Mutant
 
-_TOWER, _CODEC = "ecdit/conditioning/text_tower.py", "ecdit/conditioning/autoencoder.py"
+_TOWER, _CODEC = "ecdit/encoders/text_tower.py", "ecdit/encoders/autoencoder.py"
 
 
 def _tower(*names: str) -> tuple[str, ...]:
-    return tuple(f"tests/conditioning/test_text_tower.py::{name}" for name in names)
+    return tuple(f"tests/encoders/test_text_tower.py::{name}" for name in names)
 
 
 MUTANTS = (
@@ -14,19 +14,19 @@ MUTANTS = (
         _CODEC,
         "return pictures.astype(jnp.float32) / 127.5 - 1.0",
         "return pictures.astype(jnp.float32) / 255.0",
-        ("tests/conditioning/test_autoencoder.py::test_bytes_span_minus_one_to_one",),
+        ("tests/encoders/test_autoencoder.py::test_bytes_span_minus_one_to_one",),
     ),
     Mutant(
         _CODEC,
         "jnp.clip(jnp.round((pictures + 1.0) * 127.5), 0, 255)",
         "jnp.clip(jnp.round((pictures + 1.0) * 128.0), 0, 255)",
-        ("tests/conditioning/test_autoencoder.py::test_all_bytes_survive_the_round_trip",),
+        ("tests/encoders/test_autoencoder.py::test_all_bytes_survive_the_round_trip",),
     ),
     Mutant(
         _CODEC,
         "jnp.clip(jnp.round((pictures + 1.0) * 127.5), 0, 255)",
         "jnp.clip((pictures + 1.0) * 127.5, 0, 255)",
-        ("tests/conditioning/test_autoencoder.py::test_bytes_are_rounded_and_clipped",),
+        ("tests/encoders/test_autoencoder.py::test_bytes_are_rounded_and_clipped",),
     ),
     Mutant(
         _TOWER,
@@ -81,16 +81,16 @@ MUTANTS = (
         _tower("test_states_are_those_of_float64_numpy"),
     ),
     Mutant(
-        "ecdit/conditioning/text_to_image.py",
+        "ecdit/system.py",
         'frozen = {"text"} if self.config.text.frozen else set()',
         'frozen = {"text"} if not self.config.text.frozen else set()',
         ("tests/launch/test_job.py::test_a_checkpoint_has_16_bytes_a_trained_parameter_and_4_a_frozen_one",),
     ),
     Mutant(
-        "ecdit/conditioning/text_to_image.py",
+        "ecdit/system.py",
         "nnx.Rngs(key)), nnx.Param",
         "nnx.Rngs(0)), nnx.Param",
-        ("tests/conditioning/test_text_to_image.py::test_the_key_decides_the_draw",),
+        ("tests/test_system.py::test_the_key_decides_the_draw",),
         "every seed draws the same parameters",
     ),
 )

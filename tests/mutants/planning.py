@@ -24,7 +24,7 @@ def _counts(*names: str) -> tuple[str, ...]:
 
 
 def _sizes(*names: str) -> tuple[str, ...]:
-    return tuple(f"tests/conditioning/test_sizes.py::{name}" for name in names)
+    return tuple(f"tests/encoders/test_flops.py::{name}" for name in names)
 
 
 MUTANTS = (
@@ -146,42 +146,42 @@ MUTANTS = (
         _counts("test_token_choice_activates_two_experts"),
     ),
     Mutant(
-        "ecdit/models/sizes.py",
+        "ecdit/models/flops.py",
         "projections = rows * (2 * width**2 + 2 * width * config.kv_heads * config.head_dim)",
         "projections = rows * 4 * width**2",
         _sizes("test_counts_equal_those_of_the_real_pass[changes3]"),
     ),
     Mutant(
-        "ecdit/models/sizes.py",
+        "ecdit/models/flops.py",
         "rows = config.depth * tokens + config.extra_blocks * all_tokens",
         "rows = (config.depth + config.extra_blocks) * tokens",
         _sizes("test_counts_equal_those_of_the_real_pass[changes0]"),
         "the last blocks are counted on kept tokens",
     ),
     Mutant(
-        "ecdit/models/sizes.py",
+        "ecdit/models/flops.py",
         "return tuple(Part(name, float(seen), 2.0 * products)",
         "return tuple(Part(name, float(seen), 1.0 * products)",
         _sizes("test_parts_by_hand"),
         "MFU is half of what it is: a multiply-add is two operations",
     ),
     Mutant(
-        "ecdit/conditioning/sizes.py",
+        "ecdit/encoders/flops.py",
         "return 3 * total_flops(",
         "return 2 * total_flops(",
         _sizes("test_parts_by_hand"),
     ),
     Mutant(
-        "ecdit/training/speed.py",
+        "ecdit/reporting/speed.py",
         "return self._speed(sum(seconds) / len(seconds), sum(waits) / len(waits))",
         "return self._speed(seconds[-1], sum(waits) / len(waits))",
-        ("tests/training/test_reporting.py::test_the_printed_speed_is_a_mean",),
+        ("tests/reporting/test_reporter.py::test_the_printed_speed_is_a_mean",),
     ),
     Mutant(
-        "ecdit/training/speed.py",
+        "ecdit/reporting/speed.py",
         "peak = kind.peak_flops * jax.device_count() if kind else None",
         "peak = kind.peak_flops if kind else None",
-        ("tests/training/test_reporting.py::test_the_peak_is_that_of_all_devices",),
+        ("tests/reporting/test_reporter.py::test_the_peak_is_that_of_all_devices",),
         "MFU is printed as that of one chip",
     ),
     Mutant(

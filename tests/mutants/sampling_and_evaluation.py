@@ -10,7 +10,7 @@ def _samples(*names: str) -> tuple[str, ...]:
 
 
 def _maps(*names: str) -> tuple[str, ...]:
-    return tuple(f"tests/evaluation/test_routing_maps.py::{name}" for name in names)
+    return tuple(f"tests/sampling/test_routing_maps.py::{name}" for name in names)
 
 
 def _passes(*names: str) -> tuple[str, ...]:

@@ -35,9 +35,7 @@ MUTANTS = (
         _FILE,
         '"expert_mlp": ("tensor", "fsdp"),',
         '"expert_mlp": ("tensor",),',
-        (
-            "tests/conditioning/test_text_to_image.py::test_large_parameters_are_split_over_all_of_fsdp_expert_and_tensor",
-        ),
+        ("tests/test_system.py::test_large_parameters_are_split_over_all_of_fsdp_expert_and_tensor",),
         "experts are not sharded over fsdp",
     ),
     Mutant(
@@ -90,16 +88,16 @@ MUTANTS = (
         ("tests/models/test_layers.py::test_a_stack_has_an_axis_of_layers",),
     ),
     Mutant(
-        "ecdit/training/experiment.py",
+        "ecdit/experiment.py",
         "parts = shards * train.accumulation",
         "parts = shards",
         ("tests/system/test_step.py::test_what_does_not_divide_is_refused_with_its_numbers",),
     ),
     Mutant(
-        "ecdit/training/experiment.py",
+        "ecdit/experiment.py",
         "    for part in experiment.parts():\n        _check_part(part.experiment, mesh)",
         "    for part in experiment.parts()[:1]:\n        _check_part(part.experiment, mesh)",
-        ("tests/training/test_phases.py::test_every_phase_must_fit_the_mesh",),
+        ("tests/test_experiment_phases.py::test_every_phase_must_fit_the_mesh",),
         "a run stops at its second phase, days after its start",
     ),
 )

@@ -6,20 +6,20 @@ Losses that fall, or that are equal on all meshes, do not show them: their tests
 from tests.mutants.mutant import Mutant
 
 _STEP = "tests/training/test_step.py"
-_DRAWING = "tests/evaluation/test_drawing.py"
-_PICTURES = "tests/evaluation/test_pictures.py"
+_DRAWING = "tests/sampling/test_sampler.py"
+_PICTURES = "tests/sampling/test_grids.py"
 _OPTIMIZER = "tests/system/test_step.py"
 _CACHE = "tests/planning/test_cache.py::test_whatever_changes_a_plan_makes_it_anew_and_the_old_one_stays"
 _VERSIONS = "tests/planning/test_cache.py::test_another_version_of_a_library_or_of_this_code_makes_plans_anew"
-_FLIPPED_WEIGHT = "tests/training/test_restored.py::test_a_flipped_bit_of_any_weight_is_noticed"
-_FLIPPED_ARRAY = "tests/training/test_recovery.py::test_a_flipped_bit_of_any_array_is_found_by_each_way_to_verify"
+_FLIPPED_WEIGHT = "tests/runs/test_trained_run.py::test_a_flipped_bit_of_any_weight_is_noticed"
+_FLIPPED_ARRAY = "tests/checkpoints/test_resume.py::test_a_flipped_bit_of_any_array_is_found_by_each_way_to_verify"
 _KEYS = f"{_STEP}::test_each_example_has_the_noise_time_and_mask_of_its_own_keys_at_this_step"
 _BY_HAND = f"{_STEP}::test_loss_and_metrics_by_hand_are_those_of_the_whole_batch"
 _USUAL_LOSS = (
-    "tests/training/test_phases.py::test_a_new_phase_begins_without_a_usual_loss_and_a_resumed_one_goes_on_with_it"
+    "tests/test_experiment_phases.py::test_a_new_phase_begins_without_a_usual_loss_and_a_resumed_one_goes_on_with_it"
 )
-_EMA_PICTURES = "tests/training/test_loop.py::test_pictures_are_drawn_with_the_ema_weights"
-_SAMPLES = "tests/training/test_samples.py::test_each_caption_stands_under_the_picture_that_was_drawn_of_it"
+_EMA_PICTURES = "tests/runs/test_training_run.py::test_pictures_are_drawn_with_the_ema_weights"
+_SAMPLES = "tests/runs/test_sample_grids.py::test_each_caption_stands_under_the_picture_that_was_drawn_of_it"
 
 
 def _step(old: str, new: str, *tests: str, why: str = "") -> Mutant:
@@ -27,7 +27,7 @@ def _step(old: str, new: str, *tests: str, why: str = "") -> Mutant:
 
 
 def _sampling(old: str, new: str, test: str) -> Mutant:
-    return Mutant("ecdit/evaluation/sampling.py", old, new, (f"{_DRAWING}::{test}",))
+    return Mutant("ecdit/sampling/sampler.py", old, new, (f"{_DRAWING}::{test}",))
 
 
 def _plan_follows_from(new: str, test: str) -> Mutant:
@@ -40,41 +40,41 @@ def _plan_follows_from(new: str, test: str) -> Mutant:
 MUTANTS = (
     # Damage of a checkpoint.
     Mutant(
-        "ecdit/training/checkpoint.py",
+        "ecdit/checkpoints/restore.py",
         "    check_sums(directory, records, checksums(flat_arrays(values)))\n",
         "",
         (f"{_FLIPPED_WEIGHT}[frozen0]",),
         "pictures and new runs are made of damaged weights",
     ),
     Mutant(
-        "ecdit/training/checkpoint.py",
+        "ecdit/checkpoints/restore.py",
         "checksums(flat_arrays(values))",
         'checksums(flat_arrays({"ema": values["ema"]}))',
         (f"{_FLIPPED_WEIGHT}[frozen1]",),
         "a damaged text tower is loaded",
     ),
     Mutant(
-        "ecdit/training/checkpoint.py",
+        "ecdit/checkpoints/restore.py",
         "    check_sums(step_directory(manager, step), meta.arrays, checksums(state_arrays(state)))\n",
         "",
         (_FLIPPED_ARRAY,),
     ),
     Mutant(
-        "ecdit/training/recovery.py",
+        "ecdit/checkpoints/resume.py",
         "checksums(arrays)) or True",
         '{k: v for k, v in checksums(arrays).items() if "optimizer/" not in k}) or True',
         (_FLIPPED_ARRAY,),
         "a run goes on with damaged moments",
     ),
     Mutant(
-        "ecdit/training/recovery.py",
+        "ecdit/checkpoints/resume.py",
         "finish_checksums(names, running.pop()))",
         '{k: v for k, v in finish_checksums(names, running.pop()).items() if "optimizer/" not in k})',
         (_FLIPPED_ARRAY,),
         "the same, checked in the background",
     ),
     Mutant(
-        "ecdit/training/stored.py",
+        "ecdit/checkpoints/arrays.py",
         "for name, found in sums.items() if records",
         "for name, found in list(sums.items())[1:] if records",
         (_FLIPPED_ARRAY,),
@@ -151,14 +151,14 @@ MUTANTS = (
     ),
     # A new phase.
     Mutant(
-        "ecdit/training/loop.py",
+        "ecdit/runs/training_run.py",
         "usual_loss=state.usual_loss + np.inf",
         "usual_loss=state.usual_loss",
         (f"{_USUAL_LOSS}[3]",),
         "with spike_factor, harder pictures are skipped until the run stops as diverged",
     ),
     Mutant(
-        "ecdit/training/loop.py",
+        "ecdit/runs/training_run.py",
         "if int(state.step) == run.part.after:",
         "if int(state.step) >= run.part.after:",
         (f"{_USUAL_LOSS}[4]",),
@@ -172,37 +172,37 @@ MUTANTS = (
         (_EMA_PICTURES,),
     ),
     Mutant(
-        "ecdit/training/loop.py",
+        "ecdit/runs/training_run.py",
         "samples.write(sampling_params(state), step))",
         "samples.write({**state.params, **state.frozen}, step))",
         (_EMA_PICTURES,),
     ),
     Mutant(
-        "ecdit/training/loop.py",
+        "ecdit/runs/training_run.py",
         "samples.write(sampling_params(state), int(state.step))",
         "samples.write({**state.params, **state.frozen}, int(state.step))",
         (_EMA_PICTURES,),
     ),
     Mutant(
-        "ecdit/training/samples.py",
+        "ecdit/runs/sample_grids.py",
         "save_grid(pictures, prompts, ",
         "save_grid(pictures, prompts[1:] + prompts[:1], ",
         (_SAMPLES,),
     ),
     Mutant(
-        "ecdit/training/samples.py",
+        "ecdit/runs/sample_grids.py",
         "draw_maps(pictures, prompts, ",
         "draw_maps(pictures, prompts[1:] + prompts[:1], ",
         (f"{_SAMPLES}[expert_choice]",),
     ),
     Mutant(
-        "ecdit/evaluation/pictures.py",
+        "ecdit/sampling/grids.py",
         "zip(pictures, captions, strict=True)",
         "zip(pictures, [*captions[1:], captions[0]], strict=True)",
         (f"{_PICTURES}::test_every_picture_of_a_grid_has_its_own_caption",),
     ),
     Mutant(
-        "ecdit/evaluation/routing_maps.py",
+        "ecdit/sampling/routing_maps.py",
         "textwrap.wrap(captions[record], ",
         "textwrap.wrap(captions[record - 1], ",
         (f"{_PICTURES}::test_every_row_of_the_maps_has_its_own_picture_counts_and_caption",),

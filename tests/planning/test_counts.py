@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from ecdit.conditioning.sizes import VAE_PARAMS, vae_part
 from ecdit.config import ConfigError
+from ecdit.encoders.flops import VAE_PARAMS, vae_part
 from ecdit.errors import UserError
+from ecdit.experiment import make_experiment
 from ecdit.planning.counts import count, report, table_params
-from ecdit.training.experiment import make_experiment
 from tests.runs import ROOT, base_install, command, config_file, run, tiny
 
 

@@ -14,6 +14,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ecdit.errors import UserError
+from ecdit.experiment import make_experiment
 from ecdit.models.moe import down_gradient, up_gradient
 from ecdit.partitioning import MeshConfig, make_mesh
 from ecdit.planning import fitting
@@ -21,7 +22,6 @@ from ecdit.planning.compiler import DoesNotFit, compile_step, find_target, make_
 from ecdit.planning.fitting import what_fits
 from ecdit.planning.hlo import array_shapes, parse
 from ecdit.planning.plan import Plan, advice, make_plan, report
-from ecdit.training.experiment import make_experiment
 from launch.local import cpu_environment
 from tests.runs import ROOT, command, config_file, run
 from tests.system.test_ec_dit import SMALL, small_values
@@ -99,7 +99,7 @@ def test_the_speed_of_a_plan_by_hand(plan):
 
 
 def test_the_flops_of_a_plan_are_the_denoiser_s(plan):
-    from ecdit.models.sizes import denoiser_parts, total_flops
+    from ecdit.models.flops import denoiser_parts, total_flops
 
     experiment = small()
     parts = denoiser_parts(experiment.model, 128, 128, experiment.model.num_kept, experiment.model.group)

@@ -9,9 +9,9 @@ from PIL import Image
 from safetensors import safe_open
 
 from ecdit.config import ConfigError, build, flatten, to_dict
+from ecdit.experiment import Experiment, make_experiment
 from ecdit.interop.weights import flat_names
-from ecdit.training.experiment import Experiment, make_experiment
-from ecdit.training.restored import open_run
+from ecdit.runs.trained_run import open_run
 from launch.local import cpu_environment
 from tests.forking import run_forked
 from tests.runs import ROOT, TINY, base_install, command, emoji_config, run, tiny_values, train_command

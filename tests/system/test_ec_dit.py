@@ -5,7 +5,7 @@ import json
 import pytest
 
 from ecdit.config import ConfigError
-from ecdit.training.experiment import make_experiment
+from ecdit.experiment import make_experiment
 from tests.forking import run_forked
 from tests.runs import ROOT, command, config_file, run
 

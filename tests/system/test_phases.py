@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from ecdit.training.restored import open_run, saved_experiment
+from ecdit.runs.trained_run import open_run, saved_experiment
 from tests.forking import run_forked
 from tests.runs import ROOT, TINY, command
 from tests.system.test_resume import saved

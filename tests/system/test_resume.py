@@ -12,11 +12,11 @@ import jax
 import numpy as np
 import pytest
 
-from ecdit.conditioning.text_to_image import make_system
+from ecdit.checkpoints import restore as checkpoint
+from ecdit.checkpoints.restore import CheckpointError
 from ecdit.interop.weights import flat_names
 from ecdit.partitioning import make_mesh
-from ecdit.training import checkpoint
-from ecdit.training.checkpoint import CheckpointError
+from ecdit.system import make_system
 from ecdit.training.optimizer import make_optimizer
 from ecdit.training.state import abstract_state, sampling_params, state_shardings
 from tests.forking import run_forked

@@ -7,13 +7,13 @@ import jax
 import numpy as np
 import pytest
 
-from ecdit.conditioning.text_to_image import make_system
 from ecdit.data.records import dataset_directory
 from ecdit.data.text import tokenize
 from ecdit.diffusion.guidance import GuidanceConfig
 from ecdit.evaluation.retrieval import fixed_choice, protocol, recall, target_ranks
-from ecdit.evaluation.sampling import make_sampler, sample_pictures
 from ecdit.partitioning import make_mesh
+from ecdit.sampling.sampler import make_sampler, sample_pictures
+from ecdit.system import make_system
 from tests.runs import tiny
 
 PROMPTS = ["red heart", "tiger", "flag of Chad", "moon cake", "trousers", "red heart", "owl", "fire"]

@@ -10,12 +10,12 @@ import numpy as np
 import optax
 import pytest
 
-from ecdit.conditioning.text_to_image import make_system
 from ecdit.config import ConfigError
+from ecdit.experiment import check_mesh
 from ecdit.interop.weights import flat_names
 from ecdit.partitioning import make_mesh
-from ecdit.training.experiment import check_mesh
-from ecdit.training.loop import device_batches
+from ecdit.runs.training_run import device_batches
+from ecdit.system import make_system
 from ecdit.training.optimizer import make_optimizer, make_schedule
 from ecdit.training.state import abstract_state, init_state, run_key, state_shardings
 from ecdit.training.step import kept_tokens, make_train_step

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from ecdit.training import loop
-from tests.training.toy import Toy, toy_abstract, toy_sharding, toy_state, toy_step
+from ecdit.runs import training_run as loop
+from tests.checkpoints.toy import Toy, toy_abstract, toy_sharding, toy_state, toy_step
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ecdit.conditioning.text_to_image import make_system
 from ecdit.interop.weights import flat_names
 from ecdit.partitioning import make_mesh
-from ecdit.training.loop import device_batches
+from ecdit.runs.training_run import device_batches
+from ecdit.system import make_system
 from ecdit.training.optimizer import make_optimizer
 from ecdit.training.state import init_state, state_shardings
 from ecdit.training.step import SPIKE, USUAL_LOSS_DECAY, make_train_step

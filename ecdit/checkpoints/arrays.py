@@ -1,0 +1,173 @@
+"""What a checkpoint's directory holds, `state` and `meta`: reading it, and finding that it is not what was saved.
+
+`meta` has a digest of itself, and of every array of `state` its type, shape and checksum. So another model (an error of
+the user's) can be told from damage.
+"""
+
+import contextlib
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+
+from ecdit.checkpoints.checksums import checksums
+from ecdit.errors import UserError
+from ecdit.storage import is_outage
+
+WITHOUT_CHECKSUMS = 2  # the format before there were any; its weights can still be sampled from
+
+# What errors say whose cause is not in the checkpoint: the same files may be read in another minute.
+OUTER_CAUSES = ("PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED")
+NAMED = 5  # damaged arrays in a message
+
+Records = Mapping[str, list[str]]  # by flat name: [type and shape, checksum], as ["float32[3, 4]", "00c0ffee00c0ffee"]
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing, does not fit, or could not be written."""
+
+
+class DamagedError(CheckpointError):
+    """A checkpoint whose files do not hold what was saved."""
+
+
+def array_records(arrays: Mapping[str, jax.Array]) -> dict[str, list[str]]:
+    """Type, shape and checksum of every array; waits for their computation."""
+    return {name: [described(arrays[name]), checksum] for name, checksum in checksums(arrays).items()}
+
+
+def described(x: Any) -> str:
+    """Type and shape of an array, such as float32[3, 4]."""
+    return f"{np.dtype(x.dtype)}{list(x.shape)}"
+
+
+def meta_json(values: dict[str, Any]) -> dict[str, Any]:
+    """The values of a Meta, as JSON has them, with a digest of them."""
+    return values | {"digest": _digest(values)}
+
+
+def read_json(directory: Path) -> dict[str, Any]:
+    """The values of a checkpoint's `meta`, in any format.
+
+    Raises:
+      DamagedError: it is not what was saved.
+    """
+    with readable(directory):
+        values = json.loads((directory / "meta" / "metadata").read_text())
+        digest = values.pop("digest", None)
+        if (digest is not None or values["format"] != WITHOUT_CHECKSUMS) and digest != _digest(values):
+            raise DamagedError(f"{directory} is damaged: its meta differs from what was saved")
+        return values
+
+
+def read_records(directory: Path) -> Records:
+    """What is recorded of a checkpoint's arrays; checksums are "" where it has none. Raises DamagedError."""
+    records = read_json(directory).get("arrays")
+    return {name: [text, ""] for name, text in stored_arrays(directory).items()} if records is None else records
+
+
+def stored_arrays(directory: Path) -> dict[str, str]:
+    """Type and shape of every array by its flat name, as Orbax has written them. Raises DamagedError."""
+    with readable(directory):
+        return {name: described(x) for name, x in flat_arrays(stored_tree(directory), serialized=True).items()}
+
+
+def stored_tree(directory: Path) -> Any:
+    """The tree of a checkpoint's arrays without their data, as Orbax has written it. Raises DamagedError."""
+    with readable(directory):
+        return ocp.PyTreeCheckpointHandler().metadata(_state(directory)).tree
+
+
+def restore_arrays(directory: Path, records: Records, target: dict[str, Any]) -> dict[str, Any]:
+    """The arrays of a tree of ShapeDtypeStructs with shardings; the checkpoint may hold more. Not verified.
+
+    Raises:
+      DamagedError: an array cannot be read.
+      CheckpointError: an array is missing, or has another type or shape.
+    """
+    wanted, stored = {name: described(x) for name, x in flat_arrays(target).items()}, stored_arrays(directory)
+    for name, text in wanted.items():
+        if name not in records:
+            raise CheckpointError(f"{directory}: has no array {name}")
+        if records[name][0] != text:
+            raise CheckpointError(f"{directory}: {name} is {records[name][0]}, this run needs {text}")
+        if stored.get(name) != text:  # Orbax would cast, and say nothing
+            raise DamagedError(f"{directory} is damaged: {name}, saved as {text}, is now {stored.get(name, 'missing')}")
+    with readable(directory):
+        # The handler itself: a manager waits for all processes in the end, also where one of them could not read.
+        arguments = ocp.checkpoint_utils.construct_restore_args(target)
+        item = ocp.args.PyTreeRestore(item=target, restore_args=arguments, partial_restore=True)
+        return ocp.PyTreeCheckpointHandler().restore(_state(directory), args=item)
+
+
+def restore_array(directory: Path, tree: Any, name: str, sharding: jax.sharding.Sharding) -> jax.Array:
+    """One array of `stored_tree` by its flat name. Raises DamagedError."""
+
+    def only(value: Callable[[Any], Any], other: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, x: value(x) if _name(path) == name else other, tree, is_leaf=_is_array
+        )
+
+    with readable(directory):
+        item = only(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), ocp.PLACEHOLDER)
+        arguments = only(lambda _: ocp.ArrayRestoreArgs(sharding=sharding), ocp.RestoreArgs())
+        target = ocp.args.PyTreeRestore(item=item, restore_args=arguments)
+        return flat_arrays(ocp.PyTreeCheckpointHandler().restore(_state(directory), args=target), serialized=True)[name]
+
+
+def check_sums(directory: Path, records: Records, sums: Mapping[str, str]) -> None:
+    """Raises DamagedError naming the arrays whose checksum is not the recorded one."""
+    wrong = [name for name, found in sums.items() if records[name][1] not in (found, "")]
+    if wrong:
+        more = f" and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
+        raise DamagedError(f"{directory} is damaged: {', '.join(wrong[:NAMED])}{more}: not what was saved")
+
+
+def flat_arrays(tree: Any, serialized: bool = False) -> dict[str, Any]:
+    """The arrays of a tree by their names in a checkpoint, as params/denoiser/head/kernel."""
+    tree = tree if serialized else ocp.tree.serialize_tree(tree, keep_empty_nodes=True)
+    leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_array)[0]
+    return {_name(path): x for path, x in leaves if _is_array(x)}
+
+
+@contextlib.contextmanager
+def readable(directory: Path) -> Iterator[None]:
+    """Whatever a damaged checkpoint makes the libraries raise, as a DamagedError that names it."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        outer = isinstance(error, PermissionError | MemoryError) or any(text in str(error) for text in OUTER_CAUSES)
+        outer = outer or is_outage(error)
+        kind = CheckpointError if outer else DamagedError
+        raise kind(f"{directory} cannot be read: {first_line(error)}") from error
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in short: tensorstore adds a page of how it was called."""
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return re.split(r" \[tensorstore_spec|\. See full TensorStore", line)[0]
+
+
+def _is_array(x: Any) -> bool:
+    return hasattr(x, "shape")
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return "/".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)
+
+
+def _digest(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _state(directory: Path) -> epath.Path:
+    return epath.Path(directory / "state")

@@ -1,0 +1,144 @@
+"""Saves checkpoints while the run goes on, and lets it go on when a save fails."""
+
+import contextlib
+import dataclasses
+import logging
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from ecdit.checkpoints.arrays import CheckpointError, array_records, first_line, meta_json
+from ecdit.checkpoints.config import CheckpointConfig
+from ecdit.checkpoints.restore import Meta, checkpoint_directory, open_manager, state_arrays, state_parts
+from ecdit.checkpoints.save_barrier import SaveBarrier
+from ecdit.config import to_dict
+from ecdit.files import is_remote
+from ecdit.multihost import anywhere
+from ecdit.training.state import TrainState
+
+
+class Saver:
+    """A run's saves, one at a time. With several processes all make the same calls, but for `check`.
+
+    After a failed save the next one begins with a new manager: the old one takes the failed step for its latest.
+    """
+
+    def __init__(self, workdir: Path, config: CheckpointConfig, say: Callable[[str], None]):
+        """Opens the manager, which removes what killed saves have left; `say` prints a line."""
+        # A save that fails is reported once, here; asyncio would print it again for each of its arrays.
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+        self.workdir, self.config, self.say = workdir, config, say
+        self.directory = checkpoint_directory(workdir)
+        self.managers = 0
+        self.manager = self._open()
+        self.running: int | None = None  # step whose save has not ended yet
+        self.failed_in_row, self.failed_step, self.failure = 0, -1, ""
+
+    def save(self, state: TrainState, step: int, meta: Meta) -> None:
+        """Starts saving `state`; returns when its arrays are copied off the devices. `meta.arrays` is filled in.
+
+        Raises:
+          CheckpointError: one failed save too many; or this one on one of several processes, before the others know.
+        """
+        meta = dataclasses.replace(meta, arrays=array_records(state_arrays(state)))
+        items = ocp.args.Composite(
+            state=ocp.args.PyTreeSave(state_parts(state)), meta=ocp.args.JsonSave(meta_json(to_dict(meta)))
+        )
+        self._wait()
+        problem = self._directory_problem()
+        if problem is not None:
+            self._failed(step, problem)
+            return
+        try:
+            if self.manager is None:
+                self.manager = self._open()
+            self.manager.save(step, args=items, force=True)
+        except Exception as error:
+            if jax.process_count() > 1:
+                raise CheckpointError(f"saving to {self.directory}/{step} failed: {first_line(error)}") from error
+            self._failed(step, first_line(error))
+            return
+        self.running = step
+
+    def check(self) -> None:
+        """Reports a save that has ended since the last call and failed; to be called every step. Raises as `save`."""
+        if self.running is not None and not self.manager.is_saving_in_progress():
+            self._wait()
+
+    def finish(self, step: int) -> None:
+        """Waits for the running save.
+
+        Raises:
+          CheckpointError: it was one failed save too many, or the state of `step` is not saved because it failed.
+        """
+        self._wait()
+        if self.failed_step == step:
+            raise CheckpointError(self.failure)
+
+    def close(self) -> None:
+        """Waits for the running save and closes the manager. Raises as `finish`."""
+        self._wait()
+        if self.failed_in_row:  # it was told; the manager of a bucket raises it again, and that would be told instead
+            self._drop_manager()
+        if self.manager is not None:
+            self.manager.close()
+
+    def _open(self) -> ocp.CheckpointManager:
+        self.managers += 1
+        options: dict[str, Any] = {}
+        if jax.process_count() > 1:
+            options["async_options"] = ocp.AsyncOptions(barrier_sync_fn=SaveBarrier(f"saves_{self.managers}"))
+        return open_manager(self.workdir, self.config, **options)
+
+    def _wait(self) -> None:
+        if self.running is None:
+            return
+        step, self.running = self.running, None
+        try:
+            self.manager.wait_until_finished()
+            self.manager.check_for_errors()
+        except Exception as error:
+            self._failed(step, first_line(error))
+        else:
+            self.failed_in_row = 0
+
+    def _directory_problem(self) -> str | None:
+        """Why nothing could be saved now, agreed between all processes; makes the directory where it has vanished.
+
+        A bucket has none to make, and says what is wrong with it when it is written to.
+        """
+        if is_remote(self.directory):
+            return None
+        if anywhere(None if self.directory.is_dir() else "has vanished"):
+            self._drop_manager()  # it knows of checkpoints that are gone
+        problem = None
+        if jax.process_index() == 0:
+            try:
+                self.directory.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                problem = str(error)
+            else:
+                problem = None if os.access(self.directory, os.W_OK) else "Permission denied"
+        return anywhere(problem)
+
+    def _failed(self, step: int, reason: str) -> None:
+        self.failed_in_row, self.failed_step = self.failed_in_row + 1, step
+        self.failure = f"saving to {self.directory}/{step} failed: {reason}. Earlier checkpoints are untouched."
+        if self.failed_in_row > self.config.max_failed_saves:
+            time.sleep(2)  # Orbax gives up at the first array; the others' writes still fail, and print that, after it
+            raise CheckpointError(self.failure)
+        self._drop_manager()
+        self.say(
+            f"{self.failure} Training goes on: failed save {self.failed_in_row}, {self.config.max_failed_saves} may"
+        )
+
+    def _drop_manager(self) -> None:
+        if self.manager is not None:
+            with contextlib.suppress(Exception):  # it says again that the save failed
+                self.manager.close()
+            self.manager = None

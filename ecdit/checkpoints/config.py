@@ -1,0 +1,23 @@
+"""When a run saves, what it keeps, and what it starts from."""
+
+import dataclasses
+from typing import Literal
+
+from ecdit.config import require
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save, and what to start from."""
+
+    every: int  # steps; the last step is always saved
+    keep: int  # newest checkpoints to keep
+    init_from: str  # another run's workdir, whose EMA weights to start from at step 0; "" for a fresh start
+    # Whether what is restored is compared with its checksums: before the first step, during the first steps, or not.
+    verify: Literal["always", "background", "never"]
+    max_failed_saves: int  # failed saves in a row that a run goes on after
+
+    def __post_init__(self):
+        require(self.every >= 1, "every", self.every, "must be 1 or more")
+        require(self.keep >= 1, "keep", self.keep, "must be 1 or more")
+        require(self.max_failed_saves >= 0, "max_failed_saves", self.max_failed_saves, "must be 0 or more")

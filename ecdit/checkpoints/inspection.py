@@ -1,0 +1,100 @@
+"""A run's checkpoints looked through array by array, on a CPU: which there are, and whether they are sound."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh
+
+from ecdit.checkpoints.arrays import (
+    CheckpointError,
+    DamagedError,
+    described,
+    flat_arrays,
+    read_records,
+    restore_array,
+    stored_arrays,
+    stored_tree,
+)
+from ecdit.checkpoints.checksums import checksums
+from ecdit.checkpoints.restore import checkpoint_directory, step_directory
+from ecdit.checkpoints.resume import aside_directory
+from ecdit.partitioning import replicated
+from ecdit.storage import children, size_and_time
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """What is known of a checkpoint."""
+
+    directory: Path
+    arrays: int
+    has_checksums: bool
+    damage: dict[str, str]  # what is wrong by the array's name, or by "meta"
+
+    def line(self) -> str:
+        """It in one line."""
+        if self.damage:
+            return f"{self.directory.name}: DAMAGED: {', '.join(self.damage)}"
+        sound = "sound" if self.has_checksums else "readable, but it has no checksums"
+        return f"{self.directory.name}: {sound}, {self.arrays} arrays"
+
+
+def verify(manager: ocp.CheckpointManager, step: int | None = None) -> Iterator[Finding]:
+    """Reads every array of every checkpoint, or of that of `step`, one at a time, and compares its checksum.
+
+    Raises:
+      CheckpointError: there is no checkpoint of `step`.
+    """
+    steps = sorted(manager.all_steps())
+    if step is not None and step not in steps:
+        raise CheckpointError(f"{manager.directory}: no checkpoint of step {step}; there are {steps}")
+    for each in steps if step is None else [step]:
+        yield _verified(step_directory(manager, each))
+
+
+def listed(workdir: Path, manager: ocp.CheckpointManager) -> Iterator[str]:
+    """Lines: step, time, size and what is known without reading the arrays; those set aside as damaged at the end."""
+    aside = aside_directory(checkpoint_directory(workdir))
+    directories = [step_directory(manager, step) for step in sorted(manager.all_steps())]
+    directories += sorted(children(aside))
+    for directory in directories:
+        size, changed = size_and_time(directory)
+        note = "set aside: it was found damaged" if directory.parent == aside else _known(directory)
+        yield f"{directory.name:>10}  {changed:%Y-%m-%d %H:%M:%S}  {size / 1e6:10.1f} MB  {note}"
+
+
+def _known(directory: Path) -> str:
+    try:
+        records, stored = read_records(directory), stored_arrays(directory)
+    except CheckpointError as error:
+        return f"DAMAGED: {error}"
+    if {name: text for name, (text, _) in records.items()} != stored:
+        return "DAMAGED: it does not have the arrays that were saved"
+    return "has checksums" if _has_checksums(records) else "has no checksums"
+
+
+def _verified(directory: Path) -> Finding:
+    try:
+        records, tree = read_records(directory), stored_tree(directory)
+    except DamagedError as error:
+        return Finding(directory, 0, False, {"meta": str(error)})
+    cpu = replicated(Mesh(np.array(jax.local_devices(backend="cpu")[:1]), ("all",)))
+    stored, damage = flat_arrays(tree, serialized=True), {}
+    for name, (text, checksum) in records.items():
+        try:
+            if name not in stored or described(stored[name]) != text:
+                damage[name] = f"it is not there as {text}"
+            elif checksum not in (checksums({name: restore_array(directory, tree, name, cpu)})[name], ""):
+                damage[name] = "its checksum differs"
+        except DamagedError as error:
+            damage[name] = str(error)
+    return Finding(directory, len(records), _has_checksums(records), damage)
+
+
+def _has_checksums(records: Any) -> bool:
+    return all(checksum for _, checksum in records.values())

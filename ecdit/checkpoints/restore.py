@@ -1,0 +1,144 @@
+"""Checkpoints of a run: `<workdir>/checkpoints/<step>/{state,meta}`, by Orbax. Here they are described and read.
+
+`state` holds the arrays of a TrainState; `meta` is JSON: resolved config, data position, dataset fingerprint, and a
+checksum of every array. Written by `saving`; `recovery` deals with damaged ones.
+Three verbs that never mix: resume (the same run goes on), start from another run's weights (`restore_ema` into a new
+run), export (see interop.weights).
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh
+
+from ecdit.checkpoints.arrays import CheckpointError, check_sums, flat_arrays, read_json, read_records, restore_arrays
+from ecdit.checkpoints.checksums import checksums
+from ecdit.checkpoints.config import CheckpointConfig
+from ecdit.files import is_remote
+from ecdit.storage import as_path, reading
+from ecdit.system import Params, System
+from ecdit.training.state import TrainState
+
+FORMAT = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Meta:
+    """What a checkpoint holds beside its arrays."""
+
+    format: int
+    config: dict[str, Any]  # the resolved Experiment, as config.to_dict gives it
+    next_row: int  # global row of the data that the next step reads first
+    dataset: str  # fingerprint of the prepared data
+    versions: dict[str, str]  # of the libraries that wrote it
+    arrays: dict[str, list[str]]  # type, shape and checksum of each, see stored.Records
+
+
+def open_manager(workdir: Path, config: CheckpointConfig | None, **options: Any) -> ocp.CheckpointManager:
+    """The manager of a run's checkpoints; None for one that only reads. `options` are further ones of Orbax."""
+    if config is None:
+        options = {"create": False}  # read_only=True says the same with three warnings
+    else:
+        options["preservation_policy"] = ocp.checkpoint_managers.LatestN(config.keep)
+        options["cleanup_tmp_directories"] = True  # what a killed save left
+    handlers = {"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
+    options = ocp.CheckpointManagerOptions(**options)
+    return ocp.CheckpointManager(checkpoint_directory(workdir), options=options, item_handlers=handlers)
+
+
+def checkpoint_directory(workdir: Path) -> Path:
+    """Where a run keeps its checkpoints."""
+    return (workdir if is_remote(workdir) else workdir.absolute()) / "checkpoints"
+
+
+def open_reader(workdir: Path) -> ocp.CheckpointManager:
+    """A manager that only reads.
+
+    Raises:
+      CheckpointError: the run has no checkpoint.
+      UserError: the bucket refuses or is away.
+    """
+    with reading(workdir):
+        if not checkpoint_directory(workdir).exists():
+            raise CheckpointError(f"{workdir}: no run's workdir, it has no {checkpoint_directory(workdir).name}/")
+        manager = open_manager(workdir, None)
+    if manager.latest_step() is None:
+        raise CheckpointError(f"{workdir}: the run has no finished checkpoint yet")
+    return manager
+
+
+def step_directory(manager: ocp.CheckpointManager, step: int) -> Path:
+    """Where the checkpoint of `step` is."""
+    return as_path(str(manager.directory)) / str(step)
+
+
+def read_meta(manager: ocp.CheckpointManager, step: int) -> Meta:
+    """The JSON of a checkpoint.
+
+    Raises:
+      DamagedError: it is not what was saved.
+      CheckpointError: written in another format.
+    """
+    directory = step_directory(manager, step)
+    values = read_json(directory)
+    if values["format"] != FORMAT:
+        raise CheckpointError(f"{directory}: format {values['format']}, this version reads {FORMAT}")
+    return Meta(**values)
+
+
+def restore_unverified(manager: ocp.CheckpointManager, step: int, meta: Meta, abstract: TrainState) -> TrainState:
+    """The state of a checkpoint, with the shapes, dtypes and shardings of `abstract`. Raises as `restore` does."""
+    return TrainState(**restore_arrays(step_directory(manager, step), meta.arrays, state_parts(abstract)))
+
+
+def restore(manager: ocp.CheckpointManager, step: int, abstract: TrainState) -> TrainState:
+    """The state of a checkpoint, with the shapes, dtypes and shardings of `abstract`, compared with its checksums.
+
+    Raises:
+      DamagedError: an array cannot be read, or is not what was saved.
+      CheckpointError: an array is missing, or has another shape or dtype.
+    """
+    meta = read_meta(manager, step)
+    state = restore_unverified(manager, step, meta, abstract)
+    check_sums(step_directory(manager, step), meta.arrays, checksums(state_arrays(state)))
+    return state
+
+
+def restore_ema(workdir: Path, system: System, mesh: Mesh, step: int | None = None) -> tuple[Params, int]:
+    """The EMA weights of a run's checkpoint of `step`, by default the newest, sharded over `mesh`, and its step.
+
+    With what the run has frozen; it reads, and verifies, nothing else.
+
+    Raises:
+      CheckpointError: no such checkpoint, a damaged one, or one of another model.
+    """
+    with open_reader(workdir) as manager:
+        step = manager.latest_step() if step is None else step
+        if step not in manager.all_steps():
+            kept = ", ".join(map(str, sorted(manager.all_steps())))
+            raise CheckpointError(f"{workdir}: no checkpoint of step {step}; there are {kept}")
+        directory = step_directory(manager, step)
+    records = read_records(directory)
+    abstract = system.shapes()
+    shardings = system.shardings(mesh)
+    params = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
+    # As that run trained or froze them, which may not be how this one does.
+    frozen = {name.split("/")[1] for name in records if name.startswith("frozen/")}
+    target = {"ema": {n: p for n, p in params.items() if n not in frozen}}
+    target |= {"frozen": {n: p for n, p in params.items() if n in frozen}} if frozen else {}
+    values = restore_arrays(directory, records, target)
+    check_sums(directory, records, checksums(flat_arrays(values)))
+    return {**values["ema"], **values.get("frozen", {})}, step
+
+
+def state_parts(state: TrainState) -> dict[str, Any]:
+    """The parts of a state by name: what is saved."""
+    return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+
+
+def state_arrays(state: TrainState) -> dict[str, jax.Array]:
+    """The arrays of a state by their names in a checkpoint."""
+    return flat_arrays(state_parts(state))

@@ -1,0 +1,1 @@
+"""Captions to text states and images to latents: the text encoders and the autoencoders."""

@@ -1,0 +1,49 @@
+"""A profile of some steps (`train.profile_start`, `train.profile_steps`), for XProf, which TensorBoard can show."""
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from ecdit.files import is_remote, writing
+from ecdit.storage import upload
+from ecdit.training.config import TrainConfig
+
+PROFILE = "profile"
+
+
+class Profile:
+    """Traces the steps of the config's window that this start of the run does, but for its first one, which compiles.
+
+    The first process traces, its own devices alone: the others do the same work.
+    """
+
+    def __init__(self, config: TrainConfig, workdir: Path, start_step: int):
+        self.directory = self.local = workdir / PROFILE
+        self.running = False
+        wanted = config.profile_steps if jax.process_index() == 0 else 0
+        first = max(config.profile_start, start_step + 2)
+        self.window = range(first, config.profile_start + wanted)
+
+    def before(self, step: int, state: Any) -> None:
+        """Starts before the first step of the window, stops after its last; `state` is what `step` begins with."""
+        if (step in self.window) != self.running:
+            jax.block_until_ready(state)  # so that a step is traced whole, or not at all
+            self.close()
+            if step in self.window:
+                if is_remote(self.directory):  # the profiler itself writes to disks alone
+                    self.local = Path(tempfile.mkdtemp())
+                jax.profiler.start_trace(self.local)
+                self.running = True
+
+    def close(self) -> None:
+        """Stops and writes what was traced."""
+        if self.running:
+            self.running = False
+            jax.profiler.stop_trace()
+            if self.local != self.directory:
+                with writing(self.directory):
+                    upload(self.local, self.directory)
+                shutil.rmtree(self.local)

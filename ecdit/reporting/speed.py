@@ -1,0 +1,89 @@
+"""How fast a run steps: images, model FLOP/s, waits for data, share of the chips' peak."""
+
+import dataclasses
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from ecdit.chips import limits
+from ecdit.experiment import Experiment
+from ecdit.system import training_flops
+
+WINDOW = 100  # steps over which what is printed is averaged
+
+
+@dataclasses.dataclass(frozen=True)
+class Speed:
+    """Of training, as a mean over some steps."""
+
+    step_seconds: float
+    data_seconds: float  # of a step: how long it waited for its batch
+    images_per_second: float
+    model_flops_per_second: float  # of all devices together
+    peak_share: float | None  # of the devices' peak; None where that is not known
+
+
+class Stopwatch:
+    """Times steps by when their metrics are there. A first step has no time of its own: it compiles."""
+
+    def __init__(self, images: int, flops: float, peak: float | None):
+        """Of a step: `images` and model FLOPs; `peak` is all devices' FLOP/s."""
+        self.images, self.flops, self.peak = images, flops, peak
+        self.last_time: float | None = None
+        self.steps: list[tuple[float, float]] = []  # seconds, and those of waiting for data
+
+    def tick(self, data_seconds: float) -> Speed | None:
+        """Ends a step; its own speed, None of a first one."""
+        now, before = time.monotonic(), self.last_time
+        self.last_time = now
+        if before is None:
+            return None
+        self.steps = [*self.steps[1 - WINDOW :], (now - before, data_seconds)]
+        return self._speed(*self.steps[-1])
+
+    def pause(self) -> None:
+        """What follows is no step: the next one is a first one."""
+        self.last_time = None
+
+    def recent(self) -> Speed | None:
+        """The mean over the last WINDOW steps; None before there is one."""
+        if not self.steps:
+            return None
+        seconds, waits = zip(*self.steps, strict=True)
+        return self._speed(sum(seconds) / len(seconds), sum(waits) / len(waits))
+
+    def _speed(self, seconds: float, waits: float) -> Speed:
+        rate = self.flops / seconds
+        return Speed(seconds, waits, self.images / seconds, rate, rate / self.peak if self.peak else None)
+
+
+def stopwatch(experiment: Experiment) -> Stopwatch:
+    """For the steps of `experiment` on all devices."""
+    kind = limits(jax.devices()[0].device_kind)
+    images = experiment.train.batch_size
+    peak = kind.peak_flops * jax.device_count() if kind else None
+    return Stopwatch(images, images * training_flops(experiment.system), peak)
+
+
+def flops_text(flops_per_second: float) -> str:
+    """A rate with the unit that leaves up to four digits: GFLOP/s, TFLOP/s or PFLOP/s."""
+    for unit, size in (("PFLOP/s", 1e15), ("TFLOP/s", 1e12)):
+        if flops_per_second >= size:
+            return f"{flops_per_second / size:.1f} {unit}"
+    return f"{flops_per_second / 1e9:.1f} GFLOP/s"
+
+
+class TimedBatches:
+    """Batches, and how long the last one was waited for."""
+
+    def __init__(self, batches: Iterator[Any]):
+        self.batches, self.seconds = batches, 0.0
+
+    def next(self) -> Any:
+        """The next batch; `seconds` is how long it took to come."""
+        start = time.perf_counter()
+        batch = next(self.batches)
+        self.seconds = time.perf_counter() - start
+        return batch

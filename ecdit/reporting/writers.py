@@ -1,0 +1,160 @@
+"""Where a run's scalars and pictures go beside its lines of metrics: TensorBoard, and Weights & Biases if asked for."""
+
+import importlib.util
+import io
+import itertools
+import secrets
+import socket
+import tempfile
+import time
+import types
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+from PIL import Image
+
+from ecdit.config import require, to_dict
+from ecdit.errors import UserError
+from ecdit.experiment import Experiment
+from ecdit.files import is_remote, writing
+from ecdit.storage import Parts, make_directory
+
+TENSORBOARD, WANDB_ID = "tensorboard", "wandb_id"
+
+
+class Writer(Protocol):
+    """What `Reporter` gives its scalars and pictures to."""
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes values by name."""
+
+    def picture(self, step: int, name: str, path: Path) -> None:
+        """Writes a PNG."""
+
+    def save(self) -> None:
+        """Writes what is only kept yet: a checkpoint comes next."""
+
+    def close(self) -> None:
+        """Ends the writing."""
+
+
+class TensorBoard:
+    """An event file of its own for each start of a run; what a resumed run does anew is hidden in the earlier ones.
+
+    In a bucket, which cannot append, each start writes several. All in the caller's thread, unlike tensorboardX's
+    SummaryWriter, whose thread keeps a full disk to itself.
+    """
+
+    def __init__(self, workdir: Path, start_step: int):
+        # It imports torch where it is installed: not when this module is imported.
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.proto.summary_pb2 import Summary
+
+        self.event, self.summary, self.directory = Event, Summary, workdir / TENSORBOARD
+        # TensorBoard reads files in the order of their names, and knows them by "tfevents".
+        name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}"
+        with writing(self.directory):
+            make_directory(self.directory)
+            self.file = self._open(self.directory / name)
+        self._write(file_version="brain.Event:2")
+        self._write(step=start_step + 1, session_log=SessionLog(status=SessionLog.START))  # purges from that step on
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes values by name."""
+        points = [self.summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self._write(step=step, summary=self.summary(value=points))
+
+    def picture(self, step: int, name: str, path: Path) -> None:
+        """Writes a PNG."""
+        png = path.read_bytes()
+        with Image.open(io.BytesIO(png)) as picture:
+            width, height = picture.size
+        image = self.summary.Image(height=height, width=width, colorspace=3, encoded_image_string=png)
+        self._write(step=step, summary=self.summary(value=[self.summary.Value(tag=name, image=image)]))
+
+    def save(self) -> None:
+        """Writes the part that has begun, in a bucket."""
+        if self.parts is not None:
+            with writing(self.directory):
+                self.parts.save()
+
+    def close(self) -> None:
+        """Closes the file."""
+        with writing(self.directory):
+            self.file.close()
+
+    def _open(self, path: Path) -> Any:
+        from tensorboardX.record_writer import RecordWriter, register_writer_factory
+
+        self.parts = None
+        if is_remote(path):  # tensorboardX's own writer there sends the whole file at each flush
+            numbers = itertools.count()
+            self.parts = Parts(lambda _: path.with_name(f"{path.name}.{next(numbers):06d}"))
+            register_writer_factory("gs", types.SimpleNamespace(open=lambda _: self.parts))
+        return RecordWriter(str(path))
+
+    def _write(self, **fields: Any) -> None:
+        with writing(self.directory):
+            self.file.write(self.event(wall_time=time.time(), **fields).SerializeToString())
+            self.file.flush()
+
+
+class WeightsAndBiases:
+    """One run there for a workdir, however often it resumes: its id is kept in the workdir."""
+
+    def __init__(self, experiment: Experiment, workdir: Path):
+        import wandb
+
+        id_file = workdir / WANDB_ID
+        with writing(id_file):
+            if not id_file.exists():
+                id_file.write_text(secrets.token_hex(4))
+        self.image = wandb.Image
+        try:
+            self.run = wandb.init(
+                project=experiment.train.wandb_project,
+                id=id_file.read_text(),
+                resume="allow",
+                dir=tempfile.mkdtemp() if is_remote(workdir) else workdir,
+                config=to_dict(experiment),
+                settings=wandb.Settings(console="off"),  # what the run prints is left as it is
+            )
+        except wandb.Error as error:
+            raise UserError(f"config.train.wandb_project: Weights & Biases refused: {error}") from None
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Logs values by name; steps that it has already, after a resume, it leaves as they are."""
+        self.run.log(dict(values), step=step)
+
+    def picture(self, step: int, name: str, path: Path) -> None:
+        """Logs a PNG."""
+        shown = Image.open(io.BytesIO(path.read_bytes())) if is_remote(path) else str(path)
+        self.run.log({name: self.image(shown)}, step=step)
+
+    def save(self) -> None:
+        """Nothing is kept."""
+
+    def close(self) -> None:
+        """Sends what is left."""
+        self.run.finish()
+
+
+def check_writers(experiment: Experiment) -> None:
+    """Raises ConfigError where a package that the config needs is missing."""
+    project = experiment.train.wandb_project
+    found = not project or importlib.util.find_spec("wandb") is not None
+    require(found, "train.wandb_project", project, "needs the package wandb: pip install -e '.[wandb]'")
+
+
+def open_writers(experiment: Experiment, workdir: Path, start_step: int) -> list[Writer]:
+    """The writers of a run that goes on after `start_step`; none on other processes than the first.
+
+    Raises:
+      UserError: a file cannot be written.
+    """
+    if jax.process_index() > 0:
+        return []
+    writers: list[Writer] = [TensorBoard(workdir, start_step)]
+    return writers + ([WeightsAndBiases(experiment, workdir)] if experiment.train.wandb_project else [])

@@ -1,0 +1,47 @@
+"""What a workdir says of how it was made: the resolved config, and each start's command line."""
+
+import importlib.metadata
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+
+import ecdit
+from ecdit.config import to_dict
+from ecdit.errors import UserError
+from ecdit.experiment import Experiment
+from ecdit.files import replace_text
+from ecdit.runs.trained_run import CONFIG_FILE
+
+OVERRIDES_FILE = "overrides.json"
+LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "grain")
+
+
+def library_versions() -> dict[str, str]:
+    """The versions of the libraries that decide what a step computes."""
+    return {name: importlib.metadata.version(name) for name in LIBRARIES}
+
+
+def record_start(experiment: Experiment, workdir: Path, step: int, origin: dict[str, Any]) -> None:
+    """Writes config.json, and adds a start to the list in overrides.json; on the first process.
+
+    Args:
+      experiment: resolved.
+      workdir: of the run.
+      step: that the run starts or goes on from.
+      origin: the config file and what the command line changed in it, as `command_line.config_origin` gives it.
+
+    Raises:
+      UserError: one of them cannot be written, or overrides.json is damaged.
+    """
+    if jax.process_index() > 0:
+        return
+    path = workdir / OVERRIDES_FILE
+    try:
+        starts = json.loads(path.read_text()) if path.exists() else []
+        starts.append({"step": step, **origin, "versions": {"ecdit": ecdit.__version__} | library_versions()})
+    except (json.JSONDecodeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({error}): move it away") from None
+    for file, values in ((workdir / CONFIG_FILE, to_dict(experiment)), (path, starts)):
+        replace_text(file, json.dumps(values, indent=2) + "\n")

@@ -1,0 +1,58 @@
+"""Pictures of a run as it goes on: the same training captions, drawn with the EMA weights of a step."""
+
+import functools
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from ecdit.data.records import Records, tokenize_captions
+from ecdit.experiment import Experiment
+from ecdit.files import writing
+from ecdit.sampling.grids import save_grid, write_png
+from ecdit.sampling.routing_maps import draw_maps
+from ecdit.sampling.sampler import make_sampler, sample_pictures
+from ecdit.storage import make_directory
+from ecdit.system import Params, System
+
+
+class SampleWriter:
+    """Draws `sampling.num_grid` captions, evenly spaced over the data; compiles once."""
+
+    def __init__(self, experiment: Experiment, system: System, mesh: Mesh, workdir: Path):
+        self.experiment, self.directory = experiment, workdir / "samples"
+        self.with_experts = experiment.model.ffn != "dense"
+        self.sampler = make_sampler(system, experiment.sampling, mesh, self.with_experts)
+        records = Records(experiment.data)
+        count = min(experiment.sampling.num_grid, len(records))
+        self.prompts = [records[int(i)]["caption"] for i in np.linspace(0, len(records) - 1, count)]
+
+    def write(self, params: Params, step: int) -> dict[str, Path]:
+        """The files of step `step` by name: samples, and experts where the model has sparse layers.
+
+        All processes draw, the first one writes.
+
+        Raises:
+          UserError: a file cannot be written.
+        """
+        config, prompts = self.experiment, self.prompts
+        pictures = sample_pictures(
+            self.sampler,
+            params,
+            functools.partial(tokenize_captions, config.data),
+            prompts,
+            [0] * len(prompts),
+            config.sampling,
+        )
+        pictures, counts = pictures if self.with_experts else (pictures, None)
+        files = {"samples": self.directory / f"step_{step:08d}.png"}
+        if counts is not None:
+            files["experts"] = self.directory / f"step_{step:08d}_experts.png"
+        if jax.process_index() == 0:
+            with writing(self.directory):
+                make_directory(self.directory)
+                save_grid(pictures, prompts, files["samples"])
+                if counts is not None:
+                    write_png(draw_maps(pictures, prompts, counts), files["experts"])
+        return files

@@ -1,0 +1,105 @@
+"""A finished or running run, opened to sample from: its config, model and EMA weights."""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from ecdit import runtime
+from ecdit.checkpoints.restore import CheckpointError, restore_ema
+from ecdit.config import ConfigError, require
+from ecdit.data.records import tokenize_captions
+from ecdit.experiment import Experiment, make_experiment
+from ecdit.partitioning import make_mesh
+from ecdit.sampling.sampler import SamplingConfig, make_sampler, sample_pictures
+from ecdit.storage import reading
+from ecdit.system import Params, System, make_system
+
+CONFIG_FILE = "config.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What sampling needs."""
+
+    experiment: Experiment  # of the phase that the checkpoint is of
+    system: System
+    mesh: Mesh
+    params: Params
+    step: int
+
+
+def open_run(workdir: Path, overrides: Sequence[str] = (), step: int | None = None, draw: bool = True) -> Run:
+    """A checkpoint's EMA weights, on the mesh of the run's config.
+
+    Args:
+      workdir: of the run.
+      overrides: "key=value" for keys of its config, the value as JSON or a plain string.
+      step: of the checkpoint; None for the newest.
+      draw: whether to sample from it; False if only its weights are wanted.
+
+    Raises:
+      CheckpointError: no run, or no such checkpoint.
+      ConfigError: an override that the config refuses, or a codec without pictures to draw.
+    """
+    experiment = saved_experiment(workdir, overrides)
+    if draw:
+        has_pictures = experiment.system.has_pictures
+        require(has_pictures, "codec", experiment.codec, "the run has latents alone: it cannot draw pictures")
+    runtime.configure(experiment.runtime)
+    mesh = make_mesh(experiment.mesh)
+    system = make_system(experiment.system)
+    params, step = restore_ema(workdir, system, mesh, step)
+    if experiment.phases:  # all have the same parameters
+        experiment = experiment.part_of(step).experiment
+        system = make_system(experiment.system)
+    return Run(experiment, system, mesh, params, step)
+
+
+def saved_experiment(workdir: Path, overrides: Sequence[str] = ()) -> Experiment:
+    """The config of a run, as it wrote it; touches no device. Raises as `open_run` does."""
+    try:
+        with reading(workdir):
+            values = json.loads((workdir / CONFIG_FILE).read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{workdir} is no run's workdir: {error}") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{workdir} is no run's workdir: its {CONFIG_FILE} is no config")
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        *groups, name = key.split(".")
+        group: Any = values
+        for part in groups:
+            group = group.get(part) if isinstance(group, dict) else None
+        found = bool(separator) and isinstance(group, dict) and name in group
+        require(found, key, text, "no such key of the run's config; write key=value")
+        group[name] = text if isinstance(group[name], str) else _json(key, text)
+    return make_experiment(values)
+
+
+def sample_run(
+    run: Run,
+    prompts: Sequence[str],
+    repeats: Sequence[int],
+    sampling: SamplingConfig | None = None,
+    with_experts: bool = False,
+) -> Any:
+    """One picture for each (prompt, repeat), by the run's own sampling config unless another is given.
+
+    Returns uint8[n, h, w, 3]; that and the experts per token, int32[n, steps, P, N], if `with_experts`.
+    """
+    sampling = run.experiment.sampling if sampling is None else sampling
+    tokens = functools.partial(tokenize_captions, run.experiment.data)
+    sampler = make_sampler(run.system, sampling, run.mesh, with_experts)
+    return sample_pictures(sampler, run.params, tokens, prompts, repeats, sampling)
+
+
+def _json(key: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        raise ConfigError(key, text, "must be written as JSON: a number, true, false or a list") from None

@@ -1,0 +1,1 @@
+"""Captions to images: the sampler, and grids and heat maps of what it drew."""

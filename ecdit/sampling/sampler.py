@@ -1,0 +1,181 @@
+"""Captions to pictures: encode, integrate the guided velocity from noise, decode."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AbstractMesh, Mesh
+from jaxtyping import Array, Float, Int, Key, UInt32
+
+from ecdit.components import TextStates
+from ecdit.config import require
+from ecdit.diffusion.flow import SAMPLE_KEY_IMPL, sample_keys, sample_noise
+from ecdit.diffusion.guidance import GuidanceConfig, combine
+from ecdit.diffusion.solvers import SOLVERS
+from ecdit.encoders.autoencoder import to_bytes
+from ecdit.models.config import DiTConfig, check_attention, check_group, group_size
+from ecdit.models.embeddings import unpatchify
+from ecdit.partitioning import batch_sharding, batch_shards
+from ecdit.system import Params, System, TextToImage
+
+# (params, tokens[B, L], null tokens[1, L], keys[B]) -> pictures uint8[B, h, w, 3], or those and counts: `make_sampler`.
+Sampler = Callable[[Params, Int[Array, "B L"], Int[Array, "1 L"], Key[Array, " B"]], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """How pictures are drawn."""
+
+    solver: Literal["euler", "heun"]
+    num_steps: int
+    guidance: GuidanceConfig
+    group: str  # tokens that compete for experts: "image", or a number (a guided image and its null are neighbours)
+    original_size: int  # pixels, of the micro-condition; crop is (0, 0)
+    batch_size: int
+    seed: int
+    num_grid: int  # pictures of the grid that a training run draws as it goes on
+
+    def __post_init__(self):
+        for key in ("num_steps", "original_size", "batch_size", "num_grid"):
+            require(getattr(self, key) >= 1, key, getattr(self, key), "must be 1 or more")
+        require(0 <= self.seed < 2**32, "seed", self.seed, "must be in 0 .. 2**32 - 1")
+
+
+def check_sampling(config: SamplingConfig, model: DiTConfig, mesh: Mesh | AbstractMesh) -> None:
+    """Raises ConfigError when the batch or its groups do not divide over the mesh, or attention has no kernel there."""
+    check_attention(model, mesh)
+    shards = batch_shards(mesh)
+    require(
+        config.batch_size % shards == 0,
+        "sampling.batch_size",
+        config.batch_size,
+        f"must be a multiple of the {shards} parts the mesh splits a batch into",
+    )
+    check_group("sampling.group", config.group, model.num_tokens)
+    rows = config.batch_size // shards * (1 if config.guidance.scale == 1 else 2)
+    require(
+        rows * model.num_tokens % group_size(config.group, model.num_tokens) == 0,
+        "sampling.group",
+        config.group,
+        f"must divide a device's tokens, {rows} x {model.num_tokens} (rows with their null captions x tokens)",
+    )
+
+
+def make_sampler(system: System, config: SamplingConfig, mesh: Mesh, with_experts: bool = False) -> Sampler:
+    """A compiled function (params, tokens[B, L], null tokens[1, L], keys[B]) -> uint8 pictures [B, h, w, 3].
+
+    Where the codec has no pictures it returns latents, float32[B, h, w, c]. B is config.batch_size; the noise of row i
+    is drawn from keys[i] alone. With `with_experts` it returns (pictures, counts) instead: how many experts took each
+    token, int32[B, steps, P, N] over solver steps (the first call of each) and sparse layers, in the pass with the
+    caption. The pictures are the same.
+    """
+    jitted, rows = make_sample_step(system, config, mesh, with_experts), batch_sharding(mesh)
+
+    def split(x: Array) -> Array:
+        """The rows of an array that every host has whole, on the devices that the batch's sharding gives them."""
+        host = np.asarray(x)
+        return jax.make_array_from_callback(host.shape, rows, lambda index: host[index])
+
+    def run(params: Params, tokens: Array, null_tokens: Array, keys: Array) -> Any:
+        with jax.set_mesh(mesh):
+            return jitted(params, split(tokens), null_tokens, split(jax.random.key_data(keys)))
+
+    return run
+
+
+def make_sample_step(
+    system: System, config: SamplingConfig, mesh: Mesh, with_experts: bool = False
+) -> Callable[[Params, Int[Array, "B L"], Int[Array, "1 L"], UInt32[Array, "B K"]], Any]:
+    """The jitted function of `make_sampler`, of arrays that are on the mesh; keys are their data (`sample_keys`)."""
+    check_sampling(config, system.config.model, mesh)
+    if with_experts and system.config.model.ffn == "dense":
+        raise ValueError("with_experts: a dense model has no experts to count")
+    rows = batch_sharding(mesh)
+
+    def sample(params: Params, tokens: Array, null_tokens: Array, key_data: Array) -> Any:
+        model = system.bind(params)
+        keys = jax.random.wrap_key_data(key_data, impl=SAMPLE_KEY_IMPL)
+        side, channels = system.config.model.latent_size, system.config.model.latent_channels
+        noise = sample_noise(keys, (side, side, channels))
+        velocity = _velocity(model, system.config.model, config, tokens, null_tokens, with_experts)
+        latents, counts = SOLVERS[config.solver](velocity, noise, config.num_steps, has_aux=True)
+        pictures = to_bytes(model.codec.decode(latents)) if system.config.has_pictures else latents
+        return (pictures, jnp.moveaxis(counts, 2, 0)) if with_experts else pictures
+
+    return jax.jit(sample, in_shardings=(system.shardings(mesh), rows, None, rows), out_shardings=rows)
+
+
+def _velocity(
+    model: TextToImage, dit: DiTConfig, config: SamplingConfig, tokens: Array, null_tokens: Array, with_experts: bool
+) -> Callable[
+    [Float[Array, "B h w c"], Float[Array, " B"]], tuple[Float[Array, "B h w c"], Int[Array, "P B N"] | None]
+]:
+    """The guided velocity and the experts of each token in the pass with the caption (None unless asked).
+
+    An image and its null-caption twin are neighbours in one batch of 2 B.
+    """
+    guided = config.guidance.scale != 1
+    text: TextStates = model.text(tokens, dit.dtype, dit.remat)
+    if guided:
+        null: TextStates = model.text(null_tokens, dit.dtype, dit.remat)
+        text = jax.tree.map(lambda c, u: _interleave(c, jnp.broadcast_to(u, c.shape)), text, null)
+    sizes = jnp.array([config.original_size, config.original_size, 0, 0], jnp.float32)
+    size_crop = jnp.broadcast_to(sizes[None], (text.mask.shape[0], 4))
+    tokens_per_group = group_size(config.group, dit.num_tokens)
+
+    def velocity(x: Float[Array, "B h w c"], time: Float[Array, " B"]) -> tuple[Array, Array | None]:
+        if guided:
+            x, time = _interleave(x, x), _interleave(time, time)
+        patches, report = model.denoiser(x, time, text, size_crop, None, tokens_per_group)
+        predicted = unpatchify(patches, dit.patch_size, dit.latent_channels)
+        counts = report.experts_per_token if with_experts else None
+        if not guided:
+            return predicted, counts
+        counts = counts[:, 0::2] if with_experts else None
+        return combine(predicted[0::2], predicted[1::2], config.guidance), counts
+
+    return velocity
+
+
+def _interleave(first: Array, second: Array) -> Array:
+    """[first_0, second_0, first_1, ...] along axis 0."""
+    return jnp.stack([first, second], axis=1).reshape(2 * first.shape[0], *first.shape[1:])
+
+
+def sample_pictures(
+    sampler: Sampler,
+    params: Params,
+    tokenize: Callable[[Sequence[str]], np.ndarray],
+    prompts: Sequence[str],
+    repeats: Sequence[int],
+    config: SamplingConfig,
+) -> Any:
+    """One picture for each (prompt, repeat), in order: uint8[n, h, w, 3], or what else `sampler` returns, n for B.
+
+    The same (seed, prompt, repeat) gives the same picture whatever the batch size, the devices or the neighbours, up to
+    float32 rounding (and up to near-ties of top-k that it decides), where config.group is "image".
+    """
+    from tqdm import tqdm
+
+    keys = sample_keys(config.seed, prompts, repeats)
+    tokens, null_tokens = tokenize(prompts), tokenize([""])
+    # The last batch is filled up with its own first rows: their pictures are dropped.
+    count = math.ceil(len(prompts) / config.batch_size) * config.batch_size
+    filled = np.arange(count) % len(prompts)
+    hidden = True if jax.process_index() > 0 else None  # None: shown on a terminal
+    batches = tqdm(filled.reshape(-1, config.batch_size), "sampling", unit="batch", disable=hidden)
+    fetched = [jax.tree.map(_fetch, sampler(params, tokens[rows], null_tokens, keys[rows])) for rows in batches]
+    return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(prompts)], *fetched)
+
+
+def _fetch(x: jax.Array) -> np.ndarray:
+    """A sharded array on every host."""
+    if jax.process_count() == 1:
+        return np.asarray(x)
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))

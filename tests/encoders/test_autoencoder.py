@@ -1,0 +1,31 @@
+import jax
+import numpy as np
+
+from ecdit.encoders.autoencoder import CODECS, to_bytes, to_unit
+
+
+def test_all_bytes_survive_the_round_trip():
+    pictures = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, axis=3)
+    unit = jax.jit(to_unit)(pictures)
+    assert unit.dtype == np.float32
+    back = jax.jit(to_bytes)(unit)
+    assert back.dtype == np.uint8
+    np.testing.assert_array_equal(back, pictures)
+
+
+def test_bytes_span_minus_one_to_one():
+    unit = to_unit(np.array([0, 51, 204, 255], np.uint8).reshape(1, 2, 2, 1))
+    np.testing.assert_allclose(np.ravel(unit), [-1, -0.6, 0.6, 1], atol=1e-6)
+
+
+def test_bytes_are_rounded_and_clipped():
+    pictures = np.array([-7, -1.001, 1.001, 7, 0.4 / 127.5 - 1, 0.6 / 127.5 - 1], np.float32)
+    np.testing.assert_array_equal(to_bytes(pictures.reshape(1, 2, 3, 1)).reshape(6), [0, 0, 255, 255, 0, 1])
+
+
+def test_identity_is_a_codec():
+    codec = CODECS["identity"]()
+    pictures = np.random.default_rng(0).uniform(-1, 1, (2, 4, 4, codec.channels)).astype(np.float32)
+    latents = codec.encode(pictures, jax.random.key(0))
+    assert latents.shape[1] * codec.downsampling == pictures.shape[1]
+    np.testing.assert_array_equal(codec.decode(latents), pictures)

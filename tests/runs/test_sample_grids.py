@@ -1,0 +1,51 @@
+"""What a training run draws as it goes on: which captions, with which weights, and that files belong together."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ecdit.runs import sample_grids as samples
+from ecdit.runs.sample_grids import SampleWriter
+from tests.runs import tiny
+
+CAPTIONS = [f"caption {i}" for i in range(10)]
+
+
+def tokenize(config, captions):
+    return np.array([[int((caption or "0").split()[-1])] for caption in captions], np.int32)
+
+
+@pytest.mark.parametrize("ffn", ["expert_choice", "dense"])
+def test_each_caption_stands_under_the_picture_that_was_drawn_of_it(ffn, tmp_path, monkeypatch):
+    """Seven of ten captions, in batches of four; a picture is of its caption's number, and so are its counts."""
+    written = {}
+
+    def sampler(params, tokens, null_tokens, keys):
+        assert params == "ema"
+        pictures = np.broadcast_to(tokens[:, :, None, None], (4, 2, 2, 3)).astype(np.uint8)
+        return pictures if ffn == "dense" else (pictures, np.broadcast_to(tokens[:, :, None, None], (4, 1, 1, 1)))
+
+    def save_grid(pictures, captions, path):
+        written[path.name] = pictures[:, 0, 0, 0].tolist(), list(captions)
+
+    def draw_maps(pictures, captions, counts):
+        written["maps"] = pictures[:, 0, 0, 0].tolist(), list(captions), counts[:, 0, 0, 0].tolist()
+        return Image.new("RGB", (1, 1))
+
+    for name, replacement in (("save_grid", save_grid), ("draw_maps", draw_maps), ("tokenize_captions", tokenize)):
+        monkeypatch.setattr(samples, name, replacement)
+    monkeypatch.setattr(samples, "Records", lambda config: [{"caption": caption} for caption in CAPTIONS])
+    monkeypatch.setattr(samples, "make_sampler", lambda *_: sampler)
+    experiment = tiny(model__ffn=ffn, sampling__num_grid=7, sampling__batch_size=4)
+    files = SampleWriter(experiment, SimpleNamespace(), SimpleNamespace(), tmp_path).write("ema", 12)
+    chosen = [0, 1, 3, 4, 6, 7, 9]  # every 9 / 6, rounded down
+    captions = [CAPTIONS[i] for i in chosen]
+    assert files["samples"] == tmp_path / "samples/step_00000012.png"
+    assert written["step_00000012.png"] == (chosen, captions)
+    if ffn == "dense":
+        assert set(files) == {"samples"}
+    else:
+        assert files["experts"].exists()
+        assert written["maps"] == (chosen, captions, chosen)

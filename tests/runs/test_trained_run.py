@@ -1,0 +1,231 @@
+"""Runs opened to sample from: their config and overrides, and that nothing but the EMA weights is read."""
+
+import json
+import shutil
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from ecdit.checkpoints import restore as checkpoint
+from ecdit.checkpoints.arrays import DamagedError
+from ecdit.checkpoints.compatibility import MAY_CHANGE
+from ecdit.checkpoints.restore import CheckpointError, Meta
+from ecdit.config import ConfigError, flatten, to_dict
+from ecdit.errors import UserError
+from ecdit.interop.weights import save_weights
+from ecdit.partitioning import make_mesh
+from ecdit.runs.trained_run import open_run, saved_experiment
+from ecdit.system import make_system
+from tests.checkpoints.damage import flip_array
+from tests.runs import run, save_ema, tiny
+
+# What decides which numbers a run computes; all other keys say how, where and how long.
+FIXED = {
+    "seed",
+    "codec",
+    *(f"model.{key}" for key in to_dict(tiny().model) if key not in ("attention", "remat", "scan_unroll", "dispatch")),
+    *(f"text.{key}" for key in to_dict(tiny().text)),
+    *(f"flow.{key}" for key in to_dict(tiny().flow)),
+    *(f"optimizer.{key}" for key in to_dict(tiny().optimizer)),
+    *("data.task", "data.image_size", "data.latent_channels", "data.caption_length", "data.vocab_size"),
+    *("data.caption_dropout", "data.flip_probability", "data.crop_padding"),
+    *("train.batch_size", "train.ema_decay", "train.spike_factor"),
+}
+
+
+def meta_of(values):
+    return Meta(checkpoint.FORMAT, values, 0, "data", {}, {})
+
+
+@pytest.mark.parametrize("key", sorted(flatten(to_dict(tiny())).keys() - {"phases"}))
+def test_a_changed_key_refuses_to_resume_by_name_or_may_change(key):
+    values = to_dict(tiny())
+    *groups, name = key.split(".")
+    group = values
+    for part in groups:
+        group = group[part]
+    group[name] = "another value"
+    if key not in FIXED:
+        checkpoint.check_resume(meta_of(values), tiny(), "data", 7)
+        return
+    with pytest.raises(CheckpointError, match="another value") as error:
+        checkpoint.check_resume(meta_of(values), tiny(), "data", 7)
+    named = [line for line in str(error.value).splitlines() if "saved" in line]
+    assert len(named) == 1
+    assert named[0].startswith(f"  config.{key}: saved 'another value', now ")
+
+
+def test_other_data_is_refused():
+    with pytest.raises(CheckpointError, match="prepared data: saved fingerprint data, now other"):
+        checkpoint.check_resume(meta_of(to_dict(tiny())), tiny(), "other", 7)
+
+
+def test_all_that_may_change_are_keys():
+    keys = flatten(to_dict(tiny()))
+    for allowed in MAY_CHANGE:
+        assert any(key == allowed or (allowed.endswith(".") and key.startswith(allowed)) for key in keys), allowed
+
+
+def test_a_key_that_this_version_added_or_removed_is_named():
+    older, newer = to_dict(tiny()), to_dict(tiny())
+    del older["model"]["width"]
+    newer["model"]["depht"] = 3
+    with pytest.raises(CheckpointError, match=r"config\.model\.width: saved None, now 32"):
+        checkpoint.check_resume(meta_of(older), tiny(), "data", 7)
+    with pytest.raises(CheckpointError, match=r"config\.model\.depht: saved 3, now None"):
+        checkpoint.check_resume(meta_of(newer), tiny(), "data", 7)
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(tiny())))
+    return tmp_path
+
+
+def test_overrides_take_json_and_keep_strings(workdir):
+    overrides = ["sampling.group=128", "sampling.guidance.scale=1", "model.block_table=false", "codec=identity"]
+    experiment = saved_experiment(workdir, overrides)
+    assert experiment.sampling.group == "128"
+    assert (experiment.sampling.guidance.scale, experiment.model.block_table) == (1.0, False)
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("sampling.num_steps", "sampling.num_steps"),  # no value
+        ("sampling.steps=3", "sampling.steps"),
+        ("sampling.num_steps=many", "sampling.num_steps"),
+        ("sampling.num_steps=2.5", "sampling.num_steps"),
+        ("sampling.guidance=3", "sampling.guidance"),
+        ("nothing.at.all=3", "nothing.at.all"),
+        ("seed.x=3", "seed.x"),  # below a number
+        ("model.block_table.x=3", "model.block_table.x"),
+        ("codec.identity=3", "codec.identity"),  # below a string that contains it
+    ],
+)
+def test_overrides_that_cannot_be_are_refused_by_their_key(workdir, override, key):
+    with pytest.raises(ConfigError) as error:
+        saved_experiment(workdir, [override])
+    assert error.value.key == key
+
+
+@pytest.mark.parametrize("text", [None, "", '{"seed": ', "3"])
+def test_a_workdir_without_a_readable_config_is_no_run(tmp_path, text):
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match=str(tmp_path)):
+        saved_experiment(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """(workdir, what its only item `state` holds): the EMA weights and nothing else of a TrainState."""
+    workdir, system = tmp_path_factory.mktemp("ema_only"), make_system(tiny().system)
+    rng = np.random.default_rng(0)
+    (workdir / "config.json").write_text(json.dumps(to_dict(tiny())))
+    shapes = jax.eval_shape(system.init, jax.random.key(0))
+    ema = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype), shapes)
+    save_ema(workdir, ema, step=7)
+    return workdir, ema
+
+
+def test_only_ema_weights_are_read_and_each_is_where_the_mesh_wants_it(saved):
+    workdir, ema = saved
+    mesh = make_mesh(tiny(mesh__fsdp=2, mesh__expert=2, mesh__tensor=2).mesh)
+    system = make_system(tiny().system)
+    restored, step = checkpoint.restore_ema(workdir, system, mesh)
+    assert step == 7
+    jax.tree.map(np.testing.assert_array_equal, restored, ema)
+    assert jax.tree.map(lambda x: x.sharding, restored) == system.shardings(mesh)
+
+
+def test_weights_of_a_step_that_is_named(saved, tmp_path):
+    workdir, ema = shutil.copytree(saved[0], tmp_path / "run"), saved[1]
+    mesh, system = make_mesh(tiny().mesh), make_system(tiny().system)
+    save_ema(workdir, jax.tree.map(np.zeros_like, ema), step=9)
+    restored, step = checkpoint.restore_ema(workdir, system, mesh, 7)
+    assert step == 7
+    jax.tree.map(np.testing.assert_array_equal, restored, ema)
+    assert checkpoint.restore_ema(workdir, system, mesh)[1] == 9
+    with pytest.raises(CheckpointError, match=f"{workdir}: no checkpoint of step 8; there are 7, 9$"):
+        checkpoint.restore_ema(workdir, system, mesh, 8)
+
+
+OPEN = """
+import sys
+from pathlib import Path
+from ecdit.checkpoints.restore import CheckpointError
+from ecdit.runs.trained_run import open_run
+try:
+    open_run(Path(sys.argv[1]))
+except CheckpointError as error:
+    print(f"refused: {error}")
+"""
+
+
+def cut_largest_array(state):
+    largest = max(state.rglob("*/d/*"), key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:100])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [cut_largest_array, lambda state: (state / "_METADATA").write_text("{"), shutil.rmtree],
+    ids=["array", "metadata", "item"],
+)
+def test_a_damaged_checkpoint_is_refused_by_name(saved, tmp_path, cpu_env, damage):
+    """In a process of its own: what the reading library leaves running would fail other tests."""
+    shutil.copytree(saved[0], tmp_path / "run")
+    damage(tmp_path / "run/checkpoints/7/state")
+    opened = run([sys.executable, "-c", OPEN, str(tmp_path / "run")], cpu_env())
+    assert f"refused: {tmp_path}/run/checkpoints/7" in opened.stdout, opened.stderr[-2000:]
+
+
+ENDS = ["denoiser.caption.hidden.bias", "denoiser.pairs.even.experts.up", "text.tokens"]  # the first and last array
+
+
+@pytest.mark.parametrize("frozen", [(), ("text",)])
+def test_a_flipped_bit_of_any_weight_is_noticed(saved, tmp_path, frozen):
+    """Of those that the run has trained, and of those that it has frozen."""
+    parts = {"ema": {}, "frozen": {}}
+    for name, part in saved[1].items():
+        parts["frozen" if name in frozen else "ema"][name] = part
+    save_ema(tmp_path, parts["ema"], step=7, frozen=parts["frozen"])
+    mesh, system = make_mesh(tiny().mesh), make_system(tiny().system)
+    for name in ENDS:
+        group = "frozen" if name.split(".")[0] in frozen else "ema"
+        flip_array(tmp_path / "checkpoints/7", f"{group}.{name}")
+        path = f"{group}/{name.replace('.', '/')}"
+        with pytest.raises(DamagedError, match=rf"^{tmp_path}/checkpoints/7 is damaged: {path}: not what was saved$"):
+            checkpoint.restore_ema(tmp_path, system, mesh)
+        flip_array(tmp_path / "checkpoints/7", f"{group}.{name}")
+    jax.tree.map(np.testing.assert_array_equal, checkpoint.restore_ema(tmp_path, system, mesh)[0], saved[1])
+
+
+def test_damaged_weights_are_neither_sampled_from_nor_trained_on(saved, tmp_path, toy):
+    """Sampling and evaluation open a run; a new run may start from another one's weights."""
+    workdir = shutil.copytree(saved[0], tmp_path / "damaged")
+    flip_array(workdir / "checkpoints/7", "ema.denoiser.head.kernel")
+    with pytest.raises(DamagedError, match="ema/denoiser/head/kernel: not what was saved"):
+        open_run(workdir)
+    with pytest.raises(DamagedError, match="ema/denoiser/head/kernel: not what was saved"):
+        toy.train(num_steps=2, every=1, checkpoint__init_from=str(workdir))
+    assert not list((toy.workdir / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("damage", [lambda meta: (meta / "metadata").write_text("{"), shutil.rmtree])
+def test_damaged_json_of_a_checkpoint_is_named(saved, tmp_path, damage):
+    shutil.copytree(saved[0], tmp_path / "run")
+    damage(tmp_path / "run/checkpoints/7/meta")
+    with (
+        checkpoint.open_reader(tmp_path / "run") as manager,
+        pytest.raises(CheckpointError, match=f"{tmp_path}/run/checkpoints.*7"),
+    ):
+        checkpoint.read_meta(manager, 7)
+
+
+def test_weights_that_cannot_be_written_are_refused_by_name(tmp_path):
+    with pytest.raises(UserError, match=f"{tmp_path}/no"):
+        save_weights({"w": np.zeros(3)}, tmp_path / "no" / "w.safetensors", {})

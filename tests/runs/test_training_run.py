@@ -1,0 +1,180 @@
+"""The loop with a toy in the model's place: what it saves, writes and raises, and in which order."""
+
+import dataclasses
+import itertools
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+
+from ecdit.errors import UserError
+from ecdit.partitioning import make_mesh
+from ecdit.reporting.reporter import DivergedError
+from ecdit.runs import training_run as loop
+from ecdit.runs.training_run import PREEMPTED, device_batches
+from tests.events import pictures
+from tests.runs import tiny
+
+
+def test_a_checkpoint_holds_its_own_step_though_the_next_ones_overwrite_the_buffers(toy):
+    assert toy.train(num_steps=9, every=2) == 0
+    assert toy.saved() == {step: {(float(step),)} for step in (2, 4, 6, 8, 9)}
+
+
+def test_pictures_are_of_their_own_step_and_written_once(toy):
+    """Every third step and the last; a resumed run, or a finished one started again, shows none of them twice."""
+    toy.train(num_steps=7, every=4, pictures_every=3)
+    assert toy.drawn == {step: {(float(step),)} for step in (3, 6, 7)}
+    assert toy.losses() == [(step, float(step)) for step in range(1, 8)]
+    for _ in range(2):
+        toy.train(num_steps=9, every=4, pictures_every=3)
+    assert [step for step, _ in pictures(toy.workdir)] == [3, 6, 7, 9]
+
+
+def test_pictures_are_drawn_with_the_ema_weights(toy, monkeypatch):
+    """Those of a step and the last ones: here the EMA is the parameters and 100."""
+
+    def state_with_another_ema(*_):
+        state = init_state()
+        return dataclasses.replace(state, ema=jax.tree.map(lambda x: x + 100, state.ema))
+
+    init_state = loop.init_state
+    monkeypatch.setattr(loop, "init_state", state_with_another_ema)
+    toy.train(num_steps=3, every=9, pictures_every=2)
+    assert toy.drawn == {2: {(102.0,)}, 3: {(103.0,)}}
+
+
+def test_each_start_says_once_how_long_it_will_take(toy, capsys):
+    """After its tenth step, if others follow."""
+    said = lambda: [line for line in capsys.readouterr().out.splitlines() if "will take" in line]  # noqa: E731
+    toy.train(num_steps=10, every=4)
+    assert said() == []
+    toy.train(num_steps=24, every=4, pictures_every=22)
+    (line,) = said()
+    assert line.startswith("the other 4 steps will take about ")
+    assert "the next pictures come after step 22" in line
+
+
+def test_keep_leaves_the_newest(toy):
+    toy.train(num_steps=9, every=2, keep=2)
+    assert sorted(toy.saved()) == [8, 9]
+
+
+def test_fewer_steps_than_saved_changes_nothing(toy):
+    toy.train(num_steps=6, every=4)
+    before = toy.losses()
+    assert toy.train(num_steps=2, every=4) == 0
+    assert toy.losses() == before
+    assert sorted(toy.saved()) == [4, 6]
+
+
+@pytest.mark.parametrize("stop", range(3, 8))
+def test_a_run_that_dies_between_steps_resumes_without_a_gap_or_a_repeat(toy, stop):
+    """The save of step 4 is running when batch 5 fails: it still ends, and the run goes on from it."""
+
+    def fail():
+        raise ConnectionError("the data is gone")
+
+    toy.at[stop] = fail
+    with pytest.raises(ConnectionError):
+        toy.train(num_steps=9, every=4)
+    toy.at.clear()
+    assert toy.train(num_steps=9, every=4) == 0
+    assert toy.losses() == [(step, float(step)) for step in range(1, 10)]
+    assert toy.saved()[9] == {(9.0,)}
+
+
+def test_a_resumed_run_reads_on_where_it_stopped(toy, monkeypatch):
+    """Sixteen rows a step."""
+    first_rows, batches = [], toy.batches
+    monkeypatch.setattr(
+        loop, "device_batches", lambda *arguments: first_rows.append(arguments[2]) or batches(*arguments)
+    )
+    for num_steps in (4, 9):
+        assert toy.train(num_steps=num_steps, every=4) == 0
+    assert first_rows == [0, 64]
+
+
+def test_the_saver_is_asked_every_step(toy, monkeypatch):
+    """So that a failed save is told of while it may still be mended."""
+    asked = []
+
+    class Saver(loop.Saver):
+        def check(self):
+            asked.append(self.running)
+            super().check()
+
+    monkeypatch.setattr(loop, "Saver", Saver)
+    assert toy.train(num_steps=9, every=4) == 0
+    assert len(asked) == 9
+
+
+def test_sigterm_saves_the_running_step_and_the_same_command_goes_on(toy, capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    toy.at[5] = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    assert toy.train(num_steps=9, every=1000) == PREEMPTED
+    assert "saved step 5" in capsys.readouterr().out
+    assert sorted(toy.saved()) == [5]
+    assert signal.getsignal(signal.SIGTERM) == before
+    toy.at.clear()
+    assert toy.train(num_steps=9, every=1000) == 0
+    assert toy.losses() == [(step, float(step)) for step in range(1, 10)]
+
+
+def test_sigterm_in_the_last_step_is_a_finished_run(toy):
+    toy.at[9] = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    assert toy.train(num_steps=9, every=1000) == 0
+
+
+@pytest.mark.parametrize("first", [4, 7])  # the second of these is found after the last step
+def test_bad_steps_in_a_row_stop_the_run(toy, first):
+    toy.bad, toy.leaf = range(first, 100), 1
+    with pytest.raises(
+        DivergedError, match=rf"step {first + 2}: .*denoiser\.tail.*3 steps in a row.*max_bad_steps = 3"
+    ):
+        toy.train(num_steps=9, every=2)
+    assert toy.losses()[-1][0] == first + 2  # all of them are on record
+    assert len(toy.losses()) == first + 2
+
+
+def test_bad_steps_that_are_not_in_a_row_do_not(toy, capsys):
+    toy.bad = (2, 3, 5, 6, 8, 9)
+    assert toy.train(num_steps=9, every=2) == 0
+    assert capsys.readouterr().out.count("not finite") == 6
+
+
+def test_every_line_of_the_metrics_is_json_also_of_a_step_that_was_not_finite(toy):
+    """RFC 8259 has no NaN: what reads the file with anything but Python's json would stop there."""
+    toy.bad = (2,)
+    toy.train(num_steps=3, every=100)
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    for line in (toy.workdir / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=refuse)
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1, 1), (2, 2, 2, 1), (1, 2, 2, 2), (1, 1, 1, 8)])
+def test_batches_are_the_same_on_any_mesh_and_from_any_start(sizes, emoji_data):
+    mesh_values = dict(zip(("data", "fsdp", "expert", "tensor"), sizes, strict=True))
+    experiment = tiny(data__directory=str(emoji_data), **{f"mesh__{axis}": size for axis, size in mesh_values.items()})
+    one = make_mesh(dataclasses.replace(experiment.mesh, data=1, fsdp=1, expert=1, tensor=1), jax.devices()[:1])
+    batches = device_batches(experiment, make_mesh(experiment.mesh), 16)
+    expected = itertools.islice(device_batches(experiment, one, 0), 1, None)
+    for batch, other in itertools.islice(zip(batches, expected, strict=False), 3):
+        assert set(batch) == {"image", "tokens", "size_crop"}
+        for name in batch:
+            np.testing.assert_array_equal(batch[name], other[name], err_msg=name)
+            assert len(batch[name].sharding.device_set) == 8
+
+
+def test_a_mesh_that_does_not_divide_a_parameter_is_refused_before_anything_is_made(toy):
+    """One key-value head over two devices."""
+    experiment = tiny(model__kv_heads=1, mesh__data=4, mesh__tensor=2)
+    with pytest.raises(UserError, match=r"config\.model\.kv_heads = 1: must be a multiple of mesh\.tensor, 2"):
+        loop.train(experiment, toy.workdir)
+    assert not toy.workdir.exists()

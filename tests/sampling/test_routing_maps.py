@@ -1,0 +1,64 @@
+"""Heat maps of experts per token: what is averaged, how it is coloured, and where it stands in the picture."""
+
+import numpy as np
+import pytest
+
+from ecdit.sampling.routing_maps import VIRIDIS, colour, draw_maps, stage_steps, summaries
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "steps"), [(50, (5, 25, 45)), (25, (2, 12, 22)), (10, (1, 5, 9)), (2, (0, 1, 1)), (1, (0, 0, 0))]
+)
+def test_stages_are_the_steps_that_start_nearest_to_their_times(num_steps, steps):
+    """Step i of 50 starts at time 1 - i / 50: 0.9 is step 5."""
+    assert tuple(stage_steps(num_steps).values()) == steps
+
+
+def test_means_by_hand():
+    """One picture, ten steps, two layers, four tokens; layer 2 has thrice layer 1's counts, which are the step's."""
+    counts = np.arange(10)[None, :, None, None] * np.array([1, 3])[None, None, :, None] * np.ones((1, 1, 1, 4), int)
+    means = {label: values[0, 0] for label, values in summaries(counts).items()}
+    assert means == {
+        "layer 1\nall steps": 4.5,
+        "layer 2\nall steps": 13.5,
+        "all layers\nearly, t = 0.90": 2,
+        "all layers\nmiddle, t = 0.50": 10,
+        "all layers\nlate, t = 0.10": 18,
+    }
+
+
+def test_colours_by_hand():
+    """The ends of the table at the ends, a colour of the table at each ninth, and the middle of two between them."""
+    np.testing.assert_array_equal(colour(np.array([0.0, 4.5, 9.0]), 4.5), VIRIDIS[[0, 9, 9]])
+    np.testing.assert_array_equal(colour(np.arange(10.0), 9.0), VIRIDIS)
+    np.testing.assert_array_equal(colour(np.array(0.5), 9.0), [70, 20, 102])
+
+
+def test_equal_steps_look_equally_large():
+    """CIE lightness L* = 116 Y^(1/3) - 16 of sRGB colours (IEC 61966-2-1) rises by the same amount a step."""
+    linear = ((VIRIDIS / 255 + 0.055) / 1.055) ** 2.4
+    lightness = 116 * np.cbrt(linear @ [0.2126, 0.7152, 0.0722]) - 16
+    steps = np.diff(lightness)
+    np.testing.assert_allclose(steps, steps.mean(), rtol=0.12)
+
+
+def test_a_token_is_a_square_at_its_place_under_its_layer():
+    """Eleven pictures of 32 pixels, four tokens: eight rows; the one token that is taken is the upper right one."""
+    pictures = np.full((11, 32, 32, 3), 200, np.uint8)
+    counts = np.zeros((11, 10, 2, 4), int)
+    counts[:, :, 1, 1] = 6  # in layer 2 alone
+    page = np.asarray(draw_maps(pictures, ["a caption"] * 11, counts))
+    assert page.shape == (32 + 8 * (128 + 32) + 14 + 26 + 8, 8 + 6 * (128 + 8), 3)
+    for row in range(8):
+        cells = [page[32 + row * 160 :, 8 + column * 136 :][:128, :128] for column in range(6)]
+        assert (cells[0] == 200).all()
+        assert (cells[1] == VIRIDIS[0]).all()
+        expected = np.broadcast_to(VIRIDIS[0], (128, 128, 3)).copy()
+        expected[:64, 64:] = VIRIDIS[9]
+        np.testing.assert_array_equal(cells[2], expected)
+        for cell in cells[3:]:  # the mean over both layers: 3 of the largest, 6
+            np.testing.assert_array_equal(cell[0, 64], colour(np.array(3.0), 6.0))
+    legend = page[32 + 8 * 160 :]
+    np.testing.assert_array_equal(legend[0, [8, 8 + 255]], VIRIDIS[[0, 9]])
+    assert (legend[14:, :280] == 0).all(axis=-1).any(), "numbers under the colours"
+    assert (legend[:14, 272:] < 128).any(), "what they count beside them"

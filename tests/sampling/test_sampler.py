@@ -1,0 +1,80 @@
+"""Drawing pictures by hand: what the network is given, which caption is the null one, and whose picture is whose."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from ecdit.data.text import EOS, PAD, tokenize, train_vocabulary
+from ecdit.diffusion.flow import sample_keys, sample_noise
+from ecdit.diffusion.guidance import GuidanceConfig
+from ecdit.partitioning import make_mesh
+from ecdit.sampling.sampler import make_sampler, sample_pictures
+from tests.knowing import DATA, PIXEL, KnowingSystem
+from tests.runs import tiny
+
+LENGTH, BATCH = 12, 4
+PROMPTS = ["red heart", "tiger", "owl", "red heart", "flag of Chad", "fire"]
+REPEATS = [0, 0, 0, 1, 0, 0]
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """What the knowing network was given in four guided steps, the pictures, and the noise they were drawn from."""
+    experiment = tiny(mesh__data=1, sampling__batch_size=BATCH)
+    config = dataclasses.replace(
+        experiment.sampling, num_steps=4, guidance=GuidanceConfig(3.0, "plain"), original_size=97, solver="euler"
+    )
+    system = KnowingSystem(experiment)
+    sampler = make_sampler(system, config, make_mesh(experiment.mesh, jax.devices()[:1]))
+    keys = sample_keys(0, PROMPTS[:BATCH], REPEATS[:BATCH])
+    tokens = np.ones((BATCH, experiment.data.caption_length), np.int32)
+    pictures = np.asarray(sampler(system.params(), tokens, tokens[:1], keys))
+    noise = sample_noise(keys, (*pictures.shape[1:3], experiment.model.latent_channels))
+    return system.taken(), pictures, np.asarray(noise)
+
+
+def test_a_network_that_knows_the_picture_draws_it(drawn):
+    """From t = 1 on, a velocity of (x_t - data) / t leads to the data, if t is the time that the network is told."""
+    assert (drawn[1] == PIXEL).all()
+
+
+def test_the_network_is_given_the_noise_and_each_step_s_time(drawn):
+    """Each image is followed by its twin with the null caption."""
+    given, _, noise = drawn
+    order = np.argsort(-given["time"], kind="stable")  # of the records: a callback may be late
+    time = given["time"][order].reshape(4, 2 * BATCH)
+    np.testing.assert_allclose(time, np.repeat([[1, 0.75, 0.5, 0.25]], 2 * BATCH, axis=0).T)
+    x_t = given["latents"][order].reshape(4, BATCH, 2, *noise.shape[1:])
+    for step, t in enumerate((1, 0.75, 0.5, 0.25)):
+        for twin in range(2):
+            np.testing.assert_allclose(x_t[step, :, twin], t * noise + (1 - t) * DATA, atol=1e-5)
+
+
+def test_micro_conditions_are_the_original_size_and_no_crop_in_the_order_of_the_data(drawn):
+    np.testing.assert_array_equal(drawn[0]["size_crop"], [[97, 97, 0, 0]] * (4 * 2 * BATCH))
+
+
+@pytest.fixture(scope="module")
+def vocabulary(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("vocabulary")
+    train_vocabulary(PROMPTS, 300, directory / "vocabulary.model")
+    return directory
+
+
+def test_each_picture_is_of_its_prompt_and_the_null_caption_is_the_empty_one_with_its_end(vocabulary):
+    """Six prompts in batches of four; a sampler whose pictures are what it is given."""
+    config, seen = dataclasses.replace(tiny().sampling, batch_size=BATCH, seed=3), []
+
+    def sampler(params, tokens, null_tokens, keys):
+        seen.append((params, null_tokens))
+        return {"tokens": tokens, "keys": jax.random.key_data(keys)}
+
+    given = sample_pictures(sampler, "ema", lambda texts: tokenize(vocabulary, texts, LENGTH), PROMPTS, REPEATS, config)
+    np.testing.assert_array_equal(given["tokens"], tokenize(vocabulary, PROMPTS, LENGTH))
+    np.testing.assert_array_equal(given["keys"], jax.random.key_data(sample_keys(3, PROMPTS, REPEATS)))
+    assert len(seen) == 2
+    for params, null_tokens in seen:
+        assert params == "ema"
+        np.testing.assert_array_equal(null_tokens, [[EOS] + [PAD] * (LENGTH - 1)])

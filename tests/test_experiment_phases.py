@@ -1,0 +1,135 @@
+"""Phases: what a run changes after so many steps."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ecdit.checkpoints import restore as checkpoint
+from ecdit.checkpoints.restore import CheckpointError, Meta
+from ecdit.config import ConfigError, to_dict
+from ecdit.data import DataError
+from ecdit.data.records import check_vocabularies, dataset_directory
+from ecdit.data.text import VOCABULARY
+from ecdit.experiment import check_mesh, make_experiment
+from ecdit.partitioning import make_mesh
+from ecdit.runs import training_run as loop
+from tests.runs import tiny
+
+SMALLER = {"after": 4, "changes": {"train.batch_size": 8, "optimizer.learning_rate": 1e-3}}
+UNMASKED = {"after": 7, "changes": {"model.mask_ratio": 0.0, "model.capacity_factor": 1.5}}
+
+
+def phased(*phases, **changes):
+    return tiny(train__num_steps=10, phases=phases, **changes)
+
+
+def test_parts_by_hand():
+    """Each phase differs from the one before it; rows count on: 4 batches of 16, then batches of 8."""
+    experiment = phased(SMALLER, UNMASKED)
+    first, second, third = parts = experiment.parts()
+    assert [part[:3] for part in parts] == [(0, 4, 0), (4, 7, 64), (7, 10, 88)]
+    assert first.experiment == tiny(train__num_steps=10)
+    changed = [(p.experiment.train.batch_size, p.experiment.optimizer.learning_rate) for p in parts]
+    assert changed == [(16, 1e-4), (8, 1e-3), (8, 1e-3)]
+    assert [part.experiment.model.mask_ratio for part in parts] == [0.5, 0.5, 0.0]
+    assert third.experiment.model.capacity_factor == 1.5
+    assert [experiment.next_row(step) for step in (0, 1, 4, 5, 7, 10)] == [0, 16, 64, 72, 88, 112]
+    assert [experiment.part_of(step) for step in (0, 1, 4, 5, 7, 8, 10)] == [*[first] * 3, *[second] * 2, *[third] * 2]
+
+
+def test_without_phases_there_is_one_part():
+    experiment = tiny(train__num_steps=10)
+    assert [part[:3] for part in experiment.parts()] == [(0, 10, 0)]
+    assert experiment.parts()[0].experiment == experiment
+
+
+def test_phases_survive_json():
+    experiment = phased(SMALLER, UNMASKED)
+    assert make_experiment(json.loads(json.dumps(to_dict(experiment)))) == experiment
+
+
+@pytest.mark.parametrize(
+    ("phases", "key", "said"),
+    [
+        ([UNMASKED, SMALLER], "phases[1].after", "must be above 7 and below 10, train.num_steps"),
+        ([UNMASKED | {"after": 10}], "phases[0].after", "must be above 0 and below 10"),
+        ([UNMASKED | {"after": 0}], "phases[0].after", "must be 1 or more"),
+        ([{"after": 4}], "phases[0].changes", "missing"),
+        ([SMALLER | {"steps": 3}], "phases[0].steps", "unknown key"),
+        ([SMALLER, {"after": 5, "changes": {"model.width": 64}}], "phases[1].changes.model.width", "can change model."),
+        ([{"after": 4, "changes": {"train.batch_size": 0}}], "phases[0].train.batch_size", "must be 1 or more"),
+        ([{"after": 4, "changes": {"train.batch_size": "8"}}], "phases[0].train.batch_size", "must be int"),
+        ([{"after": 4, "changes": {"model.latent_size": 16}}], "phases[0].data.image_size", "takes pictures of 16"),
+        (["later"], "phases[0]", "must be a group of keys"),
+        ([{"after": 4, "changes": 3}], "phases[0].changes", "must be a mapping"),
+    ],
+)
+def test_impossible_phases_are_refused_by_name(phases, key, said):
+    said = said.replace("takes pictures of 16", "take pictures of 16")
+    with pytest.raises(ConfigError) as error:
+        phased(*phases)
+    assert error.value.key == key
+    assert said in str(error.value)
+
+
+def test_every_phase_must_fit_the_mesh():
+    mesh = make_mesh(tiny().mesh, jax.devices())
+    check_mesh(phased(SMALLER), mesh)
+    with pytest.raises(ConfigError, match=r"train\.batch_size = 4: must be a multiple of 8"):
+        check_mesh(phased(SMALLER, {"after": 6, "changes": {"train.batch_size": 4}}), mesh)
+
+
+def test_phases_that_have_not_begun_may_change():
+    def resume(before, now, step):
+        saved = Meta(checkpoint.FORMAT, to_dict(before), 0, "data", {}, {})
+        checkpoint.check_resume(saved, now, "data", step)
+
+    later = {"after": 8, "changes": {"train.batch_size": 16}}
+    resume(phased(SMALLER, UNMASKED), phased(SMALLER, later), 7)
+    resume(phased(), phased(SMALLER), 4)
+    for before, now, step in (
+        (phased(SMALLER, UNMASKED), phased(SMALLER, later), 8),
+        (phased(), phased(SMALLER), 5),
+        (phased(SMALLER), phased(), 5),
+    ):
+        with pytest.raises(CheckpointError, match=r"config\.phases: saved "):
+            resume(before, now, step)
+
+
+@pytest.mark.parametrize("stop", [3, 4])
+def test_a_new_phase_begins_without_a_usual_loss_and_a_resumed_one_goes_on_with_it(toy, monkeypatch, stop):
+    """Losses of other pictures or masks are no measure of what is a spike. Steps 4 and later are the second phase's."""
+    seen, step = {}, loop.make_train_step()
+
+    def record(state, batch):
+        number = int(state.step) + 1
+        seen[number] = float(state.usual_loss)
+        state, metrics = step(state, batch)
+        return dataclasses.replace(state, usual_loss=jnp.full_like(state.usual_loss, number)), metrics
+
+    def fail():
+        raise ConnectionError
+
+    monkeypatch.setattr(loop, "make_train_step", lambda *_: record)
+    monkeypatch.setattr(loop, "check_vocabularies", lambda configs: None)
+    phases = [{"after": 3, "changes": {"optimizer.learning_rate": 1e-3}}]
+    toy.at[stop + 1] = fail
+    with pytest.raises(ConnectionError):
+        toy.train(num_steps=5, every=stop, phases=phases)
+    toy.at.clear()
+    assert toy.train(num_steps=5, every=stop, phases=phases) == 0
+    assert seen == {1: np.inf, 2: 1.0, 3: 2.0, 4: np.inf, 5: 4.0}
+
+
+def test_data_sets_of_one_run_share_their_vocabulary(tmp_path):
+    configs = [dataclasses.replace(tiny().data, directory=str(tmp_path / name)) for name in "abc"]
+    for config, content in zip(configs, (b"x", b"x", b"y"), strict=True):
+        dataset_directory(config).mkdir(parents=True)
+        (dataset_directory(config) / VOCABULARY).write_bytes(content)
+    check_vocabularies(configs[:2])
+    with pytest.raises(DataError, match=rf"^{tmp_path}/c/emoji has another vocabulary than {tmp_path}/a/emoji"):
+        check_vocabularies(configs)
