@@ -85,6 +85,7 @@ def get_config(name: str = "XL-32E") -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
 
+    config.denoiser = "ec_dit"  # the paper's, or FILE.py:Class, one of your own (docs/model.md)
     config.model = model = ConfigDict()
     model.latent_size = 32  # latent pixels along a side: 256 px [P] / 8
     model.latent_channels = 8  # [S]; 4 in the public SD VAE
@@ -112,6 +113,7 @@ def get_config(name: str = "XL-32E") -> ConfigDict:
     model.router_z_loss = 0.0
     model.router_init_std = 0.006  # [?]
     model.group = "1024"  # tokens that compete in training: eight masked images [N]
+    model.sampling_group = "image"  # in sampling: an image must not depend on its neighbours [A]; 512 in the paper [N]
     model.dispatch = "gather"  # gather | one_hot: the same result
     model.moe_output_norm = "expert"  # sandwich [S] | none | expert [?]: compared in docs/emoji.md
     model.mask_ratio = 0.5  # share of tokens dropped in training [P]
@@ -128,8 +130,10 @@ def get_config(name: str = "XL-32E") -> ConfigDict:
     text.heads = 20  # [S]
     text.activation = "gelu"  # gelu | quick_gelu
     text.frozen = True  # [S]
+    text.remat = "minimal"  # as model.remat
+    text.dtype = "bfloat16"  # of activations
 
-    config.codec = "latents"  # the data holds them
+    config.autoencoder = "latents"  # the data holds them
 
     config.data = data = ConfigDict()
     data.task = "random_latents"
@@ -203,7 +207,6 @@ def get_config(name: str = "XL-32E") -> ConfigDict:
     sampling.guidance = ConfigDict()
     sampling.guidance.scale = 7.5  # [S]; 1 is the conditional model
     sampling.guidance.mode = "plain"  # plain | renormalized [S]
-    sampling.group = "image"  # a picture must not depend on its neighbours [A]; 512 in the paper [N]
     sampling.original_size = 256  # pixels, the micro-condition
     sampling.batch_size = 1024  # pictures
     sampling.seed = 0

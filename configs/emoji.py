@@ -26,8 +26,9 @@ def get_config(length: str = "quick") -> ConfigDict:
     config = ConfigDict()
     config.seed = 0
 
+    config.denoiser = "ec_dit"  # the paper's, or FILE.py:Class, one of your own (docs/model.md)
     config.model = model = ConfigDict()
-    model.latent_size = 32  # latent pixels along a side: pixels here, as the codec is the identity
+    model.latent_size = 32  # latent pixels along a side: pixels here, as the autoencoder is the identity
     model.latent_channels = 3
     model.patch_size = 4  # latent pixels; 2 in the paper [P]
     model.width = 128
@@ -53,6 +54,7 @@ def get_config(length: str = "quick") -> ConfigDict:
     model.router_z_loss = 0.0  # 5e-7 in arXiv 2604.12163
     model.router_init_std = 0.006  # [?]
     model.group = "image"  # tokens that compete in training: image, or a number of tokens; 1024 in the paper [N]
+    model.sampling_group = "image"  # the same in sampling: an image must not depend on its neighbours [A]
     model.dispatch = "gather"  # gather | one_hot: the same result
     model.moe_output_norm = "expert"  # sandwich [S] | none | expert [?]: compared in docs/emoji.md
     model.mask_ratio = 0.0  # share of tokens dropped in training; 0.5 in the paper [P]
@@ -69,8 +71,10 @@ def get_config(length: str = "quick") -> ConfigDict:
     text.heads = 4
     text.activation = "gelu"  # gelu | quick_gelu
     text.frozen = False  # True at the paper's scale [S]
+    text.remat = "none"  # as model.remat
+    text.dtype = "float32"  # of activations
 
-    config.codec = "identity"  # latents are pixels | latents: the data holds them
+    config.autoencoder = "identity"  # latents are pixels | latents: the data holds them
 
     config.data = data = ConfigDict()
     data.task = "emoji"
@@ -144,7 +148,6 @@ def get_config(length: str = "quick") -> ConfigDict:
     sampling.guidance = ConfigDict()
     sampling.guidance.scale = 3.0  # 7.5 in the sister paper [S]; 1 is the conditional model
     sampling.guidance.mode = "plain"  # plain | renormalized [S]
-    sampling.group = "image"  # a picture must not depend on its neighbours [A]
     sampling.original_size = 72  # pixels, the micro-condition
     sampling.batch_size = 32  # pictures
     sampling.seed = 0

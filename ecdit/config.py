@@ -12,7 +12,7 @@ import dataclasses
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from ecdit.errors import UserError
 
@@ -45,6 +45,8 @@ def build(cls: type[T], values: Mapping[str, Any]) -> T:
     """
     known = {field.name for field in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
+    if hasattr(cls, "field_types"):  # types that depend on another field's value
+        hints |= cls.field_types(values)
     for key in values:
         if key not in known:
             raise ConfigError(key, values[key], f"unknown key; {cls.__name__} has {', '.join(sorted(known))}")
@@ -76,6 +78,27 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+# Metadata of a config field whose value may change: when a run resumes, from one phase of a run to the next, or both.
+# All other fields are fixed from a run's first step to its last.
+RESUME: Mapping[str, Any] = {"may_change": ("resume",)}
+PHASE: Mapping[str, Any] = {"may_change": ("phase",)}
+RESUME_OR_PHASE: Mapping[str, Any] = {"may_change": ("resume", "phase")}
+
+
+def changeable(config: Any, when: Literal["resume", "phase"], prefix: str = "") -> set[str]:
+    """Returns the dotted keys of a config dataclass whose values may change `when`: see RESUME and PHASE."""
+    keys: set[str] = set()
+    for field in dataclasses.fields(config):
+        value, key = getattr(config, field.name), prefix + field.name
+        if when not in field.metadata.get("may_change", ()):
+            keys |= changeable(value, when, f"{key}.") if dataclasses.is_dataclass(value) else set()
+        elif dataclasses.is_dataclass(value):  # the whole group
+            keys |= flatten(to_dict(value), f"{key}.").keys()
+        else:
+            keys.add(key)
+    return keys
 
 
 def _describe(hint: Any) -> str:

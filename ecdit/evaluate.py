@@ -13,7 +13,7 @@ from ecdit.data.records import Records
 from ecdit.errors import UserError
 from ecdit.evaluation.retrieval import NUM_CAPTIONS, fixed_choice, protocol, recall, target_ranks
 from ecdit.files import check_writable
-from ecdit.runs.trained_run import open_run, sample_run
+from ecdit.runs.trained_run import open_run, sample_run, saved_experiment
 from ecdit.storage import as_path
 
 WORKDIR = flags.DEFINE_string("workdir", None, "The run.", required=True)
@@ -36,7 +36,8 @@ def main(argv: list[str]) -> None:
 def retrieval(workdir: Path, step: int | None, count: int) -> dict:
     """Samples `count` training captions, 0 for all; prints and returns how often their pictures are the nearest."""
     start = time.monotonic()
-    run = open_run(workdir, step=step)
+    own_group = ["model.sampling_group=image"] if hasattr(saved_experiment(workdir).model, "sampling_group") else []
+    run = open_run(workdir, own_group, step)
     records = list(Records(run.experiment.data))
     chosen = fixed_choice(len(records), count or len(records))
     sampling = protocol(run.experiment.sampling)

@@ -15,6 +15,7 @@ from ecdit.runs.trained_run import open_run, sample_run, saved_experiment
 from ecdit.sampling.grids import save_grid, save_png
 from ecdit.sampling.routing_maps import draw_maps
 from ecdit.storage import as_path
+from ecdit.system import make_system
 
 WORKDIR = flags.DEFINE_string("workdir", None, "The run to sample from.", required=True)
 OUT = flags.DEFINE_string("out", None, "Directory for the pictures, grid.png and manifest.json.", required=True)
@@ -58,8 +59,10 @@ def main(argv: list[str]) -> None:
     repeats = [i % REPEATS.value for i in range(len(prompts))]
     out = Path(OUT.value)
     check_writable(out / "grid.png")
-    if EXPERTS.value and saved_experiment(as_path(WORKDIR.value), SET.value).model.ffn == "dense":
-        raise UserError(f"--experts: the model of {WORKDIR.value} is dense, it has no experts to count")
+    if EXPERTS.value:
+        system = make_system(saved_experiment(as_path(WORKDIR.value), SET.value).system)
+        if not system.parts.denoiser.counts_experts():
+            raise UserError(f"--experts: the model of {WORKDIR.value} has no experts to count")
     run = open_run(as_path(WORKDIR.value), SET.value, STEP.value)
     drawn = sample_run(run, prompts, repeats, with_experts=EXPERTS.value)
     pictures, counts = drawn if EXPERTS.value else (drawn, None)

@@ -149,7 +149,7 @@ def read_all(paths: list[Path]) -> list[bytes]:
     return [found[str(path).removeprefix("gs://")] for path in paths]
 
 
-class Parts:
+class AppendedObjects:
     """Stands for a file that is appended to: what is written becomes objects, one for each flush that is due."""
 
     def __init__(self, name: Callable[[bytes], Path]):

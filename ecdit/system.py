@@ -1,60 +1,113 @@
-"""The whole model: text tower, codec and denoiser, and its parameters as a nested dict."""
+"""The whole model: text encoder, autoencoder and denoiser, its parameters as a nested dict, and its FLOPs."""
 
 import dataclasses
+import functools
+import hashlib
+import importlib.util
+import re
+from pathlib import Path
 from typing import Any, Literal
 
 import jax
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
-from ecdit.config import require
-from ecdit.encoders.autoencoder import CODECS
-from ecdit.encoders.flops import text_part
+from ecdit.components import Autoencoder, Denoiser, DenoiserConfig, Mode, PartFlops, TextEncoder, total_flops
+from ecdit.config import ConfigError, require
+from ecdit.encoders.autoencoder import AUTOENCODERS
 from ecdit.encoders.text_tower import TextConfig, TextTower
-from ecdit.models.config import DiTConfig
 from ecdit.models.dit import DiT
-from ecdit.models.flops import Part, denoiser_parts, total_flops
 from ecdit.partitioning import param_shardings
 
 Params = dict[str, Any]
+
+PAPERS = "ec_dit"  # the name of the paper's denoiser, as configs write it
 
 
 @dataclasses.dataclass(frozen=True)
 class SystemConfig:
     """What a text-to-image model is made of."""
 
-    model: DiTConfig
+    denoiser: str  # "ec_dit", or a user's own as FILE.py:Class: see `denoiser_class`
+    model: DenoiserConfig  # the denoiser's own
     text: TextConfig
-    codec: Literal["identity", "latents"]
+    autoencoder: Literal["identity", "latents"]
     caption_length: int  # L, tokens
 
     def __post_init__(self):
-        channels = CODECS[self.codec].channels
+        channels = self.make_autoencoder().latent_shape(self.image_size)[2]
         require(
-            channels in (None, self.model.latent_channels),
+            channels == self.model.latent_channels,
             "model.latent_channels",
             self.model.latent_channels,
-            f"the {self.codec} codec has {channels}",
+            f"the {self.autoencoder} autoencoder has {channels}",
         )
+
+    def make_autoencoder(self) -> Autoencoder:
+        """Returns the autoencoder."""
+        return AUTOENCODERS[self.autoencoder](self.model.latent_channels)
 
     @property
     def image_size(self) -> int:
-        """Side of a picture, pixels."""
-        return self.model.latent_size * CODECS[self.codec].downsampling
+        """Side of an image, pixels."""
+        return self.model.latent_size * AUTOENCODERS[self.autoencoder].downsampling
 
     @property
-    def has_pictures(self) -> bool:
-        """Whether latents can be made of pictures and pictures of latents."""
-        return CODECS[self.codec].has_pictures
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of an image's latents."""
+        return self.model.latent_size, self.model.latent_size, self.model.latent_channels
+
+    @property
+    def has_images(self) -> bool:
+        """Whether latents can be made of images and images of latents."""
+        return AUTOENCODERS[self.autoencoder].has_images
+
+
+@functools.cache
+def denoiser_class(name: str) -> type[Denoiser]:
+    """Returns the class of a denoiser: of "ec_dit" the paper's, of "FILE.py:Class" that of a user's file.
+
+    Raises:
+      ConfigError: no such file or class, or a class without a `Config` dataclass.
+    """
+    if name == PAPERS:
+        return DiT
+    path, colon, attribute = name.rpartition(":")
+    fits = bool(colon) and path.endswith(".py") and attribute.isidentifier()
+    require(fits, "denoiser", name, f'must be "{PAPERS}" or FILE.py:Class')
+    require(Path(path).is_file(), "denoiser", name, f"there is no file {path}")
+    # A name of its own in sys.modules would be taken by the next file that is called the same.
+    spec = importlib.util.spec_from_file_location(re.sub(r"\W", "_", path), path)
+    if spec is None or spec.loader is None:
+        raise ConfigError("denoiser", name, f"{path} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found = getattr(module, attribute, None)
+    require(isinstance(found, type), "denoiser", name, f"{path} has no class {attribute}")
+    config = getattr(found, "Config", None)
+    require(dataclasses.is_dataclass(config), "denoiser", name, f"{attribute} needs a dataclass as its `Config`")
+    return found
+
+
+def user_files(denoiser: str) -> dict[str, str]:
+    """Returns the sha256 of the user's file that a denoiser is from, by its path; nothing for the paper's."""
+    if denoiser == PAPERS:
+        return {}
+    path = denoiser.rpartition(":")[0]
+    return {path: hashlib.sha256(Path(path).read_bytes()).hexdigest()}
 
 
 class TextToImage(nnx.Module):
-    """Text tower, codec and denoiser."""
+    """Text encoder, autoencoder and denoiser."""
+
+    text: TextEncoder
+    autoencoder: Autoencoder
+    denoiser: Denoiser
 
     def __init__(self, config: SystemConfig, rngs: nnx.Rngs):
         self.text = TextTower(config.text, config.caption_length, rngs)
-        self.codec = CODECS[config.codec]()
-        self.denoiser = DiT(config.model, config.text.width, rngs)
+        self.autoencoder = config.make_autoencoder()
+        self.denoiser = denoiser_class(config.denoiser)(config.model, config.text.width, rngs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,17 +118,22 @@ class System:
     graphdef: nnx.GraphDef
     abstract: nnx.State  # Params of ShapeDtypeStructs, with their logical axes
 
+    @functools.cached_property
+    def parts(self) -> TextToImage:
+        """The model with shapes for parameters: for the methods of components that need none."""
+        return nnx.merge(self.graphdef, self.abstract)
+
     def init(self, key: jax.Array) -> Params:
         """Draws the parameters, float32; call it inside jit with out_shardings, so that they are created sharded."""
         with nnx.use_eager_sharding(False):
             return nnx.to_pure_dict(nnx.state(TextToImage(self.config, nnx.Rngs(key)), nnx.Param))
 
     def shapes(self) -> Params:
-        """Shapes and dtypes of what `init` draws; touches no device."""
+        """Returns shapes and dtypes of what `init` draws; touches no device."""
         return nnx.to_pure_dict(self.abstract)
 
     def split(self, params: Params) -> tuple[Params, Params]:
-        """What is trained of a dict like `init`'s, and what is frozen; `{**trained, **frozen}` is the whole again."""
+        """Splits a dict like `init`'s into what is trained and what is frozen; `{**trained, **frozen}` is the whole."""
         frozen = {"text"} if self.config.text.frozen else set()
         return (
             {name: part for name, part in params.items() if name not in frozen},
@@ -83,33 +141,34 @@ class System:
         )
 
     def bind(self, params: Params) -> TextToImage:
-        """The model with these parameters, all of them."""
+        """Returns the model with these parameters, all of them."""
         return nnx.merge(self.graphdef, nnx.State(params))
 
     def shardings(self, mesh: Mesh | AbstractMesh) -> dict[str, Any]:
-        """Where each parameter lives; see `partitioning.param_shardings` for what it refuses."""
+        """Returns where each parameter lives; see `partitioning.param_shardings` for what it refuses."""
         return param_shardings(self.abstract, mesh)
 
+    def denoiser_flops(self, mode: Mode) -> tuple[PartFlops, ...]:
+        """Returns the denoiser's work on one image, forward."""
+        return self.parts.denoiser.flops(mode, self.config.text.width, self.config.caption_length)
 
+    def forward_flops(self, mode: Mode) -> tuple[PartFlops, ...]:
+        """Returns the work on one image and its caption, forward: the denoiser's and the text encoder's."""
+        return (*self.denoiser_flops(mode), self.parts.text.flops(self.config.caption_length))
+
+    def training_flops(self) -> float:
+        """Returns an image's share of a step: forward, and twice that backward, but for a text encoder that is frozen.
+
+        What remat computes again is not the model's and does not count, so a rate of these is a model FLOP/s
+        (arXiv 2204.02311, appendix B).
+        """
+        untrained = self.parts.text.flops(self.config.caption_length).flops if self.config.text.frozen else 0.0
+        return 3 * total_flops(self.forward_flops("train")) - 2 * untrained
+
+
+@functools.lru_cache(maxsize=16)  # tracing a large model takes a second, and a start asks for it several times
 def make_system(config: SystemConfig) -> System:
-    """The structure of the model that `config` describes; allocates nothing."""
+    """Returns the structure of the model that `config` describes; allocates nothing."""
     with nnx.use_eager_sharding(False):
         graphdef, abstract = nnx.split(nnx.eval_shape(lambda: TextToImage(config, nnx.Rngs(0))), nnx.Param)
     return System(config, graphdef, abstract)
-
-
-def forward_parts(system: SystemConfig, tokens: int, group: str) -> tuple[Part, ...]:
-    """One image and its caption, forward; `tokens` and `group` as in `models.sizes.denoiser_parts`."""
-    denoiser = denoiser_parts(system.model, system.text.width, system.caption_length, tokens, group)
-    return (*denoiser, text_part(system.text, system.caption_length))
-
-
-def training_flops(system: SystemConfig) -> float:
-    """An image's share of a training step: forward, and twice that backward, but for a text tower that is frozen.
-
-    What remat computes again is not the model's and does not count, so a rate of these is a model FLOP/s
-    (arXiv 2204.02311, appendix B).
-    """
-    parts = forward_parts(system, system.model.num_kept, system.model.group)
-    untrained = text_part(system.text, system.caption_length).flops if system.text.frozen else 0.0
-    return 3 * total_flops(parts) - 2 * untrained

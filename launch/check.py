@@ -10,7 +10,6 @@ import jax
 
 from ecdit.config import ConfigError
 from ecdit.experiment import Experiment, check_mesh
-from ecdit.models.config import group_size
 from ecdit.partitioning import MeshConfig, abstract_mesh, batch_shards
 from ecdit.planning.cache import cached_plan
 from ecdit.planning.compiler import DoesNotFit, find_target, use_compiler
@@ -46,9 +45,9 @@ def make_job(
     state = abstract_state(
         system, optimizer, state_shardings(system, optimizer, mesh)
     )  # refuses what cannot be laid out
-    train, model = experiment.train, experiment.model
+    train = experiment.train
     images = train.batch_size // (batch_shards(mesh) * train.accumulation)
-    size = group_size(model.group, model.num_kept)
+    together = system.parts.denoiser.images_together("train")
     return Job(
         name=check_name(name) if name else job_name(workdir),
         slice=where,
@@ -61,7 +60,7 @@ def make_job(
         ),
         mesh=dict(mesh.shape),
         batch=f"{train.batch_size} images: {images} to each of {batch_shards(mesh)} parts, "
-        f"{images * model.num_kept // size} groups of {size} tokens",
+        f"{together} at a time compete for experts",
         checkpoint_bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)),
     )
 

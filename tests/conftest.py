@@ -73,6 +73,14 @@ def emoji_data(shared):
     return directory
 
 
+@pytest.fixture
+def toy(tmp_path):
+    """A run of a toy in the model's place; its data is a counter."""
+    from tests.checkpoints.toy import Toy
+
+    return Toy(tmp_path / "run")
+
+
 # Where the files are that take longest. The workers begin with them, so that none is left with one at the end.
 LONGEST = ("tests/system/", "tests/benchmarks/", "tests/planning/", "tests/faults/", "tests/launch/", "tests/training/")
 

@@ -1,6 +1,6 @@
 """A system whose network knows the data, and records what it is given: what it predicts is known by hand.
 
-It stands in the place of `conditioning.text_to_image.System` and compiles in a second. A real network that is told a
+It stands in the place of `system.System` and compiles in a second. A real network that is told a
 wrong time or mask still learns, so the losses of a real one do not show such faults.
 """
 
@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ecdit.components import TextStates
-from ecdit.encoders.autoencoder import CODECS
-from ecdit.models.embeddings import patchify
+from ecdit.components import Prediction, TextStates
+from ecdit.models.dit import kept_tokens
 from ecdit.models.moe import RoutingReport
+from ecdit.models.routing_metrics import coverage, routing_losses
 from ecdit.partitioning import replicated
+from ecdit.system import make_system
 
 PIXEL = 51  # of every picture, in all three channels
 DATA = PIXEL / 127.5 - 1
@@ -30,6 +31,7 @@ class KnowingSystem:
 
     def __init__(self, experiment):
         self.config, self.given = experiment.system, []
+        self.parts = SimpleNamespace(denoiser=make_system(self.config).parts.denoiser)
 
     def params(self, error=0.0):
         return {"denoiser": {"pairs": {"even": {}}, "error": np.float32(error)}}
@@ -44,32 +46,38 @@ class KnowingSystem:
         return params, {}
 
     def bind(self, params):
-        codec = CODECS["identity"]()
-        return SimpleNamespace(codec=codec, text=self._text, denoiser=lambda *given: self._denoise(params, *given))
+        autoencoder = self.config.make_autoencoder()
+        denoiser = lambda *given: self._denoise(params, *given)  # noqa: E731
+        return SimpleNamespace(autoencoder=autoencoder, text=self._text, denoiser=denoiser)
 
-    def _text(self, tokens, dtype, remat):
-        del remat
-        states = jnp.zeros((*tokens.shape, self.config.text.width), dtype)
+    def _text(self, tokens):
+        states = jnp.zeros((*tokens.shape, self.config.text.width))
         return TextStates(states, tokens > 0, states[:, 0])
 
-    def _denoise(self, params, latents, time, text, size_crop, kept, group_size):
-        del text, group_size
+    def _denoise(self, params, latents, time, text, size_crop, mask_keys, mode):
+        del text
         model, (batch, side, _, channels) = self.config.model, latents.shape
         dropped = jnp.zeros((batch, model.num_tokens))
-        if kept is not None:
+        if mask_keys is not None and model.mask_ratio:
+            kept = jax.vmap(lambda key: kept_tokens(key, model))(mask_keys)
             dropped = jax.vmap(lambda row: jnp.ones(model.num_tokens).at[row].set(0.0))(kept)
         given = {"latents": latents, "time": time, "size_crop": size_crop, "dropped": dropped}
         jax.debug.callback(lambda **arrays: self.given.append(jax.tree.map(np.asarray, arrays)), **given)
         assert (side, channels) == (model.latent_size, model.latent_channels)
-        velocity = patchify((latents - DATA) / time[:, None, None, None], model.patch_size)
+        velocity = (latents - DATA) / time[:, None, None, None]
         wrong = params["denoiser"]["error"] * time[:, None] * (1 + dropped)
+        wrong = wrong.reshape(batch, model.grid, model.grid)
+        wrong = wrong.repeat(model.patch_size, axis=1).repeat(model.patch_size, axis=2)
         report = RoutingReport(
             experts_per_token=jnp.broadcast_to(jnp.floor(5 * time).astype(jnp.int32)[None, :, None], (1, batch, 1)),
             balance_loss=time.mean(keepdims=True)[None],
             drop_rate=2 * time.mean(keepdims=True)[None],
             z_loss=3 * time.mean(keepdims=True)[None],
         )
-        return velocity + wrong[..., None], report
+        if mode == "sample":
+            return Prediction(velocity, 1 - dropped, jnp.float32(0), {"experts_per_token": report.experts_per_token})
+        loss, metrics = routing_losses(report, model)
+        return Prediction(velocity + wrong[..., None], 1 - dropped, loss, metrics | coverage(report))
 
     def taken(self):
         """What the network was given since the last call of this, rows of microbatches in the order of its calls."""

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from ecdit.checkpoints import restore as checkpoint
+from ecdit.checkpoints.compatibility import check_resume
 from ecdit.checkpoints.restore import CheckpointError, Meta
-from ecdit.config import ConfigError, to_dict
+from ecdit.config import ConfigError, changeable, to_dict
 from ecdit.data import DataError
 from ecdit.data.records import check_vocabularies, dataset_directory
 from ecdit.data.text import VOCABULARY
 from ecdit.experiment import check_mesh, make_experiment
 from ecdit.partitioning import make_mesh
-from ecdit.runs import training_run as loop
 from tests.runs import tiny
 
 SMALLER = {"after": 4, "changes": {"train.batch_size": 8, "optimizer.learning_rate": 1e-3}}
@@ -30,7 +30,7 @@ def phased(*phases, **changes):
 def test_parts_by_hand():
     """Each phase differs from the one before it; rows count on: 4 batches of 16, then batches of 8."""
     experiment = phased(SMALLER, UNMASKED)
-    first, second, third = parts = experiment.parts()
+    first, second, third = parts = experiment.resolved_phases()
     assert [part[:3] for part in parts] == [(0, 4, 0), (4, 7, 64), (7, 10, 88)]
     assert first.experiment == tiny(train__num_steps=10)
     changed = [(p.experiment.train.batch_size, p.experiment.optimizer.learning_rate) for p in parts]
@@ -38,13 +38,13 @@ def test_parts_by_hand():
     assert [part.experiment.model.mask_ratio for part in parts] == [0.5, 0.5, 0.0]
     assert third.experiment.model.capacity_factor == 1.5
     assert [experiment.next_row(step) for step in (0, 1, 4, 5, 7, 10)] == [0, 16, 64, 72, 88, 112]
-    assert [experiment.part_of(step) for step in (0, 1, 4, 5, 7, 8, 10)] == [*[first] * 3, *[second] * 2, *[third] * 2]
+    assert [experiment.phase_of(step) for step in (0, 1, 4, 5, 7, 8, 10)] == [*[first] * 3, *[second] * 2, *[third] * 2]
 
 
 def test_without_phases_there_is_one_part():
     experiment = tiny(train__num_steps=10)
-    assert [part[:3] for part in experiment.parts()] == [(0, 10, 0)]
-    assert experiment.parts()[0].experiment == experiment
+    assert [part[:3] for part in experiment.resolved_phases()] == [(0, 10, 0)]
+    assert experiment.resolved_phases()[0].experiment == experiment
 
 
 def test_phases_survive_json():
@@ -60,7 +60,7 @@ def test_phases_survive_json():
         ([UNMASKED | {"after": 0}], "phases[0].after", "must be 1 or more"),
         ([{"after": 4}], "phases[0].changes", "missing"),
         ([SMALLER | {"steps": 3}], "phases[0].steps", "unknown key"),
-        ([SMALLER, {"after": 5, "changes": {"model.width": 64}}], "phases[1].changes.model.width", "can change model."),
+        ([SMALLER, {"after": 5, "changes": {"model.width": 64}}], "phases[1].changes.model.width", "can change data."),
         ([{"after": 4, "changes": {"train.batch_size": 0}}], "phases[0].train.batch_size", "must be 1 or more"),
         ([{"after": 4, "changes": {"train.batch_size": "8"}}], "phases[0].train.batch_size", "must be int"),
         ([{"after": 4, "changes": {"model.latent_size": 16}}], "phases[0].data.image_size", "takes pictures of 16"),
@@ -69,7 +69,7 @@ def test_phases_survive_json():
     ],
 )
 def test_impossible_phases_are_refused_by_name(phases, key, said):
-    said = said.replace("takes pictures of 16", "take pictures of 16")
+    said = said.replace("takes pictures of 16", "take images of 16")
     with pytest.raises(ConfigError) as error:
         phased(*phases)
     assert error.value.key == key
@@ -86,7 +86,7 @@ def test_every_phase_must_fit_the_mesh():
 def test_phases_that_have_not_begun_may_change():
     def resume(before, now, step):
         saved = Meta(checkpoint.FORMAT, to_dict(before), 0, "data", {}, {})
-        checkpoint.check_resume(saved, now, "data", step)
+        check_resume(saved, to_dict(now), changeable(now, "resume"), "data", step)
 
     later = {"after": 8, "changes": {"train.batch_size": 16}}
     resume(phased(SMALLER, UNMASKED), phased(SMALLER, later), 7)
@@ -101,9 +101,9 @@ def test_phases_that_have_not_begun_may_change():
 
 
 @pytest.mark.parametrize("stop", [3, 4])
-def test_a_new_phase_begins_without_a_usual_loss_and_a_resumed_one_goes_on_with_it(toy, monkeypatch, stop):
+def test_a_new_phase_begins_without_a_usual_loss_and_a_resumed_one_goes_on_with_it(toy, stop):
     """Losses of other pictures or masks are no measure of what is a spike. Steps 4 and later are the second phase's."""
-    seen, step = {}, loop.make_train_step()
+    seen, step = {}, toy.train_step
 
     def record(state, batch):
         number = int(state.step) + 1
@@ -114,8 +114,7 @@ def test_a_new_phase_begins_without_a_usual_loss_and_a_resumed_one_goes_on_with_
     def fail():
         raise ConnectionError
 
-    monkeypatch.setattr(loop, "make_train_step", lambda *_: record)
-    monkeypatch.setattr(loop, "check_vocabularies", lambda configs: None)
+    toy.train_step = record
     phases = [{"after": 3, "changes": {"optimizer.learning_rate": 1e-3}}]
     toy.at[stop + 1] = fail
     with pytest.raises(ConnectionError):

@@ -45,6 +45,7 @@ FOUNDATION = {
     "chips",
     "topology",
     "partitioning",
+    "patches",
 }
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 80
 # Heavy, or in an extra that training does not install.

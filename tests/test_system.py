@@ -11,19 +11,21 @@ from ecdit.system import SystemConfig, TextToImage, make_system
 from tests.models.helpers import config, jit
 
 LENGTH = 6
-TEXT = TextConfig(vocab_size=20, width=12, layers=1, heads=2, activation="gelu", frozen=False)
+TEXT = TextConfig(
+    vocab_size=20, width=12, layers=1, heads=2, activation="gelu", frozen=False, remat="none", dtype="float32"
+)
 
 
 def system_config(**changes):
-    return SystemConfig(model=config(**changes), text=TEXT, codec="identity", caption_length=LENGTH)
+    return SystemConfig("ec_dit", config(**changes), TEXT, autoencoder="identity", caption_length=LENGTH)
 
 
 SYSTEM = make_system(system_config())
 INIT = jit(SYSTEM.init)
 
 
-def test_the_codec_must_fit_the_denoiser():
-    with pytest.raises(ConfigError, match=r"model\.latent_channels = 4: the identity codec has 3"):
+def test_the_autoencoder_must_fit_the_denoiser():
+    with pytest.raises(ConfigError, match=r"model\.latent_channels = 4: the identity autoencoder has 3"):
         system_config(latent_channels=4)
     assert system_config(latent_size=16).image_size == 16
 
@@ -50,7 +52,7 @@ def test_bound_parameters_are_the_models():
     model = SYSTEM.bind(params)
     assert isinstance(model, TextToImage)
     tokens = np.array([[5, 1, 0, 0, 0, 0]], np.int32)
-    text = jit(lambda params: SYSTEM.bind(params).text(tokens, "float32", "none"))(params)
+    text = jit(lambda params: SYSTEM.bind(params).text(tokens))(params)
     # A norm of equal numbers is its bias, up to rounding divided by the root of its epsilon.
     np.testing.assert_allclose(text.states, np.full((1, LENGTH, TEXT.width), 0.5), atol=0.01)
 

@@ -27,7 +27,9 @@ WITHOUT_CHECKSUMS = 2  # the format before there were any; its weights can still
 OUTER_CAUSES = ("PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED")
 NAMED = 5  # damaged arrays in a message
 
-Records = Mapping[str, list[str]]  # by flat name: [type and shape, checksum], as ["float32[3, 4]", "00c0ffee00c0ffee"]
+ArrayRecords = Mapping[
+    str, list[str]
+]  # by flat name: [type and shape, checksum], as ["float32[3, 4]", "00c0ffee00c0ffee"]
 
 
 class CheckpointError(UserError):
@@ -67,7 +69,7 @@ def read_json(directory: Path) -> dict[str, Any]:
         return values
 
 
-def read_records(directory: Path) -> Records:
+def read_records(directory: Path) -> ArrayRecords:
     """What is recorded of a checkpoint's arrays; checksums are "" where it has none. Raises DamagedError."""
     records = read_json(directory).get("arrays")
     return {name: [text, ""] for name, text in stored_arrays(directory).items()} if records is None else records
@@ -85,7 +87,7 @@ def stored_tree(directory: Path) -> Any:
         return ocp.PyTreeCheckpointHandler().metadata(_state(directory)).tree
 
 
-def restore_arrays(directory: Path, records: Records, target: dict[str, Any]) -> dict[str, Any]:
+def restore_arrays(directory: Path, records: ArrayRecords, target: dict[str, Any]) -> dict[str, Any]:
     """The arrays of a tree of ShapeDtypeStructs with shardings; the checkpoint may hold more. Not verified.
 
     Raises:
@@ -122,7 +124,7 @@ def restore_array(directory: Path, tree: Any, name: str, sharding: jax.sharding.
         return flat_arrays(ocp.PyTreeCheckpointHandler().restore(_state(directory), args=target), serialized=True)[name]
 
 
-def check_sums(directory: Path, records: Records, sums: Mapping[str, str]) -> None:
+def check_sums(directory: Path, records: ArrayRecords, sums: Mapping[str, str]) -> None:
     """Raises DamagedError naming the arrays whose checksum is not the recorded one."""
     wrong = [name for name, found in sums.items() if records[name][1] not in (found, "")]
     if wrong:

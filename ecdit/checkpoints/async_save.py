@@ -22,7 +22,7 @@ from ecdit.multihost import anywhere
 from ecdit.training.state import TrainState
 
 
-class Saver:
+class AsyncSaver:
     """A run's saves, one at a time. With several processes all make the same calls, but for `check`.
 
     After a failed save the next one begins with a new manager: the old one takes the failed step for its latest.

@@ -34,7 +34,7 @@ class Meta:
     next_row: int  # global row of the data that the next step reads first
     dataset: str  # fingerprint of the prepared data
     versions: dict[str, str]  # of the libraries that wrote it
-    arrays: dict[str, list[str]]  # type, shape and checksum of each, see stored.Records
+    arrays: dict[str, list[str]]  # type, shape and checksum of each, see arrays.ArrayRecords
 
 
 def open_manager(workdir: Path, config: CheckpointConfig | None, **options: Any) -> ocp.CheckpointManager:

@@ -49,7 +49,7 @@ def aside_directory(directory: Path) -> Path:
     return directory.with_name(f"{directory.name}_{DAMAGED}") if is_remote(directory) else directory / DAMAGED
 
 
-def newest_sound(
+def newest_valid(
     manager: ocp.CheckpointManager,
     abstract: TrainState,
     verify: Literal["always", "background", "never"],

@@ -8,15 +8,16 @@ must not: imports of it stay inside functions.
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ecdit.config import require
+from ecdit.config import PHASE, RESUME, RESUME_OR_PHASE, require
 from ecdit.data.tensorflow import preparing
 from ecdit.data.text import EOS, VOCABULARY, load_vocabulary, train_vocabulary
-from ecdit.encoders.autoencoder import LatentsOnly
+from ecdit.encoders.autoencoder import StoredLatents
 
 if TYPE_CHECKING:
     import seqio
@@ -30,17 +31,17 @@ class DataConfig:
     """Which data, how it is stored, and how training reads it."""
 
     task: str  # a key of TASKS
-    directory: str  # where prepared data lives; this task in its subdirectory
-    source: str  # where the pictures come from; '' is the task's own default
-    image_size: int  # px, side of the square picture
+    directory: str = field(metadata=RESUME_OR_PHASE)  # where prepared data lives; this task in its subdirectory
+    source: str = field(metadata=RESUME_OR_PHASE)  # where the pictures come from; '' is the task's own default
+    image_size: int = field(metadata=PHASE)  # px, side of the square picture
     latent_channels: int  # of latents, a pixel for 8 x 8 px, that are stored in place of pictures; 0: pictures are
     caption_length: int  # tokens, EOS and padding included
     vocab_size: int  # pieces at most
     caption_dropout: float  # probability that a caption becomes the empty one
     flip_probability: float  # of a left-right flip
     crop_padding: int  # px of white around the picture before it is cropped back at random; 0 is off
-    num_threads: int  # that read records; 0 reads in the training thread
-    prefetch: int  # batches read ahead
+    num_threads: int = field(metadata=RESUME)  # that read records; 0 reads in the training thread
+    prefetch: int = field(metadata=RESUME)  # batches read ahead
 
     def __post_init__(self):
         require(self.task in TASKS, "task", self.task, f"must be one of {', '.join(TASKS)}")
@@ -58,7 +59,7 @@ class DataConfig:
         if self.latent_channels:
             for key in ("flip_probability", "crop_padding"):
                 require(getattr(self, key) == 0, key, getattr(self, key), "must be 0: latents cannot be augmented")
-            step = LatentsOnly.downsampling
+            step = StoredLatents.downsampling
             require(self.image_size % step == 0, "image_size", self.image_size, f"must be a multiple of {step} px")
 
 
@@ -103,7 +104,7 @@ def random_latents(config: DataConfig, scratch: Path) -> Corpus:
     Made without TensorFlow, so that the hosts of a pod can.
     """
     require(config.latent_channels > 0, "data.latent_channels", config.latent_channels, "must be above 0 for this task")
-    side = config.image_size // LatentsOnly.downsampling
+    side = config.image_size // StoredLatents.downsampling
 
     def examples() -> Iterator[dict[str, Any]]:
         random = np.random.default_rng(0)

@@ -23,15 +23,15 @@ Axes: B batch, N tokens, D channels of a token (patch^2 * channels); `...` any s
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Float32, Int, Key
+from jaxtyping import Array, Float, Float32, Int, Key
 
-from ecdit.config import require
+from ecdit.config import PHASE, require
 
 # Threefry by name: with the `rbg` generator, numbers drawn under vmap depend on the rest of the batch.
 SAMPLE_KEY_IMPL = "threefry2x32"
@@ -44,9 +44,10 @@ Velocity: TypeAlias = Callable[[Float[Array, "B ..."], Float[Array, " B"]], Floa
 class FlowConfig:
     """How times are drawn and the loss is weighted."""
 
-    time_mean: float  # of z in (3); above 0 favours noise
-    time_std: float  # of z in (3)
-    dropped_token_weight: float  # of the mean squared error on dropped tokens; 0: the loss sees kept tokens only
+    time_mean: float = field(metadata=PHASE)  # of z in (3); above 0 favours noise
+    time_std: float = field(metadata=PHASE)  # of z in (3)
+    # of the mean squared error on dropped tokens; 0: the loss sees kept tokens only
+    dropped_token_weight: float = field(metadata=PHASE)
 
     def __post_init__(self):
         require(math.isfinite(self.time_mean), "time_mean", self.time_mean, "must be finite")
@@ -76,26 +77,28 @@ def velocity_target(data: Float[Array, "B ..."], noise: Float[Array, "B ..."]) -
 def loss_per_example(
     predicted: Float[Array, "B N D"],
     target: Float[Array, "B N D"],
-    kept_mask: Bool[Array, "B N"],
+    weights: Float[Array, "B N"],
     dropped_token_weight: float,
 ) -> Float32[Array, " B"]:
-    """Mean squared error over kept tokens + weight * mean squared error over dropped tokens.
+    """Returns the mean squared error over kept tokens + weight * the mean squared error over dropped tokens.
 
-    Each mean is over its tokens' elements, so that the masked share does not change the loss's scale; a mean over no
-    tokens is 0. With weight 0 dropped tokens do not enter at all: even a NaN there changes neither loss nor gradient.
+    `weights` are 1 on kept tokens and 0 on dropped ones, or between. Each mean is over its tokens' elements, so that
+    the masked share does not change the loss's scale; a mean over no tokens is 0. With weight 0 dropped tokens do not
+    enter at all: even a NaN there changes neither loss nor gradient.
     """
     error = predicted.astype(jnp.float32) - target.astype(jnp.float32)
-    kept = _mean_square(error, kept_mask)
+    kept = _mean_square(error, weights)
     if dropped_token_weight == 0:
         return kept
-    return kept + dropped_token_weight * _mean_square(error, ~kept_mask)
+    return kept + dropped_token_weight * _mean_square(error, 1 - weights)
 
 
-def _mean_square(error: Float32[Array, "B N D"], mask: Bool[Array, "B N"]) -> Float32[Array, " B"]:
-    # The mask goes on before the square: after it, the gradient of a masked NaN would be NaN * 0.
-    error = jnp.where(mask[..., None], error, 0)
-    num_elements = jnp.sum(mask, axis=-1, dtype=jnp.float32) * error.shape[-1]
-    return jnp.sum(jnp.square(error), axis=(-2, -1)) / jnp.maximum(num_elements, 1)
+def _mean_square(error: Float32[Array, "B N D"], weights: Float[Array, "B N"]) -> Float32[Array, " B"]:
+    # Errors without weight go before the square: after it, the gradient of a NaN would be NaN * 0.
+    error = jnp.where(weights[..., None] > 0, error, 0)
+    num_elements = jnp.sum(weights, axis=-1, dtype=jnp.float32) * error.shape[-1]
+    total = jnp.sum(weights[..., None] * jnp.square(error), axis=(-2, -1))
+    return total / jnp.where(num_elements > 0, num_elements, 1)
 
 
 class ExampleKeys(NamedTuple):
@@ -104,7 +107,7 @@ class ExampleKeys(NamedTuple):
     noise: Key[Array, ""]
     time: Key[Array, ""]
     mask: Key[Array, ""]  # which tokens are dropped
-    codec: Key[Array, ""]  # latents drawn from an autoencoder's posterior
+    autoencoder: Key[Array, ""]  # latents drawn from an autoencoder's posterior
 
 
 def example_key(key: Key[Array, ""], step: int | Int[Array, ""], row: int | Int[Array, ""]) -> Key[Array, ""]:

@@ -1,48 +1,64 @@
-"""Pictures to latents and back. Pixels are float32 in [-1, 1]; the uint8 they come from is 0..255.
+"""Autoencoders, and pixels as numbers: float32 in [-1, 1] of uint8 in 0..255. See `components.Autoencoder`."""
 
-A codec is a module with `channels` (None: any), `downsampling`, and, if it `has_pictures`,
-`encode(pictures, key) -> latents` and `decode(latents) -> pictures`.
-"""
-
-import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Key, UInt8
 
 
-class IdentityCodec(nnx.Module):
-    """Latents are pixels: for pictures small enough to need no autoencoder."""
+class IdentityAutoencoder(nnx.Module):
+    """Latents are pixels: for images small enough to need no autoencoder."""
 
-    channels = 3
     downsampling = 1
-    has_pictures = True
+    has_images = True
 
-    def encode(self, pictures: Float[Array, "B h w 3"], key: jax.Array) -> Float[Array, "B h w 3"]:
-        """The pictures themselves; `key` is for codecs whose latents are drawn from a posterior."""
-        del key
-        return pictures
+    def __init__(self, latent_channels: int):
+        del latent_channels  # always 3
 
-    def decode(self, latents: Float[Array, "B h w 3"]) -> Float[Array, "B h w 3"]:
-        """The latents themselves."""
+    def latent_shape(self, image_size: int) -> tuple[int, int, int]:
+        """Returns the image's own height, width and channels."""
+        return image_size, image_size, 3
+
+    def encode(self, images: Float[Array, "B H W 3"], keys: Key[Array, " B"]) -> Float[Array, "B H W 3"]:
+        """Returns the images themselves."""
+        del keys
+        return images
+
+    def decode(self, latents: Float[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
+        """Returns the latents themselves."""
         return latents
 
 
-class LatentsOnly(nnx.Module):
-    """The data holds latents that some autoencoder has made: training never sees a picture, and none can be drawn."""
+class StoredLatents(nnx.Module):
+    """The data holds latents that some autoencoder has made: training never sees an image, and none can be decoded."""
 
-    channels = None
     downsampling = 8  # of the autoencoders that text-to-image models use
-    has_pictures = False
+    has_images = False
+
+    def __init__(self, latent_channels: int):
+        self.latent_channels = latent_channels
+
+    def latent_shape(self, image_size: int) -> tuple[int, int, int]:
+        """Returns height, width and channels of the latents of square images of `image_size` pixels."""
+        side = image_size // self.downsampling
+        return side, side, self.latent_channels
+
+    def encode(self, images: Float[Array, "B H W 3"], keys: Key[Array, " B"]) -> Float[Array, "B h w c"]:
+        """Raises NotImplementedError: the autoencoder is not here."""
+        raise NotImplementedError("the data holds latents: there is no autoencoder to encode with")
+
+    def decode(self, latents: Float[Array, "B h w c"]) -> Float[Array, "B H W 3"]:
+        """Raises NotImplementedError: the autoencoder is not here."""
+        raise NotImplementedError("the data holds latents: there is no autoencoder to decode with")
 
 
-CODECS = {"identity": IdentityCodec, "latents": LatentsOnly}
+AUTOENCODERS = {"identity": IdentityAutoencoder, "latents": StoredLatents}
 
 
-def to_unit(pictures: UInt8[Array, "B h w 3"]) -> Float[Array, "B h w 3"]:
+def to_unit(images: UInt8[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
     """0..255 to [-1, 1], float32."""
-    return pictures.astype(jnp.float32) / 127.5 - 1.0
+    return images.astype(jnp.float32) / 127.5 - 1.0
 
 
-def to_bytes(pictures: Float[Array, "B h w 3"]) -> UInt8[Array, "B h w 3"]:
+def to_bytes(images: Float[Array, "B H W 3"]) -> UInt8[Array, "B H W 3"]:
     """[-1, 1] to 0..255, rounded and clipped."""
-    return jnp.clip(jnp.round((pictures + 1.0) * 127.5), 0, 255).astype(jnp.uint8)
+    return jnp.clip(jnp.round((images + 1.0) * 127.5), 0, 255).astype(jnp.uint8)

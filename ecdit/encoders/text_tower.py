@@ -1,15 +1,17 @@
 """A causal text tower in the manner of CLIP's (arXiv 2103.00020). Axes: B batch, L tokens, t width."""
 
 import dataclasses
+from dataclasses import field
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float, Int
 
-from ecdit.components import TextStates
-from ecdit.config import require
+from ecdit.components import PartFlops, TextStates
+from ecdit.config import RESUME_OR_PHASE, require
 from ecdit.models.attention import CausalAttention
 from ecdit.models.layers import Linear, layer_norm, param, scan_stack, stack, zeros
 
@@ -26,10 +28,13 @@ class TextConfig:
     heads: int
     activation: Literal["gelu", "quick_gelu"]  # quick_gelu: x sigmoid(1.702 x), OpenAI's CLIP
     frozen: bool  # not trained: neither gradient nor moments nor EMA
+    # What the backward pass finds saved: see `layers.REMAT_POLICIES`.
+    remat: Literal["none", "minimal", "offload", "attention_out", "full"] = field(metadata=RESUME_OR_PHASE)
+    dtype: Literal["float32", "bfloat16"]  # of activations; parameters are float32
 
     def __post_init__(self):
-        for field in ("vocab_size", "width", "layers", "heads"):
-            require(getattr(self, field) >= 1, field, getattr(self, field), "must be 1 or more")
+        for key in ("vocab_size", "width", "layers", "heads"):
+            require(getattr(self, key) >= 1, key, getattr(self, key), "must be 1 or more")
         require(self.width % self.heads == 0, "heads", self.heads, f"must divide the width, {self.width}")
 
 
@@ -71,6 +76,8 @@ class TextBlock(nnx.Module):
 class TextTower(nnx.Module):
     """Tokens to states, and to the state of the last token that is not padding."""
 
+    Config = TextConfig
+
     def __init__(self, config: TextConfig, max_length: int, rngs: nnx.Rngs):
         self.config = config
         self.tokens = param(
@@ -81,17 +88,26 @@ class TextTower(nnx.Module):
         self.final_norm = Norm(config.width, rngs)
 
     @jax.named_scope("text_tower")
-    def __call__(self, tokens: Int[Array, "B L"], dtype: str, remat: str) -> TextStates:
+    def __call__(self, tokens: Int[Array, "B L"]) -> TextStates:
         """Encodes captions; padding (id 0) comes last and changes nothing, as attention is causal.
 
         Args:
           tokens: int32, ending in EOS, then padded with 0. Every row has at least its EOS.
-          dtype: of activations.
-          remat: policy of `layers.REMAT_POLICIES`.
         """
-        mask = tokens != PAD_ID
+        mask, dtype, remat = tokens != PAD_ID, self.config.dtype, self.config.remat
         x = self.tokens[...].astype(dtype)[tokens] + self.positions[...].astype(dtype)[None, : tokens.shape[1]]
         x, _ = scan_stack(self.blocks, lambda block, x: (block(x), None), x, remat)
         states = self.final_norm(x)
         last = jnp.maximum(mask.sum(axis=1) - 1, 0)
         return TextStates(states, mask, jax.vmap(lambda row, i: row[i])(states, last))
+
+    def check_layout(self, mesh: Mesh | AbstractMesh) -> None:
+        """Raises ConfigError if the heads do not divide over the mesh."""
+        heads, tensor = self.config.heads, mesh.shape["tensor"]
+        require(heads % tensor == 0, "text.heads", heads, f"must be a multiple of mesh.tensor, {tensor}")
+
+    def flops(self, length: int) -> PartFlops:
+        """Returns the work on one caption, padding included; causal attention counts as a full one."""
+        config = self.config
+        layer = length * 12 * config.width**2 + 2 * length**2 * config.width
+        return PartFlops("text_tower", float(config.layers * length), 2.0 * config.layers * layer)

@@ -17,7 +17,7 @@ NUM_CAPTIONS = 480  # sampled unless told otherwise: figures of other counts do 
 def protocol(config: SamplingConfig) -> SamplingConfig:
     """How the samples are drawn, whatever the run's own sampling is: Euler, 25 steps, guidance 3, seed 0."""
     guidance = GuidanceConfig(scale=3.0, mode="plain")
-    return dataclasses.replace(config, solver="euler", num_steps=25, guidance=guidance, group="image", seed=0)
+    return dataclasses.replace(config, solver="euler", num_steps=25, guidance=guidance, seed=0)
 
 
 def fixed_choice(num_records: int, count: int = NUM_CAPTIONS) -> Int[np.ndarray, " n"]:

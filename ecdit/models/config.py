@@ -1,11 +1,12 @@
 """The denoiser's hyper-parameters. Marks of certainty and sources stand beside the values in configs/."""
 
 import dataclasses
+from dataclasses import field
 from typing import Literal
 
 from jax.sharding import AbstractMesh, Mesh
 
-from ecdit.config import require
+from ecdit.config import PHASE, RESUME, RESUME_OR_PHASE, require
 from ecdit.models.fused_attention import SCORE_BYTES, score_bytes
 from ecdit.models.layers import REMAT_POLICIES
 
@@ -14,7 +15,7 @@ from ecdit.models.layers import REMAT_POLICIES
 class DiTConfig:
     """An EC-DIT or one of its baselines."""
 
-    latent_size: int  # side of the square latent, in latent pixels
+    latent_size: int = field(metadata=PHASE)  # side of the square latent, in latent pixels
     latent_channels: int
     patch_size: int  # latent pixels
     width: int  # d
@@ -24,13 +25,13 @@ class DiTConfig:
     kv_heads: int  # of self-attention; cross-attention has all heads
     rope_theta: float
     # Between its projections. fused: by a kernel of its own on TPUs; cudnn: by cuDNN's, on GPUs alone.
-    attention: Literal["plain", "fused", "cudnn"]
+    attention: Literal["plain", "fused", "cudnn"] = field(metadata=RESUME_OR_PHASE)
     absolute_positions: bool  # adds sine-cosine positions to tokens and mask tokens: RoPE alone says nothing absolute
     ffn_multiplier: int  # hidden width of an FFN, and of an expert that expert_width does not say, in d
     ffn: Literal["dense", "token_choice", "expert_choice"]  # of the even blocks
     even_ffn_multiplier: int  # hidden width of even blocks' FFNs where ffn is dense, in d
     num_experts: int  # E
-    capacity_factor: float  # f_c of expert choice
+    capacity_factor: float = field(metadata=PHASE)  # f_c of expert choice
     token_choice_dropless: bool  # C = S instead of ceil(2 S / E)
     balance_loss_weight: float  # of token choice
     expert_width: int  # hidden units of an expert; 0: ffn_multiplier d
@@ -40,14 +41,17 @@ class DiTConfig:
     route_scale: float
     router_z_loss: float  # weight of the mean squared logsumexp of the router's logits
     router_init_std: float
-    group: str  # tokens that compete for experts in training: "image" or a number of tokens
-    dispatch: Literal["gather", "one_hot"]
+    group: str = field(metadata=PHASE)  # tokens that compete for experts in training: "image" or a number of tokens
+    # The same in sampling, where a guided image and its null-caption twin are neighbours.
+    sampling_group: str = field(metadata=RESUME_OR_PHASE)
+    dispatch: Literal["gather", "one_hot"] = field(metadata=RESUME)
     moe_output_norm: Literal["sandwich", "none", "expert"]
-    mask_ratio: float  # share of tokens dropped in training
+    mask_ratio: float = field(metadata=PHASE)  # share of tokens dropped in training
     block_table: bool  # a learned offset of (shift, scale, gate) x 2 per block
     gate_init: float  # of the block table's gates
-    remat: Literal["none", "minimal", "offload", "attention_out", "full"]
-    scan_unroll: int  # pairs of blocks in one iteration of the loop over them; depth / 2 or more: no loop
+    remat: Literal["none", "minimal", "offload", "attention_out", "full"] = field(metadata=RESUME_OR_PHASE)
+    # pairs of blocks in one iteration of the loop over them; depth / 2 or more: no loop
+    scan_unroll: int = field(metadata=RESUME_OR_PHASE)
     dtype: Literal["float32", "bfloat16"]  # of activations; parameters are float32
 
     def __post_init__(self):
@@ -103,6 +107,7 @@ class DiTConfig:
         require(self.remat in REMAT_POLICIES, "remat", self.remat, f"must be one of {', '.join(REMAT_POLICIES)}")
         require(self.scan_unroll >= 1, "scan_unroll", self.scan_unroll, "must be 1 or more")
         check_group("group", self.group, self.num_kept)
+        check_group("sampling_group", self.sampling_group, self.num_tokens)
 
     @property
     def head_dim(self) -> int:

@@ -3,20 +3,25 @@
 Axes: B batch, N tokens of an image, M kept tokens, L text tokens, d width, p numbers in a patch.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jax.sharding import AbstractMesh, Mesh
+from jaxtyping import Array, Float, Int, Key
 
-from ecdit.components import TextStates
+from ecdit.components import Metrics, Mode, PartFlops, Prediction, TextStates
+from ecdit.config import require
 from ecdit.models.attention import CrossAttention, SelfAttention
-from ecdit.models.config import DiTConfig
-from ecdit.models.embeddings import grid_positions, patchify, put_tokens, rope_angles, sinusoid, take_tokens
+from ecdit.models.config import DiTConfig, check_attention, group_size
+from ecdit.models.embeddings import SINUSOID_WIDTH, grid_positions, put_tokens, rope_angles, sinusoid, take_tokens
+from ecdit.models.flops import denoiser_parts, idle_expert_params
 from ecdit.models.layers import Linear, Mlp, layer_norm, param, scan_stack, stack, zeros
 from ecdit.models.moe import FeedForward, MixtureOfExperts, RoutingReport
+from ecdit.models.routing_metrics import coverage, router_grad_norm, routing_losses
 from ecdit.partitioning import constrain
-
-SINUSOID_WIDTH = 256
+from ecdit.patches import patchify, unpatchify
 
 
 class Block(nnx.Module):
@@ -74,7 +79,9 @@ class Pair(nnx.Module):
 
 
 class DiT(nnx.Module):
-    """The velocity of a noisy latent, given time, caption and micro-conditions."""
+    """The paper's denoiser: the velocity of a noisy latent, given time, caption and micro-conditions."""
+
+    Config = DiTConfig
 
     def __init__(self, config: DiTConfig, text_width: int, rngs: nnx.Rngs):
         self.config = config
@@ -100,10 +107,77 @@ class DiT(nnx.Module):
         time: Float[Array, " B"],
         text: TextStates,
         size_crop: Float[Array, "B 4"],
+        mask_keys: Key[Array, " B"] | None,
+        mode: Mode,
+    ) -> Prediction:
+        """Predicts the velocity: see `components.Denoiser`."""
+        config = self.config
+        kept, seen, loss_weights = None, config.num_tokens, jnp.ones((latents.shape[0], config.num_tokens))
+        if mask_keys is not None and config.mask_ratio > 0:
+            kept, seen = jax.vmap(lambda key: kept_tokens(key, config))(mask_keys), config.num_kept
+            loss_weights = jax.vmap(lambda row: jnp.zeros(config.num_tokens).at[row].set(1.0))(kept)
+        group = config.group if mode == "train" else config.sampling_group
+        patches, report = self.forward(latents, time, text, size_crop, kept, group_size(group, seen))
+        loss, metrics = jnp.float32(0.0), {}
+        if report is not None and mode == "train":
+            loss, metrics = routing_losses(report, config)
+            metrics |= coverage(report)
+        elif report is not None:
+            metrics = {"experts_per_token": report.experts_per_token}
+        velocity = unpatchify(patches, config.patch_size, config.latent_channels)
+        return Prediction(velocity, loss_weights, loss, metrics)
+
+    def images_together(self, mode: Mode) -> int:
+        """Returns the images of a group, 1 where an image has whole groups."""
+        tokens, group = self._tokens_and_group(mode)
+        return max(1, group_size(group, tokens) // tokens)
+
+    def check_layout(self, mesh: Mesh | AbstractMesh, images: int, mode: Mode) -> None:
+        """Raises ConfigError if groups, heads or the attention's kernel do not fit the mesh."""
+        config, tensor = self.config, mesh.shape["tensor"]
+        check_attention(config, mesh)
+        tokens, group = self._tokens_and_group(mode)
+        require(
+            images % self.images_together(mode) == 0,
+            "model.group" if mode == "train" else "model.sampling_group",
+            group,
+            f"must divide a device's tokens, {images} images x {tokens} tokens",
+        )
+        for key, count in {"model.heads": config.heads, "model.kv_heads": config.kv_heads}.items():
+            require(count % tensor == 0, key, count, f"must be a multiple of mesh.tensor, {tensor}")
+
+    def flops(self, mode: Mode, text_width: int, text_length: int) -> tuple[PartFlops, ...]:
+        """Returns the work of one image: see `models.flops` for what counts."""
+        return denoiser_parts(self.config, text_width, text_length, *self._tokens_and_group(mode))
+
+    def idle_params(self) -> int:
+        """Returns the parameters of the experts that a token does not meet, on average."""
+        return idle_expert_params(self.config)
+
+    def counts_experts(self) -> bool:
+        """Returns whether there are sparse layers."""
+        return self.config.ffn != "dense"
+
+    def gradient_metrics(self, gradients: dict[str, Any]) -> Metrics:
+        """Returns the norm of the routers' gradients, by layer."""
+        return {"router_grad_norm": router_grad_norm(gradients)}
+
+    def _tokens_and_group(self, mode: Mode) -> tuple[int, str]:
+        """The tokens of an image that the first blocks see, and how many compete for experts."""
+        if mode == "train":
+            return self.config.num_kept, self.config.group
+        return self.config.num_tokens, self.config.sampling_group
+
+    def forward(
+        self,
+        latents: Float[Array, "B h w c"],
+        time: Float[Array, " B"],
+        text: TextStates,
+        size_crop: Float[Array, "B 4"],
         kept: Int[Array, "B M"] | None,
         group_size: int,
     ) -> tuple[Float[Array, "B N p"], RoutingReport | None]:
-        """Predicts the velocity of every patch (see `embeddings.patchify`), float32.
+        """Predicts the velocity of every patch (see `patches.patchify`), float32.
 
         Args:
           latents: x_t, noise at time 1.
@@ -172,6 +246,12 @@ class DiT(nnx.Module):
         shift, scale = jnp.split(_modulate(condition, self.head_modulation, self.head_modulation_bias), 2, axis=1)
         # In float32: guidance takes differences of velocities, which bfloat16 would have rounded away.
         return self.head(layer_norm(x.astype(jnp.float32)) * (1 + scale) + shift)
+
+
+def kept_tokens(key: Key[Array, ""], config: DiTConfig) -> Int[Array, " M"]:
+    """Returns a uniformly random subset of the tokens, in raster order."""
+    order = jnp.argsort(jax.random.uniform(key, (config.num_tokens,)))
+    return jnp.sort(order[: config.num_kept])
 
 
 def _block_table(config: DiTConfig, rngs: nnx.Rngs) -> nnx.Param:

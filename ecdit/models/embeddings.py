@@ -1,23 +1,10 @@
-"""Patches, positions and scalars as vectors. Axes: B batch, N tokens, k head width."""
+"""Positions and scalars as vectors. Axes: B batch, N tokens, k head width."""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-
-def patchify(x: Float[Array, "B h w c"], patch: int) -> Float[Array, "B N p"]:
-    """Cuts images into patches, row by row; a patch is flattened as (row, column, channel)."""
-    batch, height, width, channels = x.shape
-    x = x.reshape(batch, height // patch, patch, width // patch, patch, channels)
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, patch * patch * channels)
-
-
-def unpatchify(tokens: Float[Array, "B N p"], patch: int, channels: int) -> Float[Array, "B h w c"]:
-    """The inverse of `patchify` for square images."""
-    batch, num_tokens, _ = tokens.shape
-    grid = round(num_tokens**0.5)
-    x = tokens.reshape(batch, grid, grid, patch, patch, channels)
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, grid * patch, grid * patch, channels)
+SINUSOID_WIDTH = 256  # of the embeddings of times, sizes and crops
 
 
 def sinusoid(x: Float[Array, " B"], width: int, max_period: float = 10_000.0) -> Float[Array, "B width"]:

@@ -5,24 +5,15 @@ GELU, gates, positions) is a few per cent. Nor do the products of dispatch = "on
 Axes: N tokens of an image, M kept tokens, L text tokens, t text width, d width, f hidden width, E experts, C capacity.
 """
 
-import dataclasses
-from collections.abc import Iterable
-
+from ecdit.components import PartFlops
 from ecdit.models.config import DiTConfig, group_size
-from ecdit.models.dit import SINUSOID_WIDTH
+from ecdit.models.embeddings import SINUSOID_WIDTH
 from ecdit.models.moe import TOKEN_CHOICES, capacity
 
 
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """The work of one part of the model on one image, forward."""
-
-    name: str
-    tokens: float  # rows of its inputs (image or text tokens, slots of experts, vectors), summed over its layers
-    flops: float
-
-
-def denoiser_parts(config: DiTConfig, text_width: int, text_length: int, tokens: int, group: str) -> tuple[Part, ...]:
+def denoiser_parts(
+    config: DiTConfig, text_width: int, text_length: int, tokens: int, group: str
+) -> tuple[PartFlops, ...]:
     """What one forward pass of the DiT does for one image.
 
     Args:
@@ -63,9 +54,15 @@ def denoiser_parts(config: DiTConfig, text_width: int, text_length: int, tokens:
         ("conditioning", 1, embeddings + (6 + 2) * width**2),
         ("head", 2 * all_tokens, 2 * all_tokens * config.patch_dim * width),  # with the embedding of patches
     )
-    return tuple(Part(name, float(seen), 2.0 * products) for name, seen, products in counts)
+    return tuple(PartFlops(name, float(seen), 2.0 * products) for name, seen, products in counts)
 
 
-def total_flops(parts: Iterable[Part]) -> float:
-    """Of all parts together."""
-    return sum(part.flops for part in parts)
+def idle_expert_params(config: DiTConfig) -> int:
+    """Returns the parameters of the experts that a token does not meet, on average, in training."""
+    if config.ffn == "dense":
+        return 0
+    size = group_size(config.group, config.num_kept)
+    # Share of the experts. Tokens that choose meet two, however many slots there are.
+    met = capacity(config, size) / size if config.ffn == "expert_choice" else TOKEN_CHOICES / config.num_experts
+    params = config.depth // 2 * config.num_experts * 2 * config.width * config.expert_hidden
+    return round(params * (1 - met))

@@ -14,6 +14,7 @@ from ecdit.experiment import Experiment
 from ecdit.files import is_remote, replace_text
 from ecdit.planning.compiler import Target, What
 from ecdit.planning.plan import Plan, make_plan
+from ecdit.system import user_files
 
 _LIBRARIES = ("jax", "jaxlib", "libtpu", "flax", "optax")
 
@@ -24,7 +25,7 @@ def cached_plan(experiment: Experiment, target: Target, what: What = "train") ->
     Kept in the directory of the compilation cache; where the config has none, or one in a bucket, it is made anew each
     time.
     """
-    longest = max(experiment.parts(), key=lambda part: part.last - part.after).experiment
+    longest = max(experiment.resolved_phases(), key=lambda phase: phase.last - phase.after).experiment
     path = _path(longest, target, what)
     if path is not None and path.exists():
         with contextlib.suppress(OSError, json.JSONDecodeError, TypeError):  # else made anew, and written over
@@ -42,7 +43,7 @@ def _path(experiment: Experiment, target: Target, what: What) -> Path | None:
     if not directory or is_remote(directory):
         return None
     versions = {name: _version(name) for name in _LIBRARIES}
-    follows_from = [to_dict(experiment), target.name, what, versions, _code()]
+    follows_from = [to_dict(experiment), user_files(experiment.denoiser), target.name, what, versions, _code()]
     digest = hashlib.sha256(json.dumps(follows_from, sort_keys=True).encode()).hexdigest()[:32]
     return Path(os.path.expanduser(directory)) / "plans" / f"{digest}.json"
 

@@ -34,7 +34,7 @@ _OPCODES: dict[str, Kind] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class DevicePosition:
     """Where a device is."""
 
     coords: tuple[int, ...]  # in the torus of its slice
@@ -49,7 +49,7 @@ class Torus:
 
     chip: Chip
     shape: tuple[int, ...]  # of one slice, in chips
-    places: Sequence[Place]
+    places: Sequence[DevicePosition]
     axes: tuple[str, ...]  # names of the mesh axes
 
 
@@ -131,7 +131,7 @@ def _bytes(kind: Kind, size: float, members: int) -> float:
     return 2 * share * size if kind == "all_reduce" else share * size
 
 
-def _seconds(kind: Kind, wire: float, group: Sequence[Place], colors: int | None, torus: Torus) -> float:
+def _seconds(kind: Kind, wire: float, group: Sequence[DevicePosition], colors: int | None, torus: Torus) -> float:
     members = len(group)
     if members == 1:
         return 0.0
@@ -152,7 +152,7 @@ def _seconds(kind: Kind, wire: float, group: Sequence[Place], colors: int | None
     return max(far, hops * HOP_SECONDS) + between_dies
 
 
-def _spans(group: Sequence[Place], torus: Torus) -> list[tuple[int, int, bool]]:
+def _spans(group: Sequence[DevicePosition], torus: Torus) -> list[tuple[int, int, bool]]:
     """For each dimension that the group extends in: its chips there, the hops between two, and if they are a ring."""
     spans = []
     for dimension, size in enumerate(torus.shape):
@@ -164,7 +164,7 @@ def _spans(group: Sequence[Place], torus: Torus) -> list[tuple[int, int, bool]]:
     return spans
 
 
-def _ring(group: Sequence[Place], torus: Torus) -> tuple[int, int, int]:
+def _ring(group: Sequence[DevicePosition], torus: Torus) -> tuple[int, int, int]:
     """Links that one ring through the group has for each chip, groups that share a link, hops from end to end."""
     spans = _spans(group, torus)
     if not spans:
@@ -176,7 +176,7 @@ def _ring(group: Sequence[Place], torus: Torus) -> tuple[int, int, int]:
     return (2 if closed else 1), stride, extent
 
 
-def _cut(group: Sequence[Place], torus: Torus) -> float:
+def _cut(group: Sequence[DevicePosition], torus: Torus) -> float:
     """Seconds of an all-to-all, for each byte a device sends, in units of 1 / link bandwidth: the worst middle cut.
 
     Half of the n devices send half of their bytes over a cut of n / n_d links, twice as many where that dimension is a
@@ -206,7 +206,7 @@ def _permute(source: int, target: int, size: float, instruction: Instruction, to
     return Collective("permute", _axes([a, b], torus), wire, dcn, seconds, _channel(instruction))
 
 
-def _axes(group: Sequence[Place], torus: Torus) -> str:
+def _axes(group: Sequence[DevicePosition], torus: Torus) -> str:
     varying = [axis for i, axis in enumerate(torus.axes) if len({place.mesh[i] for place in group}) > 1]
     return "+".join(varying) or "none"
 

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import os
 import re
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,11 +12,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ecdit.chips import Chip, chip_named
+from ecdit.components import Mode
 from ecdit.diffusion.flow import sample_keys
 from ecdit.errors import UserError
 from ecdit.experiment import Experiment, check_mesh
 from ecdit.partitioning import make_mesh
-from ecdit.planning.collectives import Place, Torus
+from ecdit.planning.collectives import DevicePosition, Torus
+from ecdit.runtime import compiler_options
 from ecdit.sampling.sampler import make_sample_step
 from ecdit.system import make_system
 from ecdit.topology import Slice, find_slice
@@ -24,7 +26,7 @@ from ecdit.training.optimizer import make_optimizer
 from ecdit.training.state import TrainState, abstract_state, state_shardings
 from ecdit.training.step import abstract_batch, make_train_step
 
-What = Literal["train", "sample"]
+What = Mode
 
 
 class DoesNotFit(UserError):
@@ -139,7 +141,7 @@ def compile_step(experiment: Experiment, target: Target, what: What = "train") -
 def make_torus(mesh: Mesh, chip: Chip) -> Torus:
     """Where the devices of a mesh are."""
     places = [
-        Place(tuple(device.coords), getattr(device, "slice_index", 0), index, device.core_on_chip)
+        DevicePosition(tuple(device.coords), getattr(device, "slice_index", 0), index, device.core_on_chip)
         for index, device in np.ndenumerate(mesh.devices)
     ]
     shape = tuple(1 + max(side) for side in zip(*(place.coords for place in places), strict=True))
@@ -158,9 +160,10 @@ def shard_bytes(tree: Any) -> int:
 def _lower_train(experiment: Experiment, mesh: Mesh) -> tuple[jax.stages.Lowered, TrainState]:
     system, optimizer = make_system(experiment.system), make_optimizer(experiment.optimizer)
     state = abstract_state(system, optimizer, state_shardings(system, optimizer, mesh))
-    step = make_train_step(experiment, system, mesh)  # before the mesh is set: optax makes arrays
+    options = compiler_options(experiment.runtime, mesh)
+    step = make_train_step(experiment.step_config, system, mesh, options)  # before the mesh is set: optax makes arrays
     with jax.set_mesh(mesh):
-        return step.lower(state, abstract_batch(experiment, mesh)), state
+        return step.lower(state, abstract_batch(experiment.system, experiment.train.batch_size, mesh)), state
 
 
 def _lower_sample(experiment: Experiment, mesh: Mesh) -> jax.stages.Lowered:

@@ -7,11 +7,10 @@ from typing import Any
 import jax
 
 from ecdit.config import require
-from ecdit.encoders.flops import VAE_PARAMS, vae_part
+from ecdit.encoders.vae_flops import VAE_PARAMS, vae_part
 from ecdit.experiment import Experiment
-from ecdit.models.config import group_size
-from ecdit.models.moe import TOKEN_CHOICES, capacity
-from ecdit.system import SystemConfig, forward_parts, make_system
+from ecdit.models.config import DiTConfig
+from ecdit.system import SystemConfig, make_system
 
 # What the paper's Table 1 counts beside the denoiser [A].
 TABLE_TEXT_WIDTH, TABLE_TEXT_PARAMS, TABLE_VAE_PARAMS = 1280, 32 * 12 * 1280**2 + 32128 * 1280, 84e6
@@ -31,17 +30,17 @@ class Counts:
 
 def count(experiment: Experiment) -> Counts:
     """Sums over the leaves of the abstract parameters; what counts as an operation says `models.sizes`."""
-    system = experiment.system
-    abstract = make_system(system).shapes()
+    config = experiment.system
+    system = make_system(config)
+    abstract = system.shapes()
     denoiser, text = (_size(abstract[name]) for name in ("denoiser", "text"))
-    parts = forward_parts(system, system.model.num_kept, system.model.group)
-    vae = 0
-    if not system.has_pictures:
-        vae, parts = VAE_PARAMS, (*parts, vae_part(system.image_size))
+    parts, vae = system.forward_flops("train"), 0
+    if not config.has_images:
+        vae, parts = VAE_PARAMS, (*parts, vae_part(config.image_size))
     return Counts(
         total_params=denoiser + text + vae,
         denoiser_params=denoiser,
-        activated_params=denoiser - _idle_params(system, abstract["denoiser"]),
+        activated_params=denoiser - system.parts.denoiser.idle_params(),
         text_params=text,
         vae_params=vae,
         flops_per_image={part.name: {"flops": part.flops, "tokens": part.tokens} for part in parts},
@@ -57,6 +56,7 @@ def table_params(system: SystemConfig) -> int:
       ConfigError: an option beyond the paper, of which the table says nothing.
     """
     model = system.model
+    require(isinstance(model, DiTConfig), "denoiser", system.denoiser, "the table has the paper's denoiser alone")
     options = {"expert_width": 0, "num_shared_experts": 0, "router_input": "modulated", "extra_blocks": 2}
     for key, wanted in (options | {"ffn_multiplier": 4, "even_ffn_multiplier": 4}).items():
         require(getattr(model, key) == wanted, f"model.{key}", getattr(model, key), f"Table 1 has {wanted}")
@@ -81,18 +81,6 @@ def report(counts: Counts) -> list[str]:
         share = part["flops"] / total
         lines.append(f"  {name:16} {part['flops'] / 1e9:12.3f} GFLOP {share:7.2%} {part['tokens']:12,.0f} rows")
     return [*lines, f"  {'total':16} {total / 1e9:12.3f} GFLOP"]
-
-
-def _idle_params(system: SystemConfig, denoiser: dict[str, Any]) -> int:
-    """Parameters of the experts that a token does not meet, on average."""
-    model = system.model
-    if model.ffn == "dense":
-        return 0
-    size = group_size(model.group, model.num_kept)
-    # Share of the experts. Tokens that choose meet two, however many slots there are.
-    met = capacity(model, size) / size if model.ffn == "expert_choice" else TOKEN_CHOICES / model.num_experts
-    experts = denoiser["pairs"]["even"]["experts"]
-    return round(_size({name: experts[name] for name in ("up", "down")}) * (1 - met))
 
 
 def _size(tree: Any) -> int:

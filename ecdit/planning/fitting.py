@@ -17,6 +17,8 @@ def what_fits(experiment: Experiment, target: Target) -> str:
 
     Compiles until one does, each in minutes; a slice that the config's mesh cannot be laid out on is passed over.
     """
+    if not hasattr(experiment.model, "remat"):
+        return f"the denoiser {experiment.denoiser} has no remat policies to try; shard more by mesh.fsdp"
     remat = experiment.model.remat
     policies = SPARING[1 + SPARING.index("minimal" if remat == "offload" else remat) :] if remat != "none" else SPARING
     for policy in policies:
@@ -35,7 +37,8 @@ def what_fits(experiment: Experiment, target: Target) -> str:
 
 
 def _with_remat(experiment: Experiment, policy: str) -> Experiment:
-    return dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, remat=policy))
+    model = dataclasses.replace(experiment.model, remat=policy)
+    return dataclasses.replace(experiment, model=model, text=dataclasses.replace(experiment.text, remat=policy))
 
 
 def _fits(experiment: Experiment, target: Target) -> bool:

@@ -10,14 +10,14 @@ import math
 
 import jax
 
+from ecdit.components import total_flops
 from ecdit.experiment import Experiment
-from ecdit.models.flops import total_flops
 from ecdit.partitioning import TILE_ROWS
 from ecdit.planning.collectives import wire_bytes_by_kind
 from ecdit.planning.compiler import CompiledStep, Target, What, compile_step, shard_bytes
 from ecdit.planning.estimate import Estimate, Estimator, slowest
 from ecdit.planning.hlo import parse
-from ecdit.system import forward_parts
+from ecdit.system import make_system
 
 DAY = 86_400.0
 
@@ -204,21 +204,13 @@ def _images(experiment: Experiment, what: What) -> int:
 
 
 def _model_flops(experiment: Experiment, what: What) -> float:
-    """Of the denoiser, without towers, tables and what is computed again."""
-    system = experiment.system
+    """Of the denoiser, without text encoder, autoencoder and what is computed again."""
+    denoiser = total_flops(make_system(experiment.system).denoiser_flops(what))
     if what == "train":
-        parts = forward_parts(system, *_seen(experiment))
-        denoiser = total_flops(part for part in parts if part.name != "text_tower")
         return 3 * denoiser * experiment.train.batch_size
     sampling = experiment.sampling
-    parts = forward_parts(system, system.model.num_tokens, sampling.group)
     passes = (1 if sampling.guidance.scale == 1 else 2) * (2 if sampling.solver == "heun" else 1) * sampling.num_steps
-    denoiser = total_flops(part for part in parts if part.name != "text_tower")
     return denoiser * passes * sampling.batch_size
-
-
-def _seen(experiment: Experiment) -> tuple[int, str]:
-    return experiment.model.num_kept, experiment.model.group
 
 
 def _by_axis(estimate: Estimate) -> dict[str, float]:

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ecdit.files import is_remote, replace_text
-from ecdit.storage import Parts, children, read_all
+from ecdit.storage import AppendedObjects, children, read_all
 
 METRICS = "metrics.jsonl"
 
 
-def open_lines(workdir: Path, start_step: int) -> BinaryIO | Parts:
+def open_lines(workdir: Path, start_step: int) -> BinaryIO | AppendedObjects:
     """What the lines after `start_step` are written to; those that a run wrote before of later steps are removed."""
     path = workdir / METRICS
     if not is_remote(workdir):
@@ -29,7 +29,7 @@ def open_lines(workdir: Path, start_step: int) -> BinaryIO | Parts:
             drop_lines_after(part, start_step)
             break
     directory = path.with_suffix("")
-    return Parts(lambda data: directory / f"{json.loads(data.splitlines()[0])['step']:08d}.jsonl")
+    return AppendedObjects(lambda data: directory / f"{json.loads(data.splitlines()[0])['step']:08d}.jsonl")
 
 
 def read_lines(workdir: Path) -> list[dict[str, Any]]:

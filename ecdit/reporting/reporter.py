@@ -14,13 +14,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ecdit.errors import UserError
-from ecdit.experiment import Experiment
 from ecdit.files import writing
 from ecdit.partitioning import devices_text
 from ecdit.reporting.metrics_file import METRICS, open_lines
 from ecdit.reporting.speed import Speed, Stopwatch, flops_text
 from ecdit.reporting.writers import Writer
-from ecdit.storage import Parts
+from ecdit.storage import AppendedObjects
 from ecdit.training.config import TrainConfig
 from ecdit.training.step import SPIKE
 
@@ -92,7 +91,7 @@ class Reporter:
 
     def save(self) -> None:
         """Writes what is only kept yet, as in a bucket: a checkpoint comes next, and has these lines before it."""
-        if isinstance(self.file, Parts):
+        if isinstance(self.file, AppendedObjects):
             with writing(self.path):
                 self.file.save()
         for writer in self.writers:
@@ -133,9 +132,8 @@ class Reporter:
         return ("the loss" if leaf < 0 else f"the gradient of {self.leaf_names[leaf]}") + " was not finite"
 
 
-def first_line(experiment: Experiment, mesh: Mesh) -> str:
-    """What a run is about to do, and on what: said before anything takes time."""
-    config = experiment.train
+def first_line(config: TrainConfig, dtype: str, mesh: Mesh) -> str:
+    """Returns the line that says what a run is about to do and on which devices, before anything takes time."""
     axes = [f"{name} {size}" for name, size in mesh.shape.items() if size > 1]
     parts = [devices_text(mesh.devices.flatten().tolist())]
     if jax.process_count() > 1:
@@ -143,7 +141,7 @@ def first_line(experiment: Experiment, mesh: Mesh) -> str:
     if axes:
         parts.append(f"({' x '.join(axes)})")
     return (
-        f"{' '.join(parts)}, {experiment.model.dtype} compute, {config.num_steps} steps of {config.batch_size} images; "
+        f"{' '.join(parts)}, {dtype} compute, {config.num_steps} steps of {config.batch_size} images; "
         "the step is compiled first"
     )
 

@@ -2,14 +2,10 @@
 
 import dataclasses
 import time
-from collections.abc import Iterator
-from typing import Any
 
 import jax
 
 from ecdit.chips import limits
-from ecdit.experiment import Experiment
-from ecdit.system import training_flops
 
 WINDOW = 100  # steps over which what is printed is averaged
 
@@ -59,12 +55,11 @@ class Stopwatch:
         return Speed(seconds, waits, self.images / seconds, rate, rate / self.peak if self.peak else None)
 
 
-def stopwatch(experiment: Experiment) -> Stopwatch:
-    """For the steps of `experiment` on all devices."""
+def stopwatch(images: int, flops_per_image: float) -> Stopwatch:
+    """Returns a stopwatch for steps of so many images on all devices."""
     kind = limits(jax.devices()[0].device_kind)
-    images = experiment.train.batch_size
     peak = kind.peak_flops * jax.device_count() if kind else None
-    return Stopwatch(images, images * training_flops(experiment.system), peak)
+    return Stopwatch(images, images * flops_per_image, peak)
 
 
 def flops_text(flops_per_second: float) -> str:
@@ -73,17 +68,3 @@ def flops_text(flops_per_second: float) -> str:
         if flops_per_second >= size:
             return f"{flops_per_second / size:.1f} {unit}"
     return f"{flops_per_second / 1e9:.1f} GFLOP/s"
-
-
-class TimedBatches:
-    """Batches, and how long the last one was waited for."""
-
-    def __init__(self, batches: Iterator[Any]):
-        self.batches, self.seconds = batches, 0.0
-
-    def next(self) -> Any:
-        """The next batch; `seconds` is how long it took to come."""
-        start = time.perf_counter()
-        batch = next(self.batches)
-        self.seconds = time.perf_counter() - start
-        return batch

@@ -15,11 +15,10 @@ from typing import Any, Protocol
 import jax
 from PIL import Image
 
-from ecdit.config import require, to_dict
+from ecdit.config import require
 from ecdit.errors import UserError
-from ecdit.experiment import Experiment
 from ecdit.files import is_remote, writing
-from ecdit.storage import Parts, make_directory
+from ecdit.storage import AppendedObjects, make_directory
 
 TENSORBOARD, WANDB_ID = "tensorboard", "wandb_id"
 
@@ -91,7 +90,7 @@ class TensorBoard:
         self.parts = None
         if is_remote(path):  # tensorboardX's own writer there sends the whole file at each flush
             numbers = itertools.count()
-            self.parts = Parts(lambda _: path.with_name(f"{path.name}.{next(numbers):06d}"))
+            self.parts = AppendedObjects(lambda _: path.with_name(f"{path.name}.{next(numbers):06d}"))
             register_writer_factory("gs", types.SimpleNamespace(open=lambda _: self.parts))
         return RecordWriter(str(path))
 
@@ -104,7 +103,8 @@ class TensorBoard:
 class WeightsAndBiases:
     """One run there for a workdir, however often it resumes: its id is kept in the workdir."""
 
-    def __init__(self, experiment: Experiment, workdir: Path):
+    def __init__(self, project: str, config: dict[str, Any], workdir: Path):
+        """Starts or continues the run of `workdir`; `config` is what Weights & Biases shows as its config."""
         import wandb
 
         id_file = workdir / WANDB_ID
@@ -114,11 +114,11 @@ class WeightsAndBiases:
         self.image = wandb.Image
         try:
             self.run = wandb.init(
-                project=experiment.train.wandb_project,
+                project=project,
                 id=id_file.read_text(),
                 resume="allow",
                 dir=tempfile.mkdtemp() if is_remote(workdir) else workdir,
-                config=to_dict(experiment),
+                config=config,
                 settings=wandb.Settings(console="off"),  # what the run prints is left as it is
             )
         except wandb.Error as error:
@@ -141,15 +141,20 @@ class WeightsAndBiases:
         self.run.finish()
 
 
-def check_writers(experiment: Experiment) -> None:
-    """Raises ConfigError where a package that the config needs is missing."""
-    project = experiment.train.wandb_project
+def check_writers(project: str) -> None:
+    """Raises ConfigError where train.wandb_project names a project and the package for it is missing."""
     found = not project or importlib.util.find_spec("wandb") is not None
     require(found, "train.wandb_project", project, "needs the package wandb: pip install -e '.[wandb]'")
 
 
-def open_writers(experiment: Experiment, workdir: Path, start_step: int) -> list[Writer]:
-    """The writers of a run that goes on after `start_step`; none on other processes than the first.
+def open_writers(project: str, config: dict[str, Any], workdir: Path, start_step: int) -> list[Writer]:
+    """Returns the writers of a run that goes on after `start_step`; none on other processes than the first.
+
+    Args:
+      project: of Weights & Biases; "" for none.
+      config: the run's, as nested plain dicts, for Weights & Biases.
+      workdir: of the run.
+      start_step: steps done.
 
     Raises:
       UserError: a file cannot be written.
@@ -157,4 +162,4 @@ def open_writers(experiment: Experiment, workdir: Path, start_step: int) -> list
     if jax.process_index() > 0:
         return []
     writers: list[Writer] = [TensorBoard(workdir, start_step)]
-    return writers + ([WeightsAndBiases(experiment, workdir)] if experiment.train.wandb_project else [])
+    return writers + ([WeightsAndBiases(project, config, workdir)] if project else [])

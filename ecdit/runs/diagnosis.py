@@ -140,7 +140,7 @@ def data(experiment: Experiment | None) -> Found:
     """Whether the data of every phase is prepared and whole, or can be prepared here."""
     if experiment is None:
         return "ok", "not checked: it needs --config"
-    configs = {part.experiment.data: None for part in experiment.parts()}
+    configs = {phase.experiment.data: None for phase in experiment.resolved_phases()}
     told = []
     for config in configs:
         directory = dataset_directory(config)
@@ -179,7 +179,7 @@ def disk(experiment: Experiment | None, workdir: Path | None) -> Found:
     """Whether the disks can be written, and have room for the checkpoints that are kept and the next one."""
     places = [Path() if workdir is None else workdir]
     if experiment is not None:
-        prepared = (dataset_directory(part.experiment.data) for part in experiment.parts())
+        prepared = (dataset_directory(phase.experiment.data) for phase in experiment.resolved_phases())
         places += [directory for directory in prepared if not directory.exists()]
     told, kept_in = [], places[0]
     for place in dict.fromkeys(_existing(place) for place in places if not is_remote(place)):

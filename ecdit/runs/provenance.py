@@ -8,9 +8,7 @@ from typing import Any
 import jax
 
 import ecdit
-from ecdit.config import to_dict
 from ecdit.errors import UserError
-from ecdit.experiment import Experiment
 from ecdit.files import replace_text
 from ecdit.runs.trained_run import CONFIG_FILE
 
@@ -23,11 +21,11 @@ def library_versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in LIBRARIES}
 
 
-def record_start(experiment: Experiment, workdir: Path, step: int, origin: dict[str, Any]) -> None:
+def record_start(config: dict[str, Any], workdir: Path, step: int, origin: dict[str, Any]) -> None:
     """Writes config.json, and adds a start to the list in overrides.json; on the first process.
 
     Args:
-      experiment: resolved.
+      config: the resolved experiment, as `config.to_dict` gives it.
       workdir: of the run.
       step: that the run starts or goes on from.
       origin: the config file and what the command line changed in it, as `command_line.config_origin` gives it.
@@ -43,5 +41,5 @@ def record_start(experiment: Experiment, workdir: Path, step: int, origin: dict[
         starts.append({"step": step, **origin, "versions": {"ecdit": ecdit.__version__} | library_versions()})
     except (json.JSONDecodeError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error}): move it away") from None
-    for file, values in ((workdir / CONFIG_FILE, to_dict(experiment)), (path, starts)):
+    for file, values in ((workdir / CONFIG_FILE, config), (path, starts)):
         replace_text(file, json.dumps(values, indent=2) + "\n")

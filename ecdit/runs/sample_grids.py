@@ -8,11 +8,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ecdit.data.records import Records, tokenize_captions
-from ecdit.experiment import Experiment
+from ecdit.data.tasks import DataConfig
 from ecdit.files import writing
 from ecdit.sampling.grids import save_grid, write_png
 from ecdit.sampling.routing_maps import draw_maps
-from ecdit.sampling.sampler import make_sampler, sample_pictures
+from ecdit.sampling.sampler import SamplingConfig, make_sampler, sample_pictures
 from ecdit.storage import make_directory
 from ecdit.system import Params, System
 
@@ -20,12 +20,12 @@ from ecdit.system import Params, System
 class SampleWriter:
     """Draws `sampling.num_grid` captions, evenly spaced over the data; compiles once."""
 
-    def __init__(self, experiment: Experiment, system: System, mesh: Mesh, workdir: Path):
-        self.experiment, self.directory = experiment, workdir / "samples"
-        self.with_experts = experiment.model.ffn != "dense"
-        self.sampler = make_sampler(system, experiment.sampling, mesh, self.with_experts)
-        records = Records(experiment.data)
-        count = min(experiment.sampling.num_grid, len(records))
+    def __init__(self, data: DataConfig, sampling: SamplingConfig, system: System, mesh: Mesh, workdir: Path):
+        self.data, self.sampling, self.directory = data, sampling, workdir / "samples"
+        self.with_experts = system.parts.denoiser.counts_experts()
+        self.sampler = make_sampler(system, sampling, mesh, self.with_experts)
+        records = Records(data)
+        count = min(sampling.num_grid, len(records))
         self.prompts = [records[int(i)]["caption"] for i in np.linspace(0, len(records) - 1, count)]
 
     def write(self, params: Params, step: int) -> dict[str, Path]:
@@ -36,14 +36,14 @@ class SampleWriter:
         Raises:
           UserError: a file cannot be written.
         """
-        config, prompts = self.experiment, self.prompts
+        prompts = self.prompts
         pictures = sample_pictures(
             self.sampler,
             params,
-            functools.partial(tokenize_captions, config.data),
+            functools.partial(tokenize_captions, self.data),
             prompts,
             [0] * len(prompts),
-            config.sampling,
+            self.sampling,
         )
         pictures, counts = pictures if self.with_experts else (pictures, None)
         files = {"samples": self.directory / f"step_{step:08d}.png"}

@@ -3,21 +3,21 @@
 import dataclasses
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jax.sharding import Mesh
 
 from ecdit import runtime
-from ecdit.checkpoints.restore import CheckpointError, restore_ema
+from ecdit.checkpoints.restore import CheckpointError, open_reader, read_meta, restore_ema
 from ecdit.config import ConfigError, require
 from ecdit.data.records import tokenize_captions
 from ecdit.experiment import Experiment, make_experiment
 from ecdit.partitioning import make_mesh
 from ecdit.sampling.sampler import SamplingConfig, make_sampler, sample_pictures
 from ecdit.storage import reading
-from ecdit.system import Params, System, make_system
+from ecdit.system import Params, System, make_system, user_files
 
 CONFIG_FILE = "config.json"
 
@@ -44,20 +44,30 @@ def open_run(workdir: Path, overrides: Sequence[str] = (), step: int | None = No
 
     Raises:
       CheckpointError: no run, or no such checkpoint.
-      ConfigError: an override that the config refuses, or a codec without pictures to draw.
+      ConfigError: an override that the config refuses, or stored latents, which cannot be decoded.
     """
     experiment = saved_experiment(workdir, overrides)
     if draw:
-        has_pictures = experiment.system.has_pictures
-        require(has_pictures, "codec", experiment.codec, "the run has latents alone: it cannot draw pictures")
+        images, name = experiment.system.has_images, experiment.autoencoder
+        require(images, "autoencoder", name, "the run has latents alone: it cannot draw images")
     runtime.configure(experiment.runtime)
     mesh = make_mesh(experiment.mesh)
     system = make_system(experiment.system)
     params, step = restore_ema(workdir, system, mesh, step)
+    _check_files(workdir, step, user_files(experiment.denoiser))
     if experiment.phases:  # all have the same parameters
-        experiment = experiment.part_of(step).experiment
+        experiment = experiment.phase_of(step).experiment
         system = make_system(experiment.system)
     return Run(experiment, system, mesh, params, step)
+
+
+def _check_files(workdir: Path, step: int, files: Mapping[str, str]) -> None:
+    """Raises CheckpointError if a user's file is not as the run had it."""
+    with open_reader(workdir) as manager:
+        saved = read_meta(manager, step).config.get("files", {})
+    for path, digest in files.items():
+        if saved.get(path) != digest:
+            raise CheckpointError(f"{path} is not what {workdir} was trained with: its sha256 is {digest[:12]}")
 
 
 def saved_experiment(workdir: Path, overrides: Sequence[str] = ()) -> Experiment:

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import field
 from typing import Any, Literal
 
 import jax
@@ -11,14 +12,12 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float, Int, Key, UInt32
 
-from ecdit.components import TextStates
-from ecdit.config import require
+from ecdit.components import Denoiser, TextStates
+from ecdit.config import PHASE, require
 from ecdit.diffusion.flow import SAMPLE_KEY_IMPL, sample_keys, sample_noise
 from ecdit.diffusion.guidance import GuidanceConfig, combine
 from ecdit.diffusion.solvers import SOLVERS
 from ecdit.encoders.autoencoder import to_bytes
-from ecdit.models.config import DiTConfig, check_attention, check_group, group_size
-from ecdit.models.embeddings import unpatchify
 from ecdit.partitioning import batch_sharding, batch_shards
 from ecdit.system import Params, System, TextToImage
 
@@ -33,9 +32,8 @@ class SamplingConfig:
     solver: Literal["euler", "heun"]
     num_steps: int
     guidance: GuidanceConfig
-    group: str  # tokens that compete for experts: "image", or a number (a guided image and its null are neighbours)
-    original_size: int  # pixels, of the micro-condition; crop is (0, 0)
-    batch_size: int
+    original_size: int = field(metadata=PHASE)  # pixels, of the micro-condition; crop is (0, 0)
+    batch_size: int = field(metadata=PHASE)
     seed: int
     num_grid: int  # pictures of the grid that a training run draws as it goes on
 
@@ -45,9 +43,8 @@ class SamplingConfig:
         require(0 <= self.seed < 2**32, "seed", self.seed, "must be in 0 .. 2**32 - 1")
 
 
-def check_sampling(config: SamplingConfig, model: DiTConfig, mesh: Mesh | AbstractMesh) -> None:
-    """Raises ConfigError when the batch or its groups do not divide over the mesh, or attention has no kernel there."""
-    check_attention(model, mesh)
+def check_sampling(config: SamplingConfig, denoiser: Denoiser, mesh: Mesh | AbstractMesh) -> None:
+    """Raises ConfigError if the batch does not divide over the mesh, or the denoiser cannot run on a device's part."""
     shards = batch_shards(mesh)
     require(
         config.batch_size % shards == 0,
@@ -55,23 +52,17 @@ def check_sampling(config: SamplingConfig, model: DiTConfig, mesh: Mesh | Abstra
         config.batch_size,
         f"must be a multiple of the {shards} parts the mesh splits a batch into",
     )
-    check_group("sampling.group", config.group, model.num_tokens)
-    rows = config.batch_size // shards * (1 if config.guidance.scale == 1 else 2)
-    require(
-        rows * model.num_tokens % group_size(config.group, model.num_tokens) == 0,
-        "sampling.group",
-        config.group,
-        f"must divide a device's tokens, {rows} x {model.num_tokens} (rows with their null captions x tokens)",
-    )
+    rows = config.batch_size // shards * (1 if config.guidance.scale == 1 else 2)  # with their null captions
+    denoiser.check_layout(mesh, rows, "sample")
 
 
 def make_sampler(system: System, config: SamplingConfig, mesh: Mesh, with_experts: bool = False) -> Sampler:
     """A compiled function (params, tokens[B, L], null tokens[1, L], keys[B]) -> uint8 pictures [B, h, w, 3].
 
-    Where the codec has no pictures it returns latents, float32[B, h, w, c]. B is config.batch_size; the noise of row i
-    is drawn from keys[i] alone. With `with_experts` it returns (pictures, counts) instead: how many experts took each
-    token, int32[B, steps, P, N] over solver steps (the first call of each) and sparse layers, in the pass with the
-    caption. The pictures are the same.
+    Without an autoencoder to decode with it returns latents, float32[B, h, w, c]. B is config.batch_size; the noise of
+    row i is drawn from keys[i] alone. With `with_experts` it returns (images, counts) instead: how many experts took
+    each token, int32[B, steps, P, N] over solver steps (the first call of each) and sparse layers, in the pass with the
+    caption. The images are the same.
     """
     jitted, rows = make_sample_step(system, config, mesh, with_experts), batch_sharding(mesh)
 
@@ -91,26 +82,25 @@ def make_sample_step(
     system: System, config: SamplingConfig, mesh: Mesh, with_experts: bool = False
 ) -> Callable[[Params, Int[Array, "B L"], Int[Array, "1 L"], UInt32[Array, "B K"]], Any]:
     """The jitted function of `make_sampler`, of arrays that are on the mesh; keys are their data (`sample_keys`)."""
-    check_sampling(config, system.config.model, mesh)
-    if with_experts and system.config.model.ffn == "dense":
+    check_sampling(config, system.parts.denoiser, mesh)
+    if with_experts and not system.parts.denoiser.counts_experts():
         raise ValueError("with_experts: a dense model has no experts to count")
     rows = batch_sharding(mesh)
 
     def sample(params: Params, tokens: Array, null_tokens: Array, key_data: Array) -> Any:
         model = system.bind(params)
         keys = jax.random.wrap_key_data(key_data, impl=SAMPLE_KEY_IMPL)
-        side, channels = system.config.model.latent_size, system.config.model.latent_channels
-        noise = sample_noise(keys, (side, side, channels))
-        velocity = _velocity(model, system.config.model, config, tokens, null_tokens, with_experts)
+        noise = sample_noise(keys, system.config.latent_shape)
+        velocity = _velocity(model, config, tokens, null_tokens, with_experts)
         latents, counts = SOLVERS[config.solver](velocity, noise, config.num_steps, has_aux=True)
-        pictures = to_bytes(model.codec.decode(latents)) if system.config.has_pictures else latents
+        pictures = to_bytes(model.autoencoder.decode(latents)) if system.config.has_images else latents
         return (pictures, jnp.moveaxis(counts, 2, 0)) if with_experts else pictures
 
     return jax.jit(sample, in_shardings=(system.shardings(mesh), rows, None, rows), out_shardings=rows)
 
 
 def _velocity(
-    model: TextToImage, dit: DiTConfig, config: SamplingConfig, tokens: Array, null_tokens: Array, with_experts: bool
+    model: TextToImage, config: SamplingConfig, tokens: Array, null_tokens: Array, with_experts: bool
 ) -> Callable[
     [Float[Array, "B h w c"], Float[Array, " B"]], tuple[Float[Array, "B h w c"], Int[Array, "P B N"] | None]
 ]:
@@ -119,24 +109,22 @@ def _velocity(
     An image and its null-caption twin are neighbours in one batch of 2 B.
     """
     guided = config.guidance.scale != 1
-    text: TextStates = model.text(tokens, dit.dtype, dit.remat)
+    text: TextStates = model.text(tokens)
     if guided:
-        null: TextStates = model.text(null_tokens, dit.dtype, dit.remat)
+        null: TextStates = model.text(null_tokens)
         text = jax.tree.map(lambda c, u: _interleave(c, jnp.broadcast_to(u, c.shape)), text, null)
     sizes = jnp.array([config.original_size, config.original_size, 0, 0], jnp.float32)
     size_crop = jnp.broadcast_to(sizes[None], (text.mask.shape[0], 4))
-    tokens_per_group = group_size(config.group, dit.num_tokens)
 
     def velocity(x: Float[Array, "B h w c"], time: Float[Array, " B"]) -> tuple[Array, Array | None]:
         if guided:
             x, time = _interleave(x, x), _interleave(time, time)
-        patches, report = model.denoiser(x, time, text, size_crop, None, tokens_per_group)
-        predicted = unpatchify(patches, dit.patch_size, dit.latent_channels)
-        counts = report.experts_per_token if with_experts else None
+        prediction = model.denoiser(x, time, text, size_crop, None, "sample")
+        counts = prediction.metrics["experts_per_token"] if with_experts else None
         if not guided:
-            return predicted, counts
+            return prediction.velocity, counts
         counts = counts[:, 0::2] if with_experts else None
-        return combine(predicted[0::2], predicted[1::2], config.guidance), counts
+        return combine(prediction.velocity[0::2], prediction.velocity[1::2], config.guidance), counts
 
     return velocity
 
@@ -157,7 +145,7 @@ def sample_pictures(
     """One picture for each (prompt, repeat), in order: uint8[n, h, w, 3], or what else `sampler` returns, n for B.
 
     The same (seed, prompt, repeat) gives the same picture whatever the batch size, the devices or the neighbours, up to
-    float32 rounding (and up to near-ties of top-k that it decides), where config.group is "image".
+    float32 rounding (and up to near-ties of top-k that it decides), where each image is a group of its own.
     """
     from tqdm import tqdm
 

@@ -1,26 +1,31 @@
-"""How long and in what portions a run trains."""
+"""How long and in what portions a run trains, and what decides one step."""
 
 import dataclasses
+from dataclasses import field
 
-from ecdit.config import require
+from ecdit.config import PHASE, RESUME, RESUME_OR_PHASE, require
+from ecdit.diffusion.flow import FlowConfig
+from ecdit.training.optimizer import OptimizerConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
     """How long and in what portions to train."""
 
-    num_steps: int
-    batch_size: int  # images of a step, over all devices and microbatches
-    accumulation: int  # microbatches of a step
-    ema_decay: float  # of step n: min(ema_decay, (1 + n) / (10 + n))
-    max_bad_steps: int  # skipped steps in a row after which the run stops
+    num_steps: int = field(metadata=RESUME)
+    batch_size: int = field(metadata=PHASE)  # images of a step, over all devices and microbatches
+    accumulation: int = field(metadata=RESUME_OR_PHASE)  # microbatches of a step
+    ema_decay: float = field(metadata=PHASE)  # of step n: min(ema_decay, (1 + n) / (10 + n))
+    max_bad_steps: int = field(metadata=RESUME)  # skipped steps in a row after which the run stops
     spike_factor: float  # a step whose loss is above so many times its running mean is skipped; 0: only if not finite
-    watchdog_seconds: float  # without progress after which a process ends with exit code 43; 0 for no watchdog
-    log_every: int  # steps between printed lines and TensorBoard's points; metrics.jsonl has every step
-    pictures_every: int  # steps between pictures of samples; 0 for those at the end alone
-    profile_start: int  # the first step to trace, from 1
-    profile_steps: int  # steps to trace; 0 for none
-    wandb_project: str  # of Weights & Biases; "" for none
+    # without progress after which a process ends with exit code 43; 0 for no watchdog
+    watchdog_seconds: float = field(metadata=RESUME)
+    # steps between printed lines and TensorBoard's points; metrics.jsonl has every step
+    log_every: int = field(metadata=RESUME)
+    pictures_every: int = field(metadata=RESUME)  # steps between pictures of samples; 0 for those at the end alone
+    profile_start: int = field(metadata=RESUME)  # the first step to trace, from 1
+    profile_steps: int = field(metadata=RESUME)  # steps to trace; 0 for none
+    wandb_project: str = field(metadata=RESUME)  # of Weights & Biases; "" for none
 
     def __post_init__(self):
         for key in ("num_steps", "batch_size", "accumulation", "max_bad_steps", "log_every"):
@@ -38,3 +43,13 @@ class TrainConfig:
             self.accumulation,
             f"must divide the batch size, {self.batch_size}",
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class StepConfig:
+    """What a training step follows from, beside the model."""
+
+    seed: int  # of the run
+    train: TrainConfig
+    flow: FlowConfig
+    optimizer: OptimizerConfig

@@ -1,13 +1,14 @@
 """The optimizer: RMSProp with momentum by default (arXiv 2410.02098), clipped by global norm after a linear warm-up."""
 
 import dataclasses
+from dataclasses import field
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from ecdit.config import require
+from ecdit.config import PHASE, require
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,7 +16,7 @@ class OptimizerConfig:
     """Fields of the optimizers that do not use them are ignored: each config file sets all."""
 
     name: Literal["rmsprop", "adamw", "adafactor"]
-    learning_rate: float  # after warm-up, constant
+    learning_rate: float = field(metadata=PHASE)  # after warm-up, constant
     warmup_steps: int  # linear from 0
     clip_norm: float  # global norm that gradients are clipped to
     moment_dtype: Literal["float32", "bfloat16"]  # in which moments are kept; they are computed in float32

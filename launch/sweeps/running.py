@@ -23,6 +23,7 @@ import orbax.checkpoint as ocp
 
 from ecdit.checkpoints.compatibility import config_differences
 from ecdit.checkpoints.restore import checkpoint_directory
+from ecdit.config import changeable, to_dict
 from ecdit.errors import UserError
 from ecdit.files import check_writable
 from ecdit.runs.trained_run import CONFIG_FILE
@@ -68,7 +69,9 @@ def is_done(point: Point, workdir: Path) -> bool:
     with reading(workdir):
         step = newest_step(workdir)
         if step and config.exists():
-            differences = config_differences(json.loads(config.read_text()), point.experiment, step)
+            differences = config_differences(
+                json.loads(config.read_text()), to_dict(point.experiment), changeable(point.experiment, "resume"), step
+            )
     if differences:
         changed = "\n  ".join(differences)
         raise SweepError(f"point {point.name}: {workdir} holds another run:\n  {changed}\nTake another --workdir.")

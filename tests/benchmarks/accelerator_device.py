@@ -64,7 +64,8 @@ def experiment(arguments: argparse.Namespace, name: str, **changes: Any) -> Expe
 
 def random_batch(config: Experiment, mesh: Mesh) -> Batch:
     """A batch as data would give it: captions of random length that end in EOS and padding."""
-    rng, shapes, size = np.random.default_rng(0), abstract_batch(config, mesh), config.data.image_size
+    rng, size = np.random.default_rng(0), config.data.image_size
+    shapes = abstract_batch(config.system, config.train.batch_size, mesh)
     batch = {
         "latents": rng.normal(size=shapes["latents"].shape).astype(np.float16),
         "tokens": random_tokens(rng, config, shapes["tokens"].shape[0]),

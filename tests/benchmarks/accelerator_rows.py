@@ -15,12 +15,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ecdit import runtime
+from ecdit.components import total_flops
 from ecdit.diffusion.flow import sample_keys
-from ecdit.encoders.flops import text_part
 from ecdit.experiment import Experiment, check_mesh
 from ecdit.models.attention import KINDS
 from ecdit.models.embeddings import rope_angles
-from ecdit.models.flops import denoiser_parts, total_flops
 from ecdit.models.moe import FeedForward, MixtureOfExperts
 from ecdit.partitioning import make_mesh
 from ecdit.sampling.sampler import make_sampler
@@ -209,9 +208,9 @@ def lower_step(config: Experiment, system: System, mesh: Mesh) -> jax.stages.Low
     check_mesh(config, mesh)
     optimizer = make_optimizer(config.optimizer)
     state = abstract_state(system, optimizer, state_shardings(system, optimizer, mesh))
-    step = make_train_step(config, system, mesh)  # before the mesh is set: optax makes arrays
+    step = make_train_step(config.step_config, system, mesh)  # before the mesh is set: optax makes arrays
     with jax.set_mesh(mesh):
-        return step.lower(state, abstract_batch(config, mesh))
+        return step.lower(state, abstract_batch(config.system, config.train.batch_size, mesh))
 
 
 def timed_step(config: Experiment, system: System, mesh: Mesh, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -236,10 +235,8 @@ def timed_step(config: Experiment, system: System, mesh: Mesh, arguments: argpar
     if metrics["bad_steps"]:
         raise SystemExit(f"{metrics['bad_steps']} steps were not finite: what they take says nothing")
     images, model = config.train.batch_size, config.model
-    flops = 3 * total_flops(
-        denoiser_parts(model, config.text.width, config.data.caption_length, model.num_kept, model.group)
-    )
-    tower = text_part(config.text, config.data.caption_length).flops
+    flops = 3 * total_flops(system.denoiser_flops("train"))
+    tower = system.parts.text.flops(config.data.caption_length).flops
     return {
         "batch": images,
         "milliseconds": milliseconds(times),
@@ -312,18 +309,7 @@ def sample_row(arguments: argparse.Namespace, name: str, mesh: Mesh, emit: Emit)
     systems = {which: make_system(config.system) for which, config in configs.items()}
     params = {which: drawn(system, mesh) for which, system in systems.items()}
     params["XL-dense"]["text"] = params[name]["text"]  # once in memory
-    flops = {
-        which: total_flops(
-            denoiser_parts(
-                config.model,
-                config.text.width,
-                config.data.caption_length,
-                config.model.num_tokens,
-                config.sampling.group,
-            )
-        )
-        for which, config in configs.items()
-    }
+    flops = {which: total_flops(system.denoiser_flops("sample")) for which, system in systems.items()}
     for batch in TINY_SAMPLED if arguments.tiny else SAMPLED:
         try:
             times = turns(samplers(configs, systems, params, mesh, batch), arguments)

@@ -21,7 +21,7 @@ from typing import Any
 
 import jax
 
-from ecdit.checkpoints.async_save import Saver
+from ecdit.checkpoints.async_save import AsyncSaver
 from ecdit.checkpoints.checksums import checksums
 from ecdit.checkpoints.restore import FORMAT, Meta, state_arrays
 from ecdit.config import to_dict
@@ -29,8 +29,8 @@ from ecdit.experiment import Experiment, make_experiment
 from ecdit.interop.weights import flat_names
 from ecdit.partitioning import make_mesh
 from ecdit.reporting.reporter import Reporter
-from ecdit.reporting.speed import TimedBatches, stopwatch
-from ecdit.runs.training_run import device_batches
+from ecdit.reporting.speed import stopwatch
+from ecdit.runs.workload import device_batches
 from ecdit.system import make_system
 from ecdit.training.optimizer import make_optimizer
 from ecdit.training.state import init_state, state_shardings
@@ -50,10 +50,10 @@ class Loop:
         system, optimizer = make_system(experiment.system), make_optimizer(experiment.optimizer)
         with jax.set_mesh(self.mesh):
             self.state = init_state(system, optimizer, state_shardings(system, optimizer, self.mesh), experiment.seed)
-            self.train_step = make_train_step(experiment, system, self.mesh)
-        self.batches = TimedBatches(device_batches(experiment, self.mesh, 0))
+            self.train_step = make_train_step(experiment.step_config, system, self.mesh)
+        self.batches = timing.TimedBatches(device_batches(experiment, self.mesh, 0))
         self.reporter = Reporter(workdir, 0, experiment.train, list(flat_names(self.state.params)))
-        self.reporter.begin(stopwatch(experiment))
+        self.reporter.begin(stopwatch(experiment.train.batch_size, make_system(experiment.system).training_flops()))
 
     def run(self, calls: int) -> None:
         """So many steps, the last one's results read too."""
@@ -68,7 +68,7 @@ class Loop:
         jax.block_until_ready(self.state)
 
 
-def turns_of(loop: Loop, saver: Saver, calls: int) -> dict[str, Callable[[], float]]:
+def turns_of(loop: Loop, saver: AsyncSaver, calls: int) -> dict[str, Callable[[], float]]:
     """Turns of `calls` steps with a save and without one, and of the checksums."""
     saves = itertools.count(1)
     meta = Meta(FORMAT, to_dict(loop.experiment), 0, "", {}, {})
@@ -112,7 +112,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     experiment: Experiment = make_experiment(values)
     with tempfile.TemporaryDirectory() as workdir, contextlib.redirect_stdout(io.StringIO()):  # its printed steps
         loop = Loop(experiment, Path(workdir))
-        saver = Saver(Path(workdir), experiment.checkpoint, print)
+        saver = AsyncSaver(Path(workdir), experiment.checkpoint, print)
         with jax.set_mesh(loop.mesh), contextlib.closing(loop.reporter), contextlib.closing(saver):
             seconds = timing.reported_turns(turns_of(loop, saver, arguments.calls), arguments.rounds)
     rounds = [dict(zip(seconds, each, strict=True)) for each in zip(*seconds.values(), strict=True)]

@@ -15,10 +15,10 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from ecdit.components import total_flops
 from ecdit.experiment import Experiment, make_experiment
-from ecdit.models.flops import denoiser_parts, total_flops
 from ecdit.partitioning import make_mesh
-from ecdit.runs.training_run import device_batches
+from ecdit.runs.workload import device_batches
 from ecdit.system import System, make_system
 from ecdit.training.optimizer import make_optimizer
 from ecdit.training.state import init_state, state_shardings
@@ -39,16 +39,14 @@ def with_ffn(ffn: str, arguments: argparse.Namespace) -> Experiment:
 
 def training_flops(experiment: Experiment) -> float:
     """Of the denoiser on one image: forward, and twice that backward."""
-    system = experiment.system
-    kept, group = system.model.num_kept, system.model.group
-    return 3 * total_flops(denoiser_parts(system.model, system.text.width, system.caption_length, kept, group))
+    return 3 * total_flops(make_system(experiment.system).denoiser_flops("train"))
 
 
 def stepper(experiment: Experiment, system: System, mesh: Mesh, batch: Batch) -> Callable[[], None]:
     """Takes a step of training with this batch and waits for it; called with the mesh set."""
     optimizer = make_optimizer(experiment.optimizer)
     state = init_state(system, optimizer, state_shardings(system, optimizer, mesh), experiment.seed)
-    train_step = make_train_step(experiment, system, mesh)
+    train_step = make_train_step(experiment.step_config, system, mesh)
 
     def step() -> None:
         nonlocal state

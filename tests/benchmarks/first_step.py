@@ -70,7 +70,7 @@ def phases(arguments: argparse.Namespace, cache: Path, started: float) -> dict[s
     from ecdit import runtime
     from ecdit.experiment import make_experiment
     from ecdit.partitioning import make_mesh
-    from ecdit.runs import training_run as loop
+    from ecdit.runs.workload import device_batches
     from ecdit.system import make_system
     from ecdit.training import optimizer, state, step
 
@@ -96,9 +96,9 @@ def phases(arguments: argparse.Namespace, cache: Path, started: float) -> dict[s
         with phase("first_state"):
             first = jax.block_until_ready(state.init_state(system, update, shardings, experiment.seed))
         with phase("first_batch"):
-            batch = next(loop.device_batches(experiment, mesh, 0))
+            batch = next(device_batches(experiment, mesh, 0))
         with phase("trace_step"):
-            lowered = step.make_train_step(experiment, system, mesh).lower(first, batch)
+            lowered = step.make_train_step(experiment.step_config, system, mesh).lower(first, batch)
         with phase("compile_step"):
             compiled = lowered.compile()
         with phase("run_step"):

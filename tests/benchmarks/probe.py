@@ -31,7 +31,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from ecdit.data.records import Records
 from ecdit.experiment import Experiment, make_experiment
 from ecdit.partitioning import make_mesh
-from ecdit.runs.training_run import device_batches
+from ecdit.runs.workload import device_batches
 from ecdit.system import make_system
 from ecdit.training.optimizer import make_optimizer
 from ecdit.training.state import init_state, state_shardings
@@ -229,7 +229,7 @@ def emoji_steps(experiment: Experiment) -> Iterator[tuple[Any, Array]]:
     shardings = state_shardings(system, optimizer, mesh)
     with jax.set_mesh(mesh):
         state = init_state(system, optimizer, shardings, experiment.seed)
-        train_step = make_train_step(experiment, system, mesh)
+        train_step = make_train_step(experiment.step_config, system, mesh)
         for batch in device_batches(experiment, mesh, 0):
             state, metrics = train_step(state, batch)
             yield state.params, metrics["loss"]

@@ -19,10 +19,10 @@ import dataclasses
 from collections.abc import Iterable
 
 from ecdit.chips import CHIPS, GPUS, Limits, limits
-from ecdit.encoders.flops import text_part
 from ecdit.experiment import Experiment
 from ecdit.models.config import DiTConfig
 from ecdit.models.flops import denoiser_parts
+from ecdit.system import make_system
 from tests.benchmarks.paper import paper_experiment
 
 CAST = 8  # bytes of a use of a parameter: float32 read, bfloat16 written and read
@@ -105,7 +105,11 @@ def text_work(experiment: Experiment, batch: int) -> Work:
     rows = batch * length * text.layers
     numbers = rows * (ffn_numbers(text.width, 4 * text.width) + 15 * text.width + 4 * 2 * text.heads * length)
     parameters = 12 * text.width**2 * text.layers
-    return Work("text_tower", batch * text_part(text, length).flops, ACTIVATION * numbers + CAST * parameters)
+    return Work(
+        "text_tower",
+        batch * make_system(experiment.system).parts.text.flops(length).flops,
+        ACTIVATION * numbers + CAST * parameters,
+    )
 
 
 def training_work(experiment: Experiment, batch: int, tower: bool = True) -> tuple[Work, ...]:
@@ -126,7 +130,7 @@ def training_work(experiment: Experiment, batch: int, tower: bool = True) -> tup
 
 def sampling_work(experiment: Experiment, batch: int) -> tuple[Work, ...]:
     """A step of the solver for `batch` pictures with guidance, without the text tower, which runs once a picture."""
-    model, group = experiment.model, experiment.sampling.group
+    model, group = experiment.model, experiment.model.sampling_group
     parameters = weights(model, experiment.text.width)
     numbers = activations(experiment, model.num_tokens, group)
     length, text_width = experiment.data.caption_length, experiment.text.width

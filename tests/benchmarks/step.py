@@ -31,9 +31,9 @@ from ecdit.experiment import Experiment, make_experiment
 from ecdit.interop.weights import flat_names
 from ecdit.partitioning import make_mesh
 from ecdit.reporting.reporter import Reporter
-from ecdit.reporting.speed import TimedBatches, stopwatch
+from ecdit.reporting.speed import stopwatch
 from ecdit.reporting.writers import open_writers
-from ecdit.runs.training_run import device_batches
+from ecdit.runs.workload import device_batches
 from ecdit.system import make_system
 from ecdit.training import step as training_step
 from ecdit.training.optimizer import make_optimizer
@@ -53,20 +53,20 @@ class Parts:
         self.optimizer = make_optimizer(experiment.optimizer)
         self.shardings = state_shardings(self.system, self.optimizer, self.mesh)
         with jax.set_mesh(self.mesh):
-            self.train_step = training_step.make_train_step(experiment, self.system, self.mesh)
+            self.train_step = training_step.make_train_step(experiment.step_config, self.system, self.mesh)
             self.forward = jax.jit(self._loss)
             self.gradients = jax.jit(self._gradients)
             self.update = jax.jit(self._update, donate_argnums=0)
             self.ema = jax.jit(self._ema, donate_argnums=0)
             self.looping, self.stepping, self.updating, self.still = (self._new_state() for _ in range(4))
             self.averaged = self._new_state().ema
-            self.batches = TimedBatches(device_batches(experiment, self.mesh, 0))
+            self.batches = timing.TimedBatches(device_batches(experiment, self.mesh, 0))
             self.batch = self.batches.next()
             self.loss, self.aux, self.grads = self.gradients(self.still, self.batch)
             self.stepping, self.metrics = self.train_step(self.stepping, self.batch)
-        leaf_names, writers = list(flat_names(self.still.params)), open_writers(experiment, workdir, 0)
+        leaf_names, writers = list(flat_names(self.still.params)), open_writers("", {}, workdir, 0)
         self.reporter = Reporter(workdir, 0, experiment.train, leaf_names, writers)
-        self.reporter.begin(stopwatch(experiment))
+        self.reporter.begin(stopwatch(experiment.train.batch_size, make_system(experiment.system).training_flops()))
         self.step = 0
         self.waits: list[float] = []  # seconds in which `loop` waited for each batch
 

@@ -131,14 +131,13 @@ def test_ratios_are_of_an_images_time_at_batches_of_each_ones_own():
 
 
 def flops_ratio():
-    """Of training with the tower's forward pass, by models.sizes and conditioning.sizes."""
-    from ecdit.encoders.flops import text_part
-    from ecdit.models.flops import denoiser_parts, total_flops
+    """Of training with the tower's forward pass."""
+    from ecdit.components import total_flops
+    from ecdit.system import make_system
 
     def flops(name):
-        config = paper_experiment(name)
-        parts = denoiser_parts(config.model, 1280, 128, 128, "1024")
-        return 3 * total_flops(parts) + text_part(config.text, 128).flops
+        system = make_system(paper_experiment(name).system)
+        return 3 * total_flops(system.denoiser_flops("train")) + system.parts.text.flops(128).flops
 
     return flops("XL-8E") / flops("XL-dense")
 

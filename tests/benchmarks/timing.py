@@ -233,3 +233,16 @@ def table(name: str, found: Mapping[str, Any]) -> list[str]:
 
 def _shown(number: Mapping[str, float], form: str) -> str:
     return f"{number['median']:{form}} ({number['min']:{form}} - {number['max']:{form}})"
+
+
+class TimedBatches:
+    """Batches, and how long the last one was waited for."""
+
+    def __init__(self, batches: Iterator[Any]):
+        self.batches, self.seconds = batches, 0.0
+
+    def next(self) -> Any:
+        start = time.perf_counter()
+        batch = next(self.batches)
+        self.seconds = time.perf_counter() - start
+        return batch

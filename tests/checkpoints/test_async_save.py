@@ -15,12 +15,12 @@ import jax
 import jax.numpy as jnp
 from ecdit.training import checkpoint
 from ecdit.experiment import CheckpointConfig
-from ecdit.checkpoints.async_save import Saver
+from ecdit.checkpoints.async_save import AsyncSaver
 from tests.checkpoints.toy import toy_abstract, toy_sharding, toy_state
 
 disk = Path(sys.argv[1])
 config = CheckpointConfig(every=1, keep=2, init_from="", verify="always", max_failed_saves=2)
-saver = Saver(disk / "run", config, lambda line: print("SAID", line, flush=True))
+saver = AsyncSaver(disk / "run", config, lambda line: print("SAID", line, flush=True))
 head = jax.device_put(jax.random.normal(jax.random.key(0), (1 << 19,)), toy_sharding())  # does not compress
 
 def save(step):
@@ -108,7 +108,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ecdit import runtime
 from ecdit.training import checkpoint, stored
 from ecdit.experiment import CheckpointConfig
-from ecdit.checkpoints.async_save import Saver
+from ecdit.checkpoints.async_save import AsyncSaver
 from ecdit.training.state import TrainState
 
 runtime.configure(runtime.RuntimeConfig((), (), False, "", distributed=False, heartbeat_seconds=100))
@@ -117,7 +117,7 @@ config = CheckpointConfig(every=1, keep=2, init_from="", verify="always", max_fa
 sharding = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), PartitionSpec("data"))
 whole = np.random.default_rng(0).normal(size=(2, 1 << 17)).astype(np.float32)  # does not compress
 lines = (workdir.parent / f"lines_{me}").open("w", buffering=1)
-saver = Saver(workdir, config, lambda line: print("SAID", line, file=lines))
+saver = AsyncSaver(workdir, config, lambda line: print("SAID", line, file=lines))
 
 def save(step, limited=None):
     if me == limited:

@@ -12,7 +12,7 @@ from ecdit.checkpoints.arrays import DamagedError
 from ecdit.checkpoints.config import CheckpointConfig
 from ecdit.checkpoints.inspection import verify
 from ecdit.checkpoints.restore import CheckpointError
-from ecdit.checkpoints.resume import newest_sound
+from ecdit.checkpoints.resume import newest_valid
 from tests.checkpoints.damage import flip_array, flip_meta
 from tests.checkpoints.toy import toy_abstract
 
@@ -110,7 +110,7 @@ def test_a_flipped_bit_of_any_array_is_found_by_each_way_to_verify(toy):
     with checkpoint.open_manager(toy.workdir, config) as manager:
 
         def resumed(verify):
-            newest_sound(manager, toy_abstract(), verify, lambda meta, step: None).check()
+            newest_valid(manager, toy_abstract(), verify, lambda meta, step: None).check()
 
         ways = [lambda: resumed("always"), lambda: resumed("background")]
         ways.append(lambda: checkpoint.restore(manager, 2, toy_abstract()))

@@ -11,7 +11,8 @@ from PIL import Image
 
 from ecdit.checkpoints import restore as checkpoint
 from ecdit.partitioning import make_mesh, replicated
-from ecdit.runs import training_run as loop
+from ecdit.runs.training_run import run_workload
+from ecdit.runs.workload import Workload
 from ecdit.training.state import TrainState
 from tests.runs import tiny
 
@@ -49,10 +50,13 @@ class Toy:
 
     def __init__(self, workdir):
         self.workdir, self.at, self.bad, self.leaf = workdir, {}, (), -1
+        self.first_rows = []  # of each start and phase
+        self.first_state, self.train_step = toy_state, lambda state, bad: toy_step(state, bad, self.leaf)
         self.drawn = {}  # step: the numbers of the parameters that its pictures were drawn with
 
-    def batches(self, experiment, mesh, start_row):
-        for n in itertools.count(start_row // experiment.train.batch_size + 1):
+    def batches(self, phase, start_row):
+        self.first_rows.append(start_row)
+        for n in itertools.count(start_row // phase.experiment.train.batch_size + 1):
             self.at.get(n, lambda: None)()
             yield jnp.int32(n in self.bad)
 
@@ -66,7 +70,20 @@ class Toy:
         overrides = {"num_steps": num_steps, "max_bad_steps": max_bad_steps, "log_every": 1000}
         overrides["pictures_every"] = pictures_every
         values = {f"train__{key}": value for key, value in overrides.items()}
-        return loop.train(tiny(checkpoint__every=every, checkpoint__keep=keep, **values, **more), self.workdir)
+        experiment = tiny(checkpoint__every=every, checkpoint__keep=keep, **values, **more)
+        with jax.set_mesh(make_mesh(experiment.mesh)):
+            return run_workload(self.workload(experiment), experiment, self.workdir, {})
+
+    def workload(self, experiment):
+        return Workload(
+            abstract=toy_abstract(),
+            first_state=lambda: (jax.jit(self.first_state, out_shardings=toy_sharding())(), ""),
+            prepare_data=lambda: ["toy" for _ in experiment.resolved_phases()],
+            train_step=lambda phase: self.train_step,
+            batches=self.batches,
+            images=lambda phase, workdir: self,
+            flops_per_image=lambda phase: 1.0,
+        )
 
     def losses(self):
         lines = (self.workdir / "metrics.jsonl").read_text().splitlines()

@@ -117,7 +117,7 @@ def test_weight_zero_ignores_dropped_tokens(broken):
 
 def test_loss_is_computed_in_float32():
     ones, offset = jnp.ones((1, 4, 2), jnp.bfloat16), jnp.full((1, 4, 2), 1 + 2**-12, jnp.float32)
-    loss = flow.loss_per_example(ones, offset, jnp.ones((1, 4), bool), 0.0)
+    loss = flow.loss_per_example(ones, offset, jnp.ones((1, 4)), 0.0)
     np.testing.assert_array_equal(loss, [2.0**-24])
 
 

@@ -1,7 +1,8 @@
 import jax
 import numpy as np
+import pytest
 
-from ecdit.encoders.autoencoder import CODECS, to_bytes, to_unit
+from ecdit.encoders.autoencoder import AUTOENCODERS, to_bytes, to_unit
 
 
 def test_all_bytes_survive_the_round_trip():
@@ -23,9 +24,18 @@ def test_bytes_are_rounded_and_clipped():
     np.testing.assert_array_equal(to_bytes(pictures.reshape(1, 2, 3, 1)).reshape(6), [0, 0, 255, 255, 0, 1])
 
 
-def test_identity_is_a_codec():
-    codec = CODECS["identity"]()
-    pictures = np.random.default_rng(0).uniform(-1, 1, (2, 4, 4, codec.channels)).astype(np.float32)
-    latents = codec.encode(pictures, jax.random.key(0))
-    assert latents.shape[1] * codec.downsampling == pictures.shape[1]
-    np.testing.assert_array_equal(codec.decode(latents), pictures)
+def test_identity_is_an_autoencoder():
+    autoencoder = AUTOENCODERS["identity"](3)
+    images = np.random.default_rng(0).uniform(-1, 1, (2, 4, 4, 3)).astype(np.float32)
+    latents = autoencoder.encode(images, jax.random.split(jax.random.key(0), 2))
+    assert latents.shape[1:] == autoencoder.latent_shape(4)
+    assert latents.shape[1] * autoencoder.downsampling == images.shape[1]
+    np.testing.assert_array_equal(autoencoder.decode(latents), images)
+
+
+def test_stored_latents_have_the_shape_that_was_stored_and_no_images():
+    latents = AUTOENCODERS["latents"](8)
+    assert latents.latent_shape(256) == (32, 32, 8)
+    for missing in (latents.encode, latents.decode):
+        with pytest.raises(NotImplementedError, match="the data holds latents"):
+            missing(*[None] * (2 if missing == latents.encode else 1))

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 from jax.extend.core import jaxprs_in_params
 
-from ecdit.encoders.flops import text_part
-from ecdit.models.config import group_size
-from ecdit.models.flops import total_flops
-from ecdit.system import forward_parts, make_system, training_flops
+from ecdit.components import total_flops
+from ecdit.encoders.text_tower import TextTower
+from ecdit.system import make_system
 from tests.runs import tiny
 
 BATCH = 4
@@ -31,22 +31,19 @@ def dots(jaxpr) -> Iterator[int]:
             yield from (turns * flops for flops in dots(inner))
 
 
-def traced_flops(system_config, tokens, group):
+def traced_flops(system_config, mode):
     """The FLOPs of BATCH images' forward pass."""
     system, config = make_system(system_config), system_config.model
 
-    def forward(params, latents, time, captions, size_crop, kept):
-        model = system.bind(params)
-        text = model.text(captions, config.dtype, config.remat)
-        kept = None if tokens == config.num_tokens else kept
-        return model.denoiser(latents, time, text, size_crop, kept, group_size(group, tokens))
+    def forward(params, latents, time, captions, size_crop):
+        model, keys = system.bind(params), jax.random.split(jax.random.key(0), BATCH) if mode == "train" else None
+        return model.denoiser(latents, time, model.text(captions), size_crop, keys, mode)
 
     shapes = {
         "latents": ((BATCH, config.latent_size, config.latent_size, config.latent_channels), jnp.float32),
         "time": ((BATCH,), jnp.float32),
         "captions": ((BATCH, system_config.caption_length), jnp.int32),
         "size_crop": ((BATCH, 4), jnp.float32),
-        "kept": ((BATCH, tokens), jnp.int32),
     }
     arguments = {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
     params = jax.eval_shape(system.init, jax.random.key(0))
@@ -70,17 +67,15 @@ def traced_flops(system_config, tokens, group):
     ],
 )
 def test_counts_equal_those_of_the_real_pass(changes):
-    system = tiny(**{f"model__{key}": value for key, value in changes.items()}).system
-    config = system.model
-    for tokens, group in ((config.num_kept, config.group), (config.num_tokens, "image")):
-        counted = BATCH * total_flops(forward_parts(system, tokens, group))
-        assert counted == traced_flops(system, tokens, group)
+    config = tiny(**{f"model__{key}": value for key, value in changes.items()}).system
+    for mode in ("train", "sample"):
+        assert BATCH * total_flops(make_system(config).forward_flops(mode)) == traced_flops(config, mode)
 
 
 def test_parts_by_hand():
     """Two pairs on 8 of 16 tokens, two blocks on all; width 32, hidden 128, 4 experts of 4 slots, captions of 16."""
-    system = tiny().system
-    parts = {part.name: part for part in forward_parts(system, 8, "image")}
+    system = make_system(tiny().system)
+    parts = {part.name: part for part in system.forward_flops("train")}
     assert parts["router"].tokens == 2 * 8
     assert parts["router"].flops == 2 * 8 * 2 * 32 * 4
     assert parts["experts"].tokens == 2 * 4 * 4
@@ -89,14 +84,14 @@ def test_parts_by_hand():
     assert parts["self_attention"].flops == 2 * (4 * 8 + 2 * 16) * 4 * 32**2 + 4 * (4 * 8**2 + 2 * 16**2) * 32
     assert parts["text_tower"].flops == 2 * 16 * 12 * 32**2 + 4 * 16**2 * 32
     assert parts["head"].flops == 2 * 2 * 16 * 192 * 32
-    assert training_flops(system) == 3 * sum(part.flops for part in parts.values())
-    frozen = dataclasses.replace(system, text=dataclasses.replace(system.text, frozen=True))
-    assert training_flops(system) - training_flops(frozen) == 2 * parts["text_tower"].flops
+    assert system.training_flops() == 3 * sum(part.flops for part in parts.values())
+    frozen = make_system(tiny(text__frozen=True).system)
+    assert system.training_flops() - frozen.training_flops() == 2 * parts["text_tower"].flops
 
 
 def test_token_choice_with_room_for_two_choices_costs_what_expert_choice_of_factor_two_does():
     experts = [
-        {part.name: part for part in forward_parts(tiny(model__ffn=ffn).system, 8, "image")}["experts"]
+        {part.name: part for part in make_system(tiny(model__ffn=ffn).system).forward_flops("train")}["experts"]
         for ffn in ("expert_choice", "token_choice")
     ]
     assert experts[0] == experts[1]
@@ -107,7 +102,7 @@ def test_a_doubled_dense_ffn_costs_what_experts_of_factor_two_do():
     dense, experts = (
         {
             part.name: part.flops
-            for part in forward_parts(tiny(model__ffn=ffn, model__even_ffn_multiplier=8).system, 8, "image")
+            for part in make_system(tiny(model__ffn=ffn, model__even_ffn_multiplier=8).system).forward_flops("train")
         }
         for ffn in ("dense", "expert_choice")
     )
@@ -117,4 +112,5 @@ def test_a_doubled_dense_ffn_costs_what_experts_of_factor_two_do():
 def test_the_towers_of_the_paper_s_recipe():
     """32 layers of 12 x 1280^2 parameters, on 128 tokens."""
     config = dataclasses.replace(tiny().text, width=1280, layers=32, heads=20)
-    assert text_part(config, 128).flops == 2 * 128 * 32 * 12 * 1280**2 + 4 * 32 * 128**2 * 1280
+    tower = nnx.eval_shape(lambda: TextTower(config, 128, nnx.Rngs(0)))
+    assert tower.flops(128).flops == 2 * 128 * 32 * 12 * 1280**2 + 4 * 32 * 128**2 * 1280

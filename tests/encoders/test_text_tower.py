@@ -16,7 +16,9 @@ EOS = 1
 # Captions of 5, 2 and 0 pieces, each with its end: the first fills the length, the last is the empty caption.
 TOKENS = np.array([[5, 9, 2, 7, 3, EOS], [4, 8, EOS, 0, 0, 0], [EOS, 0, 0, 0, 0, 0]], np.int32)
 TOWERS = {
-    activation: Model(lambda rngs, a=activation: TextTower(TextConfig(20, 16, 2, 2, a, False), LENGTH, rngs))
+    activation: Model(
+        lambda rngs, a=activation: TextTower(TextConfig(20, 16, 2, 2, a, False, "none", "float32"), LENGTH, rngs)
+    )
     for activation in ("gelu", "quick_gelu")
 }
 PARAMS = TOWERS["gelu"].params

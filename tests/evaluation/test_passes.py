@@ -1,14 +1,13 @@
 """What the sampler asks of the network, and what it makes of the answers: no model is compiled here."""
 
 import dataclasses
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ecdit.components import TextStates
+from ecdit.components import Prediction, TextStates
 from ecdit.diffusion.flow import sample_key, sample_keys
 from ecdit.diffusion.guidance import GuidanceConfig
 from ecdit.encoders.text_tower import TextTower
@@ -30,9 +29,9 @@ def passes(monkeypatch):
     encoded = []
     tower = TextTower.__call__
 
-    def encode(self, tokens, *rest):
+    def encode(self, tokens):
         encoded.append(tokens.shape[0])
-        return tower(self, tokens, *rest)
+        return tower(self, tokens)
 
     def stop(self, latents, time, text, size_crop, kept, group_size):
         assert time.shape[0] == text.mask.shape[0] == size_crop.shape[0] == latents.shape[0]
@@ -40,13 +39,11 @@ def passes(monkeypatch):
         raise Called(latents.shape[0], group_size)
 
     monkeypatch.setattr(TextTower, "__call__", encode)
-    monkeypatch.setattr(DiT, "__call__", stop)
+    monkeypatch.setattr(DiT, "forward", stop)
 
     def trace(scale, group, solver="euler"):
-        experiment = tiny(mesh__data=1)
-        config = dataclasses.replace(
-            experiment.sampling, guidance=GuidanceConfig(scale, "plain"), group=group, solver=solver
-        )
+        experiment = tiny(mesh__data=1, model__sampling_group=group)
+        config = dataclasses.replace(experiment.sampling, guidance=GuidanceConfig(scale, "plain"), solver=solver)
         system = make_system(experiment.system)
         sampler = make_sampler(system, config, make_mesh(experiment.mesh, jax.devices()[:1]))
         params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(system.init, jax.random.key(0)))
@@ -75,14 +72,16 @@ def test_scale_zero_is_no_scale_one(passes):
 class FakeModel:
     """Its velocity is the first token of the caption everywhere, and so is the number of experts."""
 
-    def text(self, tokens, dtype, remat):
+    def text(self, tokens):
         return TextStates(tokens[..., None].astype(jnp.float32), tokens != 0, tokens[:, :1].astype(jnp.float32))
 
-    def denoiser(self, latents, time, text, size_crop, kept, group_size):
+    def denoiser(self, latents, time, text, size_crop, mask_keys, mode):
+        assert (mask_keys, mode) == (None, "sample")
         self.seen = latents[:, 0, 0, 0], time
         tokens = jnp.broadcast_to(text.pooled, (len(latents), 16))
-        patches = jnp.broadcast_to(text.pooled[:, :, None], (len(latents), 16, 8 * 8 * 3))
-        return patches, SimpleNamespace(experts_per_token=tokens[None].astype(jnp.int32))
+        velocity = jnp.broadcast_to(text.pooled[:, :, None, None], latents.shape)
+        metrics = {"experts_per_token": tokens[None].astype(jnp.int32)}
+        return Prediction(velocity, jnp.ones(tokens.shape), jnp.float32(0), metrics)
 
 
 def test_the_guided_velocity_of_each_image_by_hand():
@@ -90,7 +89,7 @@ def test_the_guided_velocity_of_each_image_by_hand():
     experiment = tiny()
     config = dataclasses.replace(experiment.sampling, guidance=GuidanceConfig(3.0, "plain"))
     model, tokens, null = FakeModel(), jnp.array([[5, 1], [6, 1], [7, 1]]), jnp.array([[1, 0]])
-    velocity = sampling._velocity(model, experiment.model, config, tokens, null, with_experts=True)
+    velocity = sampling._velocity(model, config, tokens, null, with_experts=True)
     x = jnp.arange(3.0)[:, None, None, None] * jnp.ones((1, 32, 32, 3))
     guided, counts = velocity(x, jnp.array([0.25, 0.5, 0.75]))
     np.testing.assert_array_equal(model.seen, [[0, 0, 1, 1, 2, 2], [0.25, 0.25, 0.5, 0.5, 0.75, 0.75]])

@@ -44,6 +44,7 @@ CONFIG = DiTConfig(
     router_z_loss=0.0,
     router_init_std=0.006,
     group="image",
+    sampling_group="image",
     dispatch="gather",
     moe_output_norm="expert",
     mask_ratio=0.5,
@@ -112,7 +113,7 @@ def dit(config: DiTConfig) -> Model:
 @functools.cache
 def forward(config: DiTConfig, group_size: int) -> Callable[[Any, Inputs], Any]:
     """The compiled (params, inputs) -> (velocity, report)."""
-    return jit(lambda params, inputs: dit(config)(params)(*inputs, group_size))
+    return jit(lambda params, inputs: dit(config)(params).forward(*inputs, group_size))
 
 
 def replace_leaf(params: Any, path: str, change: Callable[[Any], Any]) -> Any:

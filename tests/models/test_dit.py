@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from ecdit.models.dit import DiT
-from ecdit.models.embeddings import patchify, unpatchify
+from ecdit.models.dit import DiT, kept_tokens
 from ecdit.models.layers import REMAT_POLICIES
 from ecdit.models.routing import expert_capacity
-from ecdit.training.step import router_grad_norm
+from ecdit.models.routing_metrics import coverage, router_grad_norm
+from ecdit.patches import patchify, unpatchify
 from tests.models import dit_oracle
 from tests.models.helpers import (
     CONFIG,
@@ -311,17 +311,17 @@ def test_the_router_learns(norm):
 
     def loss(router):
         changed = replace_leaf(params, "pairs/even/experts/router", lambda _: router)
-        return jnp.square(dit(values)(changed)(*data, ALL)[0] - 1).sum()
+        return jnp.square(dit(values)(changed).forward(*data, ALL)[0] - 1).sum()
 
     gradient = jit(jax.grad(loss))(params["pairs"]["even"]["experts"]["router"])
-    norms = router_grad_norm({"denoiser": {"pairs": {"even": {"experts": {"router": gradient}}}}})
+    norms = router_grad_norm({"pairs": {"even": {"experts": {"router": gradient}}}})
     assert norms.shape == (2,)
     assert (np.asarray(norms) > 1e-3).all()
     np.testing.assert_allclose(norms, np.linalg.norm(gradient, axis=(1, 2)), rtol=1e-5)
 
 
 def test_there_is_no_router_to_learn_in_a_dense_model():
-    assert router_grad_norm({"denoiser": dit(config(ffn="dense")).params}).shape == (0,)
+    assert router_grad_norm(dit(config(ffn="dense")).params).shape == (0,)
 
 
 def test_a_decoupled_router_does_not_feel_the_modulation():
@@ -429,3 +429,31 @@ def test_every_parameter_gets_a_gradient():
     _, grads = gradients("none")
     for path, gradient in jax.tree_util.tree_leaves_with_path(grads):
         assert np.asarray(gradient).any(), jax.tree_util.keystr(path)
+
+
+@pytest.mark.parametrize("mode", ["train", "sample"])
+def test_a_prediction_is_of_the_tokens_that_its_keys_keep(mode):
+    """Training groups are two images' kept tokens, sampling groups half an image: other experts take a token."""
+    values = config(ffn="expert_choice", group=str(2 * KEPT), sampling_group=str(ALL // 2))
+    model, data = dit(values), inputs(values, BATCH)._replace(kept=None)
+    keys = jax.random.split(jax.random.key(3), BATCH) if mode == "train" else None
+    found = jit(lambda params: model(params)(*data[:4], keys, mode))(model.params)
+    kept = None if keys is None else jax.vmap(lambda key: kept_tokens(key, values))(keys)
+    group = 2 * KEPT if mode == "train" else ALL // 2
+    patches, report = forward(values, group)(model.params, data._replace(kept=kept))
+    np.testing.assert_array_equal(patchify(found.velocity, values.patch_size), patches)
+    if mode == "train":
+        np.testing.assert_array_equal(found.loss_weights.sum(axis=1), np.full(BATCH, KEPT))
+        np.testing.assert_array_equal(np.take_along_axis(found.loss_weights, kept, axis=1), np.ones((BATCH, KEPT)))
+        jax.tree.map(np.testing.assert_array_equal, found.metrics, coverage(report))
+    else:
+        np.testing.assert_array_equal(found.loss_weights, np.ones((BATCH, ALL)))
+        np.testing.assert_array_equal(found.metrics["experts_per_token"], report.experts_per_token)
+    assert found.auxiliary_loss == 0
+
+
+def test_images_of_a_group_are_said_to_belong_together():
+    model = DiT(config(group=str(2 * KEPT), sampling_group=str(4 * ALL)), TEXT_WIDTH, nnx.Rngs(0))
+    assert (model.images_together("train"), model.images_together("sample")) == (2, 4)
+    model = DiT(config(group="image", sampling_group=str(ALL // 4)), TEXT_WIDTH, nnx.Rngs(0))
+    assert (model.images_together("train"), model.images_together("sample")) == (1, 1)

@@ -108,7 +108,7 @@ def model_with_gradients(config, mesh=None):
 
     @jit
     def run(params):
-        output, backward = jax.vjp(lambda params: model(params)(*x, config.num_kept)[0], params)
+        output, backward = jax.vjp(lambda params: model(params).forward(*x, config.num_kept)[0], params)
         return output, backward(output)
 
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):

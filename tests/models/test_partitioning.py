@@ -177,7 +177,7 @@ def gradient(values):
     """(params, inputs) -> ((loss, (velocity, report)), gradients) of a DiT."""
 
     def loss(params, data):
-        velocity, report = dit(values)(params)(*data, values.num_kept)
+        velocity, report = dit(values)(params).forward(*data, values.num_kept)
         return jnp.square(velocity - 1).mean(), (velocity, report)
 
     return jax.value_and_grad(loss, has_aux=True)

@@ -107,14 +107,14 @@ MUTANTS = (
         _fused("test_so_are_its_kernels"),
     ),
     Mutant(
-        _EMBEDDINGS,
+        "ecdit/patches.py",
         "return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1,",
         "return x.transpose(0, 3, 1, 2, 4, 5).reshape(batch, -1,",
         _embeddings("test_patches_are_read_row_by_row"),
         "tokens are in columns, and their positions in rows",
     ),
     Mutant(
-        _EMBEDDINGS,
+        "ecdit/patches.py",
         "x = tokens.reshape(batch, grid, grid, patch, patch, channels)",
         "x = tokens.reshape(batch, grid, grid, channels, patch, patch).transpose(0, 1, 2, 4, 5, 3)",
         _embeddings("test_unpatchify_is_the_inverse"),

@@ -2,9 +2,11 @@
 
 from tests.mutants.mutant import Mutant
 
-_CHECKPOINT, _CHECKSUMS, _STORED, _SAVING, _RECOVERY, _LOOP = (
-    f"ecdit/training/{name}.py" for name in ("checkpoint", "checksums", "stored", "saving", "recovery", "loop")
+_CHECKPOINT, _CHECKSUMS, _STORED, _SAVING, _RECOVERY, _COMPATIBILITY = (
+    f"ecdit/checkpoints/{name}.py"
+    for name in ("restore", "checksums", "arrays", "async_save", "resume", "compatibility")
 )
+_LOOP, _RUN = "ecdit/training/loop.py", "ecdit/runs/training_run.py"
 
 
 def _sums(*names: str) -> tuple[str, ...]:
@@ -79,26 +81,27 @@ MUTANTS = (
         _recovery("test_an_array_that_is_of_another_type_than_was_saved_is_damage"),
     ),
     Mutant(
-        _CHECKPOINT,
+        _COMPATIBILITY,
         'if phase["after"] < step]',
         'if phase["after"] <= step]',
         ("tests/test_experiment_phases.py::test_phases_that_have_not_begun_may_change",),
     ),
     Mutant(
-        _CHECKPOINT,
-        '    "data.prefetch",\n',
-        '    "data.prefetch", "optimizer.",\n',
+        "ecdit/experiment.py",
+        "    optimizer: OptimizerConfig\n",
+        "    optimizer: OptimizerConfig = field(metadata=RESUME)\n",
         _restored("test_a_changed_key_refuses_to_resume_by_name_or_may_change"),
         "a run resumes with another optimizer, and nobody is told",
     ),
     Mutant(
-        _CHECKPOINT,
-        'any(key == allowed or (allowed.endswith(".") and key.startswith(allowed)) for',
-        'any(key.startswith(allowed.partition(".")[0]) for',
+        "ecdit/config.py",
+        'if when not in field.metadata.get("may_change", ()):',
+        'if not field.metadata.get("may_change", ()):',
         _restored("test_a_changed_key_refuses_to_resume_by_name_or_may_change"),
+        "a run resumes with what only a new phase may change",
     ),
     Mutant(
-        _CHECKPOINT,
+        _COMPATIBILITY,
         "if not differences and saved.dataset != fingerprint:",
         "if differences and saved.dataset != fingerprint:",
         _restored("test_other_data_is_refused"),
@@ -157,34 +160,34 @@ MUTANTS = (
     ),
     Mutant(
         _LOOP,
-        "save = step % every == 0 or step == config.num_steps or stop",
-        "save = step % every == 0 or step == config.num_steps",
+        "hooks.saves(step) or stop",
+        "hooks.saves(step)",
         _loop("test_sigterm_saves_the_running_step_and_the_same_command_goes_on"),
     ),
     Mutant(
-        _LOOP,
-        "save = step % every == 0 or step == config.num_steps or stop",
-        "save = step % every == 0 or stop",
+        _RUN,
+        "saves=lambda step: step % every == 0 or step == config.num_steps,",
+        "saves=lambda step: step % every == 0,",
         _loop("test_keep_leaves_the_newest"),
         "the end of a run is lost",
     ),
     Mutant(
-        _LOOP,
-        "first_row = run.experiment.next_row(int(state.step))",
-        "first_row = run.experiment.next_row(0)",
+        _RUN,
+        "self.experiment.next_row(int(state.step))",
+        "self.experiment.next_row(0)",
         _loop("test_a_resumed_run_reads_on_where_it_stopped"),
         "a resumed run sees the first data again",
     ),
     Mutant(
-        _LOOP,
-        "config, row = to_dict(experiment), experiment.next_row(step)",
-        "config, row = to_dict(experiment), experiment.next_row(step - 1)",
+        _RUN,
+        "experiment.next_row(step), fingerprint",
+        "experiment.next_row(step - 1), fingerprint",
         _loop("test_keep_leaves_the_newest"),
     ),
     Mutant(
         _LOOP,
-        "            run.saver.check()\n",
-        "            pass\n",
+        "        hooks.after_step()\n",
+        "        pass\n",
         _loop("test_the_saver_is_asked_every_step"),
         "failed saves are told of at the next save, hours later",
     ),

@@ -12,20 +12,20 @@ def _tower(*names: str) -> tuple[str, ...]:
 MUTANTS = (
     Mutant(
         _CODEC,
-        "return pictures.astype(jnp.float32) / 127.5 - 1.0",
-        "return pictures.astype(jnp.float32) / 255.0",
+        "return images.astype(jnp.float32) / 127.5 - 1.0",
+        "return images.astype(jnp.float32) / 255.0",
         ("tests/encoders/test_autoencoder.py::test_bytes_span_minus_one_to_one",),
     ),
     Mutant(
         _CODEC,
-        "jnp.clip(jnp.round((pictures + 1.0) * 127.5), 0, 255)",
-        "jnp.clip(jnp.round((pictures + 1.0) * 128.0), 0, 255)",
+        "jnp.clip(jnp.round((images + 1.0) * 127.5), 0, 255)",
+        "jnp.clip(jnp.round((images + 1.0) * 128.0), 0, 255)",
         ("tests/encoders/test_autoencoder.py::test_all_bytes_survive_the_round_trip",),
     ),
     Mutant(
         _CODEC,
-        "jnp.clip(jnp.round((pictures + 1.0) * 127.5), 0, 255)",
-        "jnp.clip((pictures + 1.0) * 127.5, 0, 255)",
+        "jnp.clip(jnp.round((images + 1.0) * 127.5), 0, 255)",
+        "jnp.clip((images + 1.0) * 127.5, 0, 255)",
         ("tests/encoders/test_autoencoder.py::test_bytes_are_rounded_and_clipped",),
     ),
     Mutant(
@@ -37,8 +37,8 @@ MUTANTS = (
     ),
     Mutant(
         _TOWER,
-        "mask = tokens != PAD_ID",
-        "mask = tokens > 1",
+        "mask, dtype, remat = tokens != PAD_ID, ",
+        "mask, dtype, remat = tokens > 1, ",
         _tower("test_the_empty_caption_is_its_end"),
         "the end of a caption counts as padding",
     ),

@@ -101,7 +101,7 @@ MUTANTS = (
         _loader("test_crop_offsets_are_those_of_the_pixels"),
     ),
     Mutant(
-        "ecdit/runs/training_run.py",
+        "ecdit/runs/workload.py",
         "return local[np.searchsorted(rows, wanted)]",
         "return local[: len(wanted)]",
         ("tests/runs/test_training_run.py::test_batches_are_the_same_on_any_mesh_and_from_any_start[sizes0]",),
@@ -109,15 +109,15 @@ MUTANTS = (
     ),
     Mutant(
         "ecdit/experiment.py",
-        "return part.first_row + (step - part.after) * part.experiment.train.batch_size",
-        "return step * part.experiment.train.batch_size",
+        "return phase.first_row + (step - phase.after) * phase.experiment.train.batch_size",
+        "return step * phase.experiment.train.batch_size",
         ("tests/test_experiment_phases.py::test_parts_by_hand",),
         "a phase with another batch size skips records, or sees some again",
     ),
     Mutant(
         "ecdit/experiment.py",
-        "if part.after < max(step, 1))",
-        "if part.after <= max(step, 1))",
+        "if phase.after < max(step, 1))",
+        "if phase.after <= max(step, 1))",
         ("tests/test_experiment_phases.py::test_parts_by_hand",),
         "the last step of a phase is trained as the next one",
     ),

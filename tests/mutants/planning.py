@@ -134,15 +134,15 @@ MUTANTS = (
         _hlo("test_replica_groups_in_every_spelling"),
     ),
     Mutant(
-        _COUNTS,
-        'for name in ("up", "down")}) * (1 - met))',
-        'for name in ("up", "down")}) * met)',
+        "ecdit/models/flops.py",
+        "return round(params * (1 - met))",
+        "return round(params * met)",
         _counts("test_the_largest_model"),
     ),
     Mutant(
-        _COUNTS,
-        "else TOKEN_CHOICES / model.num_experts",
-        "else capacity(model, size) / size",
+        "ecdit/models/flops.py",
+        "else TOKEN_CHOICES / config.num_experts",
+        "else capacity(config, size) / size",
         _counts("test_token_choice_activates_two_experts"),
     ),
     Mutant(
@@ -160,13 +160,13 @@ MUTANTS = (
     ),
     Mutant(
         "ecdit/models/flops.py",
-        "return tuple(Part(name, float(seen), 2.0 * products)",
-        "return tuple(Part(name, float(seen), 1.0 * products)",
+        "return tuple(PartFlops(name, float(seen), 2.0 * products)",
+        "return tuple(PartFlops(name, float(seen), 1.0 * products)",
         _sizes("test_parts_by_hand"),
         "MFU is half of what it is: a multiply-add is two operations",
     ),
     Mutant(
-        "ecdit/encoders/flops.py",
+        "ecdit/system.py",
         "return 3 * total_flops(",
         "return 2 * total_flops(",
         _sizes("test_parts_by_hand"),

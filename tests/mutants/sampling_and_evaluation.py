@@ -2,7 +2,8 @@
 
 from tests.mutants.mutant import Mutant
 
-_SAMPLING, _RETRIEVAL, _MAPS = (f"ecdit/evaluation/{name}.py" for name in ("sampling", "retrieval", "routing_maps"))
+_SAMPLING, _MAPS = (f"ecdit/sampling/{name}.py" for name in ("sampler", "routing_maps"))
+_RETRIEVAL = "ecdit/evaluation/retrieval.py"
 
 
 def _samples(*names: str) -> tuple[str, ...]:
@@ -32,16 +33,16 @@ MUTANTS = (
         "sampling without guidance takes twice as long",
     ),
     Mutant(
-        _SAMPLING,
-        "tokens_per_group = group_size(config.group, dit.num_tokens)",
-        "tokens_per_group = dit.num_tokens",
+        "ecdit/models/dit.py",
+        'if mode == "train" else config.sampling_group',
+        'if mode == "train" else "image"',
         _passes("test_a_guided_image_and_its_null_twin_are_one_batch"),
         "a model that was trained in larger groups routes by others in sampling",
     ),
     Mutant(
         _SAMPLING,
-        "return combine(predicted[0::2], predicted[1::2], config.guidance), counts",
-        "return combine(predicted[1::2], predicted[0::2], config.guidance), counts",
+        "return combine(prediction.velocity[0::2], prediction.velocity[1::2],",
+        "return combine(prediction.velocity[1::2], prediction.velocity[0::2],",
         _passes("test_the_guided_velocity_of_each_image_by_hand"),
         "guidance leads away from the caption",
     ),
@@ -107,8 +108,8 @@ MUTANTS = (
     ),
     Mutant(
         _RETRIEVAL,
-        'return dataclasses.replace(config, solver="euler", num_steps=25, guidance=guidance, group="image", seed=0)',
-        'return dataclasses.replace(config, solver="euler", num_steps=25, group="image", seed=0)',
+        'return dataclasses.replace(config, solver="euler", num_steps=25, guidance=guidance, seed=0)',
+        'return dataclasses.replace(config, solver="euler", num_steps=25, seed=0)',
         _samples("test_the_protocol_is_the_same_for_every_run"),
         "scores of runs with other guidance are compared",
     ),

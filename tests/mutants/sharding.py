@@ -89,14 +89,14 @@ MUTANTS = (
     ),
     Mutant(
         "ecdit/experiment.py",
-        "parts = shards * train.accumulation",
-        "parts = shards",
+        "parts, components = shards * train.accumulation, make",
+        "parts, components = shards, make",
         ("tests/system/test_step.py::test_what_does_not_divide_is_refused_with_its_numbers",),
     ),
     Mutant(
         "ecdit/experiment.py",
-        "    for part in experiment.parts():\n        _check_part(part.experiment, mesh)",
-        "    for part in experiment.parts()[:1]:\n        _check_part(part.experiment, mesh)",
+        "    for phase in experiment.resolved_phases():\n        _check_phase(phase.experiment, mesh)",
+        "    for phase in experiment.resolved_phases()[:1]:\n        _check_phase(phase.experiment, mesh)",
         ("tests/test_experiment_phases.py::test_every_phase_must_fit_the_mesh",),
         "a run stops at its second phase, days after its start",
     ),

@@ -31,7 +31,7 @@ def _sampling(old: str, new: str, test: str) -> Mutant:
 
 
 def _plan_follows_from(new: str, test: str) -> Mutant:
-    old = "follows_from = [to_dict(experiment), target.name, what, versions, _code()]"
+    old = "follows_from = [to_dict(experiment), user_files(experiment.denoiser), target.name, what, versions, _code()]"
     return Mutant(
         "ecdit/planning/cache.py", old, f"follows_from = [{new}]", (test,), "an old plan is told as a new one"
     )
@@ -82,19 +82,31 @@ MUTANTS = (
     ),
     # What the network is given, and what is made of its answer.
     _step(
-        "model.denoiser(interpolate(latents, noise, time), time, text,",
-        "model.denoiser(interpolate(latents, noise, time), 1 - time, text,",
+        "model.denoiser(noisy, time, text,",
+        "model.denoiser(noisy, 1 - time, text,",
         f"{_STEP}::test_a_network_that_knows_the_data_has_no_loss[0]",
         why="it trains, and sampling, which tells t, draws nonsense",
     ),
-    _step("config))(keys.mask)", "config))(keys.noise)", f"{_KEYS}[0]"),
+    _step('keys.mask, "train")', 'keys.noise, "train")', f"{_KEYS}[0]"),
     _step("jnp.float32))(keys.noise)", "jnp.float32))(keys.mask)", f"{_KEYS}[0]"),
-    _step("experiment.flow))(keys.time)", "experiment.flow))(keys.noise)", f"{_KEYS}[0]"),
+    _step("flow))(keys.time)", "flow))(keys.noise)", f"{_KEYS}[0]"),
     _step('"examples"), state.step, rows)', '"examples"), 0 * state.step, rows)', f"{_KEYS}[3]"),
     _step('"examples"), state.step, rows)', '"examples"), state.step, 0 * rows)', f"{_KEYS}[0]"),
-    _step('run_key(experiment.seed, "examples")', 'run_key(0, "examples")', f"{_KEYS}[0]"),
-    _step("experiment.flow.dropped_token_weight).mean()", "0.0).mean()", f"{_BY_HAND}[whole]"),
-    _step("at[row].set(True))(kept)", "at[row].set(True))(kept) | True", f"{_BY_HAND}[whole]"),
+    _step('run_key(config.seed, "examples")', 'run_key(0, "examples")', f"{_KEYS}[0]"),
+    _step("flow.dropped_token_weight).mean()", "0.0).mean()", f"{_BY_HAND}[whole]"),
+    Mutant(
+        "ecdit/models/dit.py",
+        "at[row].set(1.0))(kept)",
+        "at[row].set(1.0))(kept) * 0 + 1",
+        ("tests/models/test_dit.py::test_a_prediction_is_of_the_tokens_that_its_keys_keep",),
+        "the loss counts tokens that the first blocks have not seen",
+    ),
+    Mutant(
+        "ecdit/models/dit.py",
+        'group = config.group if mode == "train"',
+        'group = config.sampling_group if mode == "train"',
+        ("tests/models/test_dit.py::test_a_prediction_is_of_the_tokens_that_its_keys_keep",),
+    ),
     _step("else x.mean(axis=0) for name", "else x[-1] for name", f"{_BY_HAND}[halved]"),
     _step("return losses.mean(), metrics", "return losses[-1], metrics", f"{_BY_HAND}[halved]"),
     _step("lambda x: x / count, total)", "lambda x: x, total)", f"{_BY_HAND}[halved]"),
@@ -159,8 +171,8 @@ MUTANTS = (
     ),
     Mutant(
         "ecdit/runs/training_run.py",
-        "if int(state.step) == run.part.after:",
-        "if int(state.step) >= run.part.after:",
+        "if first == phase.after + 1:",
+        "if first >= phase.after + 1:",
         (f"{_USUAL_LOSS}[4]",),
         "a resumed run differs from one that was not stopped",
     ),
@@ -173,14 +185,8 @@ MUTANTS = (
     ),
     Mutant(
         "ecdit/runs/training_run.py",
-        "samples.write(sampling_params(state), step))",
-        "samples.write({**state.params, **state.frozen}, step))",
-        (_EMA_PICTURES,),
-    ),
-    Mutant(
-        "ecdit/runs/training_run.py",
-        "samples.write(sampling_params(state), int(state.step))",
-        "samples.write({**state.params, **state.frozen}, int(state.step))",
+        "images.write(sampling_params(state), step)",
+        "images.write({**state.params, **state.frozen}, step)",
         (_EMA_PICTURES,),
     ),
     Mutant(
@@ -214,9 +220,9 @@ MUTANTS = (
         (f"{_PICTURES}::test_what_the_sample_command_writes_belongs_together",),
     ),
     # What a plan that is kept follows from.
-    _plan_follows_from("to_dict(experiment) | {'mesh': 0}, target.name, what, versions, _code()", _CACHE),
-    _plan_follows_from("to_dict(experiment), what, versions, _code()", _CACHE),
-    _plan_follows_from("to_dict(experiment), target.name, versions, _code()", _CACHE),
-    _plan_follows_from("to_dict(experiment), target.name, what, _code()", _VERSIONS),
-    _plan_follows_from("to_dict(experiment), target.name, what, versions", _VERSIONS),
+    _plan_follows_from("to_dict(experiment) | {'mesh': 0}, {}, target.name, what, versions, _code()", _CACHE),
+    _plan_follows_from("to_dict(experiment), {}, what, versions, _code()", _CACHE),
+    _plan_follows_from("to_dict(experiment), {}, target.name, versions, _code()", _CACHE),
+    _plan_follows_from("to_dict(experiment), {}, target.name, what, _code()", _VERSIONS),
+    _plan_follows_from("to_dict(experiment), {}, target.name, what, versions", _VERSIONS),
 )

@@ -6,7 +6,7 @@ import itertools
 import pytest
 
 from ecdit.chips import CHIPS, Chip, chip, chip_named
-from ecdit.planning.collectives import KINDS, Place, Torus, collective_of, wire_bytes_by_kind
+from ecdit.planning.collectives import KINDS, DevicePosition, Torus, collective_of, wire_bytes_by_kind
 from ecdit.planning.hlo import HloError, parse
 
 GB = 1e9
@@ -20,14 +20,14 @@ TWO_DIES = dataclasses.replace(CHIP, die_bandwidth=4 * GB)
 def pairs(shape):
     """A torus of chips that are two devices each; the mesh is (*shape, 2)."""
     coords = list(itertools.product(*map(range, shape)))
-    places = [Place(c, 0, (*c, die), die) for c in coords for die in range(2)]
+    places = [DevicePosition(c, 0, (*c, die), die) for c in coords for die in range(2)]
     return Torus(TWO_DIES, shape, places, ("x", "y", "z", "die"))
 
 
 def torus(shape, slices=1):
     """Partitions in the order of coordinates; the mesh is (slices, *shape)."""
     coords = list(itertools.product(*map(range, shape)))
-    places = [Place(c, s, (s, *c)) for s in range(slices) for c in coords]
+    places = [DevicePosition(c, s, (s, *c)) for s in range(slices) for c in coords]
     return Torus(CHIP, shape, places, ("slices", "x", "y", "z")[: 1 + len(shape)])
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from ecdit.config import ConfigError
-from ecdit.encoders.flops import VAE_PARAMS, vae_part
+from ecdit.encoders.vae_flops import VAE_PARAMS, vae_part
 from ecdit.errors import UserError
 from ecdit.experiment import make_experiment
 from ecdit.planning.counts import count, report, table_params

@@ -16,6 +16,7 @@ from ecdit.reporting import speed
 from ecdit.reporting.metrics_file import drop_lines_after, open_lines, read_lines
 from ecdit.reporting.reporter import Reporter, first_line, forecast, named_scalars
 from ecdit.reporting.speed import Speed, Stopwatch, flops_text
+from ecdit.system import make_system
 from tests.runs import tiny
 
 CONFIG = dataclasses.replace(tiny().train, num_steps=12, batch_size=4, log_every=5)
@@ -157,7 +158,7 @@ def test_the_printed_speed_is_a_mean(tmp_path, capsys, monkeypatch):
 
 def test_the_peak_is_that_of_all_devices(monkeypatch):
     monkeypatch.setattr(speed, "limits", lambda kind: SimpleNamespace(peak_flops=1e12))
-    watch = speed.stopwatch(tiny())
+    watch = speed.stopwatch(tiny().train.batch_size, make_system(tiny().system).training_flops())
     assert (watch.images, watch.peak) == (16, 8e12)
 
 
@@ -215,7 +216,7 @@ def test_a_forecast_by_hand(step, every, num_steps, said):
 def test_the_first_line_says_on_what_and_how_long(sizes, dtype, said):
     experiment = tiny(model__dtype=dtype, **{f"mesh__{axis}": size for axis, size in sizes.items()})
     mesh = make_mesh(experiment.mesh, jax.devices()[: math.prod(sizes.values())])
-    assert first_line(experiment, mesh) == f"{said}; the step is compiled first"
+    assert first_line(experiment.train, experiment.model.dtype, mesh) == f"{said}; the step is compiled first"
 
 
 @pytest.mark.parametrize(

@@ -49,9 +49,9 @@ def test_a_directory_that_cannot_be_made_is_named(tmp_path):
 
 def test_a_missing_wandb_is_named(monkeypatch):
     monkeypatch.setattr(writers.importlib.util, "find_spec", lambda name: None)
-    check_writers(tiny())
+    check_writers("")
     with pytest.raises(ConfigError, match=r"config\.train\.wandb_project = 'emoji': .*pip install -e '\.\[wandb\]'"):
-        check_writers(tiny(train__wandb_project="emoji"))
+        check_writers("emoji")
 
 
 @pytest.mark.parametrize(
@@ -97,12 +97,12 @@ def test_impossible_values_are_refused_by_name(key, value, others):
 
 def test_a_list_of_starts_that_cannot_be_written_leaves_the_old_one(tmp_path):
     """A full disk, or a kill in the middle of writing: the next start must be able to read it."""
-    record_start(tiny(), tmp_path, 0, {"config": "a.py"})
+    record_start(to_dict(tiny()), tmp_path, 0, {"config": "a.py"})
     before = (tmp_path / "overrides.json").read_text()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Path, "write_text", lambda self, text: self.write_bytes(text[:9].encode()) and fail())
         with pytest.raises(UserError, match=r"writing .*config\.json failed: full"):
-            record_start(tiny(), tmp_path, 5, {"config": "b.py"})
+            record_start(to_dict(tiny()), tmp_path, 5, {"config": "b.py"})
         with pytest.raises(UserError, match=r"writing .*overrides\.json failed: full"):
             replace_text(tmp_path / "overrides.json", "new")
     assert (tmp_path / "overrides.json").read_text() == before
@@ -117,8 +117,8 @@ def test_a_damaged_list_of_starts_is_named(tmp_path):
     for text in ("[{", '{"step": 0}'):
         (tmp_path / "overrides.json").write_text(text)
         with pytest.raises(UserError, match=r"overrides\.json is damaged"):
-            record_start(tiny(), tmp_path, 0, {})
+            record_start(to_dict(tiny()), tmp_path, 0, {})
     (tmp_path / "overrides.json").unlink()
-    record_start(tiny(), tmp_path, 3, {"config": "a.py:b"})
+    record_start(to_dict(tiny()), tmp_path, 3, {"config": "a.py:b"})
     (only,) = json.loads((tmp_path / "overrides.json").read_text())
     assert (only["step"], only["config"]) == (3, "a.py:b")

@@ -8,6 +8,7 @@ from PIL import Image
 
 from ecdit.runs import sample_grids as samples
 from ecdit.runs.sample_grids import SampleWriter
+from ecdit.system import make_system
 from tests.runs import tiny
 
 CAPTIONS = [f"caption {i}" for i in range(10)]
@@ -39,7 +40,8 @@ def test_each_caption_stands_under_the_picture_that_was_drawn_of_it(ffn, tmp_pat
     monkeypatch.setattr(samples, "Records", lambda config: [{"caption": caption} for caption in CAPTIONS])
     monkeypatch.setattr(samples, "make_sampler", lambda *_: sampler)
     experiment = tiny(model__ffn=ffn, sampling__num_grid=7, sampling__batch_size=4)
-    files = SampleWriter(experiment, SimpleNamespace(), SimpleNamespace(), tmp_path).write("ema", 12)
+    system = make_system(experiment.system)
+    files = SampleWriter(experiment.data, experiment.sampling, system, SimpleNamespace(), tmp_path).write("ema", 12)
     chosen = [0, 1, 3, 4, 6, 7, 9]  # every 9 / 6, rounded down
     captions = [CAPTIONS[i] for i in chosen]
     assert files["samples"] == tmp_path / "samples/step_00000012.png"

@@ -13,8 +13,9 @@ import pytest
 from ecdit.errors import UserError
 from ecdit.partitioning import make_mesh
 from ecdit.reporting.reporter import DivergedError
-from ecdit.runs import training_run as loop
-from ecdit.runs.training_run import PREEMPTED, device_batches
+from ecdit.runs import training_run
+from ecdit.runs.training_run import PREEMPTED, device_batches, train
+from tests.checkpoints.toy import toy_state
 from tests.events import pictures
 from tests.runs import tiny
 
@@ -34,15 +35,14 @@ def test_pictures_are_of_their_own_step_and_written_once(toy):
     assert [step for step, _ in pictures(toy.workdir)] == [3, 6, 7, 9]
 
 
-def test_pictures_are_drawn_with_the_ema_weights(toy, monkeypatch):
+def test_pictures_are_drawn_with_the_ema_weights(toy):
     """Those of a step and the last ones: here the EMA is the parameters and 100."""
 
-    def state_with_another_ema(*_):
-        state = init_state()
+    def state_with_another_ema():
+        state = toy_state()
         return dataclasses.replace(state, ema=jax.tree.map(lambda x: x + 100, state.ema))
 
-    init_state = loop.init_state
-    monkeypatch.setattr(loop, "init_state", state_with_another_ema)
+    toy.first_state = state_with_another_ema
     toy.train(num_steps=3, every=9, pictures_every=2)
     assert toy.drawn == {2: {(102.0,)}, 3: {(103.0,)}}
 
@@ -87,27 +87,23 @@ def test_a_run_that_dies_between_steps_resumes_without_a_gap_or_a_repeat(toy, st
     assert toy.saved()[9] == {(9.0,)}
 
 
-def test_a_resumed_run_reads_on_where_it_stopped(toy, monkeypatch):
+def test_a_resumed_run_reads_on_where_it_stopped(toy):
     """Sixteen rows a step."""
-    first_rows, batches = [], toy.batches
-    monkeypatch.setattr(
-        loop, "device_batches", lambda *arguments: first_rows.append(arguments[2]) or batches(*arguments)
-    )
     for num_steps in (4, 9):
         assert toy.train(num_steps=num_steps, every=4) == 0
-    assert first_rows == [0, 64]
+    assert toy.first_rows == [0, 64]
 
 
 def test_the_saver_is_asked_every_step(toy, monkeypatch):
     """So that a failed save is told of while it may still be mended."""
     asked = []
 
-    class Saver(loop.Saver):
+    class AsyncSaver(training_run.AsyncSaver):
         def check(self):
             asked.append(self.running)
             super().check()
 
-    monkeypatch.setattr(loop, "Saver", Saver)
+    monkeypatch.setattr(training_run, "AsyncSaver", AsyncSaver)
     assert toy.train(num_steps=9, every=4) == 0
     assert len(asked) == 9
 
@@ -176,5 +172,5 @@ def test_a_mesh_that_does_not_divide_a_parameter_is_refused_before_anything_is_m
     """One key-value head over two devices."""
     experiment = tiny(model__kv_heads=1, mesh__data=4, mesh__tensor=2)
     with pytest.raises(UserError, match=r"config\.model\.kv_heads = 1: must be a multiple of mesh\.tensor, 2"):
-        loop.train(experiment, toy.workdir)
+        train(experiment, toy.workdir)
     assert not toy.workdir.exists()

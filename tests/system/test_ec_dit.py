@@ -51,7 +51,7 @@ def test_it_trains_on_latents_and_resumes_on_another_mesh(tmp_path, data, cpu_en
     again = run(command("train", *arguments, "--config.train.num_steps=5", "--config.mesh.expert=2"), cpu_env(2))
     assert again.returncode == 0, again.stderr
     assert "resumed from step 3" in again.stdout
-    assert "samples" not in again.stdout  # there is no codec to draw them with
+    assert "samples" not in again.stdout  # there is no autoencoder to draw them with
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
     assert all(line["bad_steps"] == 0 and len(line["router_grad_norm"]) == 2 for line in lines)
@@ -61,7 +61,7 @@ def test_it_trains_on_latents_and_resumes_on_another_mesh(tmp_path, data, cpu_en
         command("sample", f"--workdir={tmp_path}/run", "--prompt=x", f"--out={tmp_path}/out"), cpu_env()
     )
     assert refused.returncode == 2
-    assert "error: config.codec = 'latents': the run has latents alone: it cannot draw pictures" in refused.stderr
+    assert "error: config.autoencoder = 'latents': the run has latents alone: it cannot draw images" in refused.stderr
 
 
 @pytest.mark.parametrize(

@@ -168,7 +168,7 @@ def test_a_missing_package_is_named_with_its_extra(monkeypatch):
 def test_parts_are_written_when_they_are_old_or_a_save_comes(tmp_path, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(storage.time, "monotonic", lambda: now[0])
-    parts = storage.Parts(lambda data: tmp_path / data[:1].decode())
+    parts = storage.AppendedObjects(lambda data: tmp_path / data[:1].decode())
     for second, data in ((1, b"a1"), (59, b"a2"), (61, b"a3"), (62, b"b1")):
         now[0] = second
         parts.write(data)

@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 from ecdit.checkpoints import restore as checkpoint
+from ecdit.checkpoints.compatibility import check_resume
 from ecdit.checkpoints.restore import CheckpointError
+from ecdit.config import changeable, to_dict
 from ecdit.interop.weights import flat_names
 from ecdit.partitioning import make_mesh
 from ecdit.system import make_system
@@ -164,15 +166,15 @@ def test_a_changed_key_refuses_to_resume(key, value, emoji_data, module_env, uni
 
 def test_every_key_either_may_change_or_refuses(experiment, uninterrupted):
     meta = saved(uninterrupted, experiment)[1]
-    checkpoint.check_resume(meta, experiment, meta.dataset, STEPS)
+    check_resume(meta, to_dict(experiment), changeable(experiment, "resume"), meta.dataset, STEPS)
     allowed = tiny(
         data__directory="elsewhere", mesh__data=8, train__num_steps=99, train__accumulation=2, model__remat="full",
         model__scan_unroll=2,
         sampling__seed=9, checkpoint__keep=1, data__num_threads=0, **{k: v for k, v in SHORT.items() if "warmup" in k},
     )  # fmt: skip
-    checkpoint.check_resume(meta, allowed, meta.dataset, STEPS)
+    check_resume(meta, to_dict(allowed), changeable(allowed, "resume"), meta.dataset, STEPS)
     with pytest.raises(CheckpointError, match="prepared data"):
-        checkpoint.check_resume(meta, experiment, "another fingerprint", STEPS)
+        check_resume(meta, to_dict(experiment), changeable(experiment, "resume"), "another fingerprint", STEPS)
 
 
 def test_restores_onto_another_mesh(experiment, uninterrupted):

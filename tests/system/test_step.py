@@ -13,12 +13,13 @@ import pytest
 from ecdit.config import ConfigError
 from ecdit.experiment import check_mesh
 from ecdit.interop.weights import flat_names
+from ecdit.models.dit import kept_tokens
 from ecdit.partitioning import make_mesh
-from ecdit.runs.training_run import device_batches
+from ecdit.runs.workload import device_batches
 from ecdit.system import make_system
 from ecdit.training.optimizer import make_optimizer, make_schedule
 from ecdit.training.state import abstract_state, init_state, run_key, state_shardings
-from ecdit.training.step import kept_tokens, make_train_step
+from ecdit.training.step import make_train_step
 from tests.runs import tiny
 
 MESHES = {
@@ -53,7 +54,7 @@ def compiled(experiment):
     check_mesh(experiment, mesh)
     system, optimizer = make_system(experiment.system), make_optimizer(experiment.optimizer)
     with jax.set_mesh(mesh):
-        return mesh, state_shardings(system, optimizer, mesh), make_train_step(experiment, system, mesh)
+        return mesh, state_shardings(system, optimizer, mesh), make_train_step(experiment.step_config, system, mesh)
 
 
 def start(experiment):
@@ -349,7 +350,7 @@ def test_kept_tokens_are_a_uniform_sorted_subset():
         ({"mesh__data": 8, "train__accumulation": 4}, "train.batch_size", "8 parts of the mesh x 4 microbatches"),
         ({"mesh__data": 8, "model__group": "32"}, "model.group", "2 images x 8 tokens"),
         ({"mesh__data": 8, "sampling__batch_size": 12}, "sampling.batch_size", "8 parts"),
-        ({"mesh__data": 8, "sampling__group": "64"}, "sampling.group", "2 x 16"),
+        ({"mesh__data": 8, "model__sampling_group": "64"}, "model.sampling_group", "2 images x 16"),
     ],
 )
 def test_what_does_not_divide_is_refused_with_its_numbers(overrides, key, said):

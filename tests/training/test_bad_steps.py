@@ -10,7 +10,7 @@ import pytest
 
 from ecdit.interop.weights import flat_names
 from ecdit.partitioning import make_mesh
-from ecdit.runs.training_run import device_batches
+from ecdit.runs.workload import device_batches
 from ecdit.system import make_system
 from ecdit.training.optimizer import make_optimizer
 from ecdit.training.state import init_state, state_shardings
@@ -32,7 +32,7 @@ class Steps:
             init = jax.jit(lambda: init_state(system, optimizer, shardings, 0), compiler_options=UNOPTIMISED)
             self.state = jax.device_get(init())
             self.batches = list(itertools.islice(device_batches(experiment, self.mesh, 0), 3))
-            step = make_train_step(experiment, system, self.mesh)
+            step = make_train_step(experiment.step_config, system, self.mesh)
             self.step = step.lower(self.state, self.batches[0]).compile(compiler_options=UNOPTIMISED)
             self.shardings = shardings
 

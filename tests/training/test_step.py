@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 
 from ecdit.diffusion.flow import example_keys, sample_time
+from ecdit.models.dit import kept_tokens
 from ecdit.partitioning import make_mesh
 from ecdit.training.optimizer import make_optimizer
 from ecdit.training.state import TrainState, run_key
-from ecdit.training.step import kept_tokens, make_train_step
+from ecdit.training.step import make_train_step
 from tests.knowing import DATA, PIXEL, KnowingSystem
 from tests.runs import tiny
 
@@ -33,7 +34,7 @@ class Steps:
         )
         self.system = KnowingSystem(self.experiment)
         self.mesh = make_mesh(self.experiment.mesh, jax.devices()[:1])
-        self.step = make_train_step(self.experiment, self.system, self.mesh)
+        self.step = make_train_step(self.experiment.step_config, self.system, self.mesh)
 
     def __call__(self, step, error=0.0):
         side, length = self.experiment.data.image_size, self.experiment.data.caption_length

@@ -8,7 +8,9 @@ import numpy as np
 import optax
 import pytest
 
+from ecdit.components import WithoutExperts
 from ecdit.models.moe import RoutingReport
+from ecdit.models.routing_metrics import coverage
 from ecdit.training import step
 from ecdit.training.state import TrainState
 from tests.runs import tiny
@@ -19,7 +21,7 @@ STEP, LOSS = 5, 2.0  # steps done, and the loss of the next one
 def test_coverage_by_hand():
     """Two sparse layers, two images of four tokens; the shares are over all eight tokens of a layer."""
     counts = jnp.array([[[0, 1, 2, 3], [4, 0, 1, 5]], [[1, 1, 1, 1], [1, 1, 1, 1]]])
-    metrics = step.routing_metrics(RoutingReport(counts, None, None, None))
+    metrics = coverage(RoutingReport(counts, None, None, None))
     np.testing.assert_array_equal(metrics["coverage_0"], [2 / 8, 0])
     np.testing.assert_array_equal(metrics["coverage_1"], [2 / 8, 1])
     np.testing.assert_array_equal(metrics["coverage_2"], [1 / 8, 0])
@@ -30,20 +32,22 @@ def test_coverage_by_hand():
 def test_gradients_are_means_over_microbatches(monkeypatch):
     """Of the loss w x, with x the row: the mean of x, however many microbatches there are."""
     monkeypatch.setattr(
-        step, "_loss", lambda params, frozen, experiment, system, batch, keys: ((params["w"] * batch["x"]).mean(), {})
+        step, "_loss", lambda params, frozen, flow, system, batch, keys: ((params["w"] * batch["x"]).mean(), {})
     )
     state = SimpleNamespace(params={"w": jnp.float32(2)}, frozen={}, step=jnp.int32(0))
+    system = SimpleNamespace(parts=SimpleNamespace(denoiser=WithoutExperts()))
     batch = {"x": jnp.arange(16, dtype=jnp.float32)}
     for count in (1, 2, 4, 16):
-        loss, _, gradients = step._accumulated_gradients(tiny(train__accumulation=count), None, state, batch)
+        config = tiny(train__accumulation=count).step_config
+        loss, _, gradients = step._accumulated_gradients(config, system, state, batch)
         assert (float(loss), float(gradients["w"])) == (15.0, 7.5)
 
 
 def test_images_of_a_group_stay_together_and_rows_on_their_device():
-    """Groups of two images (8 kept tokens each) in four microbatches; two devices hold rows 0 to 7 and 8 to 15."""
-    split = step._split_microbatches(jnp.arange(16), tiny(train__accumulation=4, model__group="16"))
+    """Groups of two images in four microbatches; two devices hold rows 0 to 7 and 8 to 15."""
+    split = step._split_microbatches(jnp.arange(16), count=4, together=2)
     np.testing.assert_array_equal(split, [[0, 1, 8, 9], [2, 3, 10, 11], [4, 5, 12, 13], [6, 7, 14, 15]])
-    split = step._split_microbatches(jnp.arange(16), tiny(train__accumulation=4))
+    split = step._split_microbatches(jnp.arange(16), count=4, together=1)
     np.testing.assert_array_equal(split, [[0, 4, 8, 12], [1, 5, 9, 13], [2, 6, 10, 14], [3, 7, 11, 15]])
 
 
@@ -58,8 +62,8 @@ def updated(loss=LOSS, gradient=(0.5, -0.25), usual_loss=LOSS, bad_in_row=2, ste
     counts = {"bad_steps": jnp.int32(7), "bad_in_row": jnp.int32(bad_in_row), "usual_loss": jnp.float32(usual_loss)}
     moments = (optax.TraceState(tree(0.125, 0.125)), optax.EmptyState())
     old = TrainState(jnp.int32(step_done), tree(1, 2), tree(3, 4), {"text": jnp.float32(9)}, moments, **counts)
-    experiment = tiny(train__spike_factor=3.0, train__ema_decay=0.99)
-    new, metrics = step._gated_update(experiment, optimizer, old, jnp.float32(loss), {}, tree(*gradient))
+    config = tiny(train__spike_factor=3.0, train__ema_decay=0.99).train
+    new, metrics = step._gated_update(config, optimizer, old, jnp.float32(loss), {}, tree(*gradient))
     return old, new, metrics
 
 

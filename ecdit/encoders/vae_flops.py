@@ -1,11 +1,10 @@
-"""Counts the floating-point operations of the whole model on one image: see models.sizes for what counts."""
+"""Counts the parameters and operations of Stable Diffusion's autoencoder: see `models.flops` for what counts."""
 
 import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from ecdit.encoders.text_tower import TextConfig
-from ecdit.models.flops import Part
+from ecdit.components import PartFlops
 
 
 class _Conv(NamedTuple):
@@ -75,14 +74,8 @@ def _decoder() -> Iterator[_Conv]:
 VAE_PARAMS = sum(conv.params for conv in itertools.chain(_encoder(), _decoder()))
 
 
-def vae_part(image_size: int) -> Part:
+def vae_part(image_size: int) -> PartFlops:
     """The encoder of Stable Diffusion's autoencoder on one picture; its tokens are pixels of the latent."""
     pixels = (image_size // _VAE_SHRINK) ** 2
     attention = 4.0 * pixels**2 * _VAE_WIDTHS[-1]
-    return Part("vae", float(pixels), sum(conv.flops(image_size) for conv in _encoder()) + attention)
-
-
-def text_part(config: TextConfig, length: int) -> Part:
-    """The text tower on one caption of `length` tokens, padding included; causal attention counts as a full one."""
-    layer = length * 12 * config.width**2 + 2 * length**2 * config.width
-    return Part("text_tower", float(config.layers * length), 2.0 * config.layers * layer)
+    return PartFlops("vae", float(pixels), sum(conv.flops(image_size) for conv in _encoder()) + attention)

@@ -1,0 +1,121 @@
+"""What a run trains, as the training run is given it: states, steps, batches and images of each phase."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from ecdit.checkpoints.restore import restore_ema
+from ecdit.data.loader import make_loader
+from ecdit.data.records import check_vocabularies, prepare
+from ecdit.data.tasks import DataConfig
+from ecdit.experiment import Experiment, ResolvedPhase
+from ecdit.partitioning import batch_sharding
+from ecdit.runs.sample_grids import SampleWriter
+from ecdit.runtime import compiler_options
+from ecdit.storage import as_path
+from ecdit.system import Params, make_system
+from ecdit.training.optimizer import make_optimizer
+from ecdit.training.state import TrainState, abstract_state, init_state, state_shardings
+from ecdit.training.step import Batch, Metrics, make_train_step
+
+
+class ImageWriter(Protocol):
+    """Draws and writes the images of a step."""
+
+    def write(self, params: Params, step: int) -> Mapping[str, Path]:
+        """Writes them, and returns the files by name; all processes call it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """What a run trains. A function of a phase makes what differs between phases; the parameters' shapes do not."""
+
+    abstract: TrainState  # shapes, dtypes and shardings
+    first_state: Callable[[], tuple[TrainState, str]]  # of a run without a checkpoint, and where its weights are from
+    prepare_data: Callable[[], Sequence[str]]  # the fingerprint of each phase's data
+    train_step: Callable[[ResolvedPhase], Callable[[TrainState, Batch], tuple[TrainState, Metrics]]]
+    batches: Callable[[ResolvedPhase, int], Iterator[Batch]]  # from a global row of the data on
+    images: Callable[[ResolvedPhase, Path], ImageWriter | None]  # for a workdir; None where there are none to draw
+    flops_per_image: Callable[[ResolvedPhase], float]  # of a training step
+
+
+def make_workload(experiment: Experiment, mesh: Mesh) -> Workload:
+    """Returns the workload of an experiment on a mesh; allocates nothing.
+
+    Raises:
+      ShardingError: a parameter cannot be laid out on the mesh.
+    """
+    system, optimizer = make_system(experiment.system), make_optimizer(experiment.optimizer)
+    shardings = state_shardings(system, optimizer, mesh)
+
+    def first_state() -> tuple[TrainState, str]:
+        weights, source = None, experiment.checkpoint.init_from
+        if source:
+            weights, _ = restore_ema(as_path(source, "config.checkpoint.init_from"), system, mesh)
+        return init_state(system, optimizer, shardings, experiment.seed, weights), source
+
+    def train_step(phase: ResolvedPhase) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+        one, options = phase.experiment, compiler_options(phase.experiment.runtime, mesh)
+        return make_train_step(one.step_config, make_system(one.system), mesh, options)
+
+    def images(phase: ResolvedPhase, workdir: Path) -> SampleWriter | None:
+        one = phase.experiment
+        if not one.system.has_images:
+            return None
+        return SampleWriter(one.data, one.sampling, make_system(one.system), mesh, workdir)
+
+    return Workload(
+        abstract=abstract_state(system, optimizer, shardings),
+        first_state=first_state,
+        prepare_data=lambda: prepared_fingerprints([phase.experiment.data for phase in experiment.resolved_phases()]),
+        train_step=train_step,
+        batches=lambda phase, row: device_batches(phase.experiment, mesh, row),
+        images=images,
+        flops_per_image=lambda phase: make_system(phase.experiment.system).training_flops(),
+    )
+
+
+def device_batches(experiment: Experiment, mesh: Mesh, start_row: int) -> Iterator[Batch]:
+    """Yields batches from global row `start_row` on, each row on the devices that hold it.
+
+    A process reads only its own rows.
+    """
+    sharding, size = batch_sharding(mesh), experiment.train.batch_size
+    slices = sharding.addressable_devices_indices_map((size,)).values()
+    rows = np.unique(np.concatenate([np.arange(size)[index] for index in slices]))
+
+    def put(local: np.ndarray) -> jax.Array:
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            wanted = np.arange(size)[index[0]]
+            return local[np.searchsorted(rows, wanted)]
+
+        return jax.make_array_from_callback((size, *local.shape[1:]), sharding, part)
+
+    for batch in make_loader(experiment.data, experiment.seed, size, start_row, rows):
+        yield {name: put(array) for name, array in batch.items()}
+
+
+def prepared_fingerprints(configs: Sequence[DataConfig]) -> list[str]:
+    """Prepares each data set on the first process if it is missing, while the others wait; returns the fingerprints.
+
+    Raises:
+      DataError: one cannot be prepared, or two have different vocabularies.
+    """
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        if jax.process_index() == 0:
+            _prepare_all(configs)
+        multihost_utils.sync_global_devices("data prepared")
+    return _prepare_all(configs)
+
+
+def _prepare_all(configs: Sequence[DataConfig]) -> list[str]:
+    fingerprints = {config: prepare(config).fingerprint for config in configs}
+    check_vocabularies(configs)
+    return [fingerprints[config] for config in configs]

@@ -1,0 +1,98 @@
+"""The loop over steps. It knows neither model nor data: it is given a step, batches, and what to call between steps."""
+
+import dataclasses
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from ecdit.training.state import TrainState
+from ecdit.training.step import Batch, Metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class Hooks:
+    """What the loop calls beside the step. All processes make the same calls in the same order."""
+
+    watch: Callable[[str, bool], None]  # (what the run does now, whether that may take long)
+    before_step: Callable[[int, TrainState], None]
+    report: Callable[[int, Metrics, float], None]  # (step, its metrics, seconds that it waited for its batch)
+    draws: Callable[[int], bool]  # whether images are drawn after this step
+    draw: Callable[[int, TrainState], None]
+    saves: Callable[[int], bool]  # whether this step is saved
+    save: Callable[[int, TrainState], None]  # may return before the save has ended
+    after_step: Callable[[], None]
+    finish: Callable[[int], None]  # waits until the save of this step has ended
+    stop_requested: Callable[[int], bool]  # asked once a step; True ends the loop after a save
+
+
+def run_steps(
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
+    state: TrainState,
+    batches: Iterator[Batch],
+    last_step: int,
+    hooks: Hooks,
+) -> tuple[TrainState, bool]:
+    """Steps from `state` to `last_step`, or until a stop is requested.
+
+    The metrics of a step are read once the next one is dispatched, so that the device never waits for the host.
+    Everything that a checkpoint must find done (metrics, images) is done before its save begins.
+
+    Returns the state, and whether a stop was requested.
+    """
+    done = int(state.step)
+    pending: tuple[int, Metrics, float] | None = None
+    stop = False
+    for step in range(done + 1, last_step + 1):
+        compiling = step <= done + 2
+        hooks.before_step(step, state)
+        hooks.watch(f"waiting for the data of step {step}", compiling)
+        start = time.perf_counter()
+        batch = next(batches)
+        data_seconds = time.perf_counter() - start
+        hooks.watch(f"in step {step}", compiling)
+        state, metrics = train_step(state, batch)
+        if pending is not None:
+            hooks.report(*pending)
+        pending = (step, metrics, data_seconds)
+        stop = hooks.stop_requested(step)
+        draw, save = hooks.draws(step) and not stop, hooks.saves(step) or stop
+        if draw or save or step == last_step:
+            hooks.report(*pending)
+            pending = None
+        if draw:  # before the next step takes the state's memory
+            hooks.watch(f"drawing the pictures of step {step}", True)
+            hooks.draw(step, state)
+        if save:
+            hooks.watch(f"saving step {step}", True)
+            hooks.save(step, state)
+        hooks.after_step()
+        if stop:
+            break
+    hooks.watch(f"waiting for the save of step {int(state.step)}", True)
+    hooks.finish(int(state.step))
+    return state, stop
+
+
+class PreemptionFlag:
+    """Whether the run was asked to stop by SIGTERM, agreed between all processes."""
+
+    def __init__(self) -> None:
+        self.signalled = False
+        # With several processes Orbax agrees on a step; with one it does not even notice the signal.
+        self.previous = signal.signal(signal.SIGTERM, self._on_signal) if jax.process_count() == 1 else None
+
+    def _on_signal(self, *_: Any) -> None:
+        self.signalled = True
+
+    def reached(self, step: int) -> bool:
+        """Returns True from the step on at which all processes stop; every process asks at every step."""
+        return self.signalled if jax.process_count() == 1 else ocp.multihost.reached_preemption(step)
+
+    def close(self) -> None:
+        """Restores the previous SIGTERM handler."""
+        if self.previous is not None:
+            signal.signal(signal.SIGTERM, self.previous)
