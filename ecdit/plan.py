@@ -9,6 +9,7 @@ TPU, and takes minutes. Exit code 1 if the step does not fit the chips' memory.
 """
 
 import dataclasses
+import importlib.metadata
 import json
 import runpy
 import sys
@@ -18,6 +19,7 @@ from typing import Any
 from absl import flags
 
 from ecdit.command_line import config_origin, config_values, define_config_flag, run_command
+from ecdit.errors import UserError
 from ecdit.experiment import make_experiment
 from ecdit.files import check_writable, replace_text
 from ecdit.planning.cache import cached_plan
@@ -31,7 +33,9 @@ CONFIG = define_config_flag()
 JSON = flags.DEFINE_string("json", None, "File for the result.")
 TABLE_PARITY = flags.DEFINE_bool("table-parity", False, "Count parameters by the rule behind the paper's Table 1.")
 TOPOLOGY = flags.DEFINE_string("topology", None, "Slice to plan for: v5p:4x4x8, v5p-256, 2xv5p:4x4x8 for two.")
-TABLE = flags.DEFINE_bool("table", False, "Plan the PLANS of the config's file, into the README beside it.")
+TABLE = flags.DEFINE_bool(
+    "table", False, "Plan the PLANS of the file NAME_plans.py beside the config's, into README.md there."
+)
 WHAT = flags.DEFINE_enum("what", "train", ["train", "sample"], "The step to plan.")
 
 
@@ -69,25 +73,32 @@ def main(argv: list[str]) -> None:
 
 
 def write_table(config_file: Path) -> None:
-    """Plans what the file lists as PLANS: (argument, topology), and a dict of overrides where there are any.
+    """Plans what NAME_plans.py lists as PLANS for the config NAME.py: (argument, topology), and overrides in a dict.
 
     Writes rows as they come, so it can be resumed.
+
+    Raises:
+      UserError: there is no such list.
     """
     use_compiler()
-    module = runpy.run_path(str(config_file))
-    for argument, topology, *overrides in module["PLANS"]:
+    plans = config_file.with_name(f"{config_file.stem}_plans.py")
+    get_config = runpy.run_path(str(config_file))["get_config"]
+    if not plans.exists():
+        raise UserError(f"--table: needs {plans}, with a tuple PLANS")
+    compiler = importlib.metadata.version("libtpu")
+    for argument, topology, *overrides in runpy.run_path(str(plans))["PLANS"]:
         changes = overrides[0] if overrides else {}
         name = ", ".join([argument, *(f"{key}={value}" for key, value in changes.items())])
-        config = module["get_config"](argument)
+        config = get_config(argument)
         config.update_from_flattened_dict(changes)
         try:
             values = dataclasses.asdict(cached_plan(make_experiment(config), find_target(topology)))
         except DoesNotFit as error:
             print(f"{name} on {topology} does not fit: {error}", flush=True)
             values = {"fits": False, "topology": topology}
-        line = row(name, values)
+        line = row(name, values, compiler)
         print(line, flush=True)
-        write_rows(config_file.with_name("README.md"), {(name, topology): line})
+        write_rows(config_file.with_name("README.md"), {(name, topology, compiler): line})
 
 
 def write(values: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 # Each layer may import itself and those before it.
 LAYERS = [
     "foundation",
+    "tuned",
     "models",
     "diffusion",
     "encoders",
@@ -27,12 +28,13 @@ LAYERS = [
     "reporting",
     "evaluation",
     "experiment",
+    "recipe",
     "runs",
     "planning",
     "commands",
     "launch",
 ]
-# The modules of ecdit/ that are no commands. Two more, `system` and `experiment`, are layers of their own.
+# The modules of ecdit/ that are no commands. Three more, `system`, `experiment` and `recipe`, are layers of their own.
 FOUNDATION = {
     "errors",
     "config",

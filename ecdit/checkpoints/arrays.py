@@ -27,9 +27,8 @@ WITHOUT_CHECKSUMS = 2  # the format before there were any; its weights can still
 OUTER_CAUSES = ("PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED")
 NAMED = 5  # damaged arrays in a message
 
-ArrayRecords = Mapping[
-    str, list[str]
-]  # by flat name: [type and shape, checksum], as ["float32[3, 4]", "00c0ffee00c0ffee"]
+# By flat name: [type and shape, checksum], as ["float32[3, 4]", "00c0ffee00c0ffee"].
+ArrayRecords = Mapping[str, list[str]]
 
 
 class CheckpointError(UserError):

@@ -9,25 +9,28 @@ from ecdit.files import replace_text
 
 BEGIN, END = "<!-- plans: begin -->", "<!-- plans: end -->"
 _HEAD = (
-    "| config | slice | GB of a device | s a step | if all, no communication were hidden | MFU | images/s | days |",
-    "|---|---|---|---|---|---|---|---|",
+    "| config | slice | libtpu | GB of a device | s a step | if all, no communication were hidden | MFU | images/s | days |",
+    "|---|---|---|---|---|---|---|---|---|",
 )
 
 
-def row(name: str, values: Mapping[str, Any]) -> str:
-    """Of a plan's values as `ecdit.plan --json` writes them, or of one that does not fit."""
+def row(name: str, values: Mapping[str, Any], compiler: str) -> str:
+    """Returns the row of a plan's values as `ecdit.plan --json` writes them, or of one that does not fit.
+
+    `compiler` is the version of libtpu that made the plan.
+    """
     if not values.get("fits", True):
-        return f"| {name} | {values['topology']} | does not fit | | | | | |"
+        return f"| {name} | {values['topology']} | {compiler} | does not fit | | | | | |"
     memory = f"{values['hbm_bytes_per_device'] / 1e9:.1f} of {values['hbm_limit'] / 1e9:.0f}"
     step, hidden, exposed = (
         f"{values[key]:.3f}" for key in ("estimated_step_seconds", "seconds_all_hidden", "seconds_none_hidden")
     )
     speed = f"{values['estimated_mfu']:.1%} | {values['images_per_second']:,.0f} | {values['days']:.1f}"
-    return f"| {name} | {values['topology']} | {memory} | {step} | {hidden}, {exposed} | {speed} |"
+    return f"| {name} | {values['topology']} | {compiler} | {memory} | {step} | {hidden}, {exposed} | {speed} |"
 
 
-def write_rows(path: Path, rows: Mapping[tuple[str, str], str]) -> None:
-    """Puts rows, by config and slice, into the table of a file; those of other plans stay as they are.
+def write_rows(path: Path, rows: Mapping[tuple[str, str, str], str]) -> None:
+    """Puts rows, by config, slice and compiler, into the table of a file; those of other plans stay as they are.
 
     Raises:
       UserError: the file has not both marks, or cannot be written.
@@ -41,5 +44,5 @@ def write_rows(path: Path, rows: Mapping[tuple[str, str], str]) -> None:
     if not begin or not end:
         raise UserError(f"{path}: needs the lines {BEGIN} and {END}, between which the table goes")
     lines = [line for line in table.splitlines() if line.startswith("| ") and line != _HEAD[0]]
-    kept = {(cells[1].strip(), cells[2].strip()): line for line in lines if (cells := line.split("|"))}
+    kept = {tuple(cell.strip() for cell in line.split("|")[1:4]): line for line in lines}
     replace_text(path, "\n".join([before + BEGIN, *_HEAD, *(kept | dict(rows)).values(), END + after]))

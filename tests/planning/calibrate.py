@@ -6,8 +6,8 @@ Prints what the estimate makes of the language model of decoder.py on a v5p-128,
 from ecdit.planning.compiler import find_target, make_torus, target_devices, use_compiler
 from ecdit.planning.estimate import Estimate, Estimator
 from ecdit.planning.hlo import parse
+from ecdit.tuned.compiler_options import TPU_OPTIONS
 from tests.planning import decoder
-from tests.runs import config_file
 
 TARGET = "v5p:4x4x4"
 
@@ -17,11 +17,11 @@ def main() -> None:
     use_compiler()
     target = find_target(TARGET)
     devices = target_devices(target)
-    ours = dict(option.split("=", 1) for option in config_file("ec_dit").TPU_OPTIONS)
+    ours = dict(option.split("=", 1) for option in TPU_OPTIONS)
     print(f"measured and published: {decoder.MEASURED_MFU:.1%}")
     for name, options in (
         ("options as published", decoder.COMPILER_OPTIONS),
-        ("with those of configs/ec_dit.py", {**decoder.COMPILER_OPTIONS, **ours}),
+        ("with those of the paper's recipe", {**decoder.COMPILER_OPTIONS, **ours}),
     ):
         found = estimate(devices, target, options)
         flops = decoder.model_flops(len(devices)) / len(devices) / target.chip.peak_flops

@@ -22,8 +22,9 @@ from ecdit.planning.compiler import DoesNotFit, compile_step, find_target, make_
 from ecdit.planning.fitting import what_fits
 from ecdit.planning.hlo import array_shapes, parse
 from ecdit.planning.plan import Plan, advice, make_plan, report
+from ecdit.tuned.compiler_options import TPU_OPTIONS
 from launch.local import cpu_environment
-from tests.runs import ROOT, command, config_file, run
+from tests.runs import ROOT, command, run
 from tests.system.test_ec_dit import SMALL, small_values
 
 # Wide enough for whole tiles on four chips; a compilation takes some ten seconds.
@@ -157,8 +158,8 @@ def test_a_tpu_sums_experts_gradients_where_they_are_kept(gradient, experts):
 
 
 def options():
-    """Those of the compiler, in configs/ec_dit.py."""
-    return dict(option.split("=", 1) for option in config_file("ec_dit").TPU_OPTIONS)
+    """The compiler options of the paper's recipe."""
+    return dict(option.split("=", 1) for option in TPU_OPTIONS)
 
 
 def _size(shape):

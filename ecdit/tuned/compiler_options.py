@@ -1,0 +1,23 @@
+"""Options of the TPU compiler with which the paper's family was planned: see configs/README.md."""
+
+# All-to-alls run behind matrix products; gathers of weights and reductions of gradients run on the SparseCores.
+TPU_OPTIONS = (
+    "xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000",  # gathers, not rings of permutes behind small products
+    "xla_enable_async_all_gather=true",
+    "xla_tpu_enable_async_all_to_all=true",
+    "xla_tpu_enable_async_collective_fusion=true",
+    "xla_tpu_enable_async_collective_fusion_multiple_steps=true",
+    "xla_tpu_overlap_compute_collective_tc=true",
+    "xla_tpu_use_tc_device_shape_on_sc=true",
+    "xla_sc_disable_megacore_partitioning=true",
+    "xla_sc_enable_instruction_fusion=false",
+    "xla_tpu_enable_sparse_core_collective_offload_all_gather=true",
+    "xla_tpu_enable_all_gather_offload_tracing=true",
+    "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter=true",
+    "xla_tpu_enable_reduce_scatter_offload_tracing=true",
+    "xla_tpu_enable_async_collective_fusion_fuse_reduce_scatter=false",
+    "xla_tpu_enable_sparse_core_collective_offload_all_reduce=true",
+    "xla_tpu_sparse_core_all_reduce_offload_min_size_in_bytes=1",
+    "xla_tpu_enable_all_reduce_offload_tracing=true",
+    "xla_tpu_enable_async_collective_fusion_fuse_all_reduce=false",
+)
