@@ -1,4 +1,4 @@
-"""The plans in the table of configs/README.md, which `python -m ecdit.plan --config=configs/ec_dit.py --table` makes."""
+"""The plans in the table of configs/README.md: `python -m ecdit.plan --config=configs/ec_dit.py --table` makes it."""
 
 # What `ecdit.plan --table` plans: each size on the slice that it is meant for, and with 32 GB a chip.
 SLICES = {"XL": "v5p:4x4x4", "XXL": "v5p:4x4x4", "3XL": "v5p:4x4x8", "M": "v5p:4x4x8"}

@@ -9,7 +9,7 @@ from ecdit.files import replace_text
 
 BEGIN, END = "<!-- plans: begin -->", "<!-- plans: end -->"
 _HEAD = (
-    "| config | slice | libtpu | GB of a device | s a step | if all, no communication were hidden | MFU | images/s | days |",
+    "| config | slice | libtpu | GB a device | s a step | if all, no communication hidden | MFU | images/s | days |",
     "|---|---|---|---|---|---|---|---|---|",
 )
 
