@@ -85,16 +85,15 @@ def save_ema(workdir, ema, step=1, config=None, frozen=None):
     """Adds a checkpoint of EMA weights alone, nested dicts of numpy arrays, and of `frozen` ones if there are any."""
     import orbax.checkpoint as ocp  # here, so that benchmarks of a step need none of it
 
-    from ecdit.checkpoints import arrays as stored
-    from ecdit.checkpoints import restore as checkpoint
+    from ecdit.checkpoints import arrays, restore
 
     state = {"ema": ema} | ({"frozen": frozen} if frozen else {})
     keep_all = CheckpointConfig(every=1, keep=100, init_from="", verify="always", max_failed_saves=0)
     one = replicated(Mesh(np.array(jax.devices()[:1]), ("data",)))
-    records = stored.array_records(stored.flat_arrays(jax.device_put(state, one)))
-    meta = stored.meta_json(to_dict(checkpoint.Meta(checkpoint.FORMAT, config or {}, 0, "", {}, records)))
+    records = arrays.array_records(arrays.flat_arrays(jax.device_put(state, one)))
+    meta = arrays.meta_json(to_dict(restore.Meta(arrays.FORMAT, config or {}, 0, "", {}, records)))
     items = ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(meta))
-    with checkpoint.open_manager(workdir, keep_all) as manager:
+    with restore.open_manager(workdir, keep_all) as manager:
         manager.save(step, args=items)
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ecdit.checkpoints import restore as checkpoint
+from ecdit.checkpoints.arrays import FORMAT
 from ecdit.checkpoints.compatibility import check_resume
 from ecdit.checkpoints.restore import CheckpointError, Meta
 from ecdit.config import ConfigError, changeable, to_dict
@@ -85,7 +85,7 @@ def test_every_phase_must_fit_the_mesh():
 
 def test_phases_that_have_not_begun_may_change():
     def resume(before, now, step):
-        saved = Meta(checkpoint.FORMAT, to_dict(before), 0, "data", {}, {})
+        saved = Meta(FORMAT, to_dict(before), 0, "data", {}, {})
         check_resume(saved, to_dict(now), changeable(now, "resume"), "data", step)
 
     later = {"after": 8, "changes": {"train.batch_size": 16}}

@@ -21,7 +21,7 @@ from ecdit.checkpoints.checksums import checksums
 from ecdit.errors import UserError
 from ecdit.storage import is_outage
 
-WITHOUT_CHECKSUMS = 2  # the format before there were any; its weights can still be sampled from
+FORMAT = 4  # of what is saved: a checkpoint of another one is not read
 
 # What errors say whose cause is not in the checkpoint: the same files may be read in another minute.
 OUTER_CAUSES = ("PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED")
@@ -55,23 +55,25 @@ def meta_json(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_json(directory: Path) -> dict[str, Any]:
-    """The values of a checkpoint's `meta`, in any format.
+    """Returns the values of a checkpoint's `meta`.
 
     Raises:
       DamagedError: it is not what was saved.
+      CheckpointError: it was written in another format.
     """
     with readable(directory):
         values = json.loads((directory / "meta" / "metadata").read_text())
         digest = values.pop("digest", None)
-        if (digest is not None or values["format"] != WITHOUT_CHECKSUMS) and digest != _digest(values):
+        if values["format"] != FORMAT and digest in (None, _digest(values)):  # the first ones had no digest
+            raise CheckpointError(f"{directory}: format {values['format']}, this version reads {FORMAT}")
+        if digest != _digest(values):
             raise DamagedError(f"{directory} is damaged: its meta differs from what was saved")
         return values
 
 
 def read_records(directory: Path) -> ArrayRecords:
-    """What is recorded of a checkpoint's arrays; checksums are "" where it has none. Raises DamagedError."""
-    records = read_json(directory).get("arrays")
-    return {name: [text, ""] for name, text in stored_arrays(directory).items()} if records is None else records
+    """Returns what is recorded of a checkpoint's arrays. Raises as `read_json`."""
+    return read_json(directory)["arrays"]
 
 
 def stored_arrays(directory: Path) -> dict[str, str]:
@@ -125,7 +127,7 @@ def restore_array(directory: Path, tree: Any, name: str, sharding: jax.sharding.
 
 def check_sums(directory: Path, records: ArrayRecords, sums: Mapping[str, str]) -> None:
     """Raises DamagedError naming the arrays whose checksum is not the recorded one."""
-    wrong = [name for name, found in sums.items() if records[name][1] not in (found, "")]
+    wrong = [name for name, found in sums.items() if records[name][1] != found]
     if wrong:
         more = f" and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
         raise DamagedError(f"{directory} is damaged: {', '.join(wrong[:NAMED])}{more}: not what was saved")

@@ -22,8 +22,6 @@ from ecdit.storage import as_path, reading
 from ecdit.system import Params, System
 from ecdit.training.state import TrainState
 
-FORMAT = 3
-
 
 @dataclasses.dataclass(frozen=True)
 class Meta:
@@ -82,11 +80,7 @@ def read_meta(manager: ocp.CheckpointManager, step: int) -> Meta:
       DamagedError: it is not what was saved.
       CheckpointError: written in another format.
     """
-    directory = step_directory(manager, step)
-    values = read_json(directory)
-    if values["format"] != FORMAT:
-        raise CheckpointError(f"{directory}: format {values['format']}, this version reads {FORMAT}")
-    return Meta(**values)
+    return Meta(**read_json(step_directory(manager, step)))
 
 
 def restore_unverified(manager: ocp.CheckpointManager, step: int, meta: Meta, abstract: TrainState) -> TrainState:

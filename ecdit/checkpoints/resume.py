@@ -1,4 +1,4 @@
-"""Goes on from the newest checkpoint that is sound, and sets newer ones aside that are not."""
+"""Goes on from the newest checkpoint that is valid, and sets newer ones aside that are not."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -66,7 +66,7 @@ def newest_valid(
       admit: raises if the run cannot go on from a checkpoint of this meta and step.
 
     Raises:
-      CheckpointError: one that is of another model, or that `admit` refuses; there are some and none is sound.
+      CheckpointError: one that is of another model, or that `admit` refuses; there are some and none is valid.
     """
     damaged: dict[int, str] = {}
     for step in sorted(manager.all_steps(), reverse=True):
@@ -77,7 +77,7 @@ def newest_valid(
             return Recovered(state, step, check, notes)
     if damaged:
         reasons = "\n  ".join(damaged.values())
-        raise CheckpointError(f"no checkpoint in {manager.directory} is sound:\n  {reasons}\nUse another --workdir.")
+        raise CheckpointError(f"no checkpoint in {manager.directory} is valid:\n  {reasons}\nUse another --workdir.")
     return None
 
 
@@ -100,8 +100,8 @@ def _restored(
     arrays, directory = state_arrays(state), step_directory(manager, step)
     if verify == "background":
         return state, _background_check(manager, step, meta, arrays)
-    sound = _attempt(lambda: check_sums(directory, meta.arrays, checksums(arrays)) or True, step, damaged)
-    return (state, lambda: None) if sound else None
+    valid = _attempt(lambda: check_sums(directory, meta.arrays, checksums(arrays)) or True, step, damaged)
+    return (state, lambda: None) if valid else None
 
 
 def _attempt(action: Callable[[], T], step: int, damaged: dict[int, str]) -> T | None:

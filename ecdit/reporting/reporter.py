@@ -79,7 +79,7 @@ class Reporter:
         if values["bad_in_row"] >= self.config.max_bad_steps:
             raise DivergedError(
                 f"step {step}: {self._culprit(values)}, and so {values['bad_in_row']} steps in a row were skipped "
-                f"(config.train.max_bad_steps = {self.config.max_bad_steps}). The newest checkpoint is sound."
+                f"(config.train.max_bad_steps = {self.config.max_bad_steps}). The newest checkpoint is valid."
             )
 
     def pictures(self, step: int, files: Mapping[str, Path]) -> None:

@@ -10,9 +10,10 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from ecdit.checkpoints.arrays import FORMAT
 from ecdit.checkpoints.async_save import AsyncSaver
 from ecdit.checkpoints.compatibility import check_resume
-from ecdit.checkpoints.restore import FORMAT, Meta
+from ecdit.checkpoints.restore import Meta
 from ecdit.checkpoints.resume import half_written, newest_valid
 from ecdit.config import changeable, to_dict
 from ecdit.experiment import Experiment, ResolvedPhase, check_mesh

@@ -21,9 +21,10 @@ from typing import Any
 
 import jax
 
+from ecdit.checkpoints.arrays import FORMAT
 from ecdit.checkpoints.async_save import AsyncSaver
 from ecdit.checkpoints.checksums import checksums
-from ecdit.checkpoints.restore import FORMAT, Meta, state_arrays
+from ecdit.checkpoints.restore import Meta, state_arrays
 from ecdit.config import to_dict
 from ecdit.experiment import Experiment, make_experiment
 from ecdit.interop.weights import flat_names

@@ -13,8 +13,9 @@ import contextlib, shutil, subprocess, sys, time
 from pathlib import Path
 import jax
 import jax.numpy as jnp
-from ecdit.training import checkpoint
-from ecdit.experiment import CheckpointConfig
+from ecdit.checkpoints.arrays import FORMAT
+from ecdit.checkpoints import restore
+from ecdit.checkpoints.config import CheckpointConfig
 from ecdit.checkpoints.async_save import AsyncSaver
 from tests.checkpoints.toy import toy_abstract, toy_sharding, toy_state
 
@@ -26,18 +27,18 @@ head = jax.device_put(jax.random.normal(jax.random.key(0), (1 << 19,)), toy_shar
 def save(step):
     state = jax.device_put(toy_state(), toy_sharding())
     state.params["denoiser"]["head"] = state.ema["denoiser"]["head"] = head + step
-    saver.save(state, step, checkpoint.Meta(checkpoint.FORMAT, {}, 16 * step, "toy", {}, {}))
+    saver.save(state, step, restore.Meta(FORMAT, {}, 16 * step, "toy", {}, {}))
     deadline = time.monotonic() + 60
     while saver.running is not None and time.monotonic() < deadline:  # what the loop does every step
         time.sleep(0.01)
         saver.check()
-    with checkpoint.open_reader(disk / "run") as reader:
+    with restore.open_reader(disk / "run") as reader:
         print("STEPS", step, sorted(reader.all_steps()), flush=True)
 
 def restored():
-    with checkpoint.open_reader(disk / "run") as reader:
+    with restore.open_reader(disk / "run") as reader:
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=toy_sharding()), state_like())
-        state = checkpoint.restore(reader, reader.latest_step(), like)
+        state = restore.restore(reader, reader.latest_step(), like)
         assert float(state.params["denoiser"]["head"][0]) == float((head + reader.latest_step())[0])
 
 def state_like():
@@ -71,7 +72,7 @@ save(10)
 save(11)
 try:
     save(12)
-except checkpoint.CheckpointError as error:
+except restore.CheckpointError as error:
     print("RAISED", error, flush=True)
 """
 
@@ -106,8 +107,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ecdit import runtime
-from ecdit.training import checkpoint, stored
-from ecdit.experiment import CheckpointConfig
+from ecdit.checkpoints import arrays, restore
+from ecdit.checkpoints.config import CheckpointConfig
 from ecdit.checkpoints.async_save import AsyncSaver
 from ecdit.training.state import TrainState
 
@@ -124,7 +125,7 @@ def save(step, limited=None):
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, resource.RLIM_INFINITY))
     x = jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index] + step)
     state = TrainState(x, {}, {}, {}, {}, x, x, x)
-    saver.save(state, step, checkpoint.Meta(checkpoint.FORMAT, {}, 0, "toy", {}, {}))
+    saver.save(state, step, restore.Meta(FORMAT, {}, 0, "toy", {}, {}))
     while saver.running is not None:
         time.sleep(0.01)
         saver.check()
@@ -136,10 +137,10 @@ save(2, limited=1)
 save(3)
 save(4, limited=0)
 save(5)
-records = stored.read_records(checkpoint.step_directory(saver.manager, 5))
+records = arrays.read_records(restore.step_directory(saver.manager, 5))
 like = {"step": jax.ShapeDtypeStruct(whole.shape, whole.dtype, sharding=sharding)}
-found = stored.restore_arrays(checkpoint.step_directory(saver.manager, 5), records, like)
-stored.check_sums(workdir, records, stored.checksums(found))
+found = arrays.restore_arrays(restore.step_directory(saver.manager, 5), records, like)
+arrays.check_sums(workdir, records, arrays.checksums(found))
 saver.close()
 """
 

@@ -6,8 +6,7 @@ import shutil
 import jax
 import pytest
 
-from ecdit.checkpoints import arrays as stored
-from ecdit.checkpoints import restore as checkpoint
+from ecdit.checkpoints import arrays, restore
 from ecdit.checkpoints.arrays import DamagedError
 from ecdit.checkpoints.config import CheckpointConfig
 from ecdit.checkpoints.inspection import verify
@@ -55,7 +54,7 @@ def test_where_none_is_sound_nothing_is_moved_and_no_run_begins_at_step_0(toy):
     for step in (2, 4):
         flip_array(toy.workdir / f"checkpoints/{step}")
     for _ in range(2):
-        with pytest.raises(CheckpointError, match=r"no checkpoint .* is sound:\n.*checkpoints/4 .*\n.*checkpoints/2 "):
+        with pytest.raises(CheckpointError, match=r"no checkpoint .* is valid:\n.*checkpoints/4 .*\n.*checkpoints/2 "):
             toy.train(num_steps=9, every=2)
     assert steps(toy) == [2, 4]
     assert toy.losses()[-1] == (4, 4.0)
@@ -66,8 +65,8 @@ def test_another_model_is_no_damage(toy, monkeypatch):
     toy.train(num_steps=4, every=2)
     with pytest.raises(CheckpointError, match=r"config\.seed"):
         toy.train(num_steps=6, every=2, seed=3)
-    monkeypatch.setattr(checkpoint, "FORMAT", 4)
-    with pytest.raises(CheckpointError, match="format 3"):
+    monkeypatch.setattr(arrays, "FORMAT", 5)
+    with pytest.raises(CheckpointError, match="format 4"):
         toy.train(num_steps=6, every=2)
     assert steps(toy) == [2, 4]
     assert not aside(toy)
@@ -105,15 +104,15 @@ def test_a_flipped_bit_of_any_array_is_found_by_each_way_to_verify(toy):
     """The optimizer and the counters are checked too: a run with a wrong moment would go on without an error."""
     toy.train(num_steps=2, every=2)
     directory = toy.workdir / "checkpoints/2"
-    assert sorted(name.replace("/", ".") for name in stored.stored_arrays(directory)) == ARRAYS
+    assert sorted(name.replace("/", ".") for name in arrays.stored_arrays(directory)) == ARRAYS
     config = CheckpointConfig(every=1, keep=9, init_from="", verify="always", max_failed_saves=0)
-    with checkpoint.open_manager(toy.workdir, config) as manager:
+    with restore.open_manager(toy.workdir, config) as manager:
 
         def resumed(verify):
             newest_valid(manager, toy_abstract(), verify, lambda meta, step: None).check()
 
         ways = [lambda: resumed("always"), lambda: resumed("background")]
-        ways.append(lambda: checkpoint.restore(manager, 2, toy_abstract()))
+        ways.append(lambda: restore.restore(manager, 2, toy_abstract()))
         for names in (ARRAYS[:5], ARRAYS[5:]):  # a message has five at most
             for name in names:
                 flip_array(directory, name)
@@ -147,43 +146,45 @@ def test_every_flipped_bit_of_the_json_is_found(toy):
     directory = toy.workdir / "checkpoints/2"
     path = directory / "meta" / "metadata"
     data = path.read_bytes()
-    before = stored.read_json(directory)
+    before = arrays.read_json(directory)
     for place in range(0, len(data), 7):
         flipped = bytearray(data)
         flipped[place] ^= 1 << place % 8
         path.write_bytes(flipped)
         try:
-            assert stored.read_json(directory) == before, place  # a space that became a tab
+            assert arrays.read_json(directory) == before, place  # a space that became a tab
         except DamagedError:
             continue
         assert chr(data[place]).isspace(), place
 
 
-def test_a_checkpoint_without_checksums_is_read_unverified(toy):
-    """Format 2 had none, and no digest. Runs do not go on from it, but its weights can be sampled from."""
+def test_a_checkpoint_of_another_format_is_refused_and_no_damage(toy):
+    """Format 2 had no digest; a later one has, and it is right."""
     toy.train(num_steps=2, every=2)
     directory = toy.workdir / "checkpoints/2"
     path = directory / "meta" / "metadata"
-    values = json.loads(path.read_text())
-    path.write_text(json.dumps({k: v for k, v in values.items() if k not in ("digest", "arrays")} | {"format": 2}))
-    records = stored.read_records(directory)
-    assert {name: text for name, (text, _) in records.items()} == {
-        name: text for name, (text, _) in values["arrays"].items()
-    }
-    assert {checksum for _, checksum in records.values()} == {""}
-    stored.check_sums(directory, records, {"ema/denoiser/head": "0" * 16})
+    values = {k: v for k, v in json.loads(path.read_text()).items() if k != "digest"}
+    for number, digest in ((2, False), (5, True)):
+        other = values | {"format": number}
+        path.write_text(json.dumps(arrays.meta_json(other) if digest else other))
+        with pytest.raises(CheckpointError, match=f"format {number}, this version reads 4") as error:
+            arrays.read_records(directory)
+        assert not isinstance(error.value, DamagedError)
+    path.write_text(json.dumps(values))
+    with pytest.raises(DamagedError, match="its meta differs from what was saved"):
+        arrays.read_records(directory)
 
 
 def test_an_array_that_is_of_another_type_than_was_saved_is_damage(toy, monkeypatch):
     """The reading library would cast it, and say nothing."""
     toy.train(num_steps=2, every=2)
-    found = stored.stored_arrays(toy.workdir / "checkpoints/2") | {"ema/denoiser/tail": "bfloat16[3]"}
-    monkeypatch.setattr(stored, "stored_arrays", lambda directory: found)
+    found = arrays.stored_arrays(toy.workdir / "checkpoints/2") | {"ema/denoiser/tail": "bfloat16[3]"}
+    monkeypatch.setattr(arrays, "stored_arrays", lambda directory: found)
     with (
-        checkpoint.open_reader(toy.workdir) as manager,
+        restore.open_reader(toy.workdir) as manager,
         pytest.raises(DamagedError, match=r"ema/denoiser/tail, saved as float32\[3\], is now bfloat16\[3\]"),
     ):
-        checkpoint.restore(manager, 2, toy_abstract())
+        restore.restore(manager, 2, toy_abstract())
 
 
 @pytest.mark.parametrize(("shape", "dtype"), [((4,), "float32"), ((3,), "bfloat16")])
@@ -193,17 +194,16 @@ def test_an_array_that_this_run_needs_otherwise_is_no_damage(toy, shape, dtype):
     abstract = toy_abstract()
     abstract.ema["denoiser"]["tail"] = jax.ShapeDtypeStruct(shape, dtype, sharding=abstract.step.sharding)
     with (
-        checkpoint.open_reader(toy.workdir) as manager,
+        restore.open_reader(toy.workdir) as manager,
         pytest.raises(CheckpointError, match="this run needs") as error,
     ):
-        checkpoint.restore(manager, 2, abstract)
+        restore.restore(manager, 2, abstract)
     assert not isinstance(error.value, DamagedError)
 
 
 def test_verify_names_the_array_that_was_damaged(toy):
     toy.train(num_steps=4, every=2)
     flip_array(toy.workdir / "checkpoints/2", "ema.denoiser.tail")
-    with checkpoint.open_reader(toy.workdir) as manager:
+    with restore.open_reader(toy.workdir) as manager:
         two, four = verify(manager)
     assert (list(two.damage), four.damage) == (["ema/denoiser/tail"], {})
-    assert two.has_checksums

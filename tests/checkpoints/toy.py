@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from ecdit.checkpoints import restore as checkpoint
+from ecdit.checkpoints import restore
 from ecdit.partitioning import make_mesh, replicated
 from ecdit.runs.training_run import run_workload
 from ecdit.runs.workload import Workload
@@ -92,10 +92,10 @@ class Toy:
     def saved(self):
         """{step: (one number of each array that was saved)} of all checkpoints."""
         states = {}
-        with checkpoint.open_reader(self.workdir) as manager:
+        with restore.open_reader(self.workdir) as manager:
             for step in manager.all_steps():
-                state = checkpoint.restore(manager, step, toy_abstract())
+                state = restore.restore(manager, step, toy_abstract())
                 states[step] = {tuple(np.unique(x).tolist()) for x in jax.tree.leaves((state.params, state.ema))}
                 assert int(state.step) == step
-                assert checkpoint.read_meta(manager, step).next_row == 16 * step
+                assert restore.read_meta(manager, step).next_row == 16 * step
         return states

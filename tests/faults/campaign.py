@@ -6,7 +6,7 @@ Every trial draws its fault from the seed and its own number. Each is logged as 
 twice: started again, the campaign goes on after the last line of --out. It exits with 1 if a trial failed, and prints a
 table. Full disks are mounted, which needs root.
 
-A trial passes if whatever is wrong is said, the run goes on from the newest checkpoint that is sound, and its end is
+A trial passes if whatever is wrong is said, the run goes on from the newest checkpoint that is valid, and its end is
 bitwise that of an uninterrupted twin: all metrics and the last checkpoint. Where the number of processes or the mesh
 change, the loss of the next 20 steps is within 1e-4 of the twin's, relative.
 """

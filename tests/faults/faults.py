@@ -271,8 +271,8 @@ def _resume_after_damage(trial: Trial, steps: list[int]) -> None:
     aside = {p.name for p in (trial.workdir / "checkpoints/damaged").glob("*")}
     trial.log["set_aside"] = sorted(aside)
     require(resumed not in trial.log["array_data_hit"], f"went on from step {resumed}, which is damaged")
-    sound = [step for step in finished(base) if step not in steps or step in harmless]
-    require(resumed == max(sound) or (resumed in sound and bool(harmless)), f"went on from {resumed}, not {max(sound)}")
+    valid = [step for step in finished(base) if step not in steps or step in harmless]
+    require(resumed == max(valid) or (resumed in valid and bool(harmless)), f"went on from {resumed}, not {max(valid)}")
     require(aside == {str(step) for step in steps if step > resumed}, f"set aside: {sorted(aside)}")
     require(all(f"checkpoints/{name}" in output for name in aside), "the damage was not said")
     trial.require_twin(ONE)

@@ -36,10 +36,10 @@ def test_every_fault_is_in_a_hundred_trials():
 
 
 def test_the_table_counts_what_failed_and_what_was_not_found():
-    sound = {"kind": "bit flip", "passed": True, "array_data_hit": [20], "resumed_from": 15, "bitwise": True}
+    valid = {"kind": "bit flip", "passed": True, "array_data_hit": [20], "resumed_from": 15, "bitwise": True}
     missed = {"kind": "bit flip", "passed": False, "array_data_hit": [20], "resumed_from": 20}
     moved = {"kind": "processes changed", "passed": True, "lost": 4, "loss_difference": 3e-6}
-    lines = table([sound, missed, moved]).splitlines()
+    lines = table([valid, missed, moved]).splitlines()
     assert "| bit flip | 2 | 1 | 1 | 0 |" in lines
     assert "| processes changed | 1 | 1 | 0 | 4 |" in lines
     assert lines[-1].startswith("Trials with damaged array data: 2, not found: 1. ")

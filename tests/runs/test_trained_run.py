@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from ecdit.checkpoints import restore as checkpoint
-from ecdit.checkpoints.arrays import DamagedError
+from ecdit.checkpoints import restore
+from ecdit.checkpoints.arrays import FORMAT, DamagedError
 from ecdit.checkpoints.compatibility import check_resume
 from ecdit.checkpoints.restore import CheckpointError, Meta
 from ecdit.config import ConfigError, changeable, flatten, to_dict
@@ -39,7 +39,7 @@ FIXED = {
 
 
 def meta_of(values):
-    return Meta(checkpoint.FORMAT, values, 0, "data", {}, {})
+    return Meta(FORMAT, values, 0, "data", {}, {})
 
 
 def resume(saved, fingerprint):
@@ -141,7 +141,7 @@ def test_only_ema_weights_are_read_and_each_is_where_the_mesh_wants_it(saved):
     workdir, ema = saved
     mesh = make_mesh(tiny(mesh__fsdp=2, mesh__expert=2, mesh__tensor=2).mesh)
     system = make_system(tiny().system)
-    restored, step = checkpoint.restore_ema(workdir, system, mesh)
+    restored, step = restore.restore_ema(workdir, system, mesh)
     assert step == 7
     jax.tree.map(np.testing.assert_array_equal, restored, ema)
     assert jax.tree.map(lambda x: x.sharding, restored) == system.shardings(mesh)
@@ -151,12 +151,12 @@ def test_weights_of_a_step_that_is_named(saved, tmp_path):
     workdir, ema = shutil.copytree(saved[0], tmp_path / "run"), saved[1]
     mesh, system = make_mesh(tiny().mesh), make_system(tiny().system)
     save_ema(workdir, jax.tree.map(np.zeros_like, ema), step=9)
-    restored, step = checkpoint.restore_ema(workdir, system, mesh, 7)
+    restored, step = restore.restore_ema(workdir, system, mesh, 7)
     assert step == 7
     jax.tree.map(np.testing.assert_array_equal, restored, ema)
-    assert checkpoint.restore_ema(workdir, system, mesh)[1] == 9
+    assert restore.restore_ema(workdir, system, mesh)[1] == 9
     with pytest.raises(CheckpointError, match=f"{workdir}: no checkpoint of step 8; there are 7, 9$"):
-        checkpoint.restore_ema(workdir, system, mesh, 8)
+        restore.restore_ema(workdir, system, mesh, 8)
 
 
 OPEN = """
@@ -205,9 +205,9 @@ def test_a_flipped_bit_of_any_weight_is_noticed(saved, tmp_path, frozen):
         flip_array(tmp_path / "checkpoints/7", f"{group}.{name}")
         path = f"{group}/{name.replace('.', '/')}"
         with pytest.raises(DamagedError, match=rf"^{tmp_path}/checkpoints/7 is damaged: {path}: not what was saved$"):
-            checkpoint.restore_ema(tmp_path, system, mesh)
+            restore.restore_ema(tmp_path, system, mesh)
         flip_array(tmp_path / "checkpoints/7", f"{group}.{name}")
-    jax.tree.map(np.testing.assert_array_equal, checkpoint.restore_ema(tmp_path, system, mesh)[0], saved[1])
+    jax.tree.map(np.testing.assert_array_equal, restore.restore_ema(tmp_path, system, mesh)[0], saved[1])
 
 
 def test_damaged_weights_are_neither_sampled_from_nor_trained_on(saved, tmp_path, toy):
@@ -226,10 +226,10 @@ def test_damaged_json_of_a_checkpoint_is_named(saved, tmp_path, damage):
     shutil.copytree(saved[0], tmp_path / "run")
     damage(tmp_path / "run/checkpoints/7/meta")
     with (
-        checkpoint.open_reader(tmp_path / "run") as manager,
+        restore.open_reader(tmp_path / "run") as manager,
         pytest.raises(CheckpointError, match=f"{tmp_path}/run/checkpoints.*7"),
     ):
-        checkpoint.read_meta(manager, 7)
+        restore.read_meta(manager, 7)
 
 
 def test_weights_that_cannot_be_written_are_refused_by_name(tmp_path):

@@ -304,7 +304,7 @@ def test_verify_finds_a_flipped_bit(server, request, env):
     assert run([python, "-c", SAVE, workdir], env).returncode == 0
     verify = command("checkpoint", "verify", f"--workdir={workdir}")
     result = run(verify, env)
-    assert (result.returncode, result.stdout) == (0, "3: sound, 2 arrays\n"), result.stderr
+    assert (result.returncode, result.stdout) == (0, "3: valid, 2 arrays\n"), result.stderr
     flip = f"from tests.checkpoints.damage import flip_array; flip_array('{workdir}/checkpoints/3', 'ema.b')"
     assert run([python, "-c", flip], env).returncode == 0
     result = run_forked(verify, env)

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from ecdit.checkpoints import restore as checkpoint
+from ecdit.checkpoints import restore
 from ecdit.checkpoints.compatibility import check_resume
 from ecdit.checkpoints.restore import CheckpointError
 from ecdit.config import changeable, to_dict
@@ -66,8 +66,8 @@ def saved(workdir, experiment, step=STEPS):
     mesh = make_mesh(experiment.mesh, jax.devices()[:1])
     system, optimizer = make_system(experiment.system), make_optimizer(experiment.optimizer)
     abstract = abstract_state(system, optimizer, state_shardings(system, optimizer, mesh))
-    with checkpoint.open_reader(workdir) as manager:
-        return checkpoint.restore(manager, step, abstract), checkpoint.read_meta(manager, step)
+    with restore.open_reader(workdir) as manager:
+        return restore.restore(manager, step, abstract), restore.read_meta(manager, step)
 
 
 def assert_same_end(workdir, other, experiment):
@@ -182,8 +182,8 @@ def test_restores_onto_another_mesh(experiment, uninterrupted):
     sharded = tiny(mesh__data=1, mesh__fsdp=2, mesh__expert=2, mesh__tensor=2)
     mesh, system, optimizer = make_mesh(sharded.mesh), make_system(sharded.system), make_optimizer(sharded.optimizer)
     abstract = abstract_state(system, optimizer, state_shardings(system, optimizer, mesh))
-    with checkpoint.open_reader(uninterrupted) as manager:
-        restored = checkpoint.restore(manager, STEPS, abstract)
+    with restore.open_reader(uninterrupted) as manager:
+        restored = restore.restore(manager, STEPS, abstract)
     assert restored.params["denoiser"]["head"]["kernel"].sharding.mesh == mesh
     jax.tree.map(np.testing.assert_array_equal, restored, state)
 
@@ -201,8 +201,8 @@ def test_arrays_that_do_not_fit_are_refused(change, said, experiment, uninterrup
         head["kernel"] = jax.ShapeDtypeStruct((3, 3), leaf.dtype, sharding=leaf.sharding)
     else:
         head["unknown"] = leaf
-    with checkpoint.open_reader(uninterrupted) as manager, pytest.raises(CheckpointError, match=said) as error:
-        checkpoint.restore(manager, STEPS, abstract)
+    with restore.open_reader(uninterrupted) as manager, pytest.raises(CheckpointError, match=said) as error:
+        restore.restore(manager, STEPS, abstract)
     assert "denoiser/head" in str(error.value)
 
 
@@ -228,7 +228,7 @@ def test_starts_from_the_ema_weights_of_another_run(
     assert new.frozen.keys() == ({"text"} if frozen else set())
     for (name, a), b in zip(flat_names({**new.params, **new.frozen}).items(), jax.tree.leaves(old.ema), strict=True):
         np.testing.assert_array_equal(a, b, err_msg=name)
-    drawn, _ = checkpoint.restore_ema(workdir, make_system(now.system), make_mesh(now.mesh, jax.devices()[:1]))
+    drawn, _ = restore.restore_ema(workdir, make_system(now.system), make_mesh(now.mesh, jax.devices()[:1]))
     jax.tree.map(np.testing.assert_array_equal, drawn, sampling_params(new))
 
 
@@ -247,8 +247,8 @@ def test_a_full_disk_stops_the_run_and_leaves_what_was_saved(tmp_path, emoji_dat
         assert "No space left on device" in message
         steps = [int(p.name) for p in (disk / "run/checkpoints").iterdir() if p.name.isdigit()]
         assert steps, "the disk should have held one checkpoint"
-        with checkpoint.open_reader(disk / "run") as manager:
+        with restore.open_reader(disk / "run") as manager:
             assert manager.latest_step() == max(steps)
-            assert checkpoint.read_meta(manager, max(steps)).next_row == 16 * max(steps)
+            assert restore.read_meta(manager, max(steps)).next_row == 16 * max(steps)
     finally:
         subprocess.run(["umount", disk], check=True)
