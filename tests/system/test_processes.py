@@ -23,7 +23,7 @@ def preempt():
 METRICS = Path(sys.argv.pop(1))
 if os.environ["ECDIT_PROCESS_ID"] == "1":
     threading.Thread(target=preempt, daemon=True).start()
-from ecdit.config import run_command
+from ecdit.command_line import run_command
 from ecdit.train import main
 run_command(main)
 """
