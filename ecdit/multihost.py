@@ -1,11 +1,11 @@
-"""What several processes find out together: that something failed on one of them is a failure on all."""
+"""Agreement between processes: what fails on one of them fails on all."""
 
 import jax
 import numpy as np
 
 
 def anywhere(problem: str | None) -> str | None:
-    """`problem`, or that another process has one; all call it, and all get None or none does."""
+    """Returns `problem`, or says which other process has one, or None if none has. Collective."""
     if jax.process_count() == 1:
         return problem
     from jax.experimental import multihost_utils
@@ -15,7 +15,7 @@ def anywhere(problem: str | None) -> str | None:
 
 
 def wait_for_all(name: str) -> None:
-    """Returns when all processes have called it."""
+    """Returns when all processes have called it. Collective."""
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 

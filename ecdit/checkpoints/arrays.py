@@ -1,7 +1,7 @@
-"""What a checkpoint's directory holds, `state` and `meta`: reading it, and finding that it is not what was saved.
+"""Reads a checkpoint's directory, `state` and `meta`, and detects that it differs from what was saved.
 
-`meta` has a digest of itself, and of every array of `state` its type, shape and checksum. So another model (an error of
-the user's) can be told from damage.
+`meta` holds a digest of itself, and type, shape and checksum of every array of `state`. So a checkpoint of another
+model (the user's mistake) can be told from a damaged one.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from ecdit.storage import is_outage
 
 FORMAT = 4  # of what is saved: a checkpoint of another one is not read
 
-# What errors say whose cause is not in the checkpoint: the same files may be read in another minute.
+# Errors with these words are not the checkpoint's fault: the same files may be readable in a minute.
 OUTER_CAUSES = ("PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED")
 NAMED = 5  # damaged arrays in a message
 
@@ -40,17 +40,17 @@ class DamagedError(CheckpointError):
 
 
 def array_records(arrays: Mapping[str, jax.Array]) -> dict[str, list[str]]:
-    """Type, shape and checksum of every array; waits for their computation."""
+    """Returns type, shape and checksum of every array; waits for their computation."""
     return {name: [described(arrays[name]), checksum] for name, checksum in checksums(arrays).items()}
 
 
 def described(x: Any) -> str:
-    """Type and shape of an array, such as float32[3, 4]."""
+    """Returns type and shape of an array as text, such as float32[3, 4]."""
     return f"{np.dtype(x.dtype)}{list(x.shape)}"
 
 
 def meta_json(values: dict[str, Any]) -> dict[str, Any]:
-    """The values of a Meta, as JSON has them, with a digest of them."""
+    """Returns the values of a Meta, as JSON has them, together with their digest."""
     return values | {"digest": _digest(values)}
 
 
@@ -77,19 +77,21 @@ def read_records(directory: Path) -> ArrayRecords:
 
 
 def stored_arrays(directory: Path) -> dict[str, str]:
-    """Type and shape of every array by its flat name, as Orbax has written them. Raises DamagedError."""
+    """Returns type and shape of every array by its flat name, as Orbax wrote them. Raises DamagedError."""
     with readable(directory):
         return {name: described(x) for name, x in flat_arrays(stored_tree(directory), serialized=True).items()}
 
 
 def stored_tree(directory: Path) -> Any:
-    """The tree of a checkpoint's arrays without their data, as Orbax has written it. Raises DamagedError."""
+    """Returns the tree of a checkpoint's arrays without their data, as Orbax wrote it. Raises DamagedError."""
     with readable(directory):
         return ocp.PyTreeCheckpointHandler().metadata(_state(directory)).tree
 
 
 def restore_arrays(directory: Path, records: ArrayRecords, target: dict[str, Any]) -> dict[str, Any]:
-    """The arrays of a tree of ShapeDtypeStructs with shardings; the checkpoint may hold more. Not verified.
+    """Reads the arrays that a tree of ShapeDtypeStructs with shardings describes; does not verify them.
+
+    The checkpoint may hold more arrays.
 
     Raises:
       DamagedError: an array cannot be read.
@@ -104,14 +106,14 @@ def restore_arrays(directory: Path, records: ArrayRecords, target: dict[str, Any
         if stored.get(name) != text:  # Orbax would cast, and say nothing
             raise DamagedError(f"{directory} is damaged: {name}, saved as {text}, is now {stored.get(name, 'missing')}")
     with readable(directory):
-        # The handler itself: a manager waits for all processes in the end, also where one of them could not read.
+        # By the handler: a manager would wait for all processes at the end, even if one of them could not read.
         arguments = ocp.checkpoint_utils.construct_restore_args(target)
         item = ocp.args.PyTreeRestore(item=target, restore_args=arguments, partial_restore=True)
         return ocp.PyTreeCheckpointHandler().restore(_state(directory), args=item)
 
 
 def restore_array(directory: Path, tree: Any, name: str, sharding: jax.sharding.Sharding) -> jax.Array:
-    """One array of `stored_tree` by its flat name. Raises DamagedError."""
+    """Reads one array of `stored_tree` by its flat name. Raises DamagedError."""
 
     def only(value: Callable[[Any], Any], other: Any) -> Any:
         return jax.tree_util.tree_map_with_path(
@@ -126,7 +128,7 @@ def restore_array(directory: Path, tree: Any, name: str, sharding: jax.sharding.
 
 
 def check_sums(directory: Path, records: ArrayRecords, sums: Mapping[str, str]) -> None:
-    """Raises DamagedError naming the arrays whose checksum is not the recorded one."""
+    """Raises DamagedError, which names the arrays whose checksum differs from the recorded one."""
     wrong = [name for name, found in sums.items() if records[name][1] != found]
     if wrong:
         more = f" and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
@@ -134,7 +136,7 @@ def check_sums(directory: Path, records: ArrayRecords, sums: Mapping[str, str]) 
 
 
 def flat_arrays(tree: Any, serialized: bool = False) -> dict[str, Any]:
-    """The arrays of a tree by their names in a checkpoint, as params/denoiser/head/kernel."""
+    """Returns the arrays of a tree by their names in a checkpoint, such as params/denoiser/head/kernel."""
     tree = tree if serialized else ocp.tree.serialize_tree(tree, keep_empty_nodes=True)
     leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_array)[0]
     return {_name(path): x for path, x in leaves if _is_array(x)}
@@ -142,7 +144,7 @@ def flat_arrays(tree: Any, serialized: bool = False) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def readable(directory: Path) -> Iterator[None]:
-    """Whatever a damaged checkpoint makes the libraries raise, as a DamagedError that names it."""
+    """Turns whatever the libraries raise about a damaged checkpoint into a DamagedError that names it."""
     try:
         yield
     except CheckpointError:
@@ -155,7 +157,7 @@ def readable(directory: Path) -> Iterator[None]:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, in short: tensorstore adds a page of how it was called."""
+    """Returns the first line of an error; tensorstore appends a page about its arguments."""
     line = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return re.split(r" \[tensorstore_spec|\. See full TensorStore", line)[0]
 

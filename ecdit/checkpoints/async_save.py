@@ -1,4 +1,4 @@
-"""Saves checkpoints while the run goes on, and lets it go on when a save fails."""
+"""Saves checkpoints while training goes on, and lets it go on when a save fails."""
 
 import contextlib
 import dataclasses
@@ -23,13 +23,14 @@ from ecdit.training.state import TrainState
 
 
 class AsyncSaver:
-    """A run's saves, one at a time. With several processes all make the same calls, but for `check`.
+    """Saves a run's checkpoints, one at a time. All processes must make the same calls, except `check`.
 
-    After a failed save the next one begins with a new manager: the old one takes the failed step for its latest.
+    After a failed save the next one begins with a new manager, because the old one believes that the failed step is its
+    latest.
     """
 
     def __init__(self, workdir: Path, config: CheckpointConfig, say: Callable[[str], None]):
-        """Opens the manager, which removes what killed saves have left; `say` prints a line."""
+        """Opens the manager, which removes the remains of killed saves; `say` prints a line."""
         # A save that fails is reported once, here; asyncio would print it again for each of its arrays.
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         self.workdir, self.config, self.say = workdir, config, say
@@ -40,10 +41,10 @@ class AsyncSaver:
         self.failed_in_row, self.failed_step, self.failure = 0, -1, ""
 
     def save(self, state: TrainState, step: int, meta: Meta) -> None:
-        """Starts saving `state`; returns when its arrays are copied off the devices. `meta.arrays` is filled in.
+        """Starts saving `state`, and returns when its arrays are copied off the devices. Fills in `meta.arrays`.
 
         Raises:
-          CheckpointError: one failed save too many; or this one on one of several processes, before the others know.
+          CheckpointError: too many saves have failed; or this one failed on one of several processes.
         """
         meta = dataclasses.replace(meta, arrays=array_records(state_arrays(state)))
         items = ocp.args.Composite(
@@ -66,7 +67,7 @@ class AsyncSaver:
         self.running = step
 
     def check(self) -> None:
-        """Reports a save that has ended since the last call and failed; to be called every step. Raises as `save`."""
+        """Reports a save that has failed since the last call. Call it every step. Raises as `save`."""
         if self.running is not None and not self.manager.is_saving_in_progress():
             self._wait()
 
@@ -74,7 +75,7 @@ class AsyncSaver:
         """Waits for the running save.
 
         Raises:
-          CheckpointError: it was one failed save too many, or the state of `step` is not saved because it failed.
+          CheckpointError: too many saves have failed, or the save of `step` has.
         """
         self._wait()
         if self.failed_step == step:
@@ -83,7 +84,7 @@ class AsyncSaver:
     def close(self) -> None:
         """Waits for the running save and closes the manager. Raises as `finish`."""
         self._wait()
-        if self.failed_in_row:  # it was told; the manager of a bucket raises it again, and that would be told instead
+        if self.failed_in_row:  # already reported; a bucket's manager would raise it once more
             self._drop_manager()
         if self.manager is not None:
             self.manager.close()
@@ -108,14 +109,14 @@ class AsyncSaver:
             self.failed_in_row = 0
 
     def _directory_problem(self) -> str | None:
-        """Why nothing could be saved now, agreed between all processes; makes the directory where it has vanished.
+        """Returns why nothing can be saved now, or None; makes the directory if it has vanished. Collective.
 
-        A bucket has none to make, and says what is wrong with it when it is written to.
+        A bucket has no directories, and reports its own errors when it is written to.
         """
         if is_remote(self.directory):
             return None
         if anywhere(None if self.directory.is_dir() else "has vanished"):
-            self._drop_manager()  # it knows of checkpoints that are gone
+            self._drop_manager()  # it lists checkpoints that are gone
         problem = None
         if jax.process_index() == 0:
             try:
@@ -130,7 +131,7 @@ class AsyncSaver:
         self.failed_in_row, self.failed_step = self.failed_in_row + 1, step
         self.failure = f"saving to {self.directory}/{step} failed: {reason}. Earlier checkpoints are untouched."
         if self.failed_in_row > self.config.max_failed_saves:
-            time.sleep(2)  # Orbax gives up at the first array; the others' writes still fail, and print that, after it
+            time.sleep(2)  # Orbax gives up at the first array; the writes of the others still fail and print
             raise CheckpointError(self.failure)
         self._drop_manager()
         self.say(
@@ -139,6 +140,6 @@ class AsyncSaver:
 
     def _drop_manager(self) -> None:
         if self.manager is not None:
-            with contextlib.suppress(Exception):  # it says again that the save failed
+            with contextlib.suppress(Exception):  # the failed save, once more
                 self.manager.close()
             self.manager = None

@@ -25,22 +25,22 @@ GOLDEN = 0x9E3779B1  # odd, its bits without a pattern: 2^32 / golden ratio
 
 
 def start_checksums(arrays: Mapping[str, jax.Array]) -> UInt32[Array, "arrays 2"]:
-    """Starts computing the sums of `arrays`, all on one mesh, in the order of their names; all processes call it.
+    """Starts computing the sums of `arrays`, all on one mesh, in the order of their names. Collective.
 
-    No array leaves its device, nor is copied on it. They may be donated once this returns.
+    No array leaves its device or is copied on it. The arrays may be donated once this returns.
     """
     ordered = [arrays[name] for name in sorted(arrays)]
     return _program(ordered[0].sharding.mesh)(ordered)
 
 
 def finish_checksums(names: Mapping[str, object], sums: UInt32[Array, "arrays 2"]) -> dict[str, str]:
-    """The sums that `start_checksums` started for arrays of these names, as 16 hexadecimal digits each; waits."""
+    """Waits for the sums that `start_checksums` started for arrays of these names; each is 16 hexadecimal digits."""
     rows = np.asarray(sums).tolist()
     return {name: f"{first:08x}{second:08x}" for name, (first, second) in zip(sorted(names), rows, strict=True)}
 
 
 def checksums(arrays: Mapping[str, jax.Array]) -> dict[str, str]:
-    """The checksum of every array by its name; waits for them."""
+    """Returns the checksum of every array by its name; waits for them."""
     return finish_checksums(arrays, start_checksums(arrays))
 
 
@@ -60,7 +60,7 @@ def _sums(x: Array) -> UInt32[Array, " 2"]:
 
 
 def _words(x: Array) -> UInt32[Array, "..."]:
-    """The bits of `x` as words: smaller types have one each, larger ones two."""
+    """Returns the bits of `x` as words: numbers of up to 32 bits take one each, larger ones two."""
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         x = jax.random.key_data(x)
     if x.dtype == jnp.bool_:

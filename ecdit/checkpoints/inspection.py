@@ -1,4 +1,4 @@
-"""A run's checkpoints looked through array by array, on a CPU: which there are, and whether they are valid."""
+"""Lists a run's checkpoints, and verifies them array by array on a CPU."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -28,21 +28,21 @@ from ecdit.storage import children, size_and_time
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """What is known of a checkpoint."""
+    """The result of verifying a checkpoint."""
 
     directory: Path
     arrays: int
     damage: dict[str, str]  # what is wrong by the array's name, or by "meta"
 
     def line(self) -> str:
-        """It in one line."""
+        """Returns the result in one line."""
         if self.damage:
             return f"{self.directory.name}: DAMAGED: {', '.join(self.damage)}"
         return f"{self.directory.name}: valid, {self.arrays} arrays"
 
 
 def verify(manager: ocp.CheckpointManager, step: int | None = None) -> Iterator[Finding]:
-    """Reads every array of every checkpoint, or of that of `step`, one at a time, and compares its checksum.
+    """Reads every array of every checkpoint (or of that of `step`), one at a time, and compares checksums.
 
     Raises:
       CheckpointError: there is no checkpoint of `step`.
@@ -55,7 +55,7 @@ def verify(manager: ocp.CheckpointManager, step: int | None = None) -> Iterator[
 
 
 def listed(workdir: Path, manager: ocp.CheckpointManager) -> Iterator[str]:
-    """Lines: step, time, size and what is known without reading the arrays; those set aside as damaged at the end."""
+    """Yields a line for each checkpoint: step, time, size and state; those that were moved aside come last."""
     aside = aside_directory(checkpoint_directory(workdir))
     directories = [step_directory(manager, step) for step in sorted(manager.all_steps())]
     directories += sorted(children(aside))

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: `<workdir>/checkpoints/<step>/{state,meta}`, by Orbax. Here they are described and read.
+"""Describes and reads the checkpoints of a run: `<workdir>/checkpoints/<step>/{state,meta}`, by Orbax.
 
 `state` holds the arrays of a TrainState; `meta` is JSON: resolved config, data position, dataset fingerprint, and a
 checksum of every array. Written by `saving`; `recovery` deals with damaged ones.
@@ -25,7 +25,7 @@ from ecdit.training.state import TrainState
 
 @dataclasses.dataclass(frozen=True)
 class Meta:
-    """What a checkpoint holds beside its arrays."""
+    """The JSON that a checkpoint holds beside its arrays."""
 
     format: int
     config: dict[str, Any]  # the resolved Experiment, as config.to_dict gives it
@@ -36,24 +36,24 @@ class Meta:
 
 
 def open_manager(workdir: Path, config: CheckpointConfig | None, **options: Any) -> ocp.CheckpointManager:
-    """The manager of a run's checkpoints; None for one that only reads. `options` are further ones of Orbax."""
+    """Opens the manager of a run's checkpoints; without a config it only reads. `options` are further ones of Orbax."""
     if config is None:
         options = {"create": False}  # read_only=True says the same with three warnings
     else:
         options["preservation_policy"] = ocp.checkpoint_managers.LatestN(config.keep)
-        options["cleanup_tmp_directories"] = True  # what a killed save left
+        options["cleanup_tmp_directories"] = True  # of killed saves
     handlers = {"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
     options = ocp.CheckpointManagerOptions(**options)
     return ocp.CheckpointManager(checkpoint_directory(workdir), options=options, item_handlers=handlers)
 
 
 def checkpoint_directory(workdir: Path) -> Path:
-    """Where a run keeps its checkpoints."""
+    """Returns where a run keeps its checkpoints."""
     return (workdir if is_remote(workdir) else workdir.absolute()) / "checkpoints"
 
 
 def open_reader(workdir: Path) -> ocp.CheckpointManager:
-    """A manager that only reads.
+    """Opens a manager that only reads.
 
     Raises:
       CheckpointError: the run has no checkpoint.
@@ -69,12 +69,12 @@ def open_reader(workdir: Path) -> ocp.CheckpointManager:
 
 
 def step_directory(manager: ocp.CheckpointManager, step: int) -> Path:
-    """Where the checkpoint of `step` is."""
+    """Returns where the checkpoint of `step` is."""
     return as_path(str(manager.directory)) / str(step)
 
 
 def read_meta(manager: ocp.CheckpointManager, step: int) -> Meta:
-    """The JSON of a checkpoint.
+    """Reads the JSON of a checkpoint.
 
     Raises:
       DamagedError: it is not what was saved.
@@ -84,12 +84,12 @@ def read_meta(manager: ocp.CheckpointManager, step: int) -> Meta:
 
 
 def restore_unverified(manager: ocp.CheckpointManager, step: int, meta: Meta, abstract: TrainState) -> TrainState:
-    """The state of a checkpoint, with the shapes, dtypes and shardings of `abstract`. Raises as `restore` does."""
+    """Reads a checkpoint's state, with the shapes, dtypes and shardings of `abstract`. Raises as `restore`."""
     return TrainState(**restore_arrays(step_directory(manager, step), meta.arrays, state_parts(abstract)))
 
 
 def restore(manager: ocp.CheckpointManager, step: int, abstract: TrainState) -> TrainState:
-    """The state of a checkpoint, with the shapes, dtypes and shardings of `abstract`, compared with its checksums.
+    """Reads a checkpoint's state, with the shapes, dtypes and shardings of `abstract`, and compares its checksums.
 
     Raises:
       DamagedError: an array cannot be read, or is not what was saved.
@@ -102,9 +102,9 @@ def restore(manager: ocp.CheckpointManager, step: int, abstract: TrainState) -> 
 
 
 def restore_ema(workdir: Path, system: System, mesh: Mesh, step: int | None = None) -> tuple[Params, int]:
-    """The EMA weights of a run's checkpoint of `step`, by default the newest, sharded over `mesh`, and its step.
+    """Reads the EMA weights and the frozen ones of a run's checkpoint; returns them, sharded over `mesh`, and its step.
 
-    With what the run has frozen; it reads, and verifies, nothing else.
+    It reads and verifies nothing else. `step` is by default the newest.
 
     Raises:
       CheckpointError: no such checkpoint, a damaged one, or one of another model.
@@ -119,7 +119,7 @@ def restore_ema(workdir: Path, system: System, mesh: Mesh, step: int | None = No
     abstract = system.shapes()
     shardings = system.shardings(mesh)
     params = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
-    # As that run trained or froze them, which may not be how this one does.
+    # That run may have frozen other parameters than this one does.
     frozen = {name.split("/")[1] for name in records if name.startswith("frozen/")}
     target = {"ema": {n: p for n, p in params.items() if n not in frozen}}
     target |= {"frozen": {n: p for n, p in params.items() if n in frozen}} if frozen else {}
@@ -129,10 +129,10 @@ def restore_ema(workdir: Path, system: System, mesh: Mesh, step: int | None = No
 
 
 def state_parts(state: TrainState) -> dict[str, Any]:
-    """The parts of a state by name: what is saved."""
+    """Returns the parts of a state by name, as they are saved."""
     return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
 
 
 def state_arrays(state: TrainState) -> dict[str, jax.Array]:
-    """The arrays of a state by their names in a checkpoint."""
+    """Returns the arrays of a state by their names in a checkpoint."""
     return flat_arrays(state_parts(state))

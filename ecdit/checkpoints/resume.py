@@ -1,4 +1,4 @@
-"""Goes on from the newest checkpoint that is valid, and sets newer ones aside that are not."""
+"""Finds the newest valid checkpoint, and moves newer damaged ones aside."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -27,25 +27,25 @@ DAMAGED = "damaged"
 
 
 class Recovered(NamedTuple):
-    """A run's state, as it goes on from it."""
+    """The state from which a run goes on."""
 
     state: TrainState
     step: int
-    check: Callable[[], None]  # to be called when steps are computed, before a save: ends the check in the background
-    notes: list[str]  # lines about what is not as it should be
+    check: Callable[[], None]  # finishes a check in the background; call it after a step and before a save
+    notes: list[str]  # lines to print about damaged checkpoints
 
 
 def half_written(workdir: Path) -> list[str]:
-    """What killed saves have left, by name; opening the manager removes it."""
+    """Returns the names of what killed saves have left; opening the manager removes it."""
     directory = checkpoint_directory(workdir)
     paths = children(directory)
-    if is_remote(directory):  # there a save writes where the checkpoint stays, and marks it when it is whole
+    if is_remote(directory):  # a save there writes in place, and adds a mark when it is complete
         return sorted(path.name for path in paths if path.name.isdigit() and not (path / COMMITTED).exists())
     return sorted(path.name for path in paths if path.name.endswith("-tmp"))
 
 
 def aside_directory(directory: Path) -> Path:
-    """Where damaged checkpoints of `directory` go: in a bucket beside it, for there Orbax removes what it knows not."""
+    """Returns where damaged checkpoints go: in a bucket beside it, because Orbax deletes unknown entries inside it."""
     return directory.with_name(f"{directory.name}_{DAMAGED}") if is_remote(directory) else directory / DAMAGED
 
 
@@ -55,18 +55,18 @@ def newest_valid(
     verify: Literal["always", "background", "never"],
     admit: Callable[[Meta, int], None],
 ) -> Recovered | None:
-    """The newest checkpoint that can be read, and is what was saved as far as `verify` looks; None where there is none.
+    """Returns the newest checkpoint that can be read and passes `verify`, or None if there are no checkpoints.
 
-    All processes call it, and a checkpoint that one cannot read is damaged for all.
+    Collective: a checkpoint that one process cannot read is damaged for all.
 
     Args:
       manager: of the run.
-      abstract: shapes, dtypes and shardings.
-      verify: "always" before it returns, in the "background" by `Recovered.check`, or "never".
-      admit: raises if the run cannot go on from a checkpoint of this meta and step.
+      abstract: shapes, dtypes and shardings of the state.
+      verify: compares checksums "always" (before it returns), in the "background" (see `Recovered.check`), or "never".
+      admit: is called with a checkpoint's meta and step, and raises if the run cannot go on from it.
 
     Raises:
-      CheckpointError: one that is of another model, or that `admit` refuses; there are some and none is valid.
+      CheckpointError: a checkpoint is of another model, or `admit` refuses it; or there are some, and none is valid.
     """
     damaged: dict[int, str] = {}
     for step in sorted(manager.all_steps(), reverse=True):
@@ -89,7 +89,7 @@ def _restored(
     admit: Callable[[Meta, int], None],
     damaged: dict[int, str],
 ) -> tuple[TrainState, Callable[[], None]] | None:
-    """The state of one checkpoint and what is left to check; None, and why in `damaged`, if it is damaged."""
+    """Returns a checkpoint's state and what is left to check; or None, with the reason in `damaged`."""
     meta = _attempt(lambda: read_meta(manager, step), step, damaged)
     if meta is None:
         return None
@@ -105,7 +105,7 @@ def _restored(
 
 
 def _attempt(action: Callable[[], T], step: int, damaged: dict[int, str]) -> T | None:
-    """What `action` returns; None, and why in `damaged`, if it finds damage on any process."""
+    """Returns what `action` returns; or None, with the reason in `damaged`, if any process finds damage. Collective."""
     result, problem = None, None
     try:
         result = action()
@@ -121,9 +121,10 @@ def _attempt(action: Callable[[], T], step: int, damaged: dict[int, str]) -> T |
 def _background_check(
     manager: ocp.CheckpointManager, step: int, meta: Meta, arrays: dict[str, jax.Array]
 ) -> Callable[[], None]:
-    """Starts summing `arrays`, which the first step may then take, and returns what compares the sums, once.
+    """Starts summing `arrays`, which may then be donated, and returns a function that compares the sums, once.
 
-    It raises DamagedError, the checkpoint set aside unless it is the only one: else the next start began at step 0.
+    The function raises DamagedError and moves the checkpoint aside. It keeps it in place if it is the only one;
+    otherwise the next start would begin at step 0.
     """
     names, running = list(arrays), [start_checksums(arrays)]
 
@@ -142,7 +143,7 @@ def _background_check(
 
 
 def _set_aside(manager: ocp.CheckpointManager, step: int) -> Path:
-    """Moves a checkpoint to where no run finds it, and says where that is."""
+    """Moves a checkpoint to where no run looks for it, and returns that place. Collective."""
     directory, count = step_directory(manager, step), 1
     place = aside_directory(directory.parent) / str(step)
     while place.exists():

@@ -5,22 +5,22 @@ import orbax.checkpoint as ocp
 
 
 class SaveBarrier:
-    """Orbax's barrier for the threads that save, with which a save that fails on one process fails on all.
+    """A barrier for Orbax's saving threads that makes a save that fails on one process fail on all.
 
-    Of itself, Orbax has a process that cannot write skip the two barriers at which the others then wait for twenty
-    minutes: `async_write_complete` and `async_commit_complete`. `set_value_start` comes before and after them. This one
-    makes up for what was skipped when it comes after, and tells the others of the failure.
+    In Orbax itself, a process that cannot write skips the barriers `async_write_complete` and `async_commit_complete`,
+    where the other processes then wait for twenty minutes. The barrier `set_value_start` comes before and after them.
+    When it comes after, this class enters the barriers that were skipped and tells the other processes of the failure.
     """
 
     STAGES = ("async_write_complete", "async_commit_complete")
 
     def __init__(self, name: str):
-        """`name` is one that no other barrier of the run has."""
+        """`name` must be unique among the barriers of the run."""
         self.client = ocp.multihost.get_jax_distributed_client()
         self.name, self.saves, self.met, self.saving, self.told = name, 0, 0, False, False
 
     def __call__(self, *, key: str, timeout_ms: int) -> None:
-        """Waits for all processes to come to `key`.
+        """Waits until all processes have reached `key`.
 
         Raises:
           OSError: another process could not write its part of the checkpoint.

@@ -218,7 +218,7 @@ MUTANTS = (
     ),
     Mutant(
         "ecdit/checkpoints/inspection.py",
-        'elif checksum not in (checksums({name: restore_array(directory, tree, name, cpu)})[name], ""):',
+        'elif checksum != checksums({name: restore_array(directory, tree, name, cpu)})[name]:',
         "elif checksum and not checksums({name: restore_array(directory, tree, name, cpu)})[name]:",
         ("tests/checkpoints/test_resume.py::test_verify_names_the_array_that_was_damaged",),
         "`ecdit.checkpoint verify` calls damaged checkpoints valid",
