@@ -24,7 +24,7 @@ def define_config_flag() -> flags.FlagHolder:
 
 
 def config_values(flag: flags.FlagHolder) -> "ml_collections.ConfigDict":
-    """The values of the config file that the flag names.
+    """Returns the values of the config file that the flag names.
 
     Raises:
       UserError: no file was named, or it does not exist.
@@ -35,12 +35,12 @@ def config_values(flag: flags.FlagHolder) -> "ml_collections.ConfigDict":
 
 
 def config_origin(flag: flags.FlagHolder) -> dict[str, Any]:
-    """Where the values of `config_values` came from: the file with its :argument, and what the flags changed in it."""
+    """Returns where the values of `config_values` came from: the file with its :argument, and the overrides."""
     return _origin(flags.FLAGS[flag.name])
 
 
 def parse_config(arguments: Sequence[str]) -> tuple["ml_collections.ConfigDict", dict[str, Any]]:
-    """What `config_values` and `config_origin` of a command would be that had these `--config...` flags.
+    """Returns what `config_values` and `config_origin` would be for a command with these `--config...` flags.
 
     Raises:
       UserError: there is no such file, an unknown key, or a value that its field cannot be.
@@ -69,15 +69,14 @@ def _origin(chosen: flags.Flag) -> dict[str, Any]:
 
 
 def run_command(main: Callable[[list[str]], None], known_only: bool = False) -> None:
-    """Runs a command: parses its flags, calls `main(remaining argv)`, prints user errors without a traceback.
+    """Runs a command: parses its flags, calls `main(remaining argv)`, and prints user errors without a traceback.
 
-    `known_only` leaves flags that are not defined in the remaining argv. Exits with 2 after a UserError or an OSError,
-    whose message names the path.
+    With `known_only`, undefined flags stay in the remaining argv. The exit code is 2 after a UserError or an OSError.
     """
 
     def quiet_main(argv: list[str]) -> None:
         if not flags.FLAGS["verbosity"].present:
-            logging.set_verbosity(logging.WARNING)  # Orbax tells each save in twenty lines
+            logging.set_verbosity(logging.WARNING)  # Orbax logs twenty lines a save
         main(argv)
 
     try:
@@ -85,12 +84,12 @@ def run_command(main: Callable[[list[str]], None], known_only: bool = False) -> 
     except (UserError, OSError) as error:  # OSError: a path that is missing, forbidden or on a full disk
         sys.stdout.flush()
         print(f"error: {error}", file=sys.stderr, flush=True)
-        # At once: the threads that a failed save leaves behind print, or fail, while Python takes itself down.
+        # Immediately, because threads of a failed save would print or fail while Python shuts down.
         os._exit(2)
 
 
 def _parse_flags(argv: list[str], values: flags.FlagValues = flags.FLAGS, known_only: bool = False) -> list[str]:
-    """absl's parser, whose errors are many lines long and do not name the override that has an unknown key."""
+    """Parses flags by absl; its errors are long and do not name an unknown override, so it makes short ones of them."""
     try:
         return values(argv, known_only=known_only)
     except flags.Error as error:

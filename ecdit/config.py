@@ -20,19 +20,19 @@ T = TypeVar("T")
 
 
 class ConfigError(UserError, ValueError):
-    """A config key has a value that cannot work. `key` is the dotted path of the key."""
+    """A config key has a value that cannot work. `key` is its dotted path."""
 
     def __init__(self, key: str, value: Any, allowed: str):
         self.key, self.value, self.allowed = key, value, allowed
         super().__init__(f"config.{key} = {value!r}: {allowed}")
 
     def under(self, prefix: str) -> "ConfigError":
-        """The same error with `prefix` before its key."""
+        """Returns the same error with `prefix` before its key."""
         return ConfigError(f"{prefix}.{self.key}", self.value, self.allowed)
 
 
 def require(condition: bool, key: str, value: Any, allowed: str) -> None:
-    """Raises ConfigError unless `condition`: for `__post_init__` of config dataclasses."""
+    """Raises ConfigError unless `condition` holds. For `__post_init__` of config dataclasses."""
     if not condition:
         raise ConfigError(key, value, allowed)
 
@@ -59,7 +59,7 @@ def build(cls: type[T], values: Mapping[str, Any]) -> T:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A config dataclass as nested plain dicts and lists: what JSON gives back unchanged."""
+    """Returns a config dataclass as nested plain dicts and lists, which JSON gives back unchanged."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -70,7 +70,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dicts as {'a.b': value}."""
+    """Returns nested dicts as {'a.b': value}."""
     flat = {}
     for key, value in config.items():
         if isinstance(value, Mapping):
@@ -112,7 +112,7 @@ def _describe(hint: Any) -> str:
 
 
 def _typed(hint: Any, key: str, value: Any) -> Any:
-    """`value` as `hint`; an int is a valid float, a list a valid tuple, a mapping a dataclass, nothing else is."""
+    """Returns `value` as `hint`; converts ints to floats, lists to tuples, mappings to dataclasses, nothing else."""
     wrong = ConfigError(key, value, f"must be {_describe(hint)}")
     origin = typing.get_origin(hint)
     if origin is typing.Literal:

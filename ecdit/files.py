@@ -9,20 +9,20 @@ from ecdit.errors import UserError
 
 
 def check_writable(path: Path) -> None:
-    """Raises UserError, before work is done for nothing, where `path` could not be made or written."""
+    """Raises UserError if `path` cannot be made or written. Call it before the work whose result goes there."""
     existing = next(place for place in (path, *path.absolute().parents) if place.exists())
     if (existing != path and not existing.is_dir()) or not os.access(existing, os.W_OK):
         raise UserError(f"{path} cannot be written: {existing} is no directory to write in")
 
 
 def is_remote(path: str | os.PathLike) -> bool:
-    """Whether a path is in a bucket and not on a disk: see `storage`."""
+    """Returns whether a path is in a bucket: see `storage`."""
     return os.fspath(path).startswith("gs://")
 
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Makes an OSError, or whatever a bucket's libraries raise, a UserError that names `path`: they often do not."""
+    """Turns an OSError, or whatever a bucket's libraries raise, into a UserError that names `path`."""
     try:
         yield
     except UserError:
@@ -34,12 +34,12 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all: whoever reads it, after a kill too, finds the old text or the new.
+    """Writes a file whole or not at all: a reader finds the old text or the new, even after a kill.
 
     Raises:
-      UserError: it cannot be written; the old text is still there.
+      UserError: the file cannot be written; it keeps the old text.
     """
-    if is_remote(path):  # an object is written so anyway
+    if is_remote(path):  # buckets write objects whole
         with writing(path):
             path.write_text(text)
         return

@@ -1,4 +1,4 @@
-"""What a process sets before it touches a device: XLA flags, the compilation cache, jax.distributed.
+"""Sets XLA flags, the compilation cache and jax.distributed, before a process touches a device.
 
 A run and its plan both call `configure`, so that both compile the same program.
 """
@@ -15,8 +15,8 @@ from ecdit.config import require
 from ecdit.files import is_remote
 from ecdit.storage import as_path
 
-# The only kinds of device on which an option is safe. By the compiler's own message (libtpu 0.0.52) it may give wrong
-# results or hang elsewhere; older versions take it silently.
+# The only kinds of device on which an option is safe. Elsewhere it may give wrong results or hang, as the compiler says
+# (libtpu 0.0.52); older compilers accept it silently.
 SAFE_ON = {"xla_tpu_enable_async_collective_fusion_fuse_all_gather": ("TPU v5 lite",)}
 
 
@@ -41,13 +41,11 @@ class RuntimeConfig:
 
 
 def configure(config: RuntimeConfig, workdir: Path | None = None) -> None:
-    """Applies `config`; call it before the first use of a device.
+    """Applies `config`. Call it before the first use of a device.
 
-    A run in a bucket keeps there what it has compiled, unless the config names no directory or another bucket's:
-    whatever starts it again has a new disk. `workdir` is that of a run that is trained.
-
-    Where ECDIT_COORDINATOR, ECDIT_NUM_PROCESSES and ECDIT_PROCESS_ID are set (by `launch.local`), they say whom to
-    join.
+    A run whose `workdir` is in a bucket keeps its compiled programs there, unless the config names no directory or one
+    in a bucket: a restarted host has a new disk. ECDIT_COORDINATOR, ECDIT_NUM_PROCESSES and ECDIT_PROCESS_ID, which
+    `launch.local` sets, say which processes to join.
     """
     present = os.environ.get("XLA_FLAGS", "").split()
     os.environ["XLA_FLAGS"] = " ".join(present + [flag for flag in config.xla_flags if flag not in present])
@@ -74,7 +72,7 @@ def _cache_directory(named: str, workdir: Path | None) -> str:
 
 
 def compiler_options(config: RuntimeConfig, mesh: Mesh) -> dict[str, str] | None:
-    """What jax.jit takes as compiler_options where the mesh is one of TPUs; other compilers refuse those names.
+    """Returns jax.jit's compiler_options for a mesh of TPUs, and None for others, whose compilers refuse them.
 
     Raises:
       ConfigError: an option that may give wrong results on these devices.
@@ -94,7 +92,7 @@ def compiler_options(config: RuntimeConfig, mesh: Mesh) -> dict[str, str] | None
 
 
 def _keep_freed_memory() -> None:
-    """Tells glibc to reuse what is freed; does nothing where the C library has no mallopt.
+    """Tells glibc to reuse freed memory. Does nothing where the C library has no mallopt.
 
     XLA's CPU client takes and frees its buffers anew in each step. By default malloc maps and unmaps the large ones,
     and the kernel zeroes about a gigabyte of fresh pages a step.

@@ -1,8 +1,8 @@
-"""Workdirs in a bucket of Google Cloud Storage: what has to be done otherwise than on a disk.
+"""Workdirs in a bucket of Google Cloud Storage: the operations that differ from those on a disk.
 
-A path on a disk is pathlib's; gs://BUCKET/PATH is one of etils.epath, which goes through gcsfs. Most of what the code
-does with a path works with both, so signatures say Path for either. In a bucket there are no directories to make, and
-an object is written whole or not at all; but nothing can be appended to one, and what is renamed is copied.
+A path on a disk is pathlib's; gs://BUCKET/PATH is one of etils.epath, which goes through gcsfs. Most operations on
+paths work with both, so signatures say Path for either. A bucket has no directories to make, and an object is written
+whole or not at all; but nothing can be appended to an object, and renaming one copies it.
 """
 
 import contextlib
@@ -21,16 +21,17 @@ from etils import epath
 from ecdit.errors import UserError
 from ecdit.files import is_remote
 
-# Else epath takes TensorFlow's file system where TensorFlow is installed: seconds to import, and it knows no emulator.
+# Otherwise epath takes TensorFlow's file system where TensorFlow is installed, which takes seconds to import and cannot
+# use an emulator.
 os.environ.setdefault("EPATH_USE_TF", "false")
 
-PART_SECONDS = 60.0  # a part is written when it is so old, or at a save
-_CLIENTS = ("aiohttp", "gcsfs", "google", "requests")  # packages whose errors are those of the way
+PART_SECONDS = 60.0  # age at which buffered data is written as an object
+_CLIENTS = ("aiohttp", "gcsfs", "google", "requests")  # packages whose errors mean network or permissions
 COMMITTED = "commit_success.txt"  # Orbax's mark, in a bucket, of a checkpoint that was saved to its end
 
 
 def as_path(text: str, name: str = "--workdir") -> Path:
-    """`text` as a path; `name` is what a message calls it.
+    """Returns `text` as a path; messages call it `name`.
 
     Raises:
       UserError: it has another scheme than gs://, names no path in the bucket, or needs a package that is missing.
@@ -43,15 +44,15 @@ def as_path(text: str, name: str = "--workdir") -> Path:
         raise UserError(f"{name}={text}: needs the package gcsfs: pip install -e '.[gcs]'")
     import fsspec
 
-    # Its cache of listings knows nothing of what tensorstore or another process writes.
+    # Its cache of listings does not notice what tensorstore or another process writes.
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
     return epath.Path(text)
 
 
 def check_workdir(workdir: Path) -> None:
-    """Raises UserError, before work is done for nothing, where this process has not all rights to a bucket's workdir.
+    """Raises UserError if this process lacks a right to a workdir in a bucket.
 
-    Without that of listing, its checkpoints would not be seen, and the run would begin anew.
+    Without the right to list, it would not see the checkpoints, and the run would start over.
     """
     if not is_remote(workdir):
         return
@@ -66,7 +67,7 @@ def check_workdir(workdir: Path) -> None:
 
 
 def write_time(workdir: Path) -> float:
-    """The Unix time that a bucket gives an object written now, which is deleted again."""
+    """Returns the Unix time that a bucket gives to an object written now; deletes the object."""
     probe = workdir / f"clock_check_{secrets.token_hex(4)}"
     with reading(workdir):
         probe.write_bytes(b"to be deleted")
@@ -77,7 +78,7 @@ def write_time(workdir: Path) -> float:
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Makes an error of the way to a bucket a UserError that names `path`."""
+    """Turns an error of network or permissions into a UserError that names `path`."""
     try:
         yield
     except Exception as error:
@@ -87,7 +88,7 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def is_outage(error: BaseException) -> bool:
-    """Whether an error is of the way to a bucket (network, permissions), and not of what is stored there."""
+    """Returns whether an error comes from network or permissions, and not from what a bucket holds."""
     package = type(error).__module__.partition(".")[0]
     refused = type(error) is OSError and error.errno is None  # gcsfs's for 401 and 403; those of disks have a number
     if refused or isinstance(error, ConnectionError | TimeoutError) or package in _CLIENTS:
@@ -97,13 +98,16 @@ def is_outage(error: BaseException) -> bool:
 
 
 def make_directory(path: Path) -> None:
-    """Makes a directory and those above it, where they are missing; in a bucket there is nothing to make."""
+    """Makes a directory and its parents if they are missing. Does nothing in a bucket."""
     if not is_remote(path):
         path.mkdir(parents=True, exist_ok=True)
 
 
 def children(directory: Path) -> list[Path]:
-    """What is in a directory, nothing if it is missing: is_dir says that too of what a bucket does not let one read."""
+    """Returns the entries of a directory, none if it is missing.
+
+    (`is_dir` would also be False where a bucket refuses to be read.)
+    """
     try:
         return list(directory.iterdir())
     except FileNotFoundError:
@@ -111,7 +115,7 @@ def children(directory: Path) -> list[Path]:
 
 
 def size_and_time(directory: Path) -> tuple[int, datetime.datetime]:
-    """Bytes of all files below, and the local time of the last change: in a bucket, of any object below."""
+    """Returns the bytes of all files below a directory, and the local time of the last change."""
     if not is_remote(directory):
         size = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
         return size, datetime.datetime.fromtimestamp(directory.stat().st_mtime)
@@ -121,10 +125,10 @@ def size_and_time(directory: Path) -> tuple[int, datetime.datetime]:
 
 
 def move_checkpoint(directory: Path, place: Path) -> None:
-    """Moves a checkpoint. In a bucket it is copied, by the service, and deleted.
+    """Moves a checkpoint. In a bucket the service copies it, then the original is deleted.
 
-    A kill meanwhile leaves it whole where it was, or whole in its new place and without its mark, so that the next
-    start removes the rest.
+    A kill in between leaves it complete where it was, or complete in its new place while the original has lost its
+    mark, so that the next start removes the original.
     """
     if not is_remote(directory):
         place.parent.mkdir(exist_ok=True)
@@ -142,7 +146,7 @@ def upload(directory: Path, target: Path) -> None:
 
 
 def read_all(paths: list[Path]) -> list[bytes]:
-    """The contents of files; those of a bucket are read at the same time."""
+    """Returns the contents of files; those of a bucket are read concurrently."""
     if not paths or not is_remote(paths[0]):
         return [path.read_bytes() for path in paths]
     found = _bucket().cat([str(path) for path in paths])
@@ -150,23 +154,23 @@ def read_all(paths: list[Path]) -> list[bytes]:
 
 
 class AppendedObjects:
-    """Stands for a file that is appended to: what is written becomes objects, one for each flush that is due."""
+    """Behaves like a file opened for appending, in a bucket: buffers data and writes it as one object after another."""
 
     def __init__(self, name: Callable[[bytes], Path]):
-        """`name` gives the path of a part by its contents."""
+        """`name` returns the path of an object by its contents."""
         self.name, self.buffer, self.began = name, [], time.monotonic()
 
     def write(self, data: bytes) -> None:
-        """Keeps `data` for the next part."""
+        """Buffers `data` for the next object."""
         self.buffer.append(data)
 
     def flush(self) -> None:
-        """Between lines or records: writes a part if the last one is PART_SECONDS old."""
+        """Writes an object if the last one is PART_SECONDS old. Call it between lines or records."""
         if time.monotonic() - self.began >= PART_SECONDS:
             self.save()
 
     def save(self) -> None:
-        """Writes a part now, if there is anything to write."""
+        """Writes an object now, if anything is buffered."""
         self.began = time.monotonic()
         if self.buffer:
             data = b"".join(self.buffer)
@@ -174,7 +178,7 @@ class AppendedObjects:
             self.buffer = []
 
     def close(self) -> None:
-        """Writes the last part."""
+        """Writes the last object."""
         self.save()
 
 
@@ -183,7 +187,7 @@ def _said(error: Exception) -> str:
 
 
 def _bucket() -> Any:
-    """The file system that epath uses too."""
+    """Returns the file system that epath uses too."""
     import fsspec
 
     return fsspec.filesystem("gcs", finalize_on_close=True)

@@ -1,7 +1,8 @@
-"""A run's lines of metrics, one a step: `metrics.jsonl`, or in a bucket `metrics/FIRST_STEP.jsonl`, ...
+"""Writes and reads a run's metrics, a line of JSON a step.
 
-A resumed run writes the lines after its checkpoint anew. Both forms have each step once, whenever a run was killed: a
-part is named by its first step, so one that is written anew takes the place of the old one.
+On a disk they are `metrics.jsonl`, in a bucket `metrics/FIRST_STEP.jsonl`, ... A resumed run writes the lines after its
+checkpoint again. Both forms hold each step once, whenever a run was killed: an object in a bucket is named by its first
+step, so that it replaces the one that an earlier start wrote.
 """
 
 import json
@@ -15,7 +16,7 @@ METRICS = "metrics.jsonl"
 
 
 def open_lines(workdir: Path, start_step: int) -> BinaryIO | AppendedObjects:
-    """What the lines after `start_step` are written to; those that a run wrote before of later steps are removed."""
+    """Opens the file for the lines after `start_step`, and removes lines of later steps that an earlier start wrote."""
     path = workdir / METRICS
     if not is_remote(workdir):
         drop_lines_after(path, start_step)
@@ -33,9 +34,9 @@ def open_lines(workdir: Path, start_step: int) -> BinaryIO | AppendedObjects:
 
 
 def read_lines(workdir: Path) -> list[dict[str, Any]]:
-    """The metrics of each step that was written, in order; of a run on a disk or in a bucket.
+    """Returns the metrics of each step in order, for a run on a disk or in a bucket.
 
-    A line that is still being written, or that a crash has garbled, does not count.
+    A line that is still being written, or that a crash has garbled, is left out.
     """
     path = workdir / METRICS
     paths = _parts(workdir) if is_remote(workdir) else [path] if path.exists() else []
@@ -45,7 +46,7 @@ def read_lines(workdir: Path) -> list[dict[str, Any]]:
 
 
 def drop_lines_after(path: Path, step: int) -> None:
-    """Removes the lines of steps after `step`, and a torn last one: a resumed run writes them anew."""
+    """Removes the lines of steps after `step`, and an incomplete last one; a resumed run writes them again."""
     if not path.exists():
         return
     lines = path.read_text().splitlines(keepends=True)
@@ -62,7 +63,7 @@ def _first_step(part: Path) -> int:
 
 
 def _row(line: str) -> dict[str, Any] | None:
-    """A line's metrics; None for a line that a crash has garbled."""
+    """Returns a line's metrics, or None for a line that a crash has garbled."""
     try:
         row = json.loads(line)
     except json.JSONDecodeError:

@@ -1,4 +1,4 @@
-"""A profile of some steps (`train.profile_start`, `train.profile_steps`), for XProf, which TensorBoard can show."""
+"""Traces some steps (`train.profile_start`, `train.profile_steps`) for XProf, which TensorBoard can show."""
 
 import shutil
 import tempfile
@@ -15,9 +15,9 @@ PROFILE = "profile"
 
 
 class Profile:
-    """Traces the steps of the config's window that this start of the run does, but for its first one, which compiles.
+    """Traces the steps of the config's window, except the first step of this start, which compiles.
 
-    The first process traces, its own devices alone: the others do the same work.
+    Only the first process traces, and only its own devices: the others do the same work.
     """
 
     def __init__(self, config: TrainConfig, workdir: Path, start_step: int):
@@ -28,7 +28,10 @@ class Profile:
         self.window = range(first, config.profile_start + wanted)
 
     def before(self, step: int, state: Any) -> None:
-        """Starts before the first step of the window, stops after its last; `state` is what `step` begins with."""
+        """Starts the trace before the first step of the window, and stops it after the last.
+
+        `state` is the state from which `step` begins.
+        """
         if (step in self.window) != self.running:
             jax.block_until_ready(state)  # so that a step is traced whole, or not at all
             self.close()
@@ -39,7 +42,7 @@ class Profile:
                 self.running = True
 
     def close(self) -> None:
-        """Stops and writes what was traced."""
+        """Stops the trace and writes it."""
         if self.running:
             self.running = False
             jax.profiler.stop_trace()

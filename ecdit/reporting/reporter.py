@@ -1,4 +1,4 @@
-"""What a run says of itself: a flushed line of metrics per step, printed lines and writers. Process 0 only."""
+"""Reports a run's steps: a flushed line of metrics a step, printed lines, and writers. Only process 0 writes."""
 
 import contextlib
 import datetime
@@ -25,11 +25,11 @@ from ecdit.training.step import SPIKE
 
 
 class DivergedError(UserError):
-    """Too many steps in a row were skipped: not finite, or with a loss far above the usual."""
+    """Too many steps in a row were skipped, because they were not finite or their loss was far above the usual."""
 
 
 class Reporter:
-    """Tells what the steps did, and stops a run that has diverged; other processes than 0 only do the latter."""
+    """Reports the steps, and stops a run that has diverged. Processes other than 0 only do the latter."""
 
     def __init__(
         self,
@@ -39,7 +39,7 @@ class Reporter:
         leaf_names: Sequence[str],
         writers: Sequence[Writer] = (),
     ):
-        """Takes up the lines of metrics after `start_step`; closes `writers` when it is closed."""
+        """Continues the metrics after `start_step`. Closing it closes the `writers` too."""
         self.config, self.leaf_names, self.writers = config, leaf_names, writers
         self.path, self.start_step = workdir / METRICS, start_step
         self.file = None
@@ -48,11 +48,11 @@ class Reporter:
                 self.file = open_lines(workdir, start_step)
 
     def begin(self, watch: Stopwatch) -> None:
-        """The steps that follow are timed by `watch`; to be called before the first of them."""
+        """Times the following steps by `watch`. Call it before the first of them."""
         self.watch = watch
 
     def report(self, step: int, metrics: dict[str, Any], data_seconds: float) -> None:
-        """Writes the metrics of step `step` (steps done, from 1), which waits until they are computed.
+        """Writes the metrics of step `step` (counted from 1); waits until they are computed.
 
         Raises:
           DivergedError: train.max_bad_steps steps in a row were skipped.
@@ -83,14 +83,17 @@ class Reporter:
             )
 
     def pictures(self, step: int, files: Mapping[str, Path]) -> None:
-        """Shows the PNGs of step `step` by name, unless an earlier start did; the time they took is no step's."""
+        """Passes the PNGs of step `step` to the writers, unless an earlier start did.
+
+        Excludes the time until the next step from the statistics.
+        """
         self.watch.pause()
         for writer in self.writers if step > self.start_step else ():
             for name, path in files.items():
                 writer.picture(step, name, path)
 
     def save(self) -> None:
-        """Writes what is only kept yet, as in a bucket: a checkpoint comes next, and has these lines before it."""
+        """Flushes buffered lines, so that they precede the checkpoint."""
         if isinstance(self.file, AppendedObjects):
             with writing(self.path):
                 self.file.save()
@@ -147,7 +150,7 @@ def first_line(config: TrainConfig, dtype: str, mesh: Mesh) -> str:
 
 
 def forecast(config: TrainConfig, step: int, speed: Speed, draws: bool) -> str:
-    """How long the steps after `step` will take at this speed, and when the next pictures come if the run draws any."""
+    """Returns the line that forecasts the time of the remaining steps and, if the run draws, of the next pictures."""
     line = f"the other {config.num_steps - step} steps will take about {_duration(speed, config.num_steps - step)}"
     if not draws:
         return line
@@ -161,12 +164,12 @@ def _duration(speed: Speed, steps: int) -> str:
 
 
 def pictures_due(config: TrainConfig, step: int) -> bool:
-    """Whether `step` is one after which samples are drawn; those of the last step come when it is saved."""
+    """Returns whether samples are drawn after `step`. (Those of the last step are drawn once it is saved.)"""
     return config.pictures_every > 0 and step % config.pictures_every == 0 and step < config.num_steps
 
 
 def named_scalars(values: Mapping[str, Any]) -> dict[str, float]:
-    """Metrics as single numbers, without those not known: one per sparse layer becomes `name/layer_1`, ..."""
+    """Returns metrics as single numbers, without unknown ones; a metric per layer becomes `name/layer_1`, ..."""
     named = {}
     for name, value in values.items():
         if isinstance(value, list):
@@ -177,7 +180,7 @@ def named_scalars(values: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _without_nan(value: Any) -> Any:
-    """JSON has no numbers that are not finite: they become null."""
+    """Replaces numbers that are not finite by None, because JSON has none."""
     if isinstance(value, dict):
         return {key: _without_nan(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""How fast a run steps: images, model FLOP/s, waits for data, share of the chips' peak."""
+"""Measures how fast a run steps: images/s, model FLOP/s, waits for data, share of the devices' peak."""
 
 import dataclasses
 import time
@@ -12,26 +12,26 @@ WINDOW = 100  # steps over which what is printed is averaged
 
 @dataclasses.dataclass(frozen=True)
 class Speed:
-    """Of training, as a mean over some steps."""
+    """The speed of training, as a mean over some steps."""
 
     step_seconds: float
-    data_seconds: float  # of a step: how long it waited for its batch
+    data_seconds: float  # that a step waits for its batch
     images_per_second: float
     model_flops_per_second: float  # of all devices together
-    peak_share: float | None  # of the devices' peak; None where that is not known
+    peak_share: float | None  # of the devices' peak; None where the peak is not known
 
 
 class Stopwatch:
-    """Times steps by when their metrics are there. A first step has no time of its own: it compiles."""
+    """Times steps by when their metrics arrive. A first step is not timed, because it compiles."""
 
     def __init__(self, images: int, flops: float, peak: float | None):
-        """Of a step: `images` and model FLOPs; `peak` is all devices' FLOP/s."""
+        """Takes a step's images and model FLOPs, and the peak FLOP/s of all devices together."""
         self.images, self.flops, self.peak = images, flops, peak
         self.last_time: float | None = None
         self.steps: list[tuple[float, float]] = []  # seconds, and those of waiting for data
 
     def tick(self, data_seconds: float) -> Speed | None:
-        """Ends a step; its own speed, None of a first one."""
+        """Ends a step, and returns its speed, or None for a first step."""
         now, before = time.monotonic(), self.last_time
         self.last_time = now
         if before is None:
@@ -40,11 +40,11 @@ class Stopwatch:
         return self._speed(*self.steps[-1])
 
     def pause(self) -> None:
-        """What follows is no step: the next one is a first one."""
+        """Excludes the time until the next step from the statistics."""
         self.last_time = None
 
     def recent(self) -> Speed | None:
-        """The mean over the last WINDOW steps; None before there is one."""
+        """Returns the mean over the last WINDOW steps, or None if no step was timed."""
         if not self.steps:
             return None
         seconds, waits = zip(*self.steps, strict=True)
@@ -63,7 +63,7 @@ def stopwatch(images: int, flops_per_image: float) -> Stopwatch:
 
 
 def flops_text(flops_per_second: float) -> str:
-    """A rate with the unit that leaves up to four digits: GFLOP/s, TFLOP/s or PFLOP/s."""
+    """Returns a rate with the unit that leaves up to four digits: GFLOP/s, TFLOP/s or PFLOP/s."""
     for unit, size in (("PFLOP/s", 1e15), ("TFLOP/s", 1e12)):
         if flops_per_second >= size:
             return f"{flops_per_second / size:.1f} {unit}"

@@ -1,4 +1,4 @@
-"""Where a run's scalars and pictures go beside its lines of metrics: TensorBoard, and Weights & Biases if asked for."""
+"""Writers of a run's scalars and pictures: TensorBoard, and Weights & Biases if the config names a project."""
 
 import importlib.util
 import io
@@ -24,7 +24,7 @@ TENSORBOARD, WANDB_ID = "tensorboard", "wandb_id"
 
 
 class Writer(Protocol):
-    """What `Reporter` gives its scalars and pictures to."""
+    """Receives the scalars and pictures of `Reporter`."""
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Writes values by name."""
@@ -33,26 +33,26 @@ class Writer(Protocol):
         """Writes a PNG."""
 
     def save(self) -> None:
-        """Writes what is only kept yet: a checkpoint comes next."""
+        """Flushes buffered data, so that it precedes the checkpoint."""
 
     def close(self) -> None:
         """Ends the writing."""
 
 
 class TensorBoard:
-    """An event file of its own for each start of a run; what a resumed run does anew is hidden in the earlier ones.
+    """Writes an event file for each start of a run; steps that a resumed run repeats are hidden in the earlier files.
 
-    In a bucket, which cannot append, each start writes several. All in the caller's thread, unlike tensorboardX's
-    SummaryWriter, whose thread keeps a full disk to itself.
+    In a bucket, which cannot append, each start writes several files. It writes in the caller's thread, unlike
+    tensorboardX's SummaryWriter, whose own thread swallows the error of a full disk.
     """
 
     def __init__(self, workdir: Path, start_step: int):
-        # It imports torch where it is installed: not when this module is imported.
+        # Imported here, because it imports torch where torch is installed.
         from tensorboardX.proto.event_pb2 import Event, SessionLog
         from tensorboardX.proto.summary_pb2 import Summary
 
         self.event, self.summary, self.directory = Event, Summary, workdir / TENSORBOARD
-        # TensorBoard reads files in the order of their names, and knows them by "tfevents".
+        # TensorBoard finds files by "tfevents", and reads them in the order of their names.
         name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}"
         with writing(self.directory):
             make_directory(self.directory)
@@ -74,7 +74,7 @@ class TensorBoard:
         self._write(step=step, summary=self.summary(value=[self.summary.Value(tag=name, image=image)]))
 
     def save(self) -> None:
-        """Writes the part that has begun, in a bucket."""
+        """Writes the object that has begun, in a bucket."""
         if self.parts is not None:
             with writing(self.directory):
                 self.parts.save()
@@ -101,7 +101,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """One run there for a workdir, however often it resumes: its id is kept in the workdir."""
+    """Logs to one run of Weights & Biases for a workdir, however often it resumes; the workdir keeps the run's id."""
 
     def __init__(self, project: str, config: dict[str, Any], workdir: Path):
         """Starts or continues the run of `workdir`; `config` is what Weights & Biases shows as its config."""
@@ -119,13 +119,13 @@ class WeightsAndBiases:
                 resume="allow",
                 dir=tempfile.mkdtemp() if is_remote(workdir) else workdir,
                 config=config,
-                settings=wandb.Settings(console="off"),  # what the run prints is left as it is
+                settings=wandb.Settings(console="off"),  # it would rewrite what the run prints
             )
         except wandb.Error as error:
             raise UserError(f"config.train.wandb_project: Weights & Biases refused: {error}") from None
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Logs values by name; steps that it has already, after a resume, it leaves as they are."""
+        """Logs values by name. After a resume, steps that it already has stay as they are."""
         self.run.log(dict(values), step=step)
 
     def picture(self, step: int, name: str, path: Path) -> None:
@@ -134,10 +134,10 @@ class WeightsAndBiases:
         self.run.log({name: self.image(shown)}, step=step)
 
     def save(self) -> None:
-        """Nothing is kept."""
+        """Does nothing: nothing is buffered."""
 
     def close(self) -> None:
-        """Sends what is left."""
+        """Sends the rest and ends the run."""
         self.run.finish()
 
 

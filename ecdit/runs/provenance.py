@@ -1,4 +1,4 @@
-"""What a workdir says of how it was made: the resolved config, and each start's command line."""
+"""Records in a workdir how it was made: the resolved config, and the overrides of each start."""
 
 import importlib.metadata
 import json
@@ -17,17 +17,17 @@ LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "grain")
 
 
 def library_versions() -> dict[str, str]:
-    """The versions of the libraries that decide what a step computes."""
+    """Returns the versions of the libraries that determine what a step computes."""
     return {name: importlib.metadata.version(name) for name in LIBRARIES}
 
 
 def record_start(config: dict[str, Any], workdir: Path, step: int, origin: dict[str, Any]) -> None:
-    """Writes config.json, and adds a start to the list in overrides.json; on the first process.
+    """Writes config.json, and adds a start to the list in overrides.json. Only the first process writes.
 
     Args:
       config: the resolved experiment, as `config.to_dict` gives it.
       workdir: of the run.
-      step: that the run starts or goes on from.
+      step: steps done at this start.
       origin: the config file and what the command line changed in it, as `command_line.config_origin` gives it.
 
     Raises:

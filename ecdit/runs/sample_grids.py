@@ -1,4 +1,4 @@
-"""Pictures of a run as it goes on: the same training captions, drawn with the EMA weights of a step."""
+"""Draws the same training captions again and again while a run trains, with the EMA weights of a step."""
 
 import functools
 from pathlib import Path
@@ -18,7 +18,7 @@ from ecdit.system import Params, System
 
 
 class SampleWriter:
-    """Draws `sampling.num_grid` captions, evenly spaced over the data; compiles once."""
+    """Draws `sampling.num_grid` captions, evenly spaced over the data. Compiles once."""
 
     def __init__(self, data: DataConfig, sampling: SamplingConfig, system: System, mesh: Mesh, workdir: Path):
         self.data, self.sampling, self.directory = data, sampling, workdir / "samples"
@@ -29,9 +29,9 @@ class SampleWriter:
         self.prompts = [records[int(i)]["caption"] for i in np.linspace(0, len(records) - 1, count)]
 
     def write(self, params: Params, step: int) -> dict[str, Path]:
-        """The files of step `step` by name: samples, and experts where the model has sparse layers.
+        """Writes the grid of step `step`, and a heat map of experts if the model has any; returns the files by name.
 
-        All processes draw, the first one writes.
+        Collective: all processes draw, the first one writes.
 
         Raises:
           UserError: a file cannot be written.

@@ -1,4 +1,4 @@
-"""A finished or running run, opened to sample from: its config, model and EMA weights."""
+"""Opens a finished or running run to sample from it: its config, model and EMA weights."""
 
 import dataclasses
 import functools
@@ -24,9 +24,9 @@ CONFIG_FILE = "config.json"
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What sampling needs."""
+    """A run that is open for sampling."""
 
-    experiment: Experiment  # of the phase that the checkpoint is of
+    experiment: Experiment  # of the checkpoint's phase
     system: System
     mesh: Mesh
     params: Params
@@ -34,13 +34,13 @@ class Run:
 
 
 def open_run(workdir: Path, overrides: Sequence[str] = (), step: int | None = None, draw: bool = True) -> Run:
-    """A checkpoint's EMA weights, on the mesh of the run's config.
+    """Opens a checkpoint's EMA weights on the mesh of the run's config.
 
     Args:
       workdir: of the run.
       overrides: "key=value" for keys of its config, the value as JSON or a plain string.
       step: of the checkpoint; None for the newest.
-      draw: whether to sample from it; False if only its weights are wanted.
+      draw: whether to sample; False to get the weights alone.
 
     Raises:
       CheckpointError: no run, or no such checkpoint.
@@ -71,7 +71,7 @@ def _check_files(workdir: Path, step: int, files: Mapping[str, str]) -> None:
 
 
 def saved_experiment(workdir: Path, overrides: Sequence[str] = ()) -> Experiment:
-    """The config of a run, as it wrote it; touches no device. Raises as `open_run` does."""
+    """Reads the config that a run wrote; touches no device. Raises as `open_run`."""
     try:
         with reading(workdir):
             values = json.loads((workdir / CONFIG_FILE).read_text())
@@ -98,9 +98,9 @@ def sample_run(
     sampling: SamplingConfig | None = None,
     with_experts: bool = False,
 ) -> Any:
-    """One picture for each (prompt, repeat), by the run's own sampling config unless another is given.
+    """Draws an image for each (prompt, repeat), by the run's own sampling config unless another is given.
 
-    Returns uint8[n, h, w, 3]; that and the experts per token, int32[n, steps, P, N], if `with_experts`.
+    Returns uint8[n, H, W, 3]; with `with_experts` a pair of that and the experts per token, int32[n, steps, P, N].
     """
     sampling = run.experiment.sampling if sampling is None else sampling
     tokens = functools.partial(tokenize_captions, run.experiment.data)

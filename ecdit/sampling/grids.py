@@ -1,4 +1,4 @@
-"""Pictures as files: PNGs, and a grid with captions."""
+"""Writes images as PNGs, and as a grid with captions."""
 
 import io
 import math
@@ -16,19 +16,19 @@ LINE_HEIGHT = 13
 
 
 def save_png(picture: UInt8[np.ndarray, "h w 3"], path: Path) -> None:
-    """Writes one picture."""
+    """Writes one image."""
     write_png(Image.fromarray(picture), path)
 
 
 def write_png(image: Image.Image, path: Path) -> None:
-    """Writes an image as a PNG, to a disk or a bucket: PIL itself knows only disks."""
+    """Writes an image as a PNG, to a disk or a bucket (PIL itself writes only to disks)."""
     data = io.BytesIO()
     image.save(data, "PNG")
     path.write_bytes(data.getvalue())
 
 
 def save_grid(pictures: UInt8[np.ndarray, "n h w 3"], captions: Sequence[str], path: Path) -> None:
-    """Writes the pictures as one PNG, in rows, each above its caption; small ones are enlarged without smoothing."""
+    """Writes images as one PNG, in rows, each above its caption. Small ones are enlarged without smoothing."""
     side = pictures.shape[1]
     shown = max(side, CELL_WIDTH // side * side)
     cell_height = shown + CAPTION_LINES * LINE_HEIGHT + 6

@@ -1,6 +1,6 @@
-"""How many experts took each token while pictures were drawn, as a picture: easy patches get few, hard ones many.
+"""Draws how many experts took each token while images were sampled.
 
-Axes: n pictures, P sparse layers, N tokens in raster order, g patches along a side.
+Axes: n images, P sparse layers, N tokens in raster order, g patches along a side.
 """
 
 import math
@@ -24,13 +24,13 @@ _GAP, _LEGEND = 8, (256, 14)  # pixels: between cells; width and height of the c
 
 
 def stage_steps(num_steps: int) -> dict[str, int]:
-    """The solver step that starts nearest to each of STAGES: step i starts at time 1 - i / num_steps."""
+    """Returns the solver step that starts nearest to each of STAGES. Step i starts at time 1 - i / num_steps."""
     starts = 1 - np.arange(num_steps) / num_steps
     return {name: int(np.abs(starts - time).argmin()) for name, time in STAGES.items()}
 
 
 def summaries(counts: Int[np.ndarray, "n steps P N"]) -> dict[str, Float[np.ndarray, "n N"]]:
-    """By its label: each layer's mean over the solver steps, then the mean over layers at each stage."""
+    """Returns maps by label: each layer's mean over the solver steps, then the mean over layers at each stage."""
     num_steps, num_layers = counts.shape[1:3]
     layers = {f"layer {i + 1}\nall steps": counts[:, :, i].mean(axis=1) for i in range(num_layers)}
     stages = {
@@ -41,7 +41,7 @@ def summaries(counts: Int[np.ndarray, "n steps P N"]) -> dict[str, Float[np.ndar
 
 
 def colour(values: Float[np.ndarray, "..."], top: float) -> UInt8[np.ndarray, "... 3"]:
-    """Values of 0 .. top as colours, linear between those of VIRIDIS."""
+    """Returns values of 0 .. top as colours, linear between those of VIRIDIS."""
     place = np.clip(values / top, 0, 1) * (len(VIRIDIS) - 1)
     channels = [np.interp(place, np.arange(len(VIRIDIS)), VIRIDIS[:, channel]) for channel in range(3)]
     return np.stack(channels, axis=-1).round().astype(np.uint8)
@@ -83,7 +83,7 @@ def draw_maps(
 
 
 def _draw_legend(page: Image.Image, y: int, top: float) -> None:
-    """A colour bar with numbers under it, and what they count."""
+    """Draws a colour bar with numbers under it, and what they count."""
     width, height = _LEGEND
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(11)
     bar = colour(np.linspace(0, top, width)[None].repeat(height, axis=0), top)

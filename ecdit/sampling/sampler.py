@@ -1,4 +1,4 @@
-"""Captions to pictures: encode, integrate the guided velocity from noise, decode."""
+"""Draws images of captions: encodes them, integrates the guided velocity from noise, decodes."""
 
 import dataclasses
 import math
@@ -21,13 +21,13 @@ from ecdit.encoders.autoencoder import to_bytes
 from ecdit.partitioning import batch_sharding, batch_shards
 from ecdit.system import Params, System, TextToImage
 
-# (params, tokens[B, L], null tokens[1, L], keys[B]) -> pictures uint8[B, h, w, 3], or those and counts: `make_sampler`.
+# (params, tokens[B, L], null tokens[1, L], keys[B]) -> images uint8[B, H, W, 3], or images and counts: `make_sampler`.
 Sampler = Callable[[Params, Int[Array, "B L"], Int[Array, "1 L"], Key[Array, " B"]], Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-    """How pictures are drawn."""
+    """How images are drawn."""
 
     solver: Literal["euler", "heun"]
     num_steps: int
@@ -35,7 +35,7 @@ class SamplingConfig:
     original_size: int = field(metadata=PHASE)  # pixels, of the micro-condition; crop is (0, 0)
     batch_size: int = field(metadata=PHASE)
     seed: int
-    num_grid: int  # pictures of the grid that a training run draws as it goes on
+    num_grid: int  # images of the grid that a training run draws
 
     def __post_init__(self):
         for key in ("num_steps", "original_size", "batch_size", "num_grid"):
@@ -57,7 +57,7 @@ def check_sampling(config: SamplingConfig, denoiser: Denoiser, mesh: Mesh | Abst
 
 
 def make_sampler(system: System, config: SamplingConfig, mesh: Mesh, with_experts: bool = False) -> Sampler:
-    """A compiled function (params, tokens[B, L], null tokens[1, L], keys[B]) -> uint8 pictures [B, h, w, 3].
+    """Returns a compiled function (params, tokens[B, L], null tokens[1, L], keys[B]) -> uint8 images [B, H, W, 3].
 
     Without an autoencoder to decode with it returns latents, float32[B, h, w, c]. B is config.batch_size; the noise of
     row i is drawn from keys[i] alone. With `with_experts` it returns (images, counts) instead: how many experts took
@@ -67,7 +67,7 @@ def make_sampler(system: System, config: SamplingConfig, mesh: Mesh, with_expert
     jitted, rows = make_sample_step(system, config, mesh, with_experts), batch_sharding(mesh)
 
     def split(x: Array) -> Array:
-        """The rows of an array that every host has whole, on the devices that the batch's sharding gives them."""
+        """Puts the rows of an array that every host has whole on the devices where the batch's sharding wants them."""
         host = np.asarray(x)
         return jax.make_array_from_callback(host.shape, rows, lambda index: host[index])
 
@@ -81,7 +81,7 @@ def make_sampler(system: System, config: SamplingConfig, mesh: Mesh, with_expert
 def make_sample_step(
     system: System, config: SamplingConfig, mesh: Mesh, with_experts: bool = False
 ) -> Callable[[Params, Int[Array, "B L"], Int[Array, "1 L"], UInt32[Array, "B K"]], Any]:
-    """The jitted function of `make_sampler`, of arrays that are on the mesh; keys are their data (`sample_keys`)."""
+    """Returns the jitted function of `make_sampler`. It takes arrays on the mesh, and the data of the keys."""
     check_sampling(config, system.parts.denoiser, mesh)
     if with_experts and not system.parts.denoiser.counts_experts():
         raise ValueError("with_experts: a dense model has no experts to count")
@@ -104,7 +104,7 @@ def _velocity(
 ) -> Callable[
     [Float[Array, "B h w c"], Float[Array, " B"]], tuple[Float[Array, "B h w c"], Int[Array, "P B N"] | None]
 ]:
-    """The guided velocity and the experts of each token in the pass with the caption (None unless asked).
+    """Returns the guided velocity, and the experts per token in the pass with the caption (None unless asked for).
 
     An image and its null-caption twin are neighbours in one batch of 2 B.
     """
@@ -142,16 +142,16 @@ def sample_pictures(
     repeats: Sequence[int],
     config: SamplingConfig,
 ) -> Any:
-    """One picture for each (prompt, repeat), in order: uint8[n, h, w, 3], or what else `sampler` returns, n for B.
+    """Draws an image for each (prompt, repeat), in order; returns what `sampler` returns, with n in place of B.
 
-    The same (seed, prompt, repeat) gives the same picture whatever the batch size, the devices or the neighbours, up to
-    float32 rounding (and up to near-ties of top-k that it decides), where each image is a group of its own.
+    Where each image is a group of its own, the same (seed, prompt, repeat) gives the same image whatever the batch size,
+    the devices or the neighbours, up to float32 rounding (and near-ties of top-k that rounding decides).
     """
     from tqdm import tqdm
 
     keys = sample_keys(config.seed, prompts, repeats)
     tokens, null_tokens = tokenize(prompts), tokenize([""])
-    # The last batch is filled up with its own first rows: their pictures are dropped.
+    # The last batch is filled up with the first rows, whose second images are dropped.
     count = math.ceil(len(prompts) / config.batch_size) * config.batch_size
     filled = np.arange(count) % len(prompts)
     hidden = True if jax.process_index() > 0 else None  # None: shown on a terminal
@@ -161,7 +161,7 @@ def sample_pictures(
 
 
 def _fetch(x: jax.Array) -> np.ndarray:
-    """A sharded array on every host."""
+    """Returns a sharded array whole on every host. Collective."""
     if jax.process_count() == 1:
         return np.asarray(x)
     from jax.experimental import multihost_utils

@@ -13,8 +13,8 @@ class TrainConfig:
     """How long and in what portions to train."""
 
     num_steps: int = field(metadata=RESUME)
-    batch_size: int = field(metadata=PHASE)  # images of a step, over all devices and microbatches
-    accumulation: int = field(metadata=RESUME_OR_PHASE)  # microbatches of a step
+    batch_size: int = field(metadata=PHASE)  # images a step, over all devices and microbatches
+    accumulation: int = field(metadata=RESUME_OR_PHASE)  # microbatches a step
     ema_decay: float = field(metadata=PHASE)  # of step n: min(ema_decay, (1 + n) / (10 + n))
     max_bad_steps: int = field(metadata=RESUME)  # skipped steps in a row after which the run stops
     spike_factor: float  # a step whose loss is above so many times its running mean is skipped; 0: only if not finite

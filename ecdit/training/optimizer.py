@@ -13,13 +13,13 @@ from ecdit.config import PHASE, require
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """Fields of the optimizers that do not use them are ignored: each config file sets all."""
+    """The fields of all optimizers; an optimizer ignores those of the others."""
 
     name: Literal["rmsprop", "adamw", "adafactor"]
     learning_rate: float = field(metadata=PHASE)  # after warm-up, constant
     warmup_steps: int  # linear from 0
     clip_norm: float  # global norm that gradients are clipped to
-    moment_dtype: Literal["float32", "bfloat16"]  # in which moments are kept; they are computed in float32
+    moment_dtype: Literal["float32", "bfloat16"]  # of stored moments; updates are computed in float32
     rmsprop_decay: float
     rmsprop_momentum: float  # an undamped trace behind the preconditioner: effective rate lr / (1 - momentum)
     rmsprop_eps: float
@@ -42,14 +42,14 @@ class OptimizerConfig:
 
 
 def make_schedule(config: OptimizerConfig) -> optax.Schedule:
-    """Learning rate of update n (from 0): (n + 1) / warmup_steps of `learning_rate`, then constant."""
+    """Returns the learning rate of update n (from 0): (n + 1) / warmup_steps of `learning_rate`, then constant."""
     return lambda count: (
         config.learning_rate * optax.schedules.linear_schedule(0.0, 1.0, max(config.warmup_steps, 1))(count + 1)
     )
 
 
 def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
-    """Clipping, then the named optimizer under the schedule."""
+    """Returns clipping by global norm, followed by the named optimizer under the schedule."""
     schedule = make_schedule(config)
     if config.name == "rmsprop":
         update = optax.rmsprop(
@@ -72,7 +72,7 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
 
 
 def _kept_as(update: optax.GradientTransformation, dtype: jnp.dtype) -> optax.GradientTransformation:
-    """`update` with the arrays of its state in `dtype` between steps; counters stay what they are."""
+    """Returns `update` with the arrays of its state stored in `dtype` between steps; counters keep their type."""
 
     def cast(state: optax.OptState, to: jnp.dtype) -> optax.OptState:
         def one(x: Any) -> Any:

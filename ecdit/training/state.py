@@ -16,30 +16,30 @@ from ecdit.system import Params, System
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Everything a step changes, and the parameters it does not. Parameters, EMA and moments are float32."""
+    """Everything that a step changes, and frozen parameters. Parameters, EMA and moments are float32."""
 
     step: Int[Array, ""]  # steps done, bad ones included, int32
-    params: Params  # those that are trained
+    params: Params  # the trained ones
     ema: Params
-    frozen: Params  # those that are not; empty where all are trained
+    frozen: Params  # the others; empty if all are trained
     optimizer: optax.OptState
     bad_steps: Int[Array, ""]  # skipped steps: loss or gradients not finite, or the loss a spike; int32
-    bad_in_row: Int[Array, ""]  # those since the last good one, int32
+    bad_in_row: Int[Array, ""]  # skipped steps since the last good one, int32
     usual_loss: Float[Array, ""]  # running mean over good steps, infinite before the first; float32
 
 
 def sampling_params(state: TrainState) -> Params:
-    """The whole model's parameters, as sampling takes them: EMA where they are trained."""
+    """Returns the whole model's parameters for sampling: the EMA of trained ones, and the frozen ones."""
     return {**state.ema, **state.frozen}
 
 
 def run_key(seed: int, use: Literal["init", "examples"]) -> Key[Array, ""]:
-    """The run's key for drawing parameters, or for what is random in training examples."""
+    """Returns the run's key for drawing parameters, or for the randomness of training examples."""
     return jax.random.fold_in(jax.random.key(seed), {"init": 0, "examples": 1}[use])
 
 
 def state_shardings(system: System, optimizer: optax.GradientTransformation, mesh: Mesh | AbstractMesh) -> TrainState:
-    """Shardings of a TrainState: EMA and moments like their parameters, all else replicated.
+    """Returns the shardings of a TrainState: EMA and moments like their parameters, everything else replicated.
 
     Raises:
       ShardingError: as `partitioning.param_shardings`.
@@ -66,7 +66,7 @@ def init_state(
     seed: int,
     params: Params | None = None,
 ) -> TrainState:
-    """A state at step 0, created sharded; `params` replaces all drawn parameters (sharded as they should be)."""
+    """Creates a state at step 0, sharded. `params`, sharded likewise, replace drawn parameters."""
 
     def init(params: Params | None) -> TrainState:
         return _state_of(system, optimizer, system.init(run_key(seed, "init")) if params is None else params)
@@ -75,7 +75,7 @@ def init_state(
 
 
 def abstract_state(system: System, optimizer: optax.GradientTransformation, shardings: TrainState) -> TrainState:
-    """Shapes, dtypes and shardings of a TrainState; allocates nothing."""
+    """Returns shapes, dtypes and shardings of a TrainState; allocates nothing."""
     abstract = jax.eval_shape(lambda params: _state_of(system, optimizer, params), system.shapes())
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
 

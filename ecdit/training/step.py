@@ -33,8 +33,8 @@ from ecdit.training.state import TrainState, run_key, state_shardings
 # image uint8[B, H, W, 3] or latents float16[B, h, w, c], tokens int32[B, L], size_crop float32[B, 4]
 Batch = dict[str, Array]
 
-USUAL_LOSS_DECAY = 0.98  # of the running mean that a spike is told by: about fifty steps
-SPIKE = -2  # the metric bad_leaf of a step that was skipped for its loss though all is finite
+USUAL_LOSS_DECAY = 0.98  # of the running mean that defines a spike: about fifty steps
+SPIKE = -2  # the metric bad_leaf of a step that was skipped because its loss, though finite, was a spike
 
 
 def make_train_step(
@@ -81,7 +81,7 @@ def abstract_batch(config: SystemConfig, batch_size: int, mesh: Mesh) -> Batch:
 def _loss(
     params: Params, frozen: Params, flow: FlowConfig, system: System, batch: Batch, keys: ExampleKeys
 ) -> tuple[Float[Array, ""], Metrics]:
-    """The loss of a microbatch, and what to report of it."""
+    """Returns the loss of a microbatch, and its metrics."""
     model = system.bind({**params, **frozen})
     if system.config.has_images:
         latents = model.autoencoder.encode(to_unit(batch["image"]), keys.autoencoder)
@@ -103,7 +103,7 @@ def _loss(
 def _accumulated_gradients(
     config: StepConfig, system: System, state: TrainState, batch: Batch
 ) -> tuple[Float[Array, ""], Metrics, Params]:
-    """Loss, metrics and gradients of the whole batch, as means over its microbatches."""
+    """Returns loss, metrics and gradients of the whole batch, as means over its microbatches."""
     rows = jnp.arange(config.train.batch_size, dtype=jnp.int32)
     keys = jax.vmap(example_keys, in_axes=(None, None, 0))(run_key(config.seed, "examples"), state.step, rows)
     gradient = jax.value_and_grad(_loss, has_aux=True)
@@ -124,10 +124,10 @@ def _accumulated_gradients(
 
 
 def _split_microbatches(tree: Any, count: int, together: int) -> Any:
-    """[B, ...] as [count, B / count, ...]; images that belong `together` stay so, and rows stay on their device.
+    """Reshapes arrays [B, ...] to [count, B / count, ...]; `together` consecutive images stay together.
 
     Consecutive groups of images go to different microbatches, so that each device finds its part of every microbatch in
-    its own rows, and accumulation changes neither groups nor result.
+    its own rows. So accumulation changes neither groups nor result.
     """
 
     def split(x: Array) -> Array:
@@ -149,7 +149,7 @@ def _gated_update(
     metrics: Metrics,
     grads: Params,
 ) -> tuple[TrainState, Metrics]:
-    """The next state; a step that is not finite, or a spike, leaves parameters, EMA and moments as they were."""
+    """Returns the next state; a step that is not finite, or a spike, leaves parameters, EMA and moments unchanged."""
     squares = jnp.stack([jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(grads)])
     grad_norm = jnp.sqrt(squares.sum())
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
@@ -190,6 +190,6 @@ def _gated_update(
 
 
 def _first_bad(squares: Float[Array, " leaves"]) -> Int[Array, ""]:
-    """Index of the first leaf whose gradient is not finite, -1 for none."""
+    """Returns the index of the first leaf whose gradient is not finite, or -1."""
     bad: Bool[Array, " leaves"] = ~jnp.isfinite(squares)
     return jnp.where(bad.any(), jnp.argmax(bad), -1)

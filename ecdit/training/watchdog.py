@@ -1,4 +1,4 @@
-"""Ends a process that hangs: says in which step and phase, prints all stacks, exits with HUNG."""
+"""Ends a process that hangs: prints the step, the phase and all stacks, and exits with HUNG."""
 
 import faulthandler
 import os
@@ -7,23 +7,23 @@ import threading
 import time
 
 HUNG = 43  # exit code
-PATIENCE = 10  # times as long for what is slow: it compiles, or waits for an earlier save
+PATIENCE = 10  # factor on the limit of slow phases, which compile or wait for a save
 
 
 class Watchdog:
-    """A thread that is told which phase the run is in, and how long that may take."""
+    """A thread that knows the run's current phase and how long it may take."""
 
     def __init__(self, seconds: float):
-        """`seconds` is what a phase may take; 0 for no watchdog."""
+        """Allows each phase `seconds`; 0 for no watchdog."""
         self.seconds = seconds
-        self.phase, self.limit = "", float("inf")  # the phase, its time, and when it has taken too long
+        self.phase, self.limit = "", float("inf")  # the phase, and the time at which it has taken too long
         self.closed = threading.Event()
         self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         if seconds:
             self.thread.start()
 
     def enter(self, phase: str, slow: bool = False) -> None:
-        """The run begins `phase`, which ends what it did before."""
+        """Begins `phase`, which ends the one before."""
         seconds = self.seconds * (PATIENCE if slow else 1)
         self.phase, self.limit = f"{phase} for {seconds:g} s", time.monotonic() + seconds
 
@@ -42,4 +42,4 @@ class Watchdog:
         sys.stdout.flush()
         print(f"hung: {self.phase} (config.train.watchdog_seconds = {self.seconds:g})", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
-        os._exit(HUNG)  # whatever hangs would hang an orderly exit too
+        os._exit(HUNG)  # an orderly exit would hang too
