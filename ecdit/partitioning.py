@@ -1,11 +1,11 @@
 """The device mesh, and the one table from logical axes to mesh axes.
 
-Every parameter names its logical axes where it is created (T5X's names where they exist); `AXIS_RULES` says
-over which mesh axes each is sharded. An axis without a rule is an error, never a guess.
+Every parameter names its logical axes where it is created (T5X's names where they exist); `AXIS_RULES` maps each to the
+mesh axes over which it is sharded. An axis without a rule is an error.
 
-Mesh axes: `slices` (pods joined by data-centre network), `data` (replicas), `fsdp` (parameters sharded, gathered
-at use), `expert` (experts sharded, tokens exchanged), `tensor` (heads and hidden units sharded). The batch is split
-over all of them but `tensor`.
+Mesh axes: `slices` (pods joined by the data-centre network), `data` (replicas), `fsdp` (parameters sharded, gathered at
+use), `expert` (experts sharded, tokens sent to them by all-to-all), `tensor` (heads and hidden units sharded). The
+batch is split over all of them except `tensor`.
 """
 
 import dataclasses
@@ -27,13 +27,13 @@ TILE_ROWS = 16  # of a TPU's tile of bfloat16
 
 
 class ShardingError(UserError, ValueError):
-    """An array that cannot be laid out on the mesh."""
+    """An array cannot be laid out on the mesh."""
 
 
 AXIS_RULES: Mapping[str, tuple[str, ...]] = {
     # parameters
     "embed": ("fsdp", "expert"),  # the width of everything that is not an expert; see `param_axes`
-    "small_embed": (),  # a width in what is so small that a gather of it would only be waited for
+    "small_embed": (),  # a width of small arrays, whose gather nothing would hide
     "experts": ("expert",),
     "expert_embed": (),  # the width inside an expert: `expert` already holds its E
     "expert_mlp": ("tensor", "fsdp"),  # hidden units, which more chips divide into whole tiles than a width
@@ -54,7 +54,7 @@ AXIS_RULES: Mapping[str, tuple[str, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Sizes of the mesh axes; one of them may be -1: what the devices leave."""
+    """Sizes of the mesh axes. One of them may be -1, for all remaining devices."""
 
     slices: int
     data: int
@@ -71,7 +71,7 @@ class MeshConfig:
 
 
 def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, ...]:
-    """The sizes of MESH_AXES with -1 resolved.
+    """Returns the sizes of MESH_AXES with -1 resolved.
 
     Raises:
       ConfigError: the product is not the number of devices.
@@ -87,7 +87,7 @@ def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, ...]:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh over `devices` (default: all), laid out so that the last axes are nearest neighbours."""
+    """Makes the mesh over `devices` (default: all), laid out so that neighbours on the last axes are nearest."""
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(config, len(devices))
     if getattr(devices[0], "platform", "cpu") == "cpu":
@@ -105,13 +105,13 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 
 def devices_text(devices: Sequence[jax.Device]) -> str:
-    """How many devices of which kind: '8 TPU v4 devices'."""
+    """Returns the number and kind of devices as text: '8 TPU v4 devices'."""
     kind = "CPU" if devices[0].platform == "cpu" else devices[0].device_kind
     return f"{len(devices)} {kind} device{'s' if len(devices) > 1 else ''}"
 
 
 def abstract_mesh(config: MeshConfig, num_devices: int) -> AbstractMesh:
-    """The mesh over devices that need not be here: for checks and shapes.
+    """Makes a mesh without devices, for checks and shapes.
 
     Raises:
       ConfigError: the product is not the number of devices.
@@ -120,7 +120,7 @@ def abstract_mesh(config: MeshConfig, num_devices: int) -> AbstractMesh:
 
 
 def logical_spec(axes: Sequence[str | None], name: str) -> PartitionSpec:
-    """The PartitionSpec of an array whose dimensions have these logical axes (None: not sharded).
+    """Returns the PartitionSpec of an array whose dimensions have these logical axes (None: not sharded).
 
     Raises:
       ShardingError: an axis without a rule; the message names the array and the axis.
@@ -134,10 +134,10 @@ def logical_spec(axes: Sequence[str | None], name: str) -> PartitionSpec:
 
 
 def param_axes(axis: str | None, size: int, mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
-    """The mesh axes over which a parameter's dimension of `size` is sharded.
+    """Returns the mesh axes over which a parameter's dimension of `size` is sharded.
 
-    Those of AXIS_RULES; of a width only the largest of its axes, or none but the smallest, where that alone makes
-    shards of whole tiles, of TILE_ROWS. Of other shards a TPU adds up padded copies, where it would gather them.
+    These are the axes of AXIS_RULES. A width uses fewer of them where only then its shards are whole tiles (multiples
+    of TILE_ROWS): a TPU does not gather other shards, but adds up padded copies.
     """
     axes = AXIS_RULES[axis] if axis is not None else ()
     if axis != "embed":
@@ -150,7 +150,7 @@ def param_axes(axis: str | None, size: int, mesh: Mesh | AbstractMesh) -> tuple[
 
 
 def param_shardings(params: nnx.State, mesh: Mesh | AbstractMesh) -> dict[str, Any]:
-    """NamedShardings for an abstract or real state of annotated Params, as a nested dict like its pure dict.
+    """Returns NamedShardings for a state of annotated Params, abstract or real, nested like its pure dict.
 
     Raises:
       ShardingError: a parameter without logical axes, with an axis without a rule, or with a size that does not divide;
@@ -170,7 +170,7 @@ def param_shardings(params: nnx.State, mesh: Mesh | AbstractMesh) -> dict[str, A
 
 
 def check_divides(name: str, shape: Sequence[int], axes: Sequence[str | None], mesh: Mesh | AbstractMesh) -> None:
-    """Raises ShardingError when a dimension is no multiple of the mesh axes that its logical axis is sharded over."""
+    """Raises ShardingError if a dimension does not divide over the mesh axes of its logical axis."""
     for size, axis in zip(shape, axes, strict=True):
         parts = {mesh_axis: mesh.shape[mesh_axis] for mesh_axis in param_axes(axis, size, mesh)}
         if size % math.prod(parts.values()):
@@ -181,26 +181,26 @@ def check_divides(name: str, shape: Sequence[int], axes: Sequence[str | None], m
 
 
 def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
-    """The sharding of a batch: its first dimension over BATCH_AXES."""
+    """Returns the sharding of a batch: its first dimension over BATCH_AXES."""
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
 def batch_shards(mesh: Mesh | AbstractMesh) -> int:
-    """Into how many parts the batch is split."""
+    """Returns into how many parts the batch is split."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
-    """The sharding of what every device holds whole."""
+    """Returns the sharding of arrays that every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def on_each_shard(function: Callable[..., Any], in_dims: Sequence[int] = (0,), out_dim: int = 0) -> Callable[..., Any]:
-    """`function` of arrays that are split like a batch, run on each device's part by itself.
+    """Returns a function that runs `function` on each device's part of arrays that are split like a batch.
 
-    For operations that the compiler would gather the whole batch for, such as top-k. Dimension `in_dims[i]` of
-    argument i (of each array of a tuple), and `out_dim` of the results, is split and a multiple of `batch_shards`.
-    Where no mesh is set, `function` itself.
+    It is for operations, such as top-k, for which the compiler would gather the whole batch. Dimension `in_dims[i]` of
+    argument i (of each array of a tuple), and `out_dim` of the results, is split and must be a multiple of
+    `batch_shards`. Without a mesh it returns `function` itself.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return function
@@ -212,13 +212,13 @@ def on_each_shard(function: Callable[..., Any], in_dims: Sequence[int] = (0,), o
 
 
 def axis_size(axis: str) -> int:
-    """Of the mesh that is set; 1 where none is."""
+    """Returns the size of a mesh axis, or 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()
     return 1 if mesh.empty else mesh.shape[axis]
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Asks the compiler to shard an activation by its logical axes; does nothing where no mesh is set."""
+    """Asks the compiler to shard an activation by its logical axes. Does nothing without a mesh."""
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, logical_spec(axes, "activation"))

@@ -1,9 +1,9 @@
-"""Slices of TPUs by name: their chips, how those are laid out, and how many hosts drive them.
+"""Describes slices of TPUs by name: their chips, layout and hosts.
 
-Two spellings of a slice: the accelerator's name as Google Cloud has it (`v5p-256`), laid out as usual, and the
-generation with a layout of one's own (`v5p:4x4x8`), as JAX's compile-only topologies have it. The number in a name
-counts TensorCores of v4, v5p and TPU7x, two a chip, and chips of v5e and v6e. Layouts always count chips. By
-cloud.google.com/tpu/docs/{v4,v5p,v5e,v6e,tpu7x}; names of TPU7x as xpk has them (github.com/AI-Hypercomputer/xpk).
+A slice has two spellings: Google Cloud's accelerator name (`v5p-256`), with the usual layout, and the generation with
+an explicit layout (`v5p:4x4x8`), as JAX's compile-only topologies spell it. The number in a name counts TensorCores of
+v4, v5p and TPU7x, two a chip, and chips of v5e and v6e. Layouts always count chips. Sources:
+cloud.google.com/tpu/docs/{v4,v5p,v5e,v6e,tpu7x}; for names of TPU7x, github.com/AI-Hypercomputer/xpk.
 """
 
 import dataclasses
@@ -14,12 +14,12 @@ from ecdit.errors import UserError
 
 
 class SliceError(UserError, ValueError):
-    """A name that no TPU slice has."""
+    """No TPU slice has this name."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """The slices that a generation of TPUs comes in."""
+    """A generation of TPUs, and the slices that it comes in."""
 
     chip: str  # as `chips.Chip.name`
     prefix: str  # of accelerator names

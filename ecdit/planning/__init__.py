@@ -1,1 +1,1 @@
-"""What a run will need before it has started: parameters, operations, memory, time."""
+"""Plans a run before it starts: parameters, operations, memory, time."""

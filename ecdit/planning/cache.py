@@ -1,4 +1,4 @@
-"""Plans that were made before, by what they follow from: config, topology, and the versions of compiler and code."""
+"""Keeps plans on disk, by a hash of everything they depend on: config, topology, versions of compiler and code."""
 
 import contextlib
 import dataclasses
@@ -20,15 +20,15 @@ _LIBRARIES = ("jax", "jaxlib", "libtpu", "flax", "optax")
 
 
 def cached_plan(experiment: Experiment, target: Target, what: What = "train") -> Plan:
-    """The plan of a run's longest phase, made only if it was not made before. Raises as `plan.make_plan` does.
+    """Returns the plan of a run's longest phase, and makes it only if it is not on disk. Raises as `plan.make_plan`.
 
-    Kept in the directory of the compilation cache; where the config has none, or one in a bucket, it is made anew each
-    time.
+    Plans are kept in the directory of the compilation cache. If the config names none, or one in a bucket, every call
+    makes the plan.
     """
     longest = max(experiment.resolved_phases(), key=lambda phase: phase.last - phase.after).experiment
     path = _path(longest, target, what)
     if path is not None and path.exists():
-        with contextlib.suppress(OSError, json.JSONDecodeError, TypeError):  # else made anew, and written over
+        with contextlib.suppress(OSError, json.JSONDecodeError, TypeError):  # a damaged file is replaced
             return Plan(**json.loads(path.read_text()))
     plan = make_plan(longest, target, what)
     if path is not None:
@@ -38,7 +38,7 @@ def cached_plan(experiment: Experiment, target: Target, what: What = "train") ->
 
 
 def _path(experiment: Experiment, target: Target, what: What) -> Path | None:
-    """In the directory of the compilation cache."""
+    """Returns the file of a plan, or None if plans are not kept."""
     directory = experiment.runtime.compilation_cache
     if not directory or is_remote(directory):
         return None
@@ -56,7 +56,7 @@ def _version(name: str) -> str:
 
 
 def _code() -> str:
-    """Of all of ecdit: a version number says nothing of a checkout that somebody works on."""
+    """Returns a hash of ecdit's sources: a version number does not tell two states of a checkout apart."""
     digest = hashlib.sha256()
     for path in sorted(Path(ecdit.__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())

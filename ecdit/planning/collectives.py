@@ -1,8 +1,8 @@
-"""Bytes on the wire and seconds of collectives on a torus of chips, each of which is one device or two.
+"""Computes bytes sent and seconds of collectives on a torus of chips, each of which is one device or two.
 
 Rings after "How to Scale Your Model" (jax-ml.github.io/scaling-book/sharding): a bidirectional ring of n chips gathers
 or scatters S bytes in S (n - 1) / n / (links x bandwidth) with links = 2, and takes at least a microsecond for every
-hop. All-reduce is both. All-to-all is bound by the links that cross the middle of the group. Between slices the
+hop. An all-reduce is both. An all-to-all is bound by the links that cross the middle of the group. Between slices, the
 network of the hosts is the bound.
 
 The two devices of a chip (the dies of a TPU7x) share its links in halves, whatever each of them sends. A group that has
@@ -35,17 +35,17 @@ _OPCODES: dict[str, Kind] = {
 
 @dataclasses.dataclass(frozen=True)
 class DevicePosition:
-    """Where a device is."""
+    """The position of a device."""
 
     coords: tuple[int, ...]  # in the torus of its slice
     slice: int
-    mesh: tuple[int, ...]  # in the mesh, one number an axis
+    mesh: tuple[int, ...]  # index in the mesh
     die: int = 0  # of the chip at `coords`
 
 
 @dataclasses.dataclass(frozen=True)
 class Torus:
-    """The devices of a program: `places[i]` is that of partition i."""
+    """The devices of a program; `places[i]` is the position of partition i."""
 
     chip: Chip
     shape: tuple[int, ...]  # of one slice, in chips
@@ -55,7 +55,7 @@ class Torus:
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """One collective, by the device that waits for it."""
+    """A collective, as one device sees it."""
 
     kind: Kind
     axis: str  # the mesh axes that it joins, such as "fsdp+expert"
@@ -66,12 +66,12 @@ class Collective:
 
 
 def collective_of(instruction: Instruction, torus: Torus, scattered: bool = False) -> Collective | None:
-    """What a collective instruction costs; None for other instructions.
+    """Returns the cost of a collective instruction, or None for other instructions.
 
     Args:
       instruction: with the replica groups among its attributes.
       torus: the devices.
-      scattered: an all-reduce of which each device keeps its part alone, which is a reduce-scatter.
+      scattered: an all-reduce of which each device keeps only its part, so that it is a reduce-scatter.
 
     Raises:
       HloError: replica groups that cannot be read.
@@ -102,7 +102,7 @@ def collective_of(instruction: Instruction, torus: Torus, scattered: bool = Fals
 
 
 def between_slices(send: Instruction, torus: Torus) -> Collective:
-    """What a `send` to the runtime that joins slices costs: its part of a collective over all of them."""
+    """Returns the cost of a `send` to other slices: its part of a collective over all slices."""
     found = re.search(r'_xla_megascale_transfer_type="(\w+)"', send.attributes)
     name = found.group(1).lower() if found else ""
     kind: Kind = next((kind for kind in KINDS if kind == name), "permute")
@@ -112,13 +112,13 @@ def between_slices(send: Instruction, torus: Torus) -> Collective:
 
 
 def rendezvous(transfer: Instruction) -> str:
-    """What the `send` and the `recv` of one collective between slices have in common."""
+    """Returns the name that the `send` and the `recv` of one collective between slices share."""
     found = re.search(r'_xla_host_transfer_rendezvous="([^"]*)"', transfer.attributes)
     return found.group(1) if found else transfer.name
 
 
 def wire_bytes_by_kind(collectives: Mapping[Collective, float]) -> dict[str, float]:
-    """Bytes that a device sends in a step, inside its slice, by kind; all five are always there."""
+    """Returns the bytes that a device sends inside its slice in a step, by kind, always all five."""
     total = dict.fromkeys(KINDS, 0.0)
     for one, times in collectives.items():
         total[one.kind] += one.wire_bytes * times
@@ -126,7 +126,7 @@ def wire_bytes_by_kind(collectives: Mapping[Collective, float]) -> dict[str, flo
 
 
 def _bytes(kind: Kind, size: float, members: int) -> float:
-    """That each of `members` sends; `size` is that of the whole array."""
+    """Returns the bytes that each of `members` sends; `size` is that of the whole array."""
     share = (members - 1) / members
     return 2 * share * size if kind == "all_reduce" else share * size
 
@@ -153,7 +153,7 @@ def _seconds(kind: Kind, wire: float, group: Sequence[DevicePosition], colors: i
 
 
 def _spans(group: Sequence[DevicePosition], torus: Torus) -> list[tuple[int, int, bool]]:
-    """For each dimension that the group extends in: its chips there, the hops between two, and if they are a ring."""
+    """Returns for each dimension of the group: its chips, the hops between two of them, whether they form a ring."""
     spans = []
     for dimension, size in enumerate(torus.shape):
         values = sorted({place.coords[dimension] for place in group})
@@ -165,7 +165,7 @@ def _spans(group: Sequence[DevicePosition], torus: Torus) -> list[tuple[int, int
 
 
 def _ring(group: Sequence[DevicePosition], torus: Torus) -> tuple[int, int, int]:
-    """Links that one ring through the group has for each chip, groups that share a link, hops from end to end."""
+    """Returns the links a chip has in a ring through the group, the groups that share a link, and the ring's hops."""
     spans = _spans(group, torus)
     if not spans:
         return 1, 1, 1
@@ -177,7 +177,7 @@ def _ring(group: Sequence[DevicePosition], torus: Torus) -> tuple[int, int, int]
 
 
 def _cut(group: Sequence[DevicePosition], torus: Torus) -> float:
-    """Seconds of an all-to-all, for each byte a device sends, in units of 1 / link bandwidth: the worst middle cut.
+    """Returns the seconds of an all-to-all for each byte that a device sends, in units of 1 / link bandwidth.
 
     Half of the n devices send half of their bytes over a cut of n / n_d links, twice as many where that dimension is a
     ring: n_d / 4 or n_d / 8 each; groups that share links share them here too.

@@ -1,4 +1,4 @@
-"""The TPU compiler, without a TPU: compiles a run's own step for the chips of a slice that need not be here."""
+"""Compiles a run's own step by the TPU compiler, which needs no TPU."""
 
 import dataclasses
 import math
@@ -30,12 +30,12 @@ What = Mode
 
 
 class DoesNotFit(UserError):
-    """The step needs more memory than a device has; the message is the compiler's, shortened."""
+    """The step needs more memory than a device has. The message is the compiler's, shortened."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """The slices that a step is compiled for."""
+    """The slices for which a step is compiled."""
 
     name: str  # such as 2xv5p:4x4x8
     slice: Slice
@@ -44,18 +44,18 @@ class Target:
 
     @property
     def num_chips(self) -> int:
-        """Of all slices."""
+        """Chips of all slices."""
         return self.slice.chips * self.num_slices
 
     @property
     def num_devices(self) -> int:
-        """Of all slices, as JAX lists them: the size of the mesh."""
+        """Devices of all slices, as JAX lists them: the size of the mesh."""
         return self.slice.devices * self.num_slices
 
 
 @dataclasses.dataclass(frozen=True)
 class CompiledStep:
-    """What the compiler made of a step."""
+    """The compiler's result."""
 
     text: str  # scheduled HLO
     memory: Any  # the compiler's account, bytes of a device
@@ -64,7 +64,7 @@ class CompiledStep:
 
 
 def find_target(name: str) -> Target:
-    """The target of a topology's name: `v5p:4x4x8`, `v5p-256`, or `2xv5p:4x4x8` for two slices.
+    """Returns the target of a topology's name: `v5p:4x4x8`, `v5p-256`, or `2xv5p:4x4x8` for two slices.
 
     Raises:
       UserError: no such slice.
@@ -78,21 +78,21 @@ def find_target(name: str) -> Target:
 
 
 def use_compiler() -> None:
-    """Makes this process one that compiles for TPUs and has none; call it before the first use of a device.
+    """Prepares this process to compile for TPUs without one. Call it before the first use of a device.
 
-    The variables keep libtpu from looking for a host's metadata and from locking out other processes.
+    The environment variables keep libtpu from looking for a host's metadata and from locking out other processes.
     """
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     jax.config.update("jax_platforms", "cpu")
-    # What is compiled for TPUs cannot be read back here.
+    # Without a TPU, JAX cannot read back from its cache what it compiled for one.
     jax.config.update("jax_enable_compilation_cache", False)
 
 
 def target_devices(target: Target) -> list[Any]:
-    """Descriptions of the target's devices.
+    """Returns descriptions of the target's devices.
 
     Raises:
       UserError: the TPU compiler is not installed.
@@ -115,7 +115,7 @@ def target_devices(target: Target) -> list[Any]:
 
 
 def compile_step(experiment: Experiment, target: Target, what: What = "train") -> CompiledStep:
-    """Compiles the step of `experiment`, which has no phases, as a run on the target would.
+    """Compiles the step of `experiment`, which has no phases, as a run on the target would compile it.
 
     Raises:
       ConfigError: mesh, batch or groups do not fit the target.
@@ -139,7 +139,7 @@ def compile_step(experiment: Experiment, target: Target, what: What = "train") -
 
 
 def make_torus(mesh: Mesh, chip: Chip) -> Torus:
-    """Where the devices of a mesh are."""
+    """Returns the positions of the devices of a mesh."""
     places = [
         DevicePosition(tuple(device.coords), getattr(device, "slice_index", 0), index, device.core_on_chip)
         for index, device in np.ndenumerate(mesh.devices)
@@ -149,7 +149,7 @@ def make_torus(mesh: Mesh, chip: Chip) -> Torus:
 
 
 def shard_bytes(tree: Any) -> int:
-    """Of a tree of arrays with shardings: what one device holds, without padding."""
+    """Returns the bytes of a tree of sharded arrays that one device holds, without padding."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
@@ -181,7 +181,7 @@ def _lower_sample(experiment: Experiment, mesh: Mesh) -> jax.stages.Lowered:
 
 
 def _shortened(message: str) -> str:
-    """The compiler's first sentence, and its largest allocations by name."""
+    """Returns the first sentence of the compiler's message, and its largest allocations by name."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     sizes = [i for i, line in enumerate(lines) if re.match(r"\d+\. Size: ", line)]
     largest = [" ".join(lines[i : i + 4]) for i in sizes[:3]]

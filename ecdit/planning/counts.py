@@ -1,4 +1,4 @@
-"""Counts parameters and floating-point operations of an experiment; computes nothing else and allocates nothing."""
+"""Counts parameters and floating-point operations of an experiment; allocates nothing."""
 
 import dataclasses
 import math
@@ -18,11 +18,11 @@ TABLE_TEXT_WIDTH, TABLE_TEXT_PARAMS, TABLE_VAE_PARAMS = 1280, 32 * 12 * 1280**2 
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """Of a model; FLOPs are those of one image and its caption, forward, in training."""
+    """Parameters of a model, and FLOPs of one image and its caption, forward, in training."""
 
-    total_params: int  # with text tower and autoencoder, as the paper counts
+    total_params: int  # with text encoder and autoencoder, as the paper counts
     denoiser_params: int
-    activated_params: int  # of the denoiser: of E experts, as many as work on a token on average
+    activated_params: int  # of the denoiser, with as many experts as work on a token on average
     text_params: int
     vae_params: int  # of the autoencoder that makes the latents; 0 without one
     flops_per_image: dict[str, dict[str, float]]  # by part: flops, and tokens, the rows it sees over all its layers
@@ -48,12 +48,12 @@ def count(experiment: Experiment) -> Counts:
 
 
 def table_params(system: SystemConfig) -> int:
-    """Parameters by the rule that reproduces all totals of the paper's Table 1 to the last digit printed there [A].
+    """Counts parameters by the rule that reproduces all totals of the paper's Table 1 to their last digit [A].
 
-    It has two grouped-query modules a block, of which this model has one: a check of the table, not of the model.
+    The rule has two grouped-query modules a block, of which this model has one. It checks the table, not the model.
 
     Raises:
-      ConfigError: an option beyond the paper, of which the table says nothing.
+      ConfigError: an option beyond the paper, which the table does not have.
     """
     model = system.model
     require(isinstance(model, DiTConfig), "denoiser", system.denoiser, "the table has the paper's denoiser alone")
@@ -69,7 +69,7 @@ def table_params(system: SystemConfig) -> int:
 
 
 def report(counts: Counts) -> list[str]:
-    """Lines for people."""
+    """Returns the counts as lines of text."""
     lines = [
         f"parameters       {_billions(counts.total_params)} in all: denoiser {_billions(counts.denoiser_params)}, "
         f"text tower {_billions(counts.text_params)}, autoencoder {_billions(counts.vae_params)}",

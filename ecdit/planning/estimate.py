@@ -1,7 +1,7 @@
-"""Seconds of a compiled step, by the compiler's own estimates and the torus's links: estimated, never measured.
+"""Estimates the seconds of a compiled step from the compiler's own cycles and the torus's links. Nothing is measured.
 
-The schedule is walked as the chip would: computation in order, collectives and copies that have a start and a done
-beside it, each on its own engine. What is between start and done hides them; what is left is waited for.
+The estimator walks the schedule as the chip would: computation in order; collectives and copies that have a start and a
+done run beside it, each on its own engine. Computation between start and done hides them; the rest is waited for.
 """
 
 import collections
@@ -12,13 +12,13 @@ from collections.abc import Iterable
 from ecdit.planning.collectives import Collective, Torus, between_slices, collective_of, rendezvous
 from ecdit.planning.hlo import HloError, Instruction, Module
 
-# They move nothing and compute nothing.
+# Operations that neither move nor compute anything.
 FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id", "replica-id"}
 FREE |= {"opt-barrier", "add-dependency", "domain"}
 FREE_CALLS = {"AllocateBuffer", "AssumeGatherIndicesInBound", "PrepareAsyncCallStart", "PrepareAsyncCallDone"}
 FREE_CALLS |= {"AsyncCollectiveStart", "AsyncCollectiveDone", "Sharding", "SPMDFullToShardShape"}
 HOST_MEMORY = "S(5)"  # in the type of an array in the memory of the chip's host
-# Of peak, what attention's kernels reach by their schedules, at least: tests/planning/test_kernels.py compares.
+# The share of peak that attention's kernels reach at least, by their schedules: see tests/planning/test_kernels.py.
 KERNEL_SHARE = 1 / 9.6
 SORT_OPERATIONS = 4  # of a vector unit, for each element, operand and stage: compare, two selects, a move
 
@@ -28,12 +28,12 @@ PARTS += ("text_tower", "optimizer")
 
 @dataclasses.dataclass
 class Estimate:
-    """Of one step on one device; seconds unless said otherwise."""
+    """The estimate of one step on one device, in seconds."""
 
-    seconds: float = 0.0  # with what overlaps in the schedule
-    compute_seconds: float = 0.0  # if all else were hidden
-    communication_seconds: float = 0.0  # if none were
-    exposed_seconds: float = 0.0  # of communication, that computation waits for
+    seconds: float = 0.0  # of the step, with the overlap that the schedule has
+    compute_seconds: float = 0.0  # of computation alone
+    communication_seconds: float = 0.0  # of all collectives, hidden or not
+    exposed_seconds: float = 0.0  # that computation waits for collectives
     memory_wait_seconds: float = 0.0  # for copies between HBM and on-chip memory, or the host's
     parts: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # compute, by PARTS or "rest"
     priced: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # compute we priced, by opcode
@@ -42,20 +42,20 @@ class Estimate:
 
 
 class _Engines:
-    """When each engine is free, in one pass of a computation."""
+    """The times at which the engines become free, in one pass through a computation."""
 
     def __init__(self) -> None:
         self.now = 0.0
         self.free = {"network": 0.0, "hosts": 0.0, "host memory": 0.0, "memory": 0.0, "sparse core": 0.0}
-        self.pending: dict[str, tuple[str, float]] = {}  # by name or channel: engine, when it is done
+        self.pending: dict[str, tuple[str, float]] = {}  # by name or channel: engine, and time when done
 
     def start(self, key: str, engine: str, seconds: float) -> None:
-        """Begins work that goes on beside computation."""
+        """Begins work that runs beside computation."""
         self.free[engine] = max(self.now, self.free[engine]) + seconds
         self.pending[key] = engine, self.free[engine]
 
     def wait(self, key: str) -> tuple[str, float]:
-        """Waits for it: which engine, and the seconds that nothing was computed."""
+        """Waits for work; returns its engine, and the seconds in which nothing was computed."""
         engine, done = self.pending.pop(key)
         waited = max(0.0, done - self.now)
         self.now += waited
@@ -63,7 +63,7 @@ class _Engines:
 
 
 class Estimator:
-    """Walks a module; `estimate` is filled as it goes."""
+    """Walks a module and fills `estimate`."""
 
     def __init__(self, module: Module, torus: Torus):
         self.module, self.torus, self.chip = module, torus, torus.chip
@@ -71,13 +71,13 @@ class Estimator:
         self.estimate.seconds = self._run(module.entry, 1)
 
     def _run(self, name: str, times: int) -> float:
-        """Seconds of one pass through a computation that runs `times` times."""
+        """Returns the seconds of one pass through a computation that runs `times` times."""
         engines = _Engines()
         computation = self.module.computations[name]
         sizes = {instruction.name: instruction for instruction in computation}
         for instruction in computation:
             self._step(instruction, sizes, engines, times)
-        for key in list(engines.pending):  # nothing outlives its computation
+        for key in list(engines.pending):  # ends with the computation
             self._waited(engines.wait(key), times)
         return engines.now
 
@@ -96,7 +96,7 @@ class Estimator:
             self._count(collective, times)
             engines.start(collective.channel, "hosts", collective.seconds)
         elif one.opcode in ("recv", "send-done"):
-            pass  # the wait is for what comes back
+            pass  # recv-done waits
         elif one.opcode == "recv-done":
             self._waited(engines.wait(rendezvous(known[one.operands[0]])), times)
         elif one.opcode.endswith("-done"):
@@ -118,7 +118,7 @@ class Estimator:
             self._alone(one, engines, times)
 
     def _alone(self, one: Instruction, engines: _Engines, times: int) -> None:
-        """A collective in a product's fusion, unless it is a part of one that goes on: that has begun before."""
+        """Prices a collective fused into a product, unless it continues one that has already started."""
         collective = self._inside(one) if one.opcode == "fusion" else None
         if collective is not None and collective.channel not in engines.pending:
             self._synchronous_wait(collective, engines, times)
@@ -130,7 +130,7 @@ class Estimator:
         self._waited(("network", waited), times)
 
     def _update(self, one: Instruction, known: dict[str, Instruction], engines: _Engines, times: int) -> None:
-        """Begins a call to the SparseCores that was only prepared; otherwise renames what is going on."""
+        """Begins a call to the SparseCores that was only prepared, or gives work that is running another name."""
         start = known[one.operands[0]]
         if _prepares(start):
             begun = dataclasses.replace(one, operands=one.operands[1:], attributes=start.attributes)
@@ -156,20 +156,20 @@ class Estimator:
             engines.start(one.name, engine, self._by_bytes(one, known))
 
     def _synchronous(self, one: Instruction) -> Collective | None:
-        """A collective that computation stands still for."""
+        """Returns the collective that computation waits for, or None."""
         found = collective_of(one, self.torus)
         if found is None and one.opcode == "fusion" and one.cycles is None and self._marker(one) is None:
             return self._inside(one)
         return found
 
     def _inside(self, one: Instruction) -> Collective | None:
-        """The collective in what a fusion or an asynchronous call runs."""
+        """Returns the collective inside a fusion or an asynchronous call, or None."""
         body = list(self.module.reachable(self.module.computations[one.called])) if one.called else []
         scattered = "all-reduce-scatter" in (one.called or "")
         return next((found for i in body if (found := collective_of(i, self.torus, scattered))), None)
 
     def _marker(self, one: Instruction) -> str | None:
-        """Whether a fusion begins or ends a collective that the fusions between carry on."""
+        """Returns whether a fusion begins or ends a collective that the fusions between them continue."""
         body = self.module.computations.get(one.attribute("calls") or "", ()) if one.opcode == "fusion" else ()
         targets = {_target(i) for i in body if i.opcode == "custom-call"}
         return next((name for name in ("AsyncCollectiveStart", "AsyncCollectiveDone") if name in targets), None)
@@ -188,7 +188,7 @@ class Estimator:
         return seconds
 
     def _by_bytes(self, one: Instruction, known: dict[str, Instruction]) -> float:
-        """Of an operation without an estimate: its arrays read and written once, at HBM's rate; a kernel, its work."""
+        """Prices an operation without an estimate by its bytes at HBM's rate, and a kernel by its work too."""
         size = float(one.bytes)
         if one.opcode == "dynamic-update-slice":  # in place
             size = 2.0 * known[one.operands[1]].bytes if one.operands[1] in known else size
@@ -199,7 +199,7 @@ class Estimator:
         return max(size / self.chip.hbm_bandwidth, one.kernel_flops / (KERNEL_SHARE * self.chip.peak_flops))
 
     def _sort(self, one: Instruction) -> float:
-        """A bitonic sort's stages on the vector units."""
+        """Prices a bitonic sort by its stages on the vector units."""
         dimension = int(one.attributes.split("dimensions={")[1].split("}")[0])
         length = one.shapes[0][dimension]
         steps = math.ceil(math.log2(max(length, 2)))
@@ -219,19 +219,19 @@ class Estimator:
 
 
 def part_of(op_name: str) -> str:
-    """The part of the model that an operation's path names last; "rest" for others."""
+    """Returns the part of the model that an operation's path names last, or "rest"."""
     places = {part: op_name.rfind(part) for part in PARTS}
     part = max(places, key=places.__getitem__)
     return part if places[part] >= 0 else "rest"
 
 
 def slowest(estimate: Estimate, count: int) -> Iterable[tuple[str, float]]:
-    """The instructions that take longest, all their runs together."""
+    """Returns the instructions that take longest, over all their runs."""
     return estimate.instructions.most_common(count)
 
 
 def _prepares(one: Instruction) -> bool:
-    """Whether this prepares a call to the SparseCores, which its update begins: that one has the operands."""
+    """Returns whether this prepares a call to the SparseCores; its update has the operands and begins the call."""
     return one.opcode == "custom-call-start" and not one.operands
 
 

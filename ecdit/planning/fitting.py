@@ -1,4 +1,4 @@
-"""What to change of a run that does not fit the memory of its chips."""
+"""Finds what to change in a run that does not fit its chips' memory."""
 
 import dataclasses
 
@@ -8,14 +8,15 @@ from ecdit.partitioning import ShardingError
 from ecdit.planning.compiler import DoesNotFit, Target, compile_step, find_target
 from ecdit.topology import usual_shapes
 
-# Not "offload": its time depends on the hosts.
-SPARING = ("minimal", "attention_out", "full")  # remat policies, by falling need of memory
+# Remat policies, from the most memory to the least. Not "offload", whose time depends on the hosts.
+SPARING = ("minimal", "attention_out", "full")
 
 
 def what_fits(experiment: Experiment, target: Target) -> str:
-    """Says which remat policy fits the target, or else the smallest larger slice that does with the most sparing one.
+    """Returns which remat policy fits the target, or else which larger slice does with the most sparing policy.
 
-    Compiles until one does, each in minutes; a slice that the config's mesh cannot be laid out on is passed over.
+    Compiles one after another until one fits, each in minutes. Skips slices that the config's mesh does not divide
+    over.
     """
     if not hasattr(experiment.model, "remat"):
         return f"the denoiser {experiment.denoiser} has no remat policies to try; shard more by mesh.fsdp"

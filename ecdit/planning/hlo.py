@@ -1,6 +1,6 @@
-"""Reads what the TPU compiler wrote: `compiled.as_text()`, scheduled HLO, as plain records.
+"""Parses scheduled HLO, the TPU compiler's `compiled.as_text()`, into plain records.
 
-Only what planning needs is taken out: computations in schedule order, each instruction's opcode, result, operands and
+It keeps only what planning needs: computations in schedule order, each instruction's opcode, result, operands and
 attributes, trip counts of loops, and the compiler's own estimate of an instruction's cycles.
 """
 
@@ -22,7 +22,7 @@ _MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?\]T?(?
 
 
 class HloError(ValueError):
-    """HLO that this reader does not know how to take."""
+    """HLO in a form that this parser does not know."""
 
 
 class Shape(tuple):
@@ -31,14 +31,14 @@ class Shape(tuple):
     dtype: str
 
     def __new__(cls, dtype: str, dimensions: tuple[int, ...]) -> "Shape":
-        """Of an array of `dtype`, by its HLO name."""
+        """Makes the shape of an array of `dtype`, an HLO name."""
         shape = super().__new__(cls, dimensions)
         shape.dtype = dtype
         return shape
 
     @property
     def bytes(self) -> int:
-        """Without the padding of tiles.
+        """Bytes without the padding of tiles.
 
         Raises:
           HloError: an element type that the reader does not know.
@@ -59,8 +59,8 @@ class Instruction:
     opcode: str
     result: str  # its type, as text
     operands: tuple[str, ...]  # names
-    attributes: str  # all that follows the operands, as text
-    literal: str  # what stands in place of operands: a constant's value, a parameter's number
+    attributes: str  # the text after the operands
+    literal: str  # in place of operands: a constant's value, a parameter's number
 
     @functools.cached_property
     def shapes(self) -> tuple[Shape, ...]:
@@ -69,11 +69,11 @@ class Instruction:
 
     @property
     def bytes(self) -> int:
-        """Of the result."""
+        """Bytes of the result."""
         return sum(shape.bytes for shape in self.shapes)
 
     def attribute(self, key: str) -> str | None:
-        """The name that an attribute such as calls=%name holds."""
+        """Returns the name in an attribute such as calls=%name."""
         found = re.search(rf"\b{key}=%?([\w.\-]+)", self.attributes)
         return found and found.group(1)
 
@@ -85,13 +85,13 @@ class Instruction:
 
     @functools.cached_property
     def cycles(self) -> int | None:
-        """The compiler's own estimate; None where it made none."""
+        """The compiler's own estimate, or None."""
         found = re.search(r'"estimated_cycles":"(\d+)"', self.attributes)
         return found and int(found.group(1))
 
     @functools.cached_property
     def kernel_flops(self) -> float:
-        """What a kernel of our own says that it computes; 0 for other instructions."""
+        """The FLOPs that a Pallas kernel declares; 0 for other instructions."""
         found = re.search(r'"cost_estimate":\{"flops":"(\d+)"', self.attributes)
         return float(found.group(1)) if found else 0.0
 
@@ -110,7 +110,7 @@ class Module:
     entry: str
 
     def trip_count(self, loop: Instruction) -> int:
-        """How often the body of a `while` runs: the bound that its condition compares a counter from 0 with.
+        """Returns how often the body of a `while` runs: the bound with which its condition compares a counter from 0.
 
         Raises:
           HloError: the condition is of another form.
@@ -126,7 +126,7 @@ class Module:
         return bounds[0]
 
     def reachable(self, computation: tuple[Instruction, ...]) -> Iterator[Instruction]:
-        """Its instructions and those of the fusions and calls in it."""
+        """Yields its instructions, and those of the fusions and calls in it."""
         for instruction in computation:
             yield instruction
             if instruction.called in self.computations:
@@ -134,7 +134,7 @@ class Module:
 
 
 def parse(text: str) -> Module:
-    """The module that `compiled.as_text()` wrote.
+    """Parses the text of `compiled.as_text()`.
 
     Raises:
       HloError: no entry computation, or a line that cannot be read.
@@ -156,13 +156,13 @@ def parse(text: str) -> Module:
 
 
 def array_shapes(text: str) -> Iterator[Shape]:
-    """The arrays in a type such as `(f32[2,3]{1,0}, s32[])`."""
+    """Yields the arrays in a type such as `(f32[2,3]{1,0}, s32[])`."""
     for dtype, dimensions in _ARRAY.findall(text):
         yield Shape(dtype, tuple(int(size) for size in dimensions.split(",") if size))
 
 
 def replica_groups(instruction: Instruction) -> tuple[tuple[int, ...], ...] | None:
-    """The groups of partitions that a collective works in; None for one group of all.
+    """Returns the groups of partitions of a collective, or None for one group of all.
 
     Raises:
       HloError: groups in a form that the reader does not know.
@@ -183,13 +183,13 @@ def replica_groups(instruction: Instruction) -> tuple[tuple[int, ...], ...] | No
 
 
 def source_target_pairs(instruction: Instruction) -> tuple[tuple[int, int], ...]:
-    """Of a collective-permute."""
+    """Returns the pairs of partitions of a collective-permute."""
     listed = re.search(r"source_target_pairs=\{(.*?)\}\}", instruction.attributes)
     return tuple((int(a), int(b)) for a, b in re.findall(r"\{(\d+),(\d+)", listed.group(1) + "}")) if listed else ()
 
 
 def _mesh_groups(axes: str, device_ids: str | None, over: str) -> tuple[tuple[int, ...], ...]:
-    """Groups written as a mesh and the axes of it that are joined."""
+    """Returns groups that are written as a mesh and the mesh axes that they join."""
     sizes = {key: int(size) for key, size in re.findall(r"'([^']+)'=(\d+)", axes)}
     shape = tuple(sizes.values())
     ids = np.arange(math.prod(shape)) if device_ids is None else np.concatenate(_iota(device_ids))
@@ -200,7 +200,7 @@ def _mesh_groups(axes: str, device_ids: str | None, over: str) -> tuple[tuple[in
 
 
 def _iota(text: str) -> list[list[int]]:
-    """Lists in the form `[2,64]<=[128]`, `[2,64]<=[64,2]T(1,0)` or `[2,64]T(1,0)` (of the rows' own shape)."""
+    """Expands lists in the form `[2,64]<=[128]`, `[2,64]<=[64,2]T(1,0)` or `[2,64]T(1,0)` (of the rows' own shape)."""
     pattern = r"\[([\d,]+)\](?:<=\[([\d,]+)\])?(?:T\(([\d,]+)\))?"
     shape, source, order = (
         tuple(map(int, part.split(","))) if part else None for part in re.fullmatch(pattern, text).groups()
@@ -211,7 +211,7 @@ def _iota(text: str) -> list[list[int]]:
 
 
 def _instruction(line: str) -> Instruction:
-    """Of a line such as `ROOT %name = type opcode(operands), attributes`."""
+    """Parses a line such as `ROOT %name = type opcode(operands), attributes`."""
     name, separator, rest = line.strip().removeprefix("ROOT ").partition(" = ")
     if not separator:
         raise HloError(f"not an instruction: {line[:200]}")
@@ -230,7 +230,7 @@ _BRACKETS = re.compile(r"[()]")
 
 
 def _closing(text: str, opening: int) -> int:
-    """Where the parenthesis at `opening` is closed."""
+    """Returns where the parenthesis at `opening` is closed."""
     depth = 0
     for found in _BRACKETS.finditer(text, opening):
         depth += 1 if found.group() == "(" else -1

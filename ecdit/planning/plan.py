@@ -1,7 +1,7 @@
-"""What a run would need and how fast it would be on a slice: memory, wire bytes and an estimate of the step's time.
+"""Plans a run on a slice: memory, bytes sent, and an estimate of the step's time.
 
-Every time here is an estimate, made of the TPU compiler's own cycles and of formulas for the torus's links. Compare it
-with estimates of other configs, and with that of a model whose speed is known (configs/README.md), not with a clock.
+Every time is an estimate from the TPU compiler's own cycles and formulas for the torus's links. Compare it with
+estimates of other configs, and with that of a model whose speed is known (configs/README.md), not with a clock.
 """
 
 import collections
@@ -24,7 +24,7 @@ DAY = 86_400.0
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Of one step on a slice; bytes and seconds are of a device and a step where nothing else is said."""
+    """The plan of a step on a slice. Bytes and seconds are those of a device and a step unless a comment says else."""
 
     topology: str
     what: What
@@ -35,16 +35,16 @@ class Plan:
     hbm_limit: int
     hbm_parts: dict[str, int]  # parameters (with frozen ones), optimizer, ema, other arguments, padding, temporaries
     checkpoint_bytes_per_host: int
-    save_blocks_seconds: float  # until the arrays are copied to the hosts and the next step can start
+    save_blocks_seconds: float  # to copy the arrays to the hosts, before which the next step cannot start
     compute_seconds: float
     compute_seconds_by_part: dict[str, float]
-    priced_by_bytes: dict[str, float]  # compute without the compiler's estimate, by opcode; in compute_seconds
-    collective_bytes: dict[str, float]  # on the wire inside a slice, by kind, always all five
+    priced_by_bytes: dict[str, float]  # part of compute_seconds without the compiler's estimate, by opcode
+    collective_bytes: dict[str, float]  # sent inside a slice, by kind, always all five
     collective_bytes_by_axis: dict[str, float]
     collective_seconds: dict[str, float]  # by kind and axis, hidden or not
-    dcn_bytes: float  # to other slices
+    dcn_bytes: float  # sent to other slices
     exposed_communication_seconds: float
-    memory_wait_seconds: float  # for copies to on-chip memory or the host's, and back
+    memory_wait_seconds: float  # for copies between HBM and on-chip memory or the host's
     estimated_step_seconds: float
     seconds_all_hidden: float  # if all communication were hidden behind computation
     seconds_none_hidden: float
@@ -54,12 +54,12 @@ class Plan:
     images_per_second: float
     days: float  # to the last step; 0 for sampling
     chip_hours: float
-    slowest: dict[str, float]  # instructions, all their runs
+    slowest: dict[str, float]  # seconds of instructions over all their runs
     warnings: list[str]
 
 
 def make_plan(experiment: Experiment, target: Target, what: What = "train") -> Plan:
-    """Plans `experiment`, which has no phases, by compiling its step; takes minutes.
+    """Plans `experiment`, which has no phases, by compiling its step. Takes minutes.
 
     Raises:
       ConfigError: mesh, batch or groups do not fit the target.
@@ -106,7 +106,7 @@ def make_plan(experiment: Experiment, target: Target, what: What = "train") -> P
 
 
 def report(plan: Plan) -> list[str]:
-    """Lines for people."""
+    """Returns the plan as lines of text."""
     parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in plan.hbm_parts.items())
     wire = ", ".join(f"{kind} {size / 1e9:.2f}" for kind, size in plan.collective_bytes.items())
     compute = ", ".join(f"{name} {1e3 * s:.0f}" for name, s in plan.compute_seconds_by_part.items())
@@ -117,7 +117,7 @@ def report(plan: Plan) -> list[str]:
         f"step                {plan.estimated_step_seconds:.3f} s ({plan.seconds_all_hidden:.3f} if all communication "
         f"were hidden, {plan.seconds_none_hidden:.3f} if none), MFU {plan.estimated_mfu:.1%}",
         f"compute, ms         {compute}",
-        f"wire, GB a device   {wire}",
+        f"sent, GB a device   {wire}",
         f"exposed             {1e3 * plan.exposed_communication_seconds:.0f} ms of communication, "
         f"{1e3 * plan.memory_wait_seconds:.0f} ms of copies between memories",
     ]
@@ -131,9 +131,9 @@ def report(plan: Plan) -> list[str]:
     return [*lines, f"dominated by        {advice(plan)}", *(f"warning: {warning}" for warning in plan.warnings)]
 
 
-# What to change where a part of the step takes most: the key, and how.
+# Which field to change if a part takes most of the step.
 _FIELDS = {
-    "experts": "the experts' products: model.capacity_factor is their work, mesh.expert their slots' layout",
+    "experts": "the experts' products: model.capacity_factor sets their work, mesh.expert the layout of their slots",
     "ffn": "the dense FFNs: their products are near the chips' peak",
     "self_attention": "self-attention: its tokens are model.mask_ratio's",
     "cross_attention": "cross-attention: its text tokens are data.caption_length's",
@@ -142,14 +142,14 @@ _FIELDS = {
     "all_gather": "gathering weights: fewer of mesh.fsdp x mesh.expert, or more of train.batch_size for each chip",
     "reduce_scatter": "reducing gradients: more of train.batch_size for each chip",
     "all_reduce": "reducing gradients: more of mesh.fsdp in place of mesh.data",
-    "all_to_all": "exchanging tokens: less of mesh.expert",
-    "permute": "exchanging halves of experts' matrices: more of train.batch_size for each chip",
+    "all_to_all": "sending tokens to their experts: less of mesh.expert",
+    "permute": "sending halves of experts' matrices: more of train.batch_size for each chip",
     "copies": "copies between memories: with model.remat = offload, another policy keeps activations on the chip",
 }
 
 
 def advice(plan: Plan) -> str:
-    """What takes most of the step, and which field changes it."""
+    """Returns what takes most of the step, and which field changes that."""
     shares = collections.Counter(plan.compute_seconds_by_part)
     hidden = plan.exposed_communication_seconds / max(sum(plan.collective_seconds.values()), 1e-12)
     for name, seconds in plan.collective_seconds.items():
@@ -160,7 +160,10 @@ def advice(plan: Plan) -> str:
 
 
 def misaligned(step: CompiledStep) -> list[str]:
-    """Large parameters whose shards are no multiple of a tile's rows (see `partitioning.param_axes`)."""
+    """Returns warnings about large parameters whose shards are no multiple of a tile's rows.
+
+    See `partitioning.param_axes`.
+    """
     if step.state is None:
         return []
     found: dict[str, list[str]] = {}
@@ -204,7 +207,7 @@ def _images(experiment: Experiment, what: What) -> int:
 
 
 def _model_flops(experiment: Experiment, what: What) -> float:
-    """Of the denoiser, without text encoder, autoencoder and what is computed again."""
+    """Returns the denoiser's FLOPs of a step, without text encoder, autoencoder and rematerialisation."""
     denoiser = total_flops(make_system(experiment.system).denoiser_flops(what))
     if what == "train":
         return 3 * denoiser * experiment.train.batch_size

@@ -1,4 +1,4 @@
-"""The plans of a family of configs as one table, kept in a markdown file between two marks."""
+"""Keeps the plans of a family of configs as a table in a markdown file, between two marks."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,7 +30,7 @@ def row(name: str, values: Mapping[str, Any], compiler: str) -> str:
 
 
 def write_rows(path: Path, rows: Mapping[tuple[str, str, str], str]) -> None:
-    """Puts rows, by config, slice and compiler, into the table of a file; those of other plans stay as they are.
+    """Writes rows, by config, slice and compiler, into the table of a file; rows of other plans stay.
 
     Raises:
       UserError: the file has not both marks, or cannot be written.

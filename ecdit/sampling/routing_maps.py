@@ -50,12 +50,12 @@ def colour(values: Float[np.ndarray, "..."], top: float) -> UInt8[np.ndarray, ".
 def draw_maps(
     pictures: UInt8[np.ndarray, "n h w 3"], captions: Sequence[str], counts: Int[np.ndarray, "n steps P N"]
 ) -> Image.Image:
-    """A row for each of the pictures, MAX_ROWS at most: the picture over its caption, then its maps.
+    """Draws a row for each image, at most MAX_ROWS: the image above its caption, then its maps.
 
     Args:
-      pictures: square.
-      captions: of the pictures.
-      counts: experts per token, as the sampler of `sampling.make_sampler` gives them.
+      pictures: square images.
+      captions: of the images.
+      counts: experts per token, as a sampler returns them.
     """
     chosen = np.linspace(0, len(pictures) - 1, min(len(pictures), MAX_ROWS)).round().astype(int)
     maps = summaries(counts[chosen])

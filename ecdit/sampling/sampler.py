@@ -144,8 +144,8 @@ def sample_pictures(
 ) -> Any:
     """Draws an image for each (prompt, repeat), in order; returns what `sampler` returns, with n in place of B.
 
-    Where each image is a group of its own, the same (seed, prompt, repeat) gives the same image whatever the batch size,
-    the devices or the neighbours, up to float32 rounding (and near-ties of top-k that rounding decides).
+    Where each image is a group of its own, the same (seed, prompt, repeat) gives the same image whatever the batch
+    size, the devices or the neighbours, up to float32 rounding (and near-ties of top-k that rounding decides).
     """
     from tqdm import tqdm
 
