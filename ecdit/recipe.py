@@ -16,8 +16,16 @@ def paper_recipe() -> ConfigDict:
     """Returns a new config of the paper's XL with 32 experts, on latents that the data holds."""
     config = ConfigDict()
     config.seed = 0
-
     config.denoiser = "ec_dit"  # the paper's, or FILE.py:Class, one of your own (docs/model.md)
+    _set_model(config)
+    _set_inputs(config)
+    _set_training(config)
+    _set_machines(config)
+    return config
+
+
+def _set_model(config: ConfigDict) -> None:
+    """Sets the denoiser."""
     config.model = model = ConfigDict()
     model.latent_size = 32  # latent pixels along a side: 256 px [P] / 8
     model.latent_channels = 8  # [S]; 4 in the public SD VAE
@@ -55,6 +63,9 @@ def paper_recipe() -> ConfigDict:
     model.scan_unroll = 1  # pairs of blocks in one iteration of the loop over them
     model.dtype = "bfloat16"  # of activations [?]; parameters are float32
 
+
+def _set_inputs(config: ConfigDict) -> None:
+    """Sets text encoder, autoencoder, data and flow."""
     config.text = text = ConfigDict()
     text.vocab_size = 32128  # T5's [P], rows of the embedding
     text.width = 1280  # [S]
@@ -86,6 +97,9 @@ def paper_recipe() -> ConfigDict:
     flow.time_std = 1.0
     flow.dropped_token_weight = 0.0  # of the error on dropped tokens [S]
 
+
+def _set_training(config: ConfigDict) -> None:
+    """Sets optimizer, steps, phases and checkpoints."""
     config.optimizer = optimizer = ConfigDict()
     optimizer.name = "rmsprop"  # rmsprop [P] | adamw | adafactor
     optimizer.learning_rate = 1e-4  # [P]
@@ -126,6 +140,9 @@ def paper_recipe() -> ConfigDict:
     checkpoint.verify = "always"  # always | background | never: compare what is restored with its checksums
     checkpoint.max_failed_saves = 3  # in a row that the run goes on after
 
+
+def _set_machines(config: ConfigDict) -> None:
+    """Sets the mesh, sampling and the process."""
     config.mesh = mesh = ConfigDict()  # sizes; -1 is what the devices leave
     mesh.slices = 1
     mesh.data = 1
@@ -151,4 +168,3 @@ def paper_recipe() -> ConfigDict:
     runtime.compilation_cache = "~/.cache/ecdit"  # "" for none
     runtime.distributed = True  # a pod; False for one host
     runtime.heartbeat_seconds = 100  # of silence until a process counts as dead and the others end
-    return config

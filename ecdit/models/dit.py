@@ -137,11 +137,12 @@ class DiT(nnx.Module):
         config, tensor = self.config, mesh.shape["tensor"]
         check_attention(config, mesh)
         tokens, group = self._tokens_and_group(mode)
+        per = " per microbatch" if mode == "train" else ""
         require(
             images % self.images_together(mode) == 0,
             "model.group" if mode == "train" else "model.sampling_group",
             group,
-            f"must divide a device's tokens, {images} images x {tokens} tokens",
+            f"must divide a device's tokens{per}, {images} images x {tokens} tokens",
         )
         for key, count in {"model.heads": config.heads, "model.kv_heads": config.kv_heads}.items():
             require(count % tensor == 0, key, count, f"must be a multiple of mesh.tensor, {tensor}")

@@ -109,6 +109,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ecdit import runtime
 from ecdit.checkpoints import arrays, restore
 from ecdit.checkpoints.config import CheckpointConfig
+from ecdit.checkpoints.arrays import FORMAT
 from ecdit.checkpoints.async_save import AsyncSaver
 from ecdit.training.state import TrainState
 

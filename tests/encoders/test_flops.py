@@ -112,5 +112,6 @@ def test_a_doubled_dense_ffn_costs_what_experts_of_factor_two_do():
 def test_the_towers_of_the_paper_s_recipe():
     """32 layers of 12 x 1280^2 parameters, on 128 tokens."""
     config = dataclasses.replace(tiny().text, width=1280, layers=32, heads=20)
-    tower = nnx.eval_shape(lambda: TextTower(config, 128, nnx.Rngs(0)))
+    with nnx.use_eager_sharding(False):
+        tower = nnx.eval_shape(lambda: TextTower(config, 128, nnx.Rngs(0)))
     assert tower.flops(128).flops == 2 * 128 * 32 * 12 * 1280**2 + 4 * 32 * 128**2 * 1280

@@ -9,16 +9,14 @@ import re
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
 from ecdit.config import ConfigError
 from ecdit.models import attention
 from ecdit.models.config import check_attention
 from ecdit.models.cudnn_attention import cudnn_attention
-from ecdit.models.dit import DiT
 from ecdit.partitioning import MESH_AXES, abstract_mesh, batch_sharding, logical_spec
-from tests.models.helpers import close, config, jit
+from tests.models.helpers import close, config, dit, jit
 from tests.models.test_fused_attention import CASES, arguments, model_with_gradients, with_gradients
 from tests.runs import tiny
 
@@ -69,6 +67,6 @@ def test_devices_without_the_kernel_are_refused():
     mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1, 1, 1), MESH_AXES)
     message = r'config.model.attention = \'cudnn\': must be "plain" or "fused": .* these devices are cpus'
     with pytest.raises(ConfigError, match=message):
-        check_sampling(tiny().sampling, DiT(cudnn, 32, nnx.Rngs(0)), mesh)
+        check_sampling(tiny().sampling, dit(cudnn)(dit(cudnn).params), mesh)
     check_attention(config(), mesh)
     check_attention(cudnn, abstract_mesh(tiny().mesh, 1))

@@ -65,7 +65,7 @@ def drawn():
 
     def draw(values):
         model = DiT(config(depth=4), TEXT_WIDTH, nnx.Rngs(0))
-        return nnx.to_pure_dict(nnx.state(model, nnx.Param)), model(*values, KEPT)[0]
+        return nnx.to_pure_dict(nnx.state(model, nnx.Param)), model.forward(*values, KEPT)[0]
 
     with nnx.use_eager_sharding(False):
         return jax.tree.map(np.asarray, jit(draw)(inputs(CONFIG, BATCH)))
@@ -453,7 +453,7 @@ def test_a_prediction_is_of_the_tokens_that_its_keys_keep(mode):
 
 
 def test_images_of_a_group_are_said_to_belong_together():
-    model = DiT(config(group=str(2 * KEPT), sampling_group=str(4 * ALL)), TEXT_WIDTH, nnx.Rngs(0))
-    assert (model.images_together("train"), model.images_together("sample")) == (2, 4)
-    model = DiT(config(group="image", sampling_group=str(ALL // 4)), TEXT_WIDTH, nnx.Rngs(0))
-    assert (model.images_together("train"), model.images_together("sample")) == (1, 1)
+    for group, sampling_group, together in ((2 * KEPT, 4 * ALL, (2, 4)), ("image", ALL // 4, (1, 1))):
+        model = dit(config(group=str(group), sampling_group=str(sampling_group)))
+        bound = model(model.params)
+        assert (bound.images_together("train"), bound.images_together("sample")) == together

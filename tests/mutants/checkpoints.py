@@ -14,7 +14,7 @@ def _sums(*names: str) -> tuple[str, ...]:
 
 
 def _loop(*names: str) -> tuple[str, ...]:
-    return tuple(f"tests/runs/test_training_run.py::{name}" for name in names)
+    return tuple(f"tests/ecdit_runs/test_training_run.py::{name}" for name in names)
 
 
 def _recovery(*names: str) -> tuple[str, ...]:
@@ -22,7 +22,7 @@ def _recovery(*names: str) -> tuple[str, ...]:
 
 
 def _restored(*names: str) -> tuple[str, ...]:
-    return tuple(f"tests/runs/test_trained_run.py::{name}" for name in names)
+    return tuple(f"tests/ecdit_runs/test_trained_run.py::{name}" for name in names)
 
 
 MUTANTS = (
@@ -218,7 +218,7 @@ MUTANTS = (
     ),
     Mutant(
         "ecdit/checkpoints/inspection.py",
-        'elif checksum != checksums({name: restore_array(directory, tree, name, cpu)})[name]:',
+        "elif checksum != checksums({name: restore_array(directory, tree, name, cpu)})[name]:",
         "elif checksum and not checksums({name: restore_array(directory, tree, name, cpu)})[name]:",
         ("tests/checkpoints/test_resume.py::test_verify_names_the_array_that_was_damaged",),
         "`ecdit.checkpoint verify` calls damaged checkpoints valid",

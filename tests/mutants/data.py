@@ -104,7 +104,7 @@ MUTANTS = (
         "ecdit/runs/workload.py",
         "return local[np.searchsorted(rows, wanted)]",
         "return local[: len(wanted)]",
-        ("tests/runs/test_training_run.py::test_batches_are_the_same_on_any_mesh_and_from_any_start[sizes0]",),
+        ("tests/ecdit_runs/test_training_run.py::test_batches_are_the_same_on_any_mesh_and_from_any_start[sizes0]",),
         "every device trains on the same rows",
     ),
     Mutant(

@@ -11,15 +11,15 @@ _PICTURES = "tests/sampling/test_grids.py"
 _OPTIMIZER = "tests/system/test_step.py"
 _CACHE = "tests/planning/test_cache.py::test_whatever_changes_a_plan_makes_it_anew_and_the_old_one_stays"
 _VERSIONS = "tests/planning/test_cache.py::test_another_version_of_a_library_or_of_this_code_makes_plans_anew"
-_FLIPPED_WEIGHT = "tests/runs/test_trained_run.py::test_a_flipped_bit_of_any_weight_is_noticed"
+_FLIPPED_WEIGHT = "tests/ecdit_runs/test_trained_run.py::test_a_flipped_bit_of_any_weight_is_noticed"
 _FLIPPED_ARRAY = "tests/checkpoints/test_resume.py::test_a_flipped_bit_of_any_array_is_found_by_each_way_to_verify"
 _KEYS = f"{_STEP}::test_each_example_has_the_noise_time_and_mask_of_its_own_keys_at_this_step"
 _BY_HAND = f"{_STEP}::test_loss_and_metrics_by_hand_are_those_of_the_whole_batch"
 _USUAL_LOSS = (
     "tests/test_experiment_phases.py::test_a_new_phase_begins_without_a_usual_loss_and_a_resumed_one_goes_on_with_it"
 )
-_EMA_PICTURES = "tests/runs/test_training_run.py::test_pictures_are_drawn_with_the_ema_weights"
-_SAMPLES = "tests/runs/test_sample_grids.py::test_each_caption_stands_under_the_picture_that_was_drawn_of_it"
+_EMA_PICTURES = "tests/ecdit_runs/test_training_run.py::test_pictures_are_drawn_with_the_ema_weights"
+_SAMPLES = "tests/ecdit_runs/test_sample_grids.py::test_each_caption_stands_under_the_picture_that_was_drawn_of_it"
 
 
 def _step(old: str, new: str, *tests: str, why: str = "") -> Mutant:

@@ -17,6 +17,7 @@ from ecdit.errors import UserError
 from ecdit.interop.weights import save_weights
 from ecdit.partitioning import make_mesh
 from ecdit.runs.trained_run import open_run, saved_experiment
+from ecdit.runs.training_run import train
 from ecdit.system import make_system
 from tests.checkpoints.damage import flip_array
 from tests.runs import run, save_ema, tiny
@@ -163,6 +164,7 @@ OPEN = """
 import sys
 from pathlib import Path
 from ecdit.checkpoints.restore import CheckpointError
+from ecdit.runs.training_run import train
 from ecdit.runs.trained_run import open_run
 try:
     open_run(Path(sys.argv[1]))
@@ -210,15 +212,15 @@ def test_a_flipped_bit_of_any_weight_is_noticed(saved, tmp_path, frozen):
     jax.tree.map(np.testing.assert_array_equal, restore.restore_ema(tmp_path, system, mesh)[0], saved[1])
 
 
-def test_damaged_weights_are_neither_sampled_from_nor_trained_on(saved, tmp_path, toy):
+def test_damaged_weights_are_neither_sampled_from_nor_trained_on(saved, tmp_path, emoji_data):
     """Sampling and evaluation open a run; a new run may start from another one's weights."""
     workdir = shutil.copytree(saved[0], tmp_path / "damaged")
     flip_array(workdir / "checkpoints/7", "ema.denoiser.head.kernel")
     with pytest.raises(DamagedError, match="ema/denoiser/head/kernel: not what was saved"):
         open_run(workdir)
     with pytest.raises(DamagedError, match="ema/denoiser/head/kernel: not what was saved"):
-        toy.train(num_steps=2, every=1, checkpoint__init_from=str(workdir))
-    assert not list((toy.workdir / "checkpoints").iterdir())
+        train(tiny(data__directory=str(emoji_data), checkpoint__init_from=str(workdir)), tmp_path / "run")
+    assert not list((tmp_path / "run/checkpoints").iterdir())
 
 
 @pytest.mark.parametrize("damage", [lambda meta: (meta / "metadata").write_text("{"), shutil.rmtree])
