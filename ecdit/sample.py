@@ -62,7 +62,7 @@ def main(argv: list[str]) -> None:
     if EXPERTS.value:
         system = make_system(saved_experiment(as_path(WORKDIR.value), SET.value).system)
         if not system.parts.denoiser.counts_experts():
-            raise UserError(f"--experts: the model of {WORKDIR.value} has no experts to count")
+            raise UserError(f"--experts: the model of {WORKDIR.value} is dense, it has no experts to count")
     run = open_run(as_path(WORKDIR.value), SET.value, STEP.value)
     drawn = sample_run(run, prompts, repeats, with_experts=EXPERTS.value)
     pictures, counts = drawn if EXPERTS.value else (drawn, None)

@@ -1,1 +1,1 @@
-"""Launchers: one file for each place where training runs. They import no jax: the machine that launches needs none."""
+"""The commands that start, show and stop training, and in `backends` a file for each place where training runs."""

@@ -1,4 +1,4 @@
-"""Whether a run can be launched: from its config and the slices' sizes alone, before anything is started."""
+"""Checks that a run can be launched, from its config and the sizes of the slices alone."""
 
 import dataclasses
 import re
@@ -23,18 +23,18 @@ from launch.job import Job, LaunchError, check_name, job_name
 def make_job(
     experiment: Experiment, origin: Mapping[str, Any], where: Slice, slices: int, workdir: str, name: str = ""
 ) -> Job:
-    """Checks that `experiment` can train on the slices, from shapes alone.
+    """Returns the job of an experiment, after checking from shapes alone that it can train on the slices.
 
     Args:
       experiment: what to train.
-      origin: of the experiment: see `command_line.config_origin`.
+      origin: where its values come from, as `config.config_origin` returns it.
       where: one of the slices.
-      slices: how many.
-      workdir: of the run.
-      name: of the job; "" for one that is made of the workdir, so that a run has one job.
+      slices: how many slices.
+      workdir: the run's workdir.
+      name: the job's name; "" to make one of the workdir, so that a run has one job.
 
     Raises:
-      UserError: (its subclasses) the mesh, the batch, a group or a parameter does not divide, or an argument is wrong.
+      UserError: the mesh, the batch, a group or a parameter does not divide, or an argument is wrong.
     """
     experiment, overrides = _on_slices(experiment, dict(origin["overrides"]), slices)
     mesh = abstract_mesh(experiment.mesh, where.devices * slices)
@@ -66,7 +66,7 @@ def make_job(
 
 
 def _on_slices(experiment: Experiment, overrides: dict[str, Any], slices: int) -> tuple[Experiment, dict[str, Any]]:
-    """The experiment with as many slices in its mesh, unless the mesh was given some."""
+    """Returns the experiment and its overrides with this number of slices in the mesh, unless an override sets it."""
     mesh = experiment.mesh
     if slices > 1 and mesh.slices == 1 and "mesh.slices" not in overrides:
         overrides["mesh.slices"] = slices
@@ -75,7 +75,7 @@ def _on_slices(experiment: Experiment, overrides: dict[str, Any], slices: int) -
 
 
 def check_pod(job: Job, experiment: Experiment, config_file: str) -> None:
-    """Raises LaunchError or ConfigError for what runs here but not on the hosts of a pod."""
+    """Raises LaunchError or ConfigError for a job that could run on one machine, but not on the hosts of a pod."""
     if not re.fullmatch(r"gs://[^/]+(/[^/]+)+/?", job.workdir):
         raise LaunchError(
             f"--workdir={job.workdir}: must be gs://BUCKET/PATH: the hosts of a pod share no local directory, and what "

@@ -1,4 +1,4 @@
-"""The one place where launchers run other programs."""
+"""Runs the programs of the backends: kubectl, gcloud, bash."""
 
 import subprocess
 from collections.abc import Sequence

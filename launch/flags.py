@@ -1,4 +1,4 @@
-"""Flags that say which job is meant, and where it is: the same for all commands of launch."""
+"""The flags that say which job is meant and where it is: the same for all commands of launch."""
 
 import dataclasses
 from collections.abc import Callable
@@ -6,44 +6,40 @@ from collections.abc import Callable
 from absl import flags
 
 from ecdit.errors import UserError
+from launch.backends import BACKENDS
+from launch.backends.protocol import Backend
 from launch.job import check_name, job_name
-
-BACKENDS = ("jobset", "tpu-vm", "local")
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
-    """A job's name and where its backend keeps it."""
+class JobLocation:
+    """The name by which a job is found, and the backend that keeps it. The backend's own flags say where exactly."""
 
-    backend: str
-    workdir: str  # "" where the name was given alone
+    backend: Backend
+    workdir: str  # "" if only the name was given
     name: str
     slices: int
-    namespace: str
-    context: str
-    project: str
-    zone: str
 
 
-def define_place(backend: str | None = None) -> Callable[[], Place]:
-    """Defines the flags, --backend with this default or none; call the result once they are parsed.
+def define_location_flags(backend: str | None = None) -> Callable[[], JobLocation]:
+    """Defines the flags. Returns a function that reads them once they are parsed.
 
-    That raises UserError where neither --workdir nor --name says which job.
+    It raises UserError if neither --workdir nor --name says which job is meant.
+
+    Args:
+      backend: the default of --backend; None makes the flag required.
     """
-    chosen_backend = flags.DEFINE_enum("backend", backend, BACKENDS, "What runs the job.", required=backend is None)
+    chosen = flags.DEFINE_enum("backend", backend, list(BACKENDS), "What runs the job.", required=backend is None)
     workdir = flags.DEFINE_string("workdir", "", "The run's workdir; gs://BUCKET/PATH for a pod.")
     name = flags.DEFINE_string("name", "", "Of the job; empty: made of the workdir.")
     slices = flags.DEFINE_integer("slices", 1, "How many slices.", lower_bound=1)
-    namespace = flags.DEFINE_string("namespace", "default", "jobset: of Kubernetes.")
-    context = flags.DEFINE_string("context", "", "jobset: kubectl's, which names the cluster; empty: the current one.")
-    project = flags.DEFINE_string("project", "", "tpu-vm: Google Cloud's; empty: as gcloud is configured.")
-    zone = flags.DEFINE_string("zone", "", "tpu-vm: such as us-east5-a; empty: as gcloud is configured.")
+    for known in BACKENDS.values():
+        known.define_location_flags()
 
-    def place() -> Place:
+    def location() -> JobLocation:
         if not workdir.value and not name.value:
             raise UserError("--workdir is missing: the run's workdir, or --name=NAME of its job")
-        chosen = check_name(name.value) if name.value else job_name(workdir.value)
-        where = (namespace.value, context.value, project.value, zone.value)
-        return Place(chosen_backend.value, workdir.value, chosen, slices.value, *where)
+        job = check_name(name.value) if name.value else job_name(workdir.value)
+        return JobLocation(BACKENDS[chosen.value], workdir.value, job, slices.value)
 
-    return place
+    return location

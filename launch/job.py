@@ -1,25 +1,26 @@
-"""A training run on TPU slices that it fits: what every backend takes. `launch.check` makes one.
+"""A training run on TPU slices that it fits: the value that every backend takes. `launch.check` makes one.
 
-Where a run executes (image, project, queue, ...) is a flag of `launch.tpu` and no section of the config: the config is
-saved with the checkpoints and compared on resume, and a run may move to another cluster.
+The place where a run executes (image, project, queue, ...) is given by flags of `launch.tpu` and not by the config: the
+config is saved with the checkpoints and compared on resume, and a run may move to another cluster.
 """
 
 import dataclasses
 import hashlib
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ecdit.errors import UserError
+from ecdit.exit_codes import HUNG, PREEMPTED
 from ecdit.topology import Slice
 
-ROOT = Path(__file__).parents[1]  # of the checkout, which configs are files of
+ROOT = Path(__file__).parents[1]  # the checkout, in which configs are files
 MAX_NAME = 40  # characters: with replicated job, indices and a suffix, a pod's name must stay below 64
-# A run that ends with one of these is started again: saved after SIGTERM, a watchdog's, and those of signals. Any other
-# is an error that would come again.
-RESTART_CODES = (42, 43, *range(127, 256))
-SHOWN_CODES = "42, 43 and 127 to 255"
+SIGNAL_CODES = range(127, 256)  # a signal ended the process, often because another host died
+# A run that ends with one of these is started again. Any other code is an error that would come again.
+RESTART_CODES = (PREEMPTED, HUNG, *SIGNAL_CODES)
+SHOWN_CODES = f"{PREEMPTED}, {HUNG} and {SIGNAL_CODES[0]} to {SIGNAL_CODES[-1]}"
 
 
 class LaunchError(UserError, ValueError):
@@ -30,27 +31,27 @@ class LaunchError(UserError, ValueError):
 class Job:
     """A run on slices that it fits."""
 
-    name: str  # of what the backend creates
+    name: str  # under which the backend creates it
     slice: Slice
-    slices: int  # of them, joined by the data-centre network
+    slices: int  # how many, joined by the data-centre network
     workdir: str
-    train_flags: tuple[str, ...]  # of `python -m ecdit.train`, as one would type them
+    train_flags: tuple[str, ...]  # of `python -m ecdit.train`, as you would type them
     mesh: Mapping[str, int]  # sizes by axis
     batch: str  # for people
     checkpoint_bytes: int
 
     @property
     def hosts(self) -> int:
-        """Processes of the run."""
+        """The number of the run's processes."""
         return self.slice.hosts * self.slices
 
     def save_seconds(self, bytes_per_second: float) -> float:
-        """How long the hosts write at a checkpoint, each its share at this rate."""
+        """Returns how long a checkpoint takes if each host writes its share at this rate."""
         return self.checkpoint_bytes / self.hosts / bytes_per_second
 
 
 def job_name(workdir: str) -> str:
-    """A name for the run in `workdir`, the same each time: its last part and a few digits of a hash of the whole."""
+    """Returns the job's name for a workdir: its last part and a few digits of a hash of the whole."""
     words = re.sub(r"[^a-z0-9]+", "-", workdir.rstrip("/").rpartition("/")[2].lower()).strip("-")
     digits = hashlib.sha256(workdir.rstrip("/").encode()).hexdigest()[:6]
     letters = words if words[:1].isalpha() else f"run-{words}"
@@ -58,7 +59,7 @@ def job_name(workdir: str) -> str:
 
 
 def check_name(name: str) -> str:
-    """`name`, or a LaunchError if Kubernetes and Google Cloud would refuse it."""
+    """Returns `name`; raises LaunchError if Kubernetes or Google Cloud would refuse it."""
     if not re.fullmatch(r"[a-z]([a-z0-9-]*[a-z0-9])?", name) or len(name) > MAX_NAME:
         raise LaunchError(
             f"--name={name}: must be lower-case letters, digits and dashes, start with a letter, end with no dash, "
@@ -67,8 +68,29 @@ def check_name(name: str) -> str:
     return name
 
 
+def training_environment(extra: Sequence[str]) -> dict[str, str]:
+    """Returns the variables of a training process on a TPU host: the fixed ones, then `extra`, each NAME=VALUE.
+
+    Raises:
+      LaunchError: one of `extra` does not have that form.
+    """
+    fixed = {
+        "JAX_PLATFORMS": "tpu,cpu",  # fails if the TPU does not start; without it JAX would fall back to the CPU
+        "PYTHONUNBUFFERED": "1",
+    }
+    for pair in extra:
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*=.*", pair, re.DOTALL):
+            raise LaunchError(f"--env={pair}: must be NAME=VALUE")
+    return fixed | dict(pair.split("=", 1) for pair in extra)
+
+
+def describe_restarts(most: int) -> str:
+    """Returns for people: when a backend that restarts a job does so, and how often at most."""
+    return f"restarts after exit codes {SHOWN_CODES}, at most {most} times"
+
+
 def describe(job: Job) -> list[str]:
-    """Lines for people: what runs where."""
+    """Returns lines for people: what runs, and on which slices."""
     where = job.slice
     sizes = " x ".join(f"{axis} {size}" for axis, size in job.mesh.items())
     return [

@@ -3,9 +3,9 @@
     python -m launch.local --processes=2 --devices=2 -- --config=configs/emoji.py --workdir=runs/emoji
 
 Everything after `--` goes to `python -m ecdit.train`. Each process learns whom to join from ECDIT_COORDINATOR,
-ECDIT_NUM_PROCESSES and ECDIT_PROCESS_ID, and writes one log file; that of process 0, which reports, is printed here
-too. The processes end together: when one fails, the others are terminated; SIGINT and SIGTERM are forwarded to all, so
-that each can save. The exit code is that of the first that failed, 128 + n if signal n killed it.
+ECDIT_NUM_PROCESSES and ECDIT_PROCESS_ID, and writes one log file. Process 0 reports, and its log is printed here too.
+The processes end together: when one fails, the others are terminated; SIGINT and SIGTERM are forwarded to all, so that
+each can save. The command ends with the exit code of the first process that failed, 128 + n if signal n killed it.
 """
 
 import argparse
@@ -36,10 +36,9 @@ def launch(
 ) -> int:
     """Runs `command` as `processes` processes of `devices` CPU devices each, to the end of all. Main thread only.
 
-    The output of process i goes to `process_i.log` in `log_dir`, which is made and whose older files are overwritten.
-    `on_start` is told the processes' ids once all are started.
-
-    What process 0 prints is printed here too, as it comes.
+    The output of process i goes to `process_i.log` in `log_dir`, which is made if it is missing; older logs are
+    overwritten. The output of process 0 is printed here too, as it comes. `on_start` gets the processes' ids once all
+    are started.
 
     Returns:
       0 if all succeeded, else the exit code of the first that failed (of the lowest id where several failed at once).
@@ -68,13 +67,13 @@ def launch(
 
 
 def cpu_environment(devices: int) -> dict[str, str]:
-    """This process's environment, with `devices` CPU devices as the only ones that jax sees."""
+    """Returns this process's environment, changed so that JAX sees `devices` CPU devices and no others."""
     kept = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if not flag.startswith(DEVICE_COUNT_FLAG)]
     return {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": " ".join([*kept, f"{DEVICE_COUNT_FLAG}={devices}"])}
 
 
 def process_environment(coordinator: str, processes: int, process_id: int, devices: int) -> dict[str, str]:
-    """The environment of process `process_id`; `ecdit.runtime` reads the other end of it."""
+    """Returns the environment of process `process_id`, which `ecdit.runtime` reads there."""
     return {
         **cpu_environment(devices),
         "ECDIT_COORDINATOR": coordinator,
@@ -98,7 +97,7 @@ def _start(command: Sequence[str], environment: dict[str, str], log: Path) -> su
 
 
 def _show(log: BinaryIO) -> None:
-    """Prints what has been added to a log since the last call; goes on where nobody reads it any more."""
+    """Prints the text that a log has gained since the last call. It is no error if nobody reads it any more."""
     if added := log.read():
         with contextlib.suppress(BrokenPipeError):
             print(added.decode(errors="replace"), end="", flush=True)
@@ -107,9 +106,9 @@ def _show(log: BinaryIO) -> None:
 def _wait(
     children: Sequence[subprocess.Popen], pending: list[int], grace_seconds: float, show: Callable[[], None]
 ) -> int | None:
-    """Waits until all have ended, forwarding `pending` signals and calling `show` each time that it looks.
+    """Waits until all have ended, and forwards `pending` signals meanwhile. Calls `show` in every round.
 
-    Returns which failed first, None if none did.
+    Returns the index of the first that failed, or None.
     """
     failed, deadline, stopping = None, float("inf"), False
     while True:
@@ -132,13 +131,13 @@ def _wait(
 
 
 def _send(children: Sequence[subprocess.Popen], number: int) -> None:
-    """Signals those that run: the process alone, which looks after its own workers."""
+    """Signals the processes that run, but not their workers: each process ends its own."""
     for child in children:
         child.send_signal(number)  # does nothing if it has ended
 
 
 def _kill_group(child: subprocess.Popen) -> None:
-    """Kills a process that still runs, and any workers that an ended one has left behind."""
+    """Kills a process if it still runs, and the workers that it has left behind."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
     child.wait()
@@ -162,7 +161,7 @@ def collect_signals() -> Iterator[list[int]]:
 
 
 def _free_port() -> int:
-    """A port that is free now; nothing holds it until the coordinator binds it, moments later."""
+    """Returns a port that is free now. Another program could take it before the coordinator does, moments later."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -175,7 +174,7 @@ def _positive(text: str) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parses the command line and launches `python -m ecdit.train` with what follows `--`."""
+    """Parses the command line and launches `python -m ecdit.train` with the flags that follow `--`."""
     parser = argparse.ArgumentParser(prog="launch.local", description=__doc__.splitlines()[0])
     parser.add_argument("--processes", type=_positive, default=2, help="how many processes (default 2)")
     parser.add_argument("--devices", type=_positive, default=1, help="CPU devices of each process (default 1)")

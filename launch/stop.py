@@ -3,25 +3,16 @@
 import sys
 
 from ecdit.command_line import run_command
-from launch import jobset, local_job, tpu_vm
-from launch.commands import run_all
-from launch.flags import define_place
+from launch.flags import define_location_flags
 
-PLACE = define_place()
+LOCATION = define_location_flags()
 
 
 def main(argv: list[str]) -> None:
     """Exits with the code of the first command that failed."""
     del argv
-    place = PLACE()
-    if place.backend == "local":
-        print(f"{place.name} {'has stopped' if local_job.stop(place.name) else 'had ended already'}")
-        return
-    if place.backend == "jobset":
-        commands = jobset.stop_commands(place.name, place.namespace, place.context)
-    else:
-        commands = tpu_vm.stop_commands(place.name, place.slices, place.project, place.zone)
-    sys.exit(run_all(commands))
+    location = LOCATION()
+    sys.exit(location.backend.stop(location.name, location.slices))
 
 
 if __name__ == "__main__":

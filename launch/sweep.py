@@ -1,12 +1,12 @@
-"""Runs the points of a sweep file, one run each, and makes tables and plots of what came of them.
+"""Runs the points of a sweep file, one run each, and makes tables and plots of their results.
 
     python -m launch.sweep --sweep=configs/sweeps/model_sizes.py --workdir=runs/sizes
     python -m launch.sweep --sweep=configs/sweeps/model_sizes.py --workdir=runs/sizes --collect
 
-A point trains in WORKDIR/NAME. All are checked and counted before the first starts. Here, --parallel run at a time;
-the same command goes on where an earlier one ended. On pods each point is a job, as `launch.tpu` would start it; those
-whose checkpoints in the bucket say that they are done get none. `--config.x=y` are for all points.
-Exit code: 0 if all are done (on pods: done or started), 1 if one failed, 42 if some were stopped.
+A point trains in WORKDIR/NAME. All points are checked and counted before the first starts. On this machine --parallel
+of them run at a time, and the same command goes on where an earlier one ended. On pods each point is a job, as
+`launch.tpu` would start it, unless its checkpoints in the bucket say that it is done. `--config.x=y` apply to all.
+Exit code: 0 if all are done (on pods: done or started), 1 if one failed, 42 (PREEMPTED) if some were stopped.
 """
 
 import dataclasses
@@ -27,15 +27,16 @@ from ecdit.files import check_writable, is_remote, replace_text
 from ecdit.partitioning import MESH_AXES, abstract_mesh
 from ecdit.storage import as_path
 from ecdit.topology import find_slice
-from launch import backends, local_job
-from launch.flags import Place, define_place
+from launch.backends.protocol import Backend
+from launch.flags import JobLocation, define_location_flags
 from launch.job import Job, job_name
+from launch.starting import checked_job, description
 from launch.sweeps.collecting import collect
 from launch.sweeps.hyper import SweepError
-from launch.sweeps.points import PREFIX, Point, load_points
+from launch.sweeps.points import PREFIX, SweepPoint, load_points
 from launch.sweeps.running import is_done, run_points
 
-PLACE = define_place(backend="local")
+LOCATION = define_location_flags(backend="local")
 SWEEP = flags.DEFINE_string("sweep", None, "Sweep file, such as configs/sweeps/model_sizes.py.", required=True)
 CONFIG = flags.DEFINE_string("config", "", "Config file of the points, in place of the sweep's CONFIG.")
 ACCELERATOR = flags.DEFINE_string("accelerator", "", "Of each point's slices; local, empty: one process, as typed.")
@@ -44,46 +45,48 @@ DRY_RUN = flags.DEFINE_bool("dry-run", False, "Write what would be run for each 
 OUT = flags.DEFINE_string("out", "", "Directory for --dry-run; empty: printed.")
 COLLECT = flags.DEFINE_bool("collect", False, "Run nothing: write tables and plots of the runs into --workdir.")
 FINAL_SHARE = 0.2  # of a run's steps, the last ones: its final loss is the mean over them
-ENDINGS = {"jobset": "yaml", "tpu-vm": "sh", "local": "sh"}  # of files of a dry run
 
 
 def main(argv: list[str]) -> None:
     """Exits as the module says."""
     jax.config.update("jax_platforms", "cpu")  # counting needs no device, and is not to take one from the points
-    overrides, place = config_overrides(argv[1:]), PLACE()
-    if not place.workdir:
+    overrides, location = config_overrides(argv[1:]), LOCATION()
+    backend, workdir = location.backend, location.workdir
+    if not workdir:
         raise UserError("--workdir is missing: a directory, or gs://BUCKET/PATH for pods; points train in it")
-    if place.name != job_name(place.workdir):
-        raise UserError(f"--name={place.name}: is of no sweep, whose jobs are named after their workdirs")
+    if location.name != job_name(workdir):
+        raise UserError(f"--name={location.name}: is of no sweep, whose jobs are named after their workdirs")
     if OUT.value and not DRY_RUN.value:
         raise UserError(f"--out={OUT.value}: is for --dry-run")
     points = load_points(SWEEP.value, CONFIG.value, overrides)
     if COLLECT.value:
-        for path in collect(points, as_path(place.workdir), FINAL_SHARE):
+        for path in collect(points, as_path(workdir), FINAL_SHARE):
             print(f"wrote {path}")
         return
-    if place.backend == "local" and is_remote(place.workdir):
-        raise UserError(f"--workdir={place.workdir}: must be a directory for --backend=local, whose logs are in it")
+    if backend.runs_here and is_remote(workdir):
+        raise UserError(f"--workdir={workdir}: must be a directory for --backend={backend.name}, whose logs are in it")
     for point in points:
         print(planned(point), flush=True)
-    jobs = make_jobs(points, place)
+    jobs = make_jobs(points, location)
     if DRY_RUN.value:
-        dry_run(points, jobs, place)
+        dry_run(points, jobs, location)
         return
-    if place.backend == "local":
-        commands = {point.name: [sys.executable, *local_arguments(point, jobs, place)] for point in points}
-        sys.exit(run_points(points, commands, Path(place.workdir), PARALLEL.value))
+    if backend.runs_here:
+        commands = {point.name: shlex.split(command_line(point, jobs, location)) for point in points}
+        # The command line begins with "python", which stands for the interpreter that runs this.
+        commands = {name: [sys.executable, *command[1:]] for name, command in commands.items()}
+        sys.exit(run_points(points, commands, Path(workdir), PARALLEL.value))
     done = [point.name for point in points if is_done(point, as_path(jobs[point.name].workdir))]
     if done:
         print(f"done already: {', '.join(done)}", flush=True)
-    sys.exit(start_jobs({name: job for name, job in jobs.items() if name not in done}, place))
+    sys.exit(start_jobs({name: job for name, job in jobs.items() if name not in done}, backend))
 
 
 def config_overrides(arguments: Sequence[str]) -> dict[str, str]:
-    """{"config.a.b": "value"} of `--config.a.b=value`.
+    """Returns the overrides for all points: {"config.a.b": "value"} for `--config.a.b=value`.
 
     Raises:
-      UserError: something else.
+      UserError: an argument does not have this form.
     """
     overrides = {}
     for argument in arguments:
@@ -94,8 +97,8 @@ def config_overrides(arguments: Sequence[str]) -> dict[str, str]:
     return overrides
 
 
-def planned(point: Point) -> str:
-    """For people: what a point is made of."""
+def planned(point: SweepPoint) -> str:
+    """Returns a line for people: the size of a point's model and its steps."""
     counts = point.counts()
     flops = sum(part["flops"] for part in counts.flops_per_image.values())
     sizes = f"{counts.denoiser_params / 1e6:.3f} M parameters, {counts.activated_params / 1e6:.3f} M activated"
@@ -103,28 +106,27 @@ def planned(point: Point) -> str:
     return f"{point.name}: {sizes}, {flops / 1e9:.4f} GFLOP an image, {steps} steps"
 
 
-def place_of(point: Point, place: Place) -> Place:
-    """Where a point of a sweep in `place` runs."""
-    workdir = f"{place.workdir.rstrip('/')}/{point.name}"
-    return dataclasses.replace(place, workdir=workdir, name=job_name(workdir))
+def point_location(point: SweepPoint, location: JobLocation) -> JobLocation:
+    """Returns the location of a point of the sweep at `location`."""
+    workdir = f"{location.workdir.rstrip('/')}/{point.name}"
+    return dataclasses.replace(location, workdir=workdir, name=job_name(workdir))
 
 
-def make_jobs(points: Sequence[Point], place: Place) -> dict[str, Job]:
-    """A job for each point by its name, checked; none for single processes here, which are checked too.
+def make_jobs(points: Sequence[SweepPoint], location: JobLocation) -> dict[str, Job]:
+    """Checks all points. Returns their jobs by name, or nothing if they are single processes of this machine.
 
     Raises:
       SweepError: a point cannot run there; the message names it.
     """
-    if place.backend != "local" and not ACCELERATOR.value:
-        raise UserError(f"--accelerator is missing: --backend={place.backend} needs slices, such as v5p-256")
+    backend = location.backend
+    if not backend.runs_here and not ACCELERATOR.value:
+        raise UserError(f"--accelerator is missing: --backend={backend.name} needs slices, such as v5p-256")
     jobs = {}
     for point in points:
         try:
             if ACCELERATOR.value:
-                at = place_of(point, place)
-                job = backends.checked_job(point.experiment, point.origin, at, find_slice(ACCELERATOR.value))
-                backends.backend_text(job, at)  # refuses what the backend cannot do
-                jobs[point.name] = job
+                at, where = point_location(point, location), find_slice(ACCELERATOR.value)
+                jobs[point.name] = checked_job(point.experiment, point.origin, at, where)
             else:
                 check_alone(point)
         except UserError as error:
@@ -132,46 +134,50 @@ def make_jobs(points: Sequence[Point], place: Place) -> dict[str, Job]:
     return jobs
 
 
-def check_alone(point: Point) -> None:
-    """Raises ConfigError for what divides over no number of devices: over more than the fewest, it would not either."""
+def check_alone(point: SweepPoint) -> None:
+    """Checks divisibility on the smallest possible mesh; larger ones would fail too.
+
+    Raises:
+      ConfigError: a value does not divide.
+    """
     mesh = point.experiment.mesh
     fewest = math.prod(max(getattr(mesh, axis), 1) for axis in MESH_AXES)
     check_mesh(point.experiment, abstract_mesh(mesh, fewest))
 
 
-def local_arguments(point: Point, jobs: dict[str, Job], place: Place) -> list[str]:
-    """Of the Python that runs a point here: a process, or one for every host of its slices."""
+def command_line(point: SweepPoint, jobs: dict[str, Job], location: JobLocation) -> str:
+    """Returns the command that runs a point on this machine: its job, or a single process if it has none."""
     if point.name in jobs:
-        return local_job.arguments(jobs[point.name])
-    return ["-m", "ecdit.train", *point.flags, f"--workdir={place_of(point, place).workdir}"]
+        return location.backend.text(jobs[point.name])
+    workdir = point_location(point, location).workdir
+    return f"{shlex.join(['python', '-m', 'ecdit.train', *point.flags, f'--workdir={workdir}'])}\n"
 
 
-def dry_run(points: Sequence[Point], jobs: dict[str, Job], place: Place) -> None:
+def dry_run(points: Sequence[SweepPoint], jobs: dict[str, Job], location: JobLocation) -> None:
     """Writes a file for each point into --out, or prints them."""
+    backend = location.backend
     for point in points:
-        if place.backend == "local":
-            text = f"python {shlex.join(local_arguments(point, jobs, place))}\n"
+        if backend.runs_here:
+            text = command_line(point, jobs, location)
         else:
-            at = place_of(point, place)
-            print(backends.description(jobs[point.name], at), flush=True)
-            text = backends.backend_text(jobs[point.name], at)
+            print(description(jobs[point.name], backend), flush=True)
+            text = backend.text(jobs[point.name])
         if not OUT.value:
             print(text, end="")
             continue
-        path = Path(OUT.value) / f"{point.name}.{ENDINGS[place.backend]}"
+        path = Path(OUT.value) / f"{point.name}.{backend.file_ending}"
         check_writable(path.parent)
         os.makedirs(path.parent, exist_ok=True)
         replace_text(path, text)
         print(f"dry run: wrote {path}")
 
 
-def start_jobs(jobs: dict[str, Job], place: Place) -> int:
-    """Starts a job for each point, also after one that was not started. Returns 1 if there was such a one, else 0."""
+def start_jobs(jobs: dict[str, Job], backend: Backend) -> int:
+    """Starts a job for each point, and goes on if one is not started. Returns 1 in that case, else 0."""
     failed = []
     for name, job in jobs.items():
-        at = dataclasses.replace(place, workdir=job.workdir, name=job.name)
-        print(backends.description(job, at), flush=True)
-        if backends.start(job, at, backends.backend_text(job, at)):
+        print(description(job, backend), flush=True)
+        if backend.start(job):
             failed.append(name)
     print(f"{len(jobs) - len(failed)} of {len(jobs)} jobs are started", flush=True)
     if failed:

@@ -9,17 +9,18 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from ecdit.exit_codes import PREEMPTED
+
 PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>: outlasts the exec, and no child inherits it
-STOPPED = 42  # what training ends with after SIGTERM
 
 
 def main(argv: Sequence[str]) -> None:
-    """Ends with STOPPED if the parent has died already."""
+    """Ends with PREEMPTED, as training does after SIGTERM, if the parent has died already."""
     parent, *command = argv
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGTERM)
         if os.getppid() != int(parent):
-            sys.exit(STOPPED)
+            sys.exit(PREEMPTED)
     os.execvp(command[0], command)
 
 

@@ -3,9 +3,9 @@
     python -m launch.tpu --config=configs/ec_dit.py:M-64E --accelerator=v5p-256 --workdir=gs://BUCKET/m-64e \
         --backend=jobset --dry-run --out=job.yaml
 
-Checks, prints what it will do, and does it. With --dry-run it writes the manifest (jobset), the script (tpu-vm) or the
-command (local) to --out, or prints it, and stops; that needs no network. The launched command is the one that one would
-type, and it resumes by itself.
+Checks the job, describes it, and starts it. With --dry-run it writes the manifest (jobset), the script (tpu-vm) or the
+command (local) to --out, or prints it, and stops; that needs no network. The launched command is the one that you would
+type yourself, and it resumes by itself.
 """
 
 import sys
@@ -19,11 +19,11 @@ from ecdit.errors import UserError
 from ecdit.experiment import make_experiment
 from ecdit.files import check_writable, replace_text
 from ecdit.topology import find_slice
-from launch import backends
-from launch.flags import define_place
+from launch.flags import define_location_flags
+from launch.starting import checked_job, description
 
 CONFIG = define_config_flag()
-PLACE = define_place()
+LOCATION = define_location_flags()
 ACCELERATOR = flags.DEFINE_string("accelerator", None, "Of each slice: v5p-256, or v5p:4x4x8.", required=True)
 DRY_RUN = flags.DEFINE_bool("dry-run", False, "Write what would be run to --out, and stop.")
 OUT = flags.DEFINE_string("out", "", "File for --dry-run; empty: printed.")
@@ -33,19 +33,19 @@ def main(argv: list[str]) -> None:
     """Exits with the backend's exit code."""
     del argv
     jax.config.update("jax_platforms", "cpu")  # checks need no device, and are not to take a TPU host's
-    experiment, place = make_experiment(config_values(CONFIG)), PLACE()
-    job = backends.checked_job(experiment, config_origin(CONFIG), place, find_slice(ACCELERATOR.value))
-    text = backends.backend_text(job, place)
+    experiment, location = make_experiment(config_values(CONFIG)), LOCATION()
+    backend = location.backend
+    job = checked_job(experiment, config_origin(CONFIG), location, find_slice(ACCELERATOR.value))
     if OUT.value and not DRY_RUN.value:
         raise UserError(f"--out={OUT.value}: is for --dry-run")
-    print(backends.description(job, place), flush=True)
+    print(description(job, backend), flush=True)
     if not DRY_RUN.value:
-        sys.exit(backends.start(job, place, text))
+        sys.exit(backend.start(job))
     if not OUT.value:
-        print(text, end="")
+        print(backend.text(job), end="")
         return
     check_writable(Path(OUT.value))
-    replace_text(Path(OUT.value), text)
+    replace_text(Path(OUT.value), backend.text(job))
     print(f"dry run: wrote {OUT.value}")
 
 

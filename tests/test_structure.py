@@ -37,6 +37,7 @@ LAYERS = [
 # The modules of ecdit/ that are no commands. Three more, `system`, `experiment` and `recipe`, are layers of their own.
 FOUNDATION = {
     "errors",
+    "exit_codes",
     "config",
     "files",
     "storage",

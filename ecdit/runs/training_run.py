@@ -16,6 +16,7 @@ from ecdit.checkpoints.compatibility import check_resume
 from ecdit.checkpoints.restore import Meta
 from ecdit.checkpoints.resume import half_written, newest_valid
 from ecdit.config import changeable, to_dict
+from ecdit.exit_codes import PREEMPTED
 from ecdit.experiment import Experiment, ResolvedPhase, check_mesh
 from ecdit.interop.weights import flat_names
 from ecdit.partitioning import make_mesh
@@ -33,7 +34,6 @@ from ecdit.training.step import Metrics
 from ecdit.training.watchdog import Watchdog
 
 FORECAST_AFTER = 10  # steps of a start, after which it says how long the others will take
-PREEMPTED = 42  # exit code: saved after SIGTERM, start me again
 
 
 def train(experiment: Experiment, workdir: Path, origin: dict[str, Any] | None = None) -> int:

@@ -6,7 +6,8 @@ import sys
 import threading
 import time
 
-HUNG = 43  # exit code
+from ecdit.exit_codes import HUNG
+
 PATIENCE = 10  # factor on the limit of slow phases, which compile or wait for a save
 
 

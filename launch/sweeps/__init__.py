@@ -1,1 +1,1 @@
-"""Runs that differ in a few keys: what they are, running them here, and what came of them. `launch.sweep` drives it."""
+"""The parts of `launch.sweep`: the points of a sweep, running them on this machine, and their results."""

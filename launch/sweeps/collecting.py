@@ -1,4 +1,4 @@
-"""What came of a sweep's runs: a table as CSV and markdown, power laws, and plots where matplotlib is installed.
+"""The results of a sweep's runs: a table as CSV and markdown, power laws, and plots if matplotlib is installed.
 
 The loss is `flow_loss`, so that the balance loss of token choice does not count. A run's final loss is its mean over
 the last share of the run's steps; a run that has not done all its steps has none, and is in no fit.
@@ -21,7 +21,7 @@ from ecdit.files import replace_text
 from ecdit.reporting.metrics_file import read_lines
 from ecdit.storage import reading
 from launch.sweeps.fitting import MIN_SIZES, PowerLaw, fit_power_law
-from launch.sweeps.points import Point
+from launch.sweeps.points import SweepPoint
 
 CSV_FILE, MARKDOWN_FILE = "sweep.csv", "sweep.md"
 LOSS = "flow_loss"
@@ -29,12 +29,12 @@ LOSS = "flow_loss"
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What is known of a point's run."""
+    """The result of a point's run, so far as it has come."""
 
     name: str
     settings: Mapping[str, Any]  # values by key, as the point's
     series: str
-    step: int  # the last one that is written down
+    step: int  # the last step of the metrics
     num_steps: int
     loss: float | None  # final, squared velocity; None where steps are missing
     loss_error: float | None  # standard error of that mean, as if steps were independent
@@ -54,16 +54,16 @@ Fits = dict[tuple[str, str], PowerLaw]  # by series and the field of Result that
 X_NAMES = {"flops": "activated FLOPs of an image, forward", "activated_params": "activated parameters of the denoiser"}
 
 
-def collect(points: Sequence[Point], directory: Path, share: float) -> list[Path]:
-    """Writes the table and the plots into the sweep's `directory`, whatever runs have not begun. Returns the files.
+def collect(points: Sequence[SweepPoint], directory: Path, share: float) -> list[Path]:
+    """Writes the table and the plots into the sweep's directory, also if some runs have not begun. Returns the files.
 
     Args:
-      points: of the sweep.
-      directory: of the sweep: a point's run is in `directory`/NAME.
-      share: of a run's steps, the last ones, over which its final loss is the mean.
+      points: the points of the sweep.
+      directory: the sweep's directory: a point's run is in `directory`/NAME.
+      share: the share of a run's steps, at its end, over which its final loss is the mean.
 
     Raises:
-      UserError: nothing has been run there, or a file cannot be read or written.
+      UserError: no run has begun there, or a file cannot be read or written.
     """
     results = [read_result(point, directory / point.name, share) for point in points]
     if not any(result.losses for result in results):
@@ -79,8 +79,8 @@ def collect(points: Sequence[Point], directory: Path, share: float) -> list[Path
     return files + [directory / name for name in pictures]
 
 
-def read_result(point: Point, workdir: Path, share: float) -> Result:
-    """Reads the run's lines of metrics."""
+def read_result(point: SweepPoint, workdir: Path, share: float) -> Result:
+    """Returns the result of a point's run, from its lines of metrics."""
     with reading(workdir):
         rows = read_lines(workdir)
     num_steps, counts = point.experiment.train.num_steps, point.counts()
@@ -104,7 +104,7 @@ def read_result(point: Point, workdir: Path, share: float) -> Result:
 
 
 def by_series(results: Sequence[Result]) -> dict[str, list[Result]]:
-    """The results of each series, in the sweep's order."""
+    """Returns the results of each series, in the sweep's order."""
     series: dict[str, list[Result]] = {}
     for result in results:
         series.setdefault(result.series, []).append(result)
@@ -112,7 +112,7 @@ def by_series(results: Sequence[Result]) -> dict[str, list[Result]]:
 
 
 def fit_all(results: Sequence[Result]) -> Fits:
-    """A power law for each series and each x of X_NAMES with finished runs of MIN_SIZES sizes or more."""
+    """Returns a power law for each x of X_NAMES and each series with finished runs of MIN_SIZES sizes or more."""
     fits = {}
     for (series, members), x in itertools.product(by_series(results).items(), X_NAMES):
         finished = [(getattr(result, x), result.loss) for result in members if result.loss is not None]
@@ -123,7 +123,7 @@ def fit_all(results: Sequence[Result]) -> Fits:
 
 
 def csv_text(results: Sequence[Result]) -> str:
-    """A line for each point; what is not known is empty."""
+    """Returns a line for each point; unknown values are empty."""
     keys = list(dict.fromkeys(key for result in results for key in result.settings))
     out = io.StringIO()
     fields = ("series", "step", "num_steps", "loss", "loss_error", "activated_params", "denoiser_params", "flops")
@@ -136,7 +136,7 @@ def csv_text(results: Sequence[Result]) -> str:
 
 
 def markdown(results: Sequence[Result], fits: Fits, share: float, pictures: Mapping[str, str]) -> str:
-    """The table, what was not finished, the fits, and the `pictures`: descriptions by file."""
+    """Returns the table, the unfinished runs, the fits, and the plots, of which `pictures` has descriptions by file."""
     lines = [
         f"Loss: mean of `{LOSS}` (squared velocity) over the last {share:.0%} of the steps, ± its standard error, as "
         f"if steps were independent. FLOPs are those of one image and its caption, forward.",

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float
 
-MIN_SIZES = 3  # two determine a line, and leave nothing to tell its error by
+MIN_SIZES = 3  # two sizes determine a line exactly, so its error would be unknown
 MIN_RATIO = 1.1  # between sizes that count as different: an exponent from nearly the same ones would be noise
 # 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; the last one for more of them, which is wider.
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
@@ -20,26 +20,26 @@ class PowerLaw:
     b: float
     b_error: float  # standard error
     points: int
-    spread: float  # of ln y around the line: its standard deviation, of points - 2 degrees of freedom
+    spread: float  # standard deviation of ln y around the line, with points - 2 degrees of freedom
     mean_log_x: float
     sum_squares: float  # of ln x around its mean
 
     @property
     def b_interval(self) -> float:
-        """Half of the width of b's 95 % interval."""
+        """Returns half the width of b's 95 % interval."""
         return T_95[min(self.points - 2, len(T_95)) - 1] * self.b_error
 
     def at(self, x: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-        """y on the line."""
+        """Returns y on the line."""
         return self.a * x**-self.b
 
     def log_error(self, x: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
-        """Standard error of ln y on the line."""
+        """Returns the standard error of ln y on the line."""
         return self.spread * np.sqrt(1 / self.points + (np.log(x) - self.mean_log_x) ** 2 / self.sum_squares)
 
 
 def fit_power_law(x: Sequence[float], y: Sequence[float]) -> PowerLaw | None:
-    """The power law through (x, y), all above 0; None with fewer than MIN_SIZES different x, see MIN_RATIO."""
+    """Returns the power law through (x, y), all above 0; None for fewer than MIN_SIZES different x, see MIN_RATIO."""
     sizes: list[float] = []
     for size in sorted(x):
         if not sizes or size >= MIN_RATIO * sizes[-1]:

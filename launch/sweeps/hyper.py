@@ -1,6 +1,6 @@
-"""What `get_hyper(hyper)` of a sweep file makes its points of: lists of overrides, put together.
+"""The functions with which `get_hyper(hyper)` of a sweep file writes its points: lists of overrides, put together.
 
-A point is a dict from `config.KEY`, as on the command line, to a value; the key `config` names the config file itself.
+The overrides of a point map `config.KEY`, as on the command line, to a value; the key `config` names the config file.
 
     hyper.product([hyper.sweep("config.model.width", [64, 128]), hyper.sweep("config.model.ffn", ["dense"])])
 """
@@ -11,25 +11,25 @@ from typing import Any
 
 from ecdit.errors import UserError
 
-Point = dict[str, Any]
+Overrides = dict[str, Any]  # of one point
 
 
 class SweepError(UserError, ValueError):
     """A sweep that cannot be run as it is written."""
 
 
-def sweep(key: str, values: Iterable[Any]) -> list[Point]:
-    """A point for each value of one key."""
+def sweep(key: str, values: Iterable[Any]) -> list[Overrides]:
+    """Returns a point for each value of one key."""
     return [{key: value} for value in values]
 
 
-def fixed(key: str, value: Any) -> list[Point]:
-    """One point: in a product, what all points have alike."""
+def fixed(key: str, value: Any) -> list[Overrides]:
+    """Returns one point, whose value a product gives to all points."""
     return sweep(key, [value])
 
 
-def product(sweeps: Sequence[Sequence[Point]]) -> list[Point]:
-    """Every combination, those of the last sweep next to each other.
+def product(sweeps: Sequence[Sequence[Overrides]]) -> list[Overrides]:
+    """Returns every combination; the last sweep changes first.
 
     Raises:
       SweepError: two sweeps set the same key.
@@ -37,8 +37,8 @@ def product(sweeps: Sequence[Sequence[Point]]) -> list[Point]:
     return [_joined(points) for points in itertools.product(*sweeps)]
 
 
-def zipit(sweeps: Sequence[Sequence[Point]]) -> list[Point]:
-    """The first points together, the second ones together, and so on; a sweep of one point goes with all.
+def zipit(sweeps: Sequence[Sequence[Overrides]]) -> list[Overrides]:
+    """Puts the first points together, the second ones together, and so on; a sweep of one point goes with all.
 
     Raises:
       SweepError: sweeps of different lengths, or two that set the same key.
@@ -51,13 +51,13 @@ def zipit(sweeps: Sequence[Sequence[Point]]) -> list[Point]:
     return [_joined(points) for points in zip(*spread, strict=True)]
 
 
-def chainit(sweeps: Iterable[Iterable[Point]]) -> list[Point]:
-    """The points of all, one sweep after another."""
+def chainit(sweeps: Iterable[Iterable[Overrides]]) -> list[Overrides]:
+    """Returns the points of all sweeps, one sweep after another."""
     return list(itertools.chain.from_iterable(sweeps))
 
 
-def _joined(points: Sequence[Point]) -> Point:
-    joined: Point = {}
+def _joined(points: Sequence[Overrides]) -> Overrides:
+    joined: Overrides = {}
     for point in points:
         for key in point:
             if key in joined:

@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 STEPS_FILE, X_FILES = "loss_steps.png", {"flops": "loss_flops.png", "activated_params": "loss_params.png"}
-WINDOW_SHARE = 0.05  # of a run's steps: what the curves over steps are running means over
+WINDOW_SHARE = 0.05  # of a run's steps: the window of the running means
 LINES = ("-", "--", ":", "-.")
 
 
 def draw_all(results: Sequence[Result], fits: Fits, directory: Path) -> dict[str, str]:
-    """Draws the plots into `directory`; those against sizes once a run is finished. Returns descriptions by file."""
+    """Draws the plots into `directory`, with those against sizes if a run is finished. Returns descriptions by file."""
     drawn = {STEPS_FILE: f"Loss against steps: running means over {WINDOW_SHARE:.0%} of a run's steps."}
     _save(directory / STEPS_FILE, lambda axes: _draw_steps(axes, results))
     if any(result.loss is not None for result in results):
@@ -32,7 +32,7 @@ def draw_all(results: Sequence[Result], fits: Fits, directory: Path) -> dict[str
 
 
 def running_mean(values: Sequence[float], window: int) -> Float[np.ndarray, " n"]:
-    """Mean of each value and those before it, `window` in all: of the first ones fewer."""
+    """Returns the mean of each value and the values before it, at most `window` in all."""
     sums = np.cumsum(np.concatenate([[0.0], values]))
     ends = np.arange(1, len(sums))
     starts = np.maximum(ends - window, 0)

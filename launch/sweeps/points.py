@@ -28,23 +28,23 @@ DIGITS = 6  # of a hash, in names that would be too long
 
 
 @dataclasses.dataclass(frozen=True)
-class Point:
-    """A run of a sweep."""
+class SweepPoint:
+    """A point of a sweep, checked: one run."""
 
     name: str  # the last part of its workdir
     flags: tuple[str, ...]  # of `python -m ecdit.train`, without --workdir
     origin: Mapping[str, Any]  # as `command_line.config_origin` gives it
     experiment: Experiment
-    settings: Mapping[str, Any]  # what tells it apart: values by key, {"config.model.width": 64}
-    series: str  # those of SERIES, for people; "" where the sweep has none
+    settings: Mapping[str, Any]  # the values that tell it apart, by key: {"config.model.width": 64}
+    series: str  # its values of SERIES, for people; "" if the sweep has no SERIES
 
     def counts(self) -> Counts:
         """Its parameters and FLOPs."""
         return count(self.experiment)
 
 
-def load_points(path: str, config: str = "", overrides: Mapping[str, str] | None = None) -> list[Point]:
-    """The points of a sweep file, in its order.
+def load_points(path: str, config: str = "", overrides: Mapping[str, str] | None = None) -> list[SweepPoint]:
+    """Returns the points of a sweep file, in its order.
 
     Args:
       path: of the file.
@@ -60,20 +60,20 @@ def load_points(path: str, config: str = "", overrides: Mapping[str, str] | None
     module = runpy.run_path(path)
     if "get_hyper" not in module:
         raise hyper.SweepError(f"{path} has no get_hyper(hyper)")
-    raw = [dict(point) for point in module["get_hyper"](hyper)]
-    keys = telling_keys(raw)
+    swept = [dict(each) for each in module["get_hyper"](hyper)]
+    keys = telling_keys(swept)
     for key in overrides or {}:
-        if len({_shown(point.get(key)) for point in raw}) > 1:
+        if len({_shown(each.get(key)) for each in swept}) > 1:
             raise hyper.SweepError(f"--{key}: is swept by {path}")
     base = {CONFIG_KEY: config or module.get("CONFIG", "")}
-    # The name of the point as the file has it: what is added for all does not move the runs.
+    # Names are made of the file's overrides alone, so that overrides for all points leave the workdirs as they are.
     return [
-        _make_point(name, base | point | dict(overrides or {}), keys, module.get("SERIES", ()))
-        for name, point in zip(names(raw, keys), raw, strict=True)
+        _make_point(name, base | each | dict(overrides or {}), keys, module.get("SERIES", ()))
+        for name, each in zip(names(swept, keys), swept, strict=True)
     ]
 
 
-def _make_point(name: str, values: dict[str, Any], keys: Sequence[str], series: Sequence[str]) -> Point:
+def _make_point(name: str, values: hyper.Overrides, keys: Sequence[str], series: Sequence[str]) -> SweepPoint:
     if not values[CONFIG_KEY]:
         raise hyper.SweepError(f"point {name}: names no config file, and the sweep has no CONFIG")
     for key in values:
@@ -89,7 +89,7 @@ def _make_point(name: str, values: dict[str, Any], keys: Sequence[str], series: 
     for key in series:
         if key not in resolved:
             raise hyper.SweepError(f"SERIES: {key}: the config of point {name} has no such key")
-    return Point(
+    return SweepPoint(
         name=name,
         flags=flags,
         origin=origin,
@@ -99,8 +99,8 @@ def _make_point(name: str, values: dict[str, Any], keys: Sequence[str], series: 
     )
 
 
-def telling_keys(points: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The keys that tell points apart, in order: one that earlier ones determine (of a zip, say) is left out.
+def telling_keys(points: Sequence[hyper.Overrides]) -> list[str]:
+    """Returns the keys that tell points apart, in order, without those that earlier keys determine (in a zip, say).
 
     Raises:
       SweepError: there are no points, or two are the same.
@@ -122,11 +122,11 @@ def telling_keys(points: Sequence[Mapping[str, Any]]) -> list[str]:
     return kept or every[:1]
 
 
-def names(points: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[str]:
-    """A name for each point, the same each time, valid as a name of Kubernetes, and all different.
+def names(points: Sequence[hyper.Overrides], keys: Sequence[str]) -> list[str]:
+    """Returns a name for each point: the same each time, valid in Kubernetes, and different from all others.
 
-    It is made of the point's values of `keys`. Where that is too long keys of several words become their initials, and
-    where it still is, it is cut and ends with digits of a hash.
+    It is made of the point's values of `keys`. If it is too long, keys of several words become their initials; if it is
+    still too long, it is cut and ends with digits of a hash.
     """
     made = []
     for point in points:
@@ -153,7 +153,7 @@ def _joined_words(values: Mapping[str, Any], keys: Sequence[str], shorten: bool)
 
 
 def _last(key: str) -> str:
-    """The end of a key; of `optimizer.name` what is named."""
+    """Returns the last part of a key; for `optimizer.name` it is `optimizer`."""
     return key.removesuffix(".name").rpartition(".")[2]
 
 
@@ -167,7 +167,7 @@ def _value_word(key: str, value: Any) -> str:
     return re.sub(r"^-(?=\d)", "m", str(value)).replace(".", "p")
 
 
-def _with_digits(word: str, point: Mapping[str, Any]) -> str:
+def _with_digits(word: str, point: hyper.Overrides) -> str:
     text = json.dumps(point, sort_keys=True, default=str)
     digits = hashlib.sha256(text.encode()).hexdigest()[:DIGITS]
     return f"{word[: MAX_NAME - DIGITS - 1].strip('-')}-{digits}"
@@ -178,5 +178,5 @@ def _series_word(key: str, value: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    """For comparing: values may be lists, which sets do not hold; 1 and True differ."""
+    """Returns text to compare values by: sets cannot hold lists, and 1 == True."""
     return repr(value)

@@ -1,8 +1,8 @@
-"""Runs the points of a sweep on this machine, some at a time; what is done is skipped, so the same command goes on.
+"""Runs the points of a sweep on this machine, some at a time. Points that are done are skipped.
 
-A point that fails does not stop the others. SIGTERM and SIGINT let every point that runs save and end. When this
-process is killed the kernel tells its points the same (`launch.tied`), and the next start waits until they have ended:
-they hold a lock of the sweep's directory.
+A point that fails does not stop the others. SIGTERM and SIGINT let every point that runs save and end. If this process
+is killed, the kernel sends SIGTERM to its points (`launch.tied`), and the next start waits until they have ended: they
+hold a lock of the sweep's directory.
 """
 
 import contextlib
@@ -25,13 +25,13 @@ from ecdit.checkpoints.compatibility import config_differences
 from ecdit.checkpoints.restore import checkpoint_directory
 from ecdit.config import changeable, to_dict
 from ecdit.errors import UserError
+from ecdit.exit_codes import PREEMPTED
 from ecdit.files import check_writable
 from ecdit.runs.trained_run import CONFIG_FILE
-from ecdit.runs.training_run import PREEMPTED
 from ecdit.storage import reading
 from launch.local import collect_signals
 from launch.sweeps.hyper import SweepError
-from launch.sweeps.points import Point
+from launch.sweeps.points import SweepPoint
 
 LOGS = "logs"  # of a sweep's directory: NAME.log, to which every start of a point adds
 SWEEP_LOCK, POINTS_LOCK = ".sweep.lock", ".points.lock"  # held by the sweep; by it and the processes of its points
@@ -40,7 +40,7 @@ POLL_SECONDS = 0.1
 
 @dataclasses.dataclass
 class Progress:
-    """What has become of a sweep's points."""
+    """The names of a sweep's points by their state."""
 
     done: list[str] = dataclasses.field(default_factory=list)
     failed: dict[str, str] = dataclasses.field(default_factory=dict)  # name: exit code and last line
@@ -48,22 +48,22 @@ class Progress:
     waiting: list[str] = dataclasses.field(default_factory=list)  # not started
 
     def exit_code(self) -> int:
-        """0 if all are done, 1 if one failed, else PREEMPTED: the same command goes on."""
+        """Returns 0 if all are done, 1 if one failed, else PREEMPTED: the same command goes on."""
         if self.failed:
             return 1
         return PREEMPTED if self.stopped or self.waiting else 0
 
 
 def newest_step(workdir: Path) -> int:
-    """The step of a run's newest finished checkpoint; 0 without one."""
+    """Returns the step of a run's newest finished checkpoint; 0 without one."""
     return max(ocp.utils.checkpoint_steps(checkpoint_directory(workdir)), default=0)
 
 
-def is_done(point: Point, workdir: Path) -> bool:
-    """Whether the run in `workdir` has done and saved all its steps.
+def is_done(point: SweepPoint, workdir: Path) -> bool:
+    """Returns whether the run in `workdir` has done and saved all its steps.
 
     Raises:
-      UserError: it is a run of another config (a SweepError), or its bucket refuses or is away.
+      UserError: it is a run of another config (a SweepError), or its bucket cannot be read.
     """
     config, differences = workdir / CONFIG_FILE, []
     with reading(workdir):
@@ -78,14 +78,16 @@ def is_done(point: Point, workdir: Path) -> bool:
     return step >= point.experiment.train.num_steps
 
 
-def run_points(points: Sequence[Point], commands: Mapping[str, Sequence[str]], directory: Path, parallel: int) -> int:
+def run_points(
+    points: Sequence[SweepPoint], commands: Mapping[str, Sequence[str]], directory: Path, parallel: int
+) -> int:
     """Runs `commands`, by the points' names, `parallel` at a time. Main thread only.
 
     Args:
-      points: of the sweep.
-      commands: of each point: it trains in `directory`/NAME.
-      directory: of the sweep.
-      parallel: how many at a time.
+      points: the points of the sweep.
+      commands: the command of each point, which trains in `directory`/NAME.
+      directory: the sweep's directory.
+      parallel: how many run at a time.
 
     Returns:
       The exit code, see `Progress.exit_code`.
@@ -109,7 +111,7 @@ def run_points(points: Sequence[Point], commands: Mapping[str, Sequence[str]], d
 
 
 def _run(
-    points: Sequence[Point],
+    points: Sequence[SweepPoint],
     commands: Mapping[str, Sequence[str]],
     directory: Path,
     parallel: int,
@@ -117,7 +119,7 @@ def _run(
     pending: list[int],
     progress: Progress,
 ) -> None:
-    """Starts what is not done until all have ended, or a signal is `pending` and those that run have ended."""
+    """Runs the points that are not done, until all have ended or, after a signal, those that run have ended."""
     waiting = progress.waiting
     for point in points:
         done = is_done(point, directory / point.name)
@@ -149,7 +151,7 @@ def _run(
 
 
 def _settle(name: str, code: int, seconds: float, directory: Path, stopping: bool, progress: Progress) -> None:
-    """Notes how a point ended."""
+    """Records how a point ended."""
     code = code if code >= 0 else 128 - code
     if code == 0:
         progress.done.append(name)
@@ -164,7 +166,7 @@ def _settle(name: str, code: int, seconds: float, directory: Path, stopping: boo
 
 
 def _report(progress: Progress, names: Sequence[str]) -> None:
-    """For people, in the sweep's order: points stop in any."""
+    """Prints the result for people, in the sweep's order: points end in any order."""
     left = [name for name in names if name in progress.stopped or name in progress.waiting]
     print(f"{len(progress.done)} of {len(names)} points are done", flush=True)
     if left:
@@ -201,7 +203,10 @@ def _terminate(running: Mapping[str, tuple[subprocess.Popen, float]]) -> None:
 
 @contextlib.contextmanager
 def _lock(path: Path, pending: list[int] | None = None) -> Iterator[IO[str] | None]:
-    """The locked file. None if another process has the lock, or for `pending` if a signal came while waiting for it."""
+    """Yields the locked file, or None if another process has the lock.
+
+    With `pending`, waits for the lock, and yields None if a signal comes meanwhile.
+    """
     with path.open("a") as file:
         told = False
         while not _try_lock(file):

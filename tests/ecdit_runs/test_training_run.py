@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from ecdit.errors import UserError
+from ecdit.exit_codes import PREEMPTED
 from ecdit.partitioning import make_mesh
 from ecdit.reporting.reporter import DivergedError
 from ecdit.runs import training_run
-from ecdit.runs.training_run import PREEMPTED, train
+from ecdit.runs.training_run import train
 from ecdit.runs.workload import device_batches
 from tests.checkpoints.toy import toy_state
 from tests.events import pictures

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ecdit.training.watchdog import HUNG
+from ecdit.exit_codes import HUNG, PREEMPTED
 from tests.faults.runs import (
     BASE,
     EVERY,
@@ -216,7 +216,8 @@ def _terminated(trial: Trial, layout: Layout, which: int) -> None:
     codes = trial.log["codes"] = run.wait()
     newest, reported = max(finished(trial.workdir), default=None), last_line(trial.workdir)
     trial.log |= {"newest": newest, "reported": reported, "lost": reported - (newest or 0)}
-    require(codes in ([42] * layout.processes, [0] * layout.processes), f"exit codes {codes}: {run.output()[-1500:]}")
+    same = [[code] * layout.processes for code in (PREEMPTED, 0)]
+    require(codes in same, f"exit codes {codes}: {run.output()[-1500:]}")
     require(newest == reported, f"it saved step {newest}, and reported {reported}")
     trial.resume(layout, newest)
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from launch.sweeps.collecting import collect, read_result
 from launch.sweeps.fitting import fit_power_law
-from launch.sweeps.points import Point
+from launch.sweeps.points import SweepPoint
 from tests.runs import tiny
 
 WIDTH, FFN = "config.model.width", "config.model.ffn"
@@ -51,7 +51,7 @@ def points():
     for ffn in ("dense", "expert_choice"):
         for width in (32, 64, 128):
             experiment = tiny(model__width=width, model__ffn=ffn, train__num_steps=10)
-            made.append(Point(f"width-{width}-{ffn}", (), {}, experiment, {WIDTH: width, FFN: ffn}, ffn))
+            made.append(SweepPoint(f"width-{width}-{ffn}", (), {}, experiment, {WIDTH: width, FFN: ffn}, ffn))
     return made
 
 

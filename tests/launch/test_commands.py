@@ -9,6 +9,7 @@ import sys
 import pytest
 import yaml
 
+from ecdit.exit_codes import PREEMPTED
 from launch.job import job_name
 from tests.launch.jobs import WORKDIR, install, wait_for
 from tests.runs import ROOT, TINY, base_install
@@ -166,7 +167,7 @@ def test_two_real_processes_train_here_until_they_are_stopped(outside, tmp_path,
         assert [line.split(" (")[0] for line in shown] == ["process 0", "process 1"]
         assert all(" runs: " in line for line in shown)
         assert "has stopped" in launch("stop", *place, env=environment, cwd=tmp_path).stdout
-        assert launcher.wait(timeout=120) == 42
+        assert launcher.wait(timeout=120) == PREEMPTED
     finally:
         launcher.terminate()
         printed, _ = launcher.communicate(timeout=60)

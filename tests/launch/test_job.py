@@ -6,6 +6,7 @@ import re
 import pytest
 
 from ecdit.config import ConfigError
+from ecdit.exit_codes import PREEMPTED
 from ecdit.experiment import check_mesh
 from ecdit.partitioning import ShardingError, abstract_mesh
 from ecdit.planning.counts import count
@@ -13,6 +14,7 @@ from ecdit.topology import GENERATIONS, find_slice, usual_shapes
 from launch.check import check_pod
 from launch.job import MAX_NAME, RESTART_CODES, LaunchError, check_name, describe, job_name
 from tests.launch.jobs import WORKDIR, experiment, job, placed
+from tests.runs import ROOT
 
 MESH_OF_TWO = {"slices": 2, "data": 1, "fsdp": 32, "expert": 4, "tensor": 1}
 
@@ -164,7 +166,17 @@ def test_hosts_that_would_not_join_are_refused():
 
 
 def test_what_training_ends_with_after_a_save_is_restarted():
-    from ecdit.runs.training_run import PREEMPTED
-
     assert PREEMPTED in RESTART_CODES
     assert not {0, 1, 2} & set(RESTART_CODES)
+
+
+def test_the_documentation_lists_each_exit_code_once_with_what_follows_it():
+    text = (ROOT / "docs/launching.md").read_text()
+    follows = {}
+    for codes, restarts in re.findall(r"^\| (\d[\d, to]*) \|.*\| (yes|no|) ?\|$", text, re.MULTILINE):
+        for first, _, last in (part.partition(" to ") for part in codes.split(", ")):
+            for code in range(int(first), int(last or first) + 1):
+                assert code not in follows
+                follows[code] = restarts
+    assert sorted(follows) == list(range(256))
+    assert {code for code, restarts in follows.items() if restarts == "yes"} == set(RESTART_CODES)

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from ecdit.topology import GENERATIONS, find_slice
-from launch import jobset
+from launch.backends import jobset
 from launch.job import LaunchError
 from tests.launch.jobs import job, placed
 from tests.runs import ROOT

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from ecdit.exit_codes import PREEMPTED
 from launch import local
 
 REPOSITORY = Path(__file__).parents[2]
@@ -148,18 +149,18 @@ def test_workers_of_a_dead_process_do_not_outlive_it(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_reach_every_process_once_and_they_may_save(start_launcher, tmp_path, number):
-    """The first to end, with 42 as after a preemption save, must not cut short the save of the other."""
-    code = """
+    """The first to end, with PREEMPTED as training does, must not cut short the save of the other."""
+    code = f"""
 def save(number, _):
     print('saving after', number)
     time.sleep(0.3 + me)
-    sys.exit(42)
+    sys.exit({PREEMPTED})
 signal.signal(signal.SIGINT, save); signal.signal(signal.SIGTERM, save)
 print('ready')
 time.sleep(60)"""
     launcher = start_launcher(code)
     launcher.send_signal(number)
-    assert launcher.wait(timeout=120) == 42
+    assert launcher.wait(timeout=120) == PREEMPTED
     assert [read(tmp_path, i) for i in range(2)] == [f"ready\nsaving after {int(number)}\n"] * 2
 
 

@@ -12,10 +12,11 @@ import yaml
 
 from ecdit.config import to_dict
 from ecdit.errors import UserError
+from ecdit.exit_codes import PREEMPTED
 from launch.job import job_name
 from launch.sweeps import running
 from launch.sweeps.hyper import SweepError
-from launch.sweeps.points import Point
+from launch.sweeps.points import SweepPoint
 from tests.forking import run_forked
 from tests.launch.jobs import wait_for
 from tests.runs import ROOT, TINY, run, tiny
@@ -25,9 +26,9 @@ EXPERIMENT = tiny(train__num_steps=STEPS)
 # Stand-ins for training. A checkpoint of the last step is what says that a run is done.
 DONE = f"import os, sys; os.makedirs(sys.argv[1] + '/checkpoints/{STEPS}'); print('trained')"
 FAILS = "import sys; print('why'); sys.exit(5)"
-SAVES = """
+SAVES = f"""
 import os, signal, sys, time
-signal.signal(signal.SIGTERM, lambda *_: print('saving') or time.sleep(0.3) or print('saved') or sys.exit(42))
+signal.signal(signal.SIGTERM, lambda *_: print('saving') or time.sleep(0.3) or print('saved') or sys.exit({PREEMPTED}))
 print('ready', os.getpid())
 time.sleep(60)
 """
@@ -40,7 +41,7 @@ sys.exit(test_sweep.start(json.loads(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 
 
 def point(name, experiment=EXPERIMENT):
-    return Point(name, (), {}, experiment, {}, "")
+    return SweepPoint(name, (), {}, experiment, {}, "")
 
 
 def start(codes, directory, parallel=1):
@@ -116,7 +117,7 @@ def test_a_signal_lets_points_save_and_starts_no_other(start_sweep, tmp_path, nu
     slow = SAVES.replace("sleep(0.3)", "sleep(1.5)")  # so that there is room for another meanwhile
     sweep = start_sweep({"a": slow, "b": SAVES, "c": DONE}, ready=["a", "b"], parallel=2)
     sweep.send_signal(number)
-    assert sweep.wait(timeout=20) == 42
+    assert sweep.wait(timeout=20) == PREEMPTED
     assert all(log(tmp_path, name).endswith("saving\nsaved\n") for name in "ab")
     assert log(tmp_path, "c") == ""
     assert "left: a, b, c; the same command goes on" in sweep.stdout.read()
@@ -164,7 +165,7 @@ def test_a_point_that_was_stopped_before_it_listened_has_not_failed(tmp_path):
         (tmp_path / running.LOGS / "a.log").write_text("why\n")
         running._settle("a", -signal.SIGTERM, 1.0, tmp_path, stopping, progress)
         assert (progress.stopped, list(progress.failed)) == (stopped, failed)
-        assert progress.exit_code() == (1 if failed else 42)
+        assert progress.exit_code() == (1 if failed else PREEMPTED)
 
 
 def sweep_command(path, workdir, *flags):

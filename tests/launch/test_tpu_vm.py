@@ -11,7 +11,8 @@ import subprocess
 
 import pytest
 
-from launch import tpu_vm
+from ecdit.exit_codes import PREEMPTED
+from launch.backends import tpu_vm
 from launch.job import RESTART_CODES, LaunchError
 from tests.launch.jobs import install, job, placed, wait_for
 from tests.runs import ROOT
@@ -64,12 +65,12 @@ if sys.argv[1:4] == ["-m", "uv", "venv"]:
     shutil.copy(pathlib.Path(__file__).with_name("training"), "venv/bin/python")
 """
 # Training: each start notes its command line and ends with the next of `codes`; "wait" waits for SIGTERM and saves.
-TRAINING = """
+TRAINING = f"""
 import os, pathlib, signal, sys, time
 def save(*_):
     time.sleep(0.3)
     print("saved", flush=True)
-    sys.exit(42)
+    sys.exit({PREEMPTED})
 signal.signal(signal.SIGTERM, save)
 with open("starts", "a") as file: print(*sys.argv[1:], os.environ["JAX_PLATFORMS"], file=file)
 code, *later = pathlib.Path("codes").read_text().split() if pathlib.Path("codes").exists() else ["wait"]
@@ -135,7 +136,7 @@ def test_sigterm_lets_training_save_and_ends_the_loop(stand_in):
     output, _ = loop.communicate(timeout=20)
     assert "saved" in output
     assert len((directory / "starts").read_text().splitlines()) == 1
-    assert loop.returncode == 42
+    assert loop.returncode == PREEMPTED
 
 
 def test_the_loop_runs_the_command_of_the_job_with_its_environment(stand_in):

@@ -2,9 +2,8 @@
 
 from tests.mutants.mutant import Mutant
 
-_JOB, _JOBSET, _TPU_VM, _LOCAL, _LOCAL_JOB, _CHECK = (
-    f"launch/{name}.py" for name in ("job", "jobset", "tpu_vm", "local", "local_job", "check")
-)
+_JOB, _LOCAL, _CHECK, _STARTING = (f"launch/{name}.py" for name in ("job", "local", "check", "starting"))
+_JOBSET, _TPU_VM, _LOCAL_BACKEND = (f"launch/backends/{name}.py" for name in ("jobset", "tpu_vm", "local"))
 
 
 def _job(*names: str) -> tuple[str, ...]:
@@ -19,6 +18,10 @@ def _tpu_vm(*names: str) -> tuple[str, ...]:
     return tuple(f"tests/launch/test_tpu_vm.py::{name}" for name in names)
 
 
+def _backends(*names: str) -> tuple[str, ...]:
+    return tuple(f"tests/launch/test_backends.py::{name}" for name in names)
+
+
 def _local(*names: str) -> tuple[str, ...]:
     return tuple(f"tests/launch/test_local.py::{name}" for name in names)
 
@@ -26,8 +29,8 @@ def _local(*names: str) -> tuple[str, ...]:
 MUTANTS = (
     Mutant(
         _JOB,
-        "RESTART_CODES = (42, 43, *range(127, 256))",
-        "RESTART_CODES = (43, *range(127, 256))",
+        "RESTART_CODES = (PREEMPTED, HUNG, *SIGNAL_CODES)",
+        "RESTART_CODES = (HUNG, *SIGNAL_CODES)",
         _job("test_what_training_ends_with_after_a_save_is_restarted"),
         "a preempted run is not started again",
     ),
@@ -69,6 +72,27 @@ MUTANTS = (
         'if slices > 1 and mesh.slices == 1 and "mesh.slices" not in overrides:',
         "if slices > 1 and mesh.slices == 1:",
         _job("test_a_mesh_that_was_given_its_slices_keeps_them"),
+    ),
+    Mutant(
+        _STARTING,
+        "if backend.has_large_hosts or LARGE_HOSTS.value:",
+        "if LARGE_HOSTS.value:",
+        _backends("test_a_new_backend_brings_its_flags_and_starts_jobs"),
+        "a job on TPU VMs waits for a second host of v6e-8",
+    ),
+    Mutant(
+        _STARTING,
+        "    backend.check(job)\n",
+        "\n",
+        _backends("test_a_backend_refuses_a_job_before_its_step_is_compiled"),
+        "a job that cannot run is refused after minutes of compiling, or by the cluster",
+    ),
+    Mutant(
+        "launch/stop.py",
+        "location.backend.stop(location.name, location.slices)",
+        "location.backend.stop(location.name, 1)",
+        _backends("test_a_new_backend_shows_and_stops_jobs[stop-7]"),
+        "stop does not find the TPU VMs of several slices",
     ),
     Mutant(
         _JOBSET,
@@ -161,16 +185,16 @@ MUTANTS = (
         _local("test_the_device_count_replaces_another_and_leaves_other_flags"),
     ),
     Mutant(
-        _LOCAL_JOB,
+        _LOCAL_BACKEND,
         'f"--devices={job.slice.devices_per_host}"',
         'f"--devices={job.slice.chips}"',
-        ("tests/launch/test_local_job.py::test_every_host_is_a_process_with_the_devices_of_its_chips",),
+        ("tests/launch/test_local_backend.py::test_every_host_is_a_process_with_the_devices_of_its_chips",),
     ),
     Mutant(
-        _LOCAL_JOB,
+        _LOCAL_BACKEND,
         'return bool(state) and not state.startswith("Z") and plain == noted',
         'return bool(state) and not state.startswith("Z")',
-        ("tests/launch/test_local_job.py::test_a_process_that_got_the_number_of_an_ended_one_is_left_alone",),
+        ("tests/launch/test_local_backend.py::test_a_process_that_got_the_number_of_an_ended_one_is_left_alone",),
         "stop ends a stranger's process",
     ),
     Mutant(
@@ -214,8 +238,8 @@ MUTANTS = (
     ),
     Mutant(
         "launch/sweeps/points.py",
-        "_make_point(name, base | point | dict(overrides or {}), keys,",
-        "_make_point(name, base | dict(overrides or {}) | point, keys,",
+        "_make_point(name, base | each | dict(overrides or {}), keys,",
+        "_make_point(name, base | dict(overrides or {}) | each, keys,",
         ("tests/launch/test_hyper.py::test_points_become_flags_of_training",),
         "an override for all points is not applied to those that set the key",
     ),

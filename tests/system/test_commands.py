@@ -223,7 +223,7 @@ def test_a_config_survives_json():
         ("model", "depth", 3, "must be even"),
         ("train", "ema_decay", 1.0, r"must be in [0, 1)"),
         ("mesh", "fsdp", 0, "must be 1 or more"),
-        ("data", "image_size", 64, "pictures of 32 pixels"),
+        ("data", "image_size", 64, "images of 32 pixels"),
         ("text", "vocab_size", 64, "at least data.vocab_size"),
     ],
 )

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 
 from ecdit import storage
 from ecdit.errors import UserError
+from ecdit.exit_codes import PREEMPTED
 from ecdit.storage import as_path
 from launch.local import cpu_environment
 from tests import events
@@ -146,7 +147,7 @@ def starts(bucket, emoji_data, env):
     process = train(emoji_data, env)
     # Written by the thread that trains: the signal is seen in the next step.
     on_write(store, "runs/a/metrics/00000005.jsonl", lambda: process.send_signal(signal.SIGTERM))
-    printed += [ended(process, 42), ended(train(emoji_data, env), 0)]
+    printed += [ended(process, PREEMPTED), ended(train(emoji_data, env), 0)]
     return printed, after_kill, first
 
 

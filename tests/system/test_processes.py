@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 
+from ecdit.exit_codes import PREEMPTED
 from launch.local import cpu_environment, launch
 from tests.runs import run, train_command
 
@@ -46,7 +47,7 @@ def test_two_processes_train_stop_together_and_resume_as_one_does(tmp_path, emoj
     command = [sys.executable, "-c", PREEMPT_ONE, str(two / "metrics.jsonl"), *flags]
     code = launch(command, processes=2, devices=2, log_dir=tmp_path / "logs")
     logs = [(tmp_path / "logs" / f"process_{i}.log").read_text() for i in range(2)]
-    assert code == 42, logs[0][-3000:] + logs[1][-3000:]
+    assert code == PREEMPTED, logs[0][-3000:] + logs[1][-3000:]
     (stopped,) = (int(path.name) for path in (two / "checkpoints").iterdir())
     assert stopped >= 3
     assert f"saved step {stopped}" in logs[0]

@@ -16,6 +16,7 @@ from ecdit.checkpoints import restore
 from ecdit.checkpoints.compatibility import check_resume
 from ecdit.checkpoints.restore import CheckpointError
 from ecdit.config import changeable, to_dict
+from ecdit.exit_codes import PREEMPTED
 from ecdit.interop.weights import flat_names
 from ecdit.partitioning import make_mesh
 from ecdit.system import make_system
@@ -136,7 +137,7 @@ def test_sigterm_saves_exits_42_and_resumes_equal(tmp_path, emoji_data, module_e
     process = start(workdir, emoji_data, module_env, **changes)
     wait_for(lambda: last_step(workdir) >= 5, process)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=120) == 42
+    assert process.wait(timeout=120) == PREEMPTED
     stopped = last_step(workdir)
     assert 5 <= stopped < STEPS
     assert [p.name for p in (workdir / "checkpoints").iterdir()] == [str(stopped)]

@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from ecdit.training.watchdog import HUNG, PATIENCE
+from ecdit.exit_codes import HUNG
+from ecdit.training.watchdog import PATIENCE
 
 HANG = """
 import sys, time

@@ -1,20 +1,24 @@
-"""Runs a job on GKE, as a JobSet (jobset.x-k8s.io/v1alpha2) in a Kueue queue: the manifest, and the commands around it.
+"""The backend `jobset`: runs a job on GKE, as a JobSet (jobset.x-k8s.io/v1alpha2) in a Kueue queue.
 
 Every slice is a Job of the JobSet and every host one of its pods. When a pod ends with one of RESTART_CODES its Job
-fails, and the JobSet starts all its Jobs again; any other code but 0 fails the JobSet. GKE itself tells the processes
-of each other (TPU_WORKER_HOSTNAMES, TPU_WORKER_ID, and MEGASCALE_* of several slices), which jax.distributed reads.
+fails, and the JobSet starts all its Jobs again; any other code but 0 fails the JobSet. GKE tells the processes about
+each other (TPU_WORKER_HOSTNAMES, TPU_WORKER_ID, and MEGASCALE_* for several slices), which jax.distributed reads.
 """
 
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
 from typing import Any
 
 import yaml
+from absl import flags
 
-from launch.job import RESTART_CODES, Job, LaunchError
+from ecdit import __version__
+from ecdit.errors import UserError
+from launch.commands import run, run_all
+from launch.job import RESTART_CODES, Job, LaunchError, describe_restarts, training_environment
 
+FLAGS = flags.FLAGS
 ACCELERATORS = {  # by `Slice.chip`: the nodes' label cloud.google.com/gke-tpu-accelerator
     "v4": "tpu-v4-podslice",
     "v5p": "tpu-v5p-slice",
@@ -23,6 +27,7 @@ ACCELERATORS = {  # by `Slice.chip`: the nodes' label cloud.google.com/gke-tpu-a
     "tpu7x": "tpu7x",
 }
 KIND = "jobsets.jobset.x-k8s.io"
+NO_IMAGE = f"image.invalid/ecdit:{__version__}"  # for dry runs without --image: no registry can have this name
 SLICE, CONTAINER = "slice", "train"
 DATA_MOUNT = "/data"
 MIN_GRACE_SECONDS = 120
@@ -40,17 +45,17 @@ class Options:
     priority: str  # PriorityClass; "" for none
     service_account: str  # of Kubernetes, allowed to read and write the bucket; "" for the namespace's default
     max_restarts: int
-    grace_seconds: int  # from SIGTERM to SIGKILL; 0 for what a checkpoint needs
+    grace_seconds: int  # from SIGTERM to SIGKILL; 0: as long as a checkpoint needs
     write_rate: float  # bytes a second that a host writes to its bucket, assumed
     data: str  # gs:// path of prepared data, mounted as the run's data.directory; "" for none
     env: tuple[str, ...]  # NAME=VALUE
 
 
 def grace_seconds(job: Job, options: Options) -> int:
-    """The time that a pod is given to save.
+    """Returns how long a pod may take to save after SIGTERM.
 
     Raises:
-      LaunchError: the one asked for is too short for a checkpoint.
+      LaunchError: the time that was asked for is too short for a checkpoint.
     """
     needed = math.ceil(job.save_seconds(options.write_rate)) + SETTLE_SECONDS
     if not options.grace_seconds:
@@ -65,10 +70,10 @@ def grace_seconds(job: Job, options: Options) -> int:
 
 
 def manifest(job: Job, options: Options) -> dict[str, Any]:
-    """The JobSet as plain data.
+    """Returns the JobSet as plain data.
 
     Raises:
-      LaunchError: the grace period is too short, or GKE has no such slices.
+      LaunchError: the grace period is too short, or GKE has no slices like these.
     """
     if job.slices > 1 and job.slice.hosts == 1:
         raise LaunchError(
@@ -133,7 +138,7 @@ def _pod(job: Job, options: Options) -> dict[str, Any]:
         "name": CONTAINER,
         "image": options.image,
         "command": ["python", "-m", "ecdit.train", *train_flags],
-        "env": environment(options.env),
+        "env": [{"name": key, "value": value} for key, value in training_environment(options.env).items()],
         "securityContext": {"privileged": True},  # the chips are devices of the host
         "resources": {"requests": {"google.com/tpu": chips}, "limits": {"google.com/tpu": chips}},
         "volumeMounts": mounts,
@@ -157,27 +162,11 @@ def _pod(job: Job, options: Options) -> dict[str, Any]:
     return {"metadata": {"labels": {"app.kubernetes.io/name": "ecdit"}, "annotations": annotations}, "spec": spec}
 
 
-def environment(extra: Sequence[str]) -> list[dict[str, str]]:
-    """Variables of the training process: the fixed ones, then `extra`, each NAME=VALUE.
-
-    Raises:
-      LaunchError: one of `extra` is not of that form.
-    """
-    fixed = {
-        "JAX_PLATFORMS": "tpu,cpu",  # said, it is an error where the TPU does not start; unsaid, JAX would use the CPU
-        "PYTHONUNBUFFERED": "1",
-    }
-    for pair in extra:
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*=.*", pair, re.DOTALL):
-            raise LaunchError(f"--env={pair}: must be NAME=VALUE")
-    return [{"name": key, "value": value} for key, value in (fixed | dict(p.split("=", 1) for p in extra)).items()]
-
-
 def bucket_mount(data: str) -> dict[str, Any]:
-    """The ephemeral volume of Cloud Storage FUSE that shows `data`, gs://BUCKET[/PATH], as a directory.
+    """Returns the ephemeral volume of Cloud Storage FUSE that shows `data`, gs://BUCKET[/PATH], as a directory.
 
     Raises:
-      LaunchError: `data` is no such path.
+      LaunchError: `data` is not such a path.
     """
     matched = re.fullmatch(r"gs://([^/]+)(?:/(.+?))?/?", data)
     if not matched:
@@ -189,7 +178,7 @@ def bucket_mount(data: str) -> dict[str, Any]:
         "volumeAttributes": {
             "bucketName": bucket,
             "mountOptions": ",".join(["implicit-dirs", *([f"only-dir={path}"] if path else [])]),
-            "hostNetworkPodKSA": "true",  # pods on the host's network else mount as the node's service account
+            "hostNetworkPodKSA": "true",  # otherwise pods on the host's network use the node's service account
         },
     }
 
@@ -203,18 +192,18 @@ def _data_flag(job: Job) -> str:
 
 
 def text(job: Job, options: Options) -> str:
-    """The manifest as YAML, which is what `launch_command` reads."""
+    """Returns the manifest as YAML, for `launch_command`."""
     head = f"# python -m launch.tpu wrote this. Start it: {' '.join(launch_command('FILE', ''))}\n"
     return head + yaml.safe_dump(manifest(job, options), sort_keys=False, default_flow_style=None, width=120)
 
 
 def launch_command(file: str, context: str) -> list[str]:
-    """Creates what `file` ("-": the input) says; kubectl refuses it where a JobSet of that name is."""
+    """Returns the command that creates the JobSet in `file` ("-": the input). kubectl refuses a name that is taken."""
     return ["kubectl", "create", f"--filename={file}", *_context(context)]
 
 
 def status_commands(name: str, namespace: str, context: str) -> list[list[str]]:
-    """Shows the JobSet, its pods, and what its first process printed last."""
+    """Returns the commands that show the JobSet, its pods, and the last lines of its first process."""
     here = [f"--namespace={namespace}", *_context(context)]
     pods = f"jobset.sigs.k8s.io/jobset-name={name}"
     first = f"{pods},jobset.sigs.k8s.io/job-index=0,batch.kubernetes.io/job-completion-index=0"
@@ -226,9 +215,84 @@ def status_commands(name: str, namespace: str, context: str) -> list[list[str]]:
 
 
 def stop_commands(name: str, namespace: str, context: str) -> list[list[str]]:
-    """Deletes the JobSet and waits: its pods get SIGTERM and the grace period to save in."""
+    """Returns the command that deletes the JobSet and waits: its pods get SIGTERM and the grace period to save."""
     return [["kubectl", "delete", KIND, name, "--cascade=foreground", f"--namespace={namespace}", *_context(context)]]
 
 
 def _context(context: str) -> list[str]:
     return [f"--context={context}"] if context else []
+
+
+class JobSet:
+    """The backend, which takes the options above from the flags."""
+
+    name = "jobset"
+    file_ending = "yaml"
+    has_large_hosts = False
+    runs_here = False
+
+    def define_location_flags(self) -> None:
+        """Defines the flags that name the cluster and the namespace."""
+        flags.DEFINE_string("namespace", "default", "jobset: of Kubernetes.")
+        flags.DEFINE_string("context", "", "jobset: kubectl's, which names the cluster; empty: the current one.")
+
+    def define_launch_flags(self) -> None:
+        """Defines the flags of Kueue, of the grace period and of the data that is mounted."""
+        flags.DEFINE_string("queue", "multislice-queue", "jobset: Kueue's LocalQueue.")
+        flags.DEFINE_string("priority", "medium", "jobset: PriorityClass; empty: none.")
+        flags.DEFINE_integer("grace-seconds", 0, "jobset: to save in after SIGTERM; 0: what a checkpoint needs.")
+        flags.DEFINE_float(
+            "write-rate", 0.5, "jobset: GB/s that a host writes to its bucket, assumed.", lower_bound=1e-3
+        )
+        flags.DEFINE_string("data", "", "jobset: gs:// path of prepared data, to mount as data.directory.")
+
+    def check(self, job: Job) -> None:
+        """Raises LaunchError for slices, a grace period, data or variables that GKE would not take."""
+        manifest(job, _options())
+
+    def text(self, job: Job) -> str:
+        """Returns the manifest."""
+        return text(job, _options())
+
+    def summary(self, job: Job) -> str:
+        """Returns the image, the queue, the restarts and the grace period."""
+        options = _options()
+        seconds = job.save_seconds(options.write_rate)
+        return (
+            f"{options.image}, queue {options.queue}; {describe_restarts(options.max_restarts)}; "
+            f"{grace_seconds(job, options)} s to save in, which takes {seconds:.0f} s "
+            f"at an assumed {options.write_rate / 1e9:g} GB/s a host"
+        )
+
+    def start(self, job: Job) -> int:
+        """Creates the JobSet. Returns kubectl's exit code.
+
+        Raises:
+          UserError: there is no image to run.
+        """
+        if not FLAGS["image"].value:
+            raise UserError("--image is missing: build launch/Dockerfile, push it, and name it")
+        return run(launch_command("-", FLAGS["context"].value), self.text(job))
+
+    def status(self, name: str, slices: int) -> int:
+        """Shows the JobSet, its pods, and the last lines of its first process."""
+        return run_all(status_commands(name, FLAGS["namespace"].value, FLAGS["context"].value))
+
+    def stop(self, name: str, slices: int) -> int:
+        """Deletes the JobSet, whose pods save in their grace period."""
+        return run_all(stop_commands(name, FLAGS["namespace"].value, FLAGS["context"].value))
+
+
+def _options() -> Options:
+    return Options(
+        image=FLAGS["image"].value or NO_IMAGE,
+        namespace=FLAGS["namespace"].value,
+        queue=FLAGS["queue"].value,
+        priority=FLAGS["priority"].value,
+        service_account=FLAGS["service-account"].value,
+        max_restarts=FLAGS["max-restarts"].value,
+        grace_seconds=FLAGS["grace-seconds"].value,
+        write_rate=FLAGS["write-rate"].value * 1e9,
+        data=FLAGS["data"].value,
+        env=tuple(FLAGS["env"].value),
+    )

@@ -1,17 +1,21 @@
-"""Runs a job on TPU VMs without GKE: queued resources, and on every worker a loop that restarts the training.
+"""The backend `tpu-vm`: runs a job on TPU VMs without GKE, by queued resources.
 
-Everything is one bash script, the same that a dry run writes: it asks for the TPUs, waits for them, copies the code (or
-names a container), and starts the loop on all workers, detached from the connection. The same script again goes on
-where it was cut off. On TPU VMs jax.distributed finds the other workers, and those of other slices, by itself.
+One bash script does everything, the same that a dry run writes: it asks for the TPUs, waits for them, copies the code
+(or names a container), and starts a loop on all workers, detached from the connection, which restarts the training.
+If the script is cut off, run it again: it goes on from there. On TPU VMs jax.distributed finds the workers of all
+slices by itself.
 """
 
 import dataclasses
 import shlex
 from collections.abc import Sequence
 
-from launch.job import RESTART_CODES, ROOT, Job, LaunchError
-from launch.jobset import environment
+from absl import flags
 
+from launch.commands import run, run_all
+from launch.job import RESTART_CODES, ROOT, Job, LaunchError, describe_restarts, training_environment
+
+FLAGS = flags.FLAGS
 GCLOUD = ["gcloud", "compute", "tpus"]
 RUNTIMES = {  # by `Slice.chip`: the VMs' images, cloud.google.com/tpu/docs/runtimes; TPU7x has no queued resources
     "v4": "tpu-ubuntu2204-base",
@@ -29,7 +33,7 @@ END_STATES = "FAILED|SUSPENDING|SUSPENDED|DELETING"  # of a queued resource from
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How a job runs on TPU VMs; "" is what gcloud is configured to."""
+    """How a job runs on TPU VMs; "" leaves a value to the configuration of gcloud."""
 
     project: str
     zone: str
@@ -42,7 +46,7 @@ class Options:
 
 
 def check(job: Job) -> None:
-    """Raises LaunchError for slices that an accelerator's name does not give, or that are no queued resources."""
+    """Raises LaunchError for slices that queued resources do not offer, or that no accelerator's name means."""
     if job.slice.chip not in RUNTIMES:
         raise LaunchError(
             f"accelerator {job.slice.accelerator}: tpu-vm takes {', '.join(RUNTIMES)}; --backend=jobset takes this one"
@@ -55,12 +59,12 @@ def check(job: Job) -> None:
 
 
 def nodes(name: str, slices: int) -> list[str]:
-    """The TPU VMs of a queued resource: one a slice, each with all the slice's workers."""
+    """Returns the names of the TPU VMs of a queued resource: each is a slice with all its workers."""
     return [name] if slices == 1 else [f"{name}-{i}" for i in range(slices)]
 
 
 def create_command(job: Job, options: Options) -> list[str]:
-    """Asks for the TPUs."""
+    """Returns the command that asks for the TPUs."""
     count = [f"--node-id={job.name}"]
     if job.slices > 1:
         count = [f"--node-count={job.slices}", f"--node-prefix={job.name}"]
@@ -71,28 +75,37 @@ def create_command(job: Job, options: Options) -> list[str]:
         *("queued-resources", "create", job.name),
         f"--accelerator-type={job.slice.accelerator}",
         f"--runtime-version={options.runtime_version or RUNTIMES[job.slice.chip]}",
-        *(*count, *capacity, *account, *_place(options.project, options.zone), "--quiet"),
+        *(*count, *capacity, *account, *_zone_flags(options.project, options.zone), "--quiet"),
     ]
 
 
 def describe_command(name: str, project: str, zone: str) -> list[str]:
-    """Prints the queued resource's state."""
+    """Returns the command that prints the state of the queued resource."""
     describe = ["queued-resources", "describe", name, "--format=value(state.state)"]
-    return [*GCLOUD, *describe, *_place(project, zone)]
+    return [*GCLOUD, *describe, *_zone_flags(project, zone)]
 
 
 def ssh_command(node: str, command: str, project: str, zone: str) -> list[str]:
-    """Runs a shell command on all workers of a TPU VM."""
-    return [*GCLOUD, "tpu-vm", "ssh", node, "--worker=all", f"--command={command}", *_place(project, zone), "--quiet"]
+    """Returns the command that runs a shell command on all workers of a TPU VM."""
+    return [
+        *GCLOUD,
+        "tpu-vm",
+        "ssh",
+        node,
+        "--worker=all",
+        f"--command={command}",
+        *_zone_flags(project, zone),
+        "--quiet",
+    ]
 
 
 def copy_command(node: str, files: Sequence[str], project: str, zone: str) -> list[str]:
-    """Copies files to the home directory of all workers of a TPU VM."""
-    return [*GCLOUD, "tpu-vm", "scp", *files, f"{node}:", "--worker=all", *_place(project, zone), "--quiet"]
+    """Returns the command that copies files to the home directory of all workers of a TPU VM."""
+    return [*GCLOUD, "tpu-vm", "scp", *files, f"{node}:", "--worker=all", *_zone_flags(project, zone), "--quiet"]
 
 
 def status_commands(name: str, slices: int, project: str, zone: str) -> list[list[str]]:
-    """Shows the queued resource's state, and what every worker printed last."""
+    """Returns the commands that show the state of the queued resource, and the last line of every worker."""
     tail = f'echo "$(hostname): $(tail -n 1 {HOME}/log)"'
     return [
         describe_command(name, project, zone),
@@ -101,14 +114,14 @@ def status_commands(name: str, slices: int, project: str, zone: str) -> list[lis
 
 
 def stop_commands(name: str, slices: int, project: str, zone: str) -> list[list[str]]:
-    """Lets every worker save and end, then gives the TPUs back."""
+    """Returns the commands that let every worker save and end, and then give the TPUs back."""
     end = f"cd {HOME} && kill -TERM $(cat pid) && while kill -0 $(cat pid) 2>/dev/null; do sleep 1; done"
-    delete = ["queued-resources", "delete", name, "--force", *_place(project, zone), "--quiet"]
+    delete = ["queued-resources", "delete", name, "--force", *_zone_flags(project, zone), "--quiet"]
     return [*(ssh_command(node, end, project, zone) for node in nodes(name, slices)), [*GCLOUD, *delete]]
 
 
 def restart_loop(job: Job, options: Options) -> str:
-    """The bash script that every worker runs: training, again after each of RESTART_CODES, until SIGTERM."""
+    """Returns the bash script of a worker, which runs training again after each of RESTART_CODES, until SIGTERM."""
     codes = " || ".join(f"(code >= {first} && code <= {last})" for first, last in _ranges(RESTART_CODES))
     return f"""#!/usr/bin/env bash
 # Trains on this worker. SIGTERM is passed on, so that training saves, and ends the loop.
@@ -131,9 +144,9 @@ done
 
 
 def script(job: Job, options: Options) -> str:
-    """The bash script that does it all, from this checkout."""
-    place = (options.project, options.zone)
-    create, describe = (shlex.join(c) for c in (create_command(job, options), describe_command(job.name, *place)))
+    """Returns the bash script that does everything, from this checkout."""
+    location = (options.project, options.zone)
+    create, describe = (shlex.join(c) for c in (create_command(job, options), describe_command(job.name, *location)))
     lines = [
         "#!/usr/bin/env bash",
         "# python -m launch.tpu wrote this: it does what that does without --dry-run.",
@@ -154,15 +167,17 @@ def script(job: Job, options: Options) -> str:
         lines.append(f'{copied} | tar -xf - -C "$scratch/{HOME}"')
     lines.append(f'tar -czf "$scratch/{job.name}.tar.gz" -C "$scratch" {HOME}')
     for node in nodes(job.name, job.slices):
-        copy = shlex.join(copy_command(node, ["ARCHIVE"], *place)).replace("ARCHIVE", f'"$scratch/{job.name}.tar.gz"')
-        lines += [copy, *(shlex.join(ssh_command(node, step, *place)) for step in _setup(job, options))]
+        copy = shlex.join(copy_command(node, ["ARCHIVE"], *location)).replace(
+            "ARCHIVE", f'"$scratch/{job.name}.tar.gz"'
+        )
+        lines += [copy, *(shlex.join(ssh_command(node, step, *location)) for step in _setup(job, options))]
     # Only now, for all slices: the processes wait for each other.
-    lines += [shlex.join(ssh_command(node, _start(), *place)) for node in nodes(job.name, job.slices)]
+    lines += [shlex.join(ssh_command(node, _start(), *location)) for node in nodes(job.name, job.slices)]
     return "\n".join([*lines, f'echo "{job.name} runs: python -m launch.status shows it"', ""])
 
 
 def _setup(job: Job, options: Options) -> list[str]:
-    """Shell commands that prepare a worker; the first refuses one where training runs."""
+    """Returns shell commands that prepare a worker. The first refuses a worker on which training runs."""
     alive = f"[ -e {HOME}/pid ] && kill -0 $(cat {HOME}/pid) 2>/dev/null"
     unpack = f"if {alive}; then echo training runs already; exit 1; fi; tar -xzf {job.name}.tar.gz"
     if options.image:
@@ -180,7 +195,7 @@ def _start() -> str:
 
 
 def _train_command(job: Job, options: Options) -> str:
-    pairs = [f"{variable['name']}={variable['value']}" for variable in environment(options.env)]
+    pairs = [f"{name}={value}" for name, value in training_environment(options.env).items()]
     train = ["-m", "ecdit.train", *job.train_flags]
     if not options.image:
         return shlex.join(["env", *pairs, "venv/bin/python", *train])
@@ -190,13 +205,13 @@ def _train_command(job: Job, options: Options) -> str:
 
 
 def _files(job: Job) -> list[str]:
-    """What of the checkout a worker needs, the config file included."""
+    """Returns the files of the checkout that a worker needs, the config file included."""
     config = job.train_flags[0].removeprefix("--config=").partition(":")[0]
     return [*CODE, *([] if config.split("/")[0] in CODE else [config])]
 
 
 def _ranges(codes: Sequence[int]) -> list[tuple[int, int]]:
-    """Ascending codes as (first, last) of those that follow each other."""
+    """Returns ascending codes as ranges, (first, last)."""
     ranges: list[tuple[int, int]] = []
     for code in codes:
         if ranges and ranges[-1][1] == code - 1:
@@ -206,5 +221,63 @@ def _ranges(codes: Sequence[int]) -> list[tuple[int, int]]:
     return ranges
 
 
-def _place(project: str, zone: str) -> list[str]:
+def _zone_flags(project: str, zone: str) -> list[str]:
     return [*([f"--project={project}"] if project else []), *([f"--zone={zone}"] if zone else [])]
+
+
+class TpuVm:
+    """The backend, which takes the options above from the flags."""
+
+    name = "tpu-vm"
+    file_ending = "sh"
+    has_large_hosts = True
+    runs_here = False
+
+    def define_location_flags(self) -> None:
+        """Defines the flags that name the project and the zone."""
+        flags.DEFINE_string("project", "", "tpu-vm: Google Cloud's; empty: as gcloud is configured.")
+        flags.DEFINE_string("zone", "", "tpu-vm: such as us-east5-a; empty: as gcloud is configured.")
+
+    def define_launch_flags(self) -> None:
+        """Defines the flags that say which TPUs, and with which image of the VMs."""
+        flags.DEFINE_enum("capacity", "on-demand", ["on-demand", "spot", "reserved"], "tpu-vm: which TPUs.")
+        flags.DEFINE_string("runtime-version", "", "tpu-vm: image of the VMs; empty: the usual one.")
+
+    def check(self, job: Job) -> None:
+        """Raises LaunchError for slices or variables that a queued resource cannot have."""
+        check(job)
+        script(job, _options())
+
+    def text(self, job: Job) -> str:
+        """Returns the script."""
+        return script(job, _options())
+
+    def summary(self, job: Job) -> str:
+        """Returns the name of the queued resource, the kind of TPUs and the restarts."""
+        options = _options()
+        return f"queued resource {job.name}, {options.capacity}; {describe_restarts(options.max_restarts)}"
+
+    def start(self, job: Job) -> int:
+        """Runs the script. Returns its exit code."""
+        return run(["bash", "-c", self.text(job)])  # not as the input of bash, which ssh would read
+
+    def status(self, name: str, slices: int) -> int:
+        """Shows the state of the queued resource, and the last line of every worker."""
+        return run_all(status_commands(name, slices, FLAGS["project"].value, FLAGS["zone"].value))
+
+    def stop(self, name: str, slices: int) -> int:
+        """Lets every worker save and end, and gives the TPUs back."""
+        return run_all(stop_commands(name, slices, FLAGS["project"].value, FLAGS["zone"].value))
+
+
+def _options() -> Options:
+    return Options(
+        project=FLAGS["project"].value,
+        zone=FLAGS["zone"].value,
+        image=FLAGS["image"].value,
+        runtime_version=FLAGS["runtime-version"].value,
+        service_account=FLAGS["service-account"].value,
+        capacity=FLAGS["capacity"].value,
+        max_restarts=FLAGS["max-restarts"].value,
+        env=tuple(FLAGS["env"].value),
+    )

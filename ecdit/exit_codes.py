@@ -1,0 +1,4 @@
+"""The exit codes of training that tell a launcher to start the run again. This module imports nothing."""
+
+PREEMPTED = 42  # SIGTERM came, and training saved its state before it ended
+HUNG = 43  # the watchdog ended a process that made no progress
