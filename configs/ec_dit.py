@@ -50,6 +50,8 @@ def get_config(name: str = "XL-32E") -> ConfigDict:
     config.model.kv_heads = kv_heads
     config.model.ffn = DENSE if dense else TOKEN_CHOICE if token_choice else EXPERT_CHOICE
     config.model.num_experts = 8 if dense else EXPERTS[kind]
+    # M-64E has mesh.fsdp = 2 on 128 chips; on another slice set --config.model.expert_products=scattered.
+    config.model.expert_products = "halves" if (size, kind) == ("M", "64E") else "scattered"
     config.mesh.data = -1 if dense else 1
     config.mesh.fsdp = EXPERT_CHIPS[size] if dense else -1
     config.mesh.expert = 1 if dense else min(EXPERT_CHIPS[size], config.model.num_experts)

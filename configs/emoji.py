@@ -33,6 +33,8 @@ def get_config(length: str = "quick") -> ConfigDict:
     model.heads = 4
     model.kv_heads = 2
     model.attention = "plain"
+    model.projections = "plain"
+    model.expert_products = "plain"
     model.absolute_positions = True  # beside RoPE: with RoPE alone pictures come out shuffled
     model.num_experts = 8
     model.group = "image"
@@ -48,6 +50,7 @@ def get_config(length: str = "quick") -> ConfigDict:
     text.heads = 4
     text.frozen = False
     text.remat = "none"
+    text.projections = "plain"
     text.dtype = "float32"
 
     config.autoencoder = "identity"

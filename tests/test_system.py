@@ -11,9 +11,7 @@ from ecdit.system import SystemConfig, TextToImage, make_system
 from tests.models.helpers import config, jit
 
 LENGTH = 6
-TEXT = TextConfig(
-    vocab_size=20, width=12, layers=1, heads=2, activation="gelu", frozen=False, remat="none", dtype="float32"
-)
+TEXT = TextConfig(20, 12, 1, 2, activation="gelu", frozen=False, remat="none", projections="plain", dtype="float32")
 
 
 def system_config(**changes):

@@ -30,6 +30,7 @@ class TextConfig:
     frozen: bool  # not trained: neither gradient nor moments nor EMA
     # What the backward pass finds saved: see `layers.REMAT_POLICIES`.
     remat: Literal["none", "minimal", "offload", "attention_out", "full"] = field(metadata=RESUME_OR_PHASE)
+    projections: Literal["plain", "tokens_last"] = field(metadata=RESUME_OR_PHASE)  # as DiTConfig.projections
     dtype: Literal["float32", "bfloat16"]  # of activations; parameters are float32
 
     def __post_init__(self):
@@ -57,7 +58,7 @@ class TextBlock(nnx.Module):
     def __init__(self, config: TextConfig, rngs: nnx.Rngs):
         self.activation = config.activation
         self.attention_norm, self.ffn_norm = Norm(config.width, rngs), Norm(config.width, rngs)
-        self.attention = CausalAttention(config.width, config.heads, rngs)
+        self.attention = CausalAttention(config.width, config.heads, rngs, config.projections)
         self.up = Linear(config.width, 4 * config.width, ("embed", "mlp"), rngs)
         self.down = Linear(4 * config.width, config.width, ("mlp", "embed"), rngs)
 

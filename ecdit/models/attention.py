@@ -1,9 +1,11 @@
 """Self-attention with grouped queries and 2D RoPE, and cross-attention to the text.
 
-Heads are held as [B, H, k, N], tokens last: a last dimension of 64 would be padded to the 128 lanes of a TPU, and a
-product gives either order at the same price. For the same reason a kernel holds its heads side by side.
+This is the plain reference. Config fields replace two parts of it by functions of `ecdit.tuned` that give the same up
+to rounding: `ATTENTIONS` is the attention between its projections, `PROJECTIONS` the products around it. All of them
+hold heads as [B, H, k, N], tokens last, and a kernel holds its heads side by side.
 
-Axes: B batch, N tokens, M tokens attended to, L text tokens, H heads, K key-value heads, k head width, d width.
+Axes: B batch, N tokens, M tokens attended to, L text tokens, H heads, K key-value heads, k head width, d width, f heads
+side by side.
 """
 
 from typing import Literal
@@ -13,13 +15,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from ecdit.models.cudnn_attention import cudnn_attention
-from ecdit.models.embeddings import rotate
-from ecdit.models.fused_attention import fused_attention
-from ecdit.models.layers import NORM_EPSILON, named, param, saved_product, xavier, zeros
+from ecdit.functions import NORM_EPSILON, named, rotate
+from ecdit.models.layers import param, xavier, zeros
 from ecdit.partitioning import constrain
+from ecdit.tuned import projections as tuned
+from ecdit.tuned.cudnn_attention import cudnn_attention
+from ecdit.tuned.fused_attention import fused_attention
 
-Kind = Literal["plain", "fused", "cudnn"]  # of the attention between projections: the same up to rounding
+Kind = Literal["plain", "fused", "cudnn"]  # of ATTENTIONS
+Projections = Literal["plain", "tokens_last"]  # of PROJECTIONS
 
 ones = jax.nn.initializers.ones
 
@@ -27,8 +31,16 @@ ones = jax.nn.initializers.ones
 class SelfAttention(nnx.Module):
     """Grouped-query attention; queries and keys are RMS-normed, then rotated; scale 1 / sqrt(k)."""
 
-    def __init__(self, width: int, heads: int, kv_heads: int, rngs: nnx.Rngs, kind: Kind = "plain"):
-        self.heads, self.kv_heads, self.kind = heads, kv_heads, kind
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        kv_heads: int,
+        rngs: nnx.Rngs,
+        kind: Kind = "plain",
+        projections: Projections = "plain",
+    ):
+        self.heads, self.kv_heads, self.kind, self.projections = heads, kv_heads, kind, projections
         head_dim = width // heads
         self.query = param(rngs, xavier, (width, width), ("embed", "joined_kv"))
         self.key = param(rngs, xavier, (width, kv_heads * head_dim), ("embed", "joined_kv"))
@@ -39,17 +51,25 @@ class SelfAttention(nnx.Module):
 
     def __call__(self, x: Float[Array, "B N d"], angles: Float[Array, "B N k/2"]) -> Float[Array, "B N d"]:
         """Attends within each image; `angles` are the tokens' positions (see embeddings.rope_angles)."""
-        flat, norms = self.kind != "fused", (self.query_scale[...], self.key_scale[...])
-        query = _project(x, self.query, self.heads, flat)
-        key, value = (_project(x, kernel, self.kv_heads, flat) for kernel in (self.key, self.value))
-        return _join(KINDS[self.kind](query, key, value, norms, angles), self.out, flat)
+        norms = self.query_scale[...], self.key_scale[...]
+        query = _project(x, self.query, self.heads, self.projections)
+        key, value = (_project(x, kernel, self.kv_heads, self.projections) for kernel in (self.key, self.value))
+        return _join(ATTENTIONS[self.kind](query, key, value, norms, angles), self.out, self.projections)
 
 
 class CrossAttention(nnx.Module):
     """Attention of image tokens to text states, all heads; its output is zero at the start (arXiv 2310.00426)."""
 
-    def __init__(self, width: int, text_width: int, heads: int, rngs: nnx.Rngs, kind: Kind = "plain"):
-        self.heads, self.kind = heads, kind
+    def __init__(
+        self,
+        width: int,
+        text_width: int,
+        heads: int,
+        rngs: nnx.Rngs,
+        kind: Kind = "plain",
+        projections: Projections = "plain",
+    ):
+        self.heads, self.kind, self.projections = heads, kind, projections
         head_dim = width // heads
         self.query = param(rngs, xavier, (width, width), ("embed", "joined_kv"))
         self.key = param(rngs, xavier, (text_width, width), ("features", "embed"))
@@ -62,17 +82,18 @@ class CrossAttention(nnx.Module):
         self, x: Float[Array, "B N d"], states: Float[Array, "B L t"], mask: Bool[Array, "B L"]
     ) -> Float[Array, "B N d"]:
         """Attends to the states whose `mask` is True: one a row at least, or the row gets the padding's mean."""
-        flat, norms = self.kind != "fused", (self.query_scale[...], self.key_scale[...])
-        query = _project(x, self.query, self.heads, flat)
-        key, value = (_project(states, kernel, self.heads, flat) for kernel in (self.key, self.value))
-        return _join(KINDS[self.kind](query, key, value, norms, None, mask[:, None, :]), self.out, flat)
+        norms = self.query_scale[...], self.key_scale[...]
+        query = _project(x, self.query, self.heads, self.projections)
+        key, value = (_project(states, kernel, self.heads, self.projections) for kernel in (self.key, self.value))
+        attended = ATTENTIONS[self.kind](query, key, value, norms, None, mask[:, None, :])
+        return _join(attended, self.out, self.projections)
 
 
 class CausalAttention(nnx.Module):
     """A text tower's attention: with biases, no norm, every token sees itself and those before it."""
 
-    def __init__(self, width: int, heads: int, rngs: nnx.Rngs):
-        self.heads = heads
+    def __init__(self, width: int, heads: int, rngs: nnx.Rngs, projections: Projections = "plain"):
+        self.heads, self.projections = heads, projections
         for name in ("query", "key", "value"):
             setattr(self, name, param(rngs, xavier, (width, width), ("embed", "joined_kv")))
             setattr(self, f"{name}_bias", param(rngs, zeros, (width,), ("joined_kv",)))
@@ -82,11 +103,12 @@ class CausalAttention(nnx.Module):
     def __call__(self, x: Float[Array, "B L d"]) -> Float[Array, "B L d"]:
         """Attends to earlier tokens and the token itself."""
         query, key, value = (
-            _project(x, getattr(self, name), self.heads, bias=getattr(self, f"{name}_bias"))
+            _project(x, getattr(self, name), self.heads, self.projections, getattr(self, f"{name}_bias"))
             for name in ("query", "key", "value")
         )
         mask = jnp.tril(jnp.ones((x.shape[1], x.shape[1]), bool))[None]
-        return _join(attend(query, key, value, None, mask), self.out) + self.out_bias[...].astype(x.dtype)[None, None]
+        joined = _join(attend(query, key, value, None, mask), self.out, self.projections)
+        return joined + self.out_bias[...].astype(x.dtype)[None, None]
 
 
 def normed_attention(
@@ -115,7 +137,7 @@ def normed_attention(
     return attend(query, key, value, scales, mask)
 
 
-KINDS = {"plain": normed_attention, "fused": fused_attention, "cudnn": cudnn_attention}
+ATTENTIONS = {"plain": normed_attention, "fused": fused_attention, "cudnn": cudnn_attention}
 
 
 def attend(
@@ -147,35 +169,36 @@ def attend(
     return jnp.einsum("bxgnm,bxkm->bxgkn", weights, value).reshape(batch, heads, width, tokens)
 
 
+def to_heads(x: Float[Array, "B N d"], kernel: Float[Array, "d f"]) -> Float[Array, "B f N"]:
+    """x @ kernel, tokens last: one product of all rows, then transposed."""
+    batch, tokens, width = x.shape
+    return (x.reshape(batch * tokens, width) @ kernel).reshape(batch, tokens, -1).swapaxes(1, 2)
+
+
+def from_heads(heads: Float[Array, "B f N"], kernel: Float[Array, "f d"]) -> Float[Array, "B N d"]:
+    """The heads' rows @ kernel."""
+    batch, width, tokens = heads.shape
+    rows = named(heads, "attention_out").swapaxes(1, 2).reshape(batch * tokens, width)
+    return (rows @ kernel).reshape(batch, tokens, -1)
+
+
+PROJECTIONS = {"plain": (to_heads, from_heads), "tokens_last": (tuned.to_heads, tuned.from_heads)}
+
+
 def _project(
-    x: Float[Array, "B N d"], kernel: nnx.Param, heads: int, flat: bool = False, bias: nnx.Param | None = None
+    x: Float[Array, "B N d"], kernel: nnx.Param, heads: int, projections: Projections, bias: nnx.Param | None = None
 ) -> Float[Array, "B H k N"]:
-    (batch, tokens, _), matrix = x.shape, kernel[...].astype(x.dtype)
-    if flat:  # one product of all rows: faster on a CPU, slower on a TPU; cuDNN reads rows too
-        joined = (x.reshape(batch * tokens, -1) @ matrix).reshape(batch, tokens, -1).swapaxes(1, 2)
-    else:
-        joined = jnp.einsum("bnd,df->bfn", x, matrix)
+    to_heads, _ = PROJECTIONS[projections]
+    joined = to_heads(x, kernel[...].astype(x.dtype))
     if bias is not None:
         joined = joined + bias[...].astype(x.dtype)[None, :, None]
-    return constrain(joined.reshape(batch, heads, -1, tokens), "batch", "heads", None, None)
+    return constrain(joined.reshape(x.shape[0], heads, -1, x.shape[1]), "batch", "heads", None, None)
 
 
-def _join(attended: Float[Array, "B H k N"], kernel: nnx.Param, flat: bool = False) -> Float[Array, "B N d"]:
-    batch, tokens = attended.shape[0], attended.shape[-1]
-    joined, matrix = attended.reshape(batch, -1, tokens), kernel[...].astype(attended.dtype)
-    if flat:
-        joined = named(joined, "attention_out").swapaxes(1, 2).reshape(batch * tokens, -1)
-        joined = (joined @ matrix).reshape(batch, tokens, -1)
-    else:
-        saved = named(joined, "attention_out")
-        joined = saved_product(joined, saved, matrix, ("bfn,fd->bnd", "bnd,fd->bfn"), _join_gradient)
-    return constrain(joined, "batch", None, None)
-
-
-def _join_gradient(
-    attended: Float[Array, "B f N"], gradient: Float[Array, "B N d"]
-) -> tuple[Float[Array, "f d"], Float[Array, "B N d"]]:
-    return jnp.einsum("bfn,bnd->fd", attended, gradient), gradient
+def _join(attended: Float[Array, "B H k N"], kernel: nnx.Param, projections: Projections) -> Float[Array, "B N d"]:
+    _, from_heads = PROJECTIONS[projections]
+    joined = attended.reshape(attended.shape[0], -1, attended.shape[-1])
+    return constrain(from_heads(joined, kernel[...].astype(attended.dtype)), "batch", None, None)
 
 
 def _inverse_rms(x: Float[Array, "B H k N"], epsilon: float = NORM_EPSILON) -> Float[Array, "B H N"]:

@@ -7,8 +7,8 @@ from typing import Literal
 from jax.sharding import AbstractMesh, Mesh
 
 from ecdit.config import PHASE, RESUME, RESUME_OR_PHASE, require
-from ecdit.models.fused_attention import SCORE_BYTES, score_bytes
 from ecdit.models.layers import REMAT_POLICIES
+from ecdit.tuned.fused_attention import SCORE_BYTES, score_bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,8 +24,10 @@ class DiTConfig:
     heads: int
     kv_heads: int  # of self-attention; cross-attention has all heads
     rope_theta: float
-    # Between its projections. fused: by a kernel of its own on TPUs; cudnn: by cuDNN's, on GPUs alone.
+    # Attention between its projections. fused: a kernel of its own on TPUs; cudnn: cuDNN's kernel, on GPUs alone.
     attention: Literal["plain", "fused", "cudnn"] = field(metadata=RESUME_OR_PHASE)
+    # The products around attention. plain: of all rows, then transposed; tokens_last: without the transpose, for TPUs.
+    projections: Literal["plain", "tokens_last"] = field(metadata=RESUME_OR_PHASE)
     absolute_positions: bool  # adds sine-cosine positions to tokens and mask tokens: RoPE alone says nothing absolute
     ffn_multiplier: int  # hidden width of an FFN, and of an expert that expert_width does not say, in d
     ffn: Literal["dense", "token_choice", "expert_choice"]  # of the even blocks
@@ -44,7 +46,11 @@ class DiTConfig:
     group: str = field(metadata=PHASE)  # tokens that compete for experts in training: "image" or a number of tokens
     # The same in sampling, where a guided image and its null-caption twin are neighbours.
     sampling_group: str = field(metadata=RESUME_OR_PHASE)
+    # one_hot: by matrix products, a second opinion on gather
     dispatch: Literal["gather", "one_hot"] = field(metadata=RESUME)
+    # The experts' matrices over mesh.fsdp. plain: left to the compiler; scattered: gradients are reduce-scattered by
+    # hand; halves: two chips (mesh.fsdp = 2) exchange halves of matrices behind products with their own. For TPUs.
+    expert_products: Literal["plain", "scattered", "halves"] = field(metadata=RESUME_OR_PHASE)
     moe_output_norm: Literal["sandwich", "none", "expert"]
     mask_ratio: float = field(metadata=PHASE)  # share of tokens dropped in training
     block_table: bool  # a learned offset of (shift, scale, gate) x 2 per block
@@ -154,8 +160,15 @@ def check_group(key: str, group: str, num_tokens: int) -> None:
     )
 
 
-def check_attention(config: DiTConfig, mesh: Mesh | AbstractMesh) -> None:
-    """Raises ConfigError where the mesh has devices, and they lack the kernel that the attention needs."""
+def check_tuned(config: DiTConfig, mesh: Mesh | AbstractMesh) -> None:
+    """Raises ConfigError where the config chose functions of `ecdit.tuned` that the mesh or its devices cannot run."""
+    fsdp = mesh.shape["fsdp"]
+    require(
+        config.expert_products != "halves" or config.ffn == "dense" or fsdp == 2,
+        "model.expert_products",
+        config.expert_products,
+        f'must be "scattered" or "plain": halves are for two chips, mesh.fsdp = 2, and here it is {fsdp}',
+    )
     if not isinstance(mesh, Mesh):
         return
     platform = mesh.devices.flat[0].platform

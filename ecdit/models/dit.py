@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, Key
 from ecdit.components import Metrics, Mode, PartFlops, Prediction, TextStates
 from ecdit.config import require
 from ecdit.models.attention import CrossAttention, SelfAttention
-from ecdit.models.config import DiTConfig, check_attention, group_size
+from ecdit.models.config import DiTConfig, check_tuned, group_size
 from ecdit.models.embeddings import SINUSOID_WIDTH, grid_positions, put_tokens, rope_angles, sinusoid, take_tokens
 from ecdit.models.flops import denoiser_parts, idle_expert_params
 from ecdit.models.layers import Linear, Mlp, layer_norm, param, scan_stack, stack, zeros
@@ -31,8 +31,9 @@ class Block(nnx.Module):
         """With an FFN of `ffn_multiplier` times the width, or with experts if that is None."""
         sparse = ffn_multiplier is None
         self.moe_output_norm = config.moe_output_norm if sparse else "sandwich"
-        self.attention = SelfAttention(config.width, config.heads, config.kv_heads, rngs, config.attention)
-        self.cross_attention = CrossAttention(config.width, text_width, config.heads, rngs, config.attention)
+        width, kinds = config.width, (config.attention, config.projections)
+        self.attention = SelfAttention(width, config.heads, config.kv_heads, rngs, *kinds)
+        self.cross_attention = CrossAttention(width, text_width, config.heads, rngs, *kinds)
         if sparse:
             self.experts = MixtureOfExperts(config, rngs)
         else:
@@ -135,7 +136,7 @@ class DiT(nnx.Module):
     def check_layout(self, mesh: Mesh | AbstractMesh, images: int, mode: Mode) -> None:
         """Raises ConfigError if groups, heads or the attention's kernel do not fit the mesh."""
         config, tensor = self.config, mesh.shape["tensor"]
-        check_attention(config, mesh)
+        check_tuned(config, mesh)
         tokens, group = self._tokens_and_group(mode)
         per = " per microbatch" if mode == "train" else ""
         require(

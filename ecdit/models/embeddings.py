@@ -30,14 +30,6 @@ def rope_angles(grid: int, head_dim: int, theta: float) -> Float[Array, "N k/2"]
     return jnp.concatenate([row[:, None] * frequencies[None, :], column[:, None] * frequencies[None, :]], axis=-1)
 
 
-def rotate(x: Float[Array, "B heads k N"], angles: Float[Array, "B N k/2"]) -> Float[Array, "B heads k N"]:
-    """Turns the pairs (x_i, x_{i + k/2}) by `angles` (RoFormer, arXiv 2104.09864), in float32."""
-    angles = angles.swapaxes(1, 2)[:, None]
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=2)
-    return jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=2).astype(x.dtype)
-
-
 def take_tokens(x: Float[Array, "B N d"], index: Int[Array, "B M"]) -> Float[Array, "B M d"]:
     """The tokens at `index` of every image."""
     return jax.vmap(lambda tokens, kept: tokens[kept])(x, index)

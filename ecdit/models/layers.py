@@ -1,21 +1,18 @@
 """Parameters with logical axes, norms, and stacks of equal blocks. Axes: B batch, N tokens, d width."""
 
-import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
+
+from ecdit.functions import NORM_EPSILON, named
 
 Block = TypeVar("Block", bound=nnx.Module)
 Initializer = Callable[[jax.Array, Sequence[int], Any], jax.Array]
-KernelGradient = Callable[[Array, Array], tuple[Array, Array]]
 
-NORM_EPSILON = 1e-6
 zeros = jax.nn.initializers.zeros
 xavier = jax.nn.initializers.xavier_uniform()
 # For [E, in, out]: every expert is drawn as if it were alone.
@@ -80,13 +77,6 @@ class Mlp(nnx.Module):
         return self.out(jax.nn.silu(self.hidden(x)))
 
 
-@jax.checkpoint  # the backward pass computes it again from x, instead of reading four saved intermediates
-def gelu(x: Float[Array, "*b f"]) -> Float[Array, "*b f"]:
-    """GELU by its tanh approximation (arXiv 1606.08415), as x sigmoid(2 u): the same function in fewer operations."""
-    u = math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)
-    return x * jax.nn.sigmoid(2 * u)
-
-
 def layer_norm(x: Float[Array, "*b d"], epsilon: float = NORM_EPSILON) -> Float[Array, "*b d"]:
     """LayerNorm without parameters, computed in float32, returned in the dtype of x."""
     y = x.astype(jnp.float32)
@@ -124,45 +114,3 @@ def scan_stack(
     if remat != "none":
         step = jax.checkpoint(step, policy=REMAT_POLICIES[remat], prevent_cse=False)
     return jax.lax.scan(step, carry, params, unroll=unroll)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def saved_product(
-    x: Array, saved: Array, kernel: Array, forms: tuple[str, str], kernel_gradient: KernelGradient
-) -> Array:
-    """The product of x and kernel, whose kernel's gradient uses what remat policies save of x.
-
-    The product itself reads x, not what is saved: `jax.checkpoint` rounds a saved activation once more wherever it is
-    used too, and of what a kernel or an exchange of tokens wrote that is a pass of its own.
-
-    Args:
-      x: an activation.
-      saved: x, `named` where a policy is to save it; it gets no gradient.
-      kernel: the matrix, or one for each expert.
-      forms: of `jnp.einsum`, for the product, and the gradient of x by that of the product and the kernel.
-      kernel_gradient: of x and the product's gradient: the kernel's gradient, and the product's again, by which x's
-        is computed, so that it can say what comes first.
-    """
-    return jnp.einsum(forms[0], x, kernel)
-
-
-def _product_saving(
-    x: Array, saved: Array, kernel: Array, forms: tuple[str, str], kernel_gradient: KernelGradient
-) -> tuple[Array, tuple[Array, Array]]:
-    return jnp.einsum(forms[0], x, kernel), (saved, kernel)
-
-
-def _product_gradients(
-    forms: tuple[str, str], kernel_gradient: KernelGradient, residuals: tuple[Array, Array], gradient: Array
-) -> tuple[Array, Array, Array]:
-    saved, kernel = residuals
-    of_kernel, gradient = kernel_gradient(saved, gradient)
-    return jnp.einsum(forms[1], gradient, kernel), jnp.zeros_like(saved), of_kernel
-
-
-saved_product.defvjp(_product_saving, _product_gradients)
-
-
-def named(x: Array, name: str) -> Array:
-    """Marks an activation that a remat policy can save by name."""
-    return checkpoint_name(x, name)

@@ -1,6 +1,10 @@
 """The feed-forward branches: dense, and a mixture of experts behind a routing rule (arXiv 2410.02098, Algorithm 1).
 
-Axes: B batch, N tokens of an image, G groups, S tokens of a group, E experts, C capacity, d width, f hidden width.
+This is the plain reference. `model.expert_products` replaces the experts' products by functions of `ecdit.tuned` that
+give the same up to rounding.
+
+Axes: B batch, N tokens of an image, G groups, S tokens of a group, E experts, C capacity, T slots of an expert in all
+groups, d width, f hidden width.
 """
 
 import functools
@@ -11,8 +15,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from ecdit.functions import gelu, named
 from ecdit.models.config import DiTConfig
-from ecdit.models.layers import gelu, layer_norm, named, param, saved_product, xavier, xavier_experts
+from ecdit.models.layers import layer_norm, param, xavier, xavier_experts
 from ecdit.models.routing import (
     Routing,
     expert_capacity,
@@ -21,7 +26,8 @@ from ecdit.models.routing import (
     renormalize_gates,
     token_choice,
 )
-from ecdit.partitioning import AXIS_RULES, axis_size, constrain, logical_spec, on_each_shard
+from ecdit.partitioning import constrain, on_each_shard
+from ecdit.tuned import experts as tuned
 
 # GShard's capacity factor: as many slots as first and second choices (arXiv 2006.16668).
 TOKEN_CHOICES = 2
@@ -91,31 +97,19 @@ class MixtureOfExperts(nnx.Module):
         Returns the branch's output in the dtype of x, exactly 0 for a token that no expert took unless there are shared
         experts, and the report.
         """
+        config = self.config
         grouped = x.reshape(-1, group_size, x.shape[-1])
-        grouped = constrain(grouped, "batch", None, None)
-        # Saved whatever else is recomputed: rounded differently, a second routing could differ from the first.
-        logits = self.router_logits(x, decoupled).reshape(-1, group_size, self.config.num_experts)
+        grouped = constrain(grouped, "batch", None, None)  # a device routes the groups of its own images
+        logits = self.router_logits(x, decoupled).reshape(-1, group_size, config.num_experts)
+        # Softmax over experts, transpose, top-k: gates and indices of tokens, (G, E, C). They are saved whatever else
+        # is recomputed: rounded differently, a second routing could differ from the first.
         routing = jax.tree.map(lambda x: named(x, "routing"), self.route(logits))
-        dispatch, combine = (
-            (one_hot_dispatch, one_hot_combine) if self.config.dispatch == "one_hot" else (gather, scatter)
-        )
-        # Each exchange is a pair of constraints: the slots where their groups are, then where their experts are. With
-        # one of them alone the compiler may gather every token everywhere instead.
-        slots = on_each_shard(dispatch, (0, 0), out_dim=1)(grouped, routing)
-        slots = constrain(slots, "experts", "expert_groups", None, None)
-        outputs = self.experts(slots)
-        if self.config.moe_output_norm == "expert":
-            outputs = layer_norm(outputs)
-        # Gates go to the experts, so that their gradient needs no second exchange of the outputs.
-        gate = constrain(routing.gate.swapaxes(0, 1), None, "batch", None)
-        gate = constrain(gate, "experts", "expert_groups", None)
-        outputs = (outputs.astype(jnp.float32) * gate[..., None]).astype(outputs.dtype)
-        # Else, on the way back, what the exchange wrote is converted to float32 in a pass of its own.
-        outputs = jax.lax.optimization_barrier(outputs)
-        outputs = constrain(outputs, "experts", "expert_groups", None, None)
-        outputs = constrain(outputs, None, "batch", None, None)
+        dispatch, combine = DISPATCHES[config.dispatch]
+        slots = on_each_shard(dispatch, (0, 0), out_dim=1)(grouped, routing)  # the experts' tokens, (E, G, C, d)
+        outputs = self.experts(_to_experts(slots), routing.gate)  # gate GELU(slots W1) W2
         combine = functools.partial(combine, group_size=group_size)
-        combined = on_each_shard(combine, (1, 0))(outputs, routing)
+        combined = on_each_shard(combine, (1, 0))(_to_groups(outputs), routing)  # added up token by token, (G, S, d)
+
         report = RoutingReport(
             experts_per_token(routing, group_size).reshape(x.shape[:2]),
             routing.balance_loss,
@@ -123,9 +117,9 @@ class MixtureOfExperts(nnx.Module):
             jnp.square(jax.nn.logsumexp(logits, axis=-1)).mean(axis=-1),
         )
         output = named(combined.reshape(x.shape).astype(x.dtype), "expert_sum")  # else its exchange is done again
-        if self.config.num_shared_experts:
+        if config.num_shared_experts:
             shared = self.shared(x)
-            output = output + (layer_norm(shared) if self.config.moe_output_norm == "expert" else shared)
+            output = output + (layer_norm(shared) if config.moe_output_norm == "expert" else shared)
         return output, report
 
     @jax.named_scope("router")
@@ -155,96 +149,47 @@ class MixtureOfExperts(nnx.Module):
 
         return on_each_shard(rule)(logits)
 
-    def experts(self, inputs: Float[Array, "E G C d"]) -> Float[Array, "E G C d"]:
-        """Every expert on its own slots."""
-        up, down = self.up[...].astype(inputs.dtype), self.down[...].astype(inputs.dtype)
-        # Groups and slots as one axis t: with two of them, XLA's CPU compiler fuses the GELU's derivative with a
+    def experts(self, slots: Float[Array, "E G C d"], gate: Float[Array, "G E C"]) -> Float[Array, "E G C d"]:
+        """Every expert's FFN on its own slots, normed where the config says so, times the gates."""
+        up, down = self.up[...].astype(slots.dtype), self.down[...].astype(slots.dtype)
+        # Groups and slots as one axis T: with two of them, XLA's CPU compiler fuses the GELU's derivative with a
         # transpose for the weight gradient, which takes more than twice the time.
-        slots = inputs.reshape(inputs.shape[0], -1, inputs.shape[-1])
-        saved = named(slots, "expert_in")
-        outputs = (_by_halves if axis_size("fsdp") == 2 else _by_gathering)(slots, saved, up, down)
-        return named(outputs, "expert_out").reshape(inputs.shape)
+        inputs = slots.reshape(slots.shape[0], -1, slots.shape[-1])
+        outputs = EXPERT_PRODUCTS[self.config.expert_products](inputs, up, down)
+        outputs = named(outputs, "expert_out").reshape(slots.shape)
+        if self.config.moe_output_norm == "expert":
+            outputs = layer_norm(outputs)
+        # Gates go to the experts, so that their gradient needs no second exchange of the outputs.
+        gate = _to_experts(constrain(gate.swapaxes(0, 1), None, "batch", None))
+        outputs = (outputs.astype(jnp.float32) * gate[..., None]).astype(outputs.dtype)
+        return outputs if self.config.expert_products == "plain" else tuned.barrier_before_exchange(outputs)
 
 
-# Logical axes of slots and hidden units where they are with their experts, and of the experts' matrices.
-_SLOTS = ("experts", "expert_groups", None)
-_HIDDEN = ("experts", "expert_groups", "mlp")
-_UP = ("experts", "expert_embed", "expert_mlp")
-_DOWN = ("experts", "expert_mlp", "expert_embed")
-
-
-def _by_gathering(
-    slots: Float[Array, "E T d"], saved: Float[Array, "E T d"], up: Float[Array, "E d f"], down: Float[Array, "E f d"]
+def expert_products(
+    slots: Float[Array, "E T d"], up: Float[Array, "E d f"], down: Float[Array, "E f d"]
 ) -> Float[Array, "E T d"]:
-    """Experts whose matrices the compiler gathers over `fsdp`."""
-    hidden = saved_product(slots, saved, up, ("etd,edf->etf", "etf,edf->etd"), up_gradient)
-    hidden = constrain(gelu(named(hidden, "expert_hidden")), *_HIDDEN)
-    return saved_product(hidden, hidden, down, ("etf,efd->etd", "etd,efd->etf"), down_gradient)
+    """GELU(slots up) down for every expert, without biases; the compiler chooses how to exchange sharded matrices."""
+    hidden = jnp.einsum("etd,edf->etf", named(slots, "expert_in"), up)
+    # Hidden units are where their slots are; `fsdp` splits the matrices alone.
+    hidden = constrain(gelu(named(hidden, "expert_hidden")), "experts", "expert_groups", "mlp")
+    return jnp.einsum("etf,efd->etd", hidden, down)
 
 
-def _by_halves(
-    slots: Float[Array, "E T d"], saved: Float[Array, "E T d"], up: Float[Array, "E d f"], down: Float[Array, "E f d"]
-) -> Float[Array, "E T d"]:
-    """Experts whose matrices lie on two chips each: products with one's own half, while the other's is on its way.
-
-    A TPU hides a gather behind a matrix product only, and the first product would need what is gathered. Each half of
-    the second product is rounded to the dtype of the slots.
-    """
-
-    def on_each(slots: Array, saved: Array, up: Array, down: Array) -> Array:
-        slots, saved = (jax.lax.pcast(x, ("tensor",), to="varying") for x in (slots, saved))
-        up, down = (jax.lax.pcast(kernel, ("slices", "data"), to="varying") for kernel in (up, down))
-        outputs = []
-        for half in ((up, down), jax.lax.ppermute((up, down), "fsdp", [(0, 1), (1, 0)])):
-            hidden = saved_product(slots, saved, half[0], ("etd,edf->etf", "etf,edf->etd"), _local_gradient)
-            outputs.append(jnp.einsum("etf,efd->etd", gelu(named(hidden, "expert_hidden")), half[1]))
-        return jax.lax.psum(sum(outputs), "tensor")
-
-    specs = [logical_spec(axes, "experts") for axes in (_SLOTS, _SLOTS, _UP, _DOWN)]
-    return jax.shard_map(on_each, in_specs=tuple(specs), out_specs=specs[0])(slots, saved, up, down)
+EXPERT_PRODUCTS = {"plain": expert_products, "scattered": tuned.scattered, "halves": tuned.halves}
 
 
-def _local_gradient(
-    inputs: Float[Array, "E T i"], gradient: Float[Array, "E T o"]
-) -> tuple[Float[Array, "E i o"], Float[Array, "E T o"]]:
-    return jnp.einsum("eti,eto->eio", inputs, gradient), gradient
+# An exchange of tokens is a pair of constraints: slots where their groups are, then where their experts are, or the
+# other way round. With one of the two alone the compiler may gather every token everywhere instead.
 
 
-def up_gradient(
-    inputs: Float[Array, "E T d"], gradient: Float[Array, "E T f"]
-) -> tuple[Float[Array, "E d f"], Float[Array, "E T f"]]:
-    """Of the experts' first matrix, by their inputs and the gradient of their hidden units; and that gradient."""
-    if axis_size("fsdp") == 1:
-        return _local_gradient(inputs, gradient)
-    # As the other one's, with hidden units before the width: of the last dimension a TPU scatters copies.
-    return down_gradient(gradient, inputs)[0].swapaxes(1, 2), gradient
+def _to_experts(x: Float[Array, "E G C *d"]) -> Float[Array, "E G C *d"]:
+    """Sends slots to where their experts are; `on_each_shard` or a constraint says that they are with their groups."""
+    return constrain(x, "experts", "expert_groups", *[None] * (x.ndim - 2))
 
 
-def down_gradient(
-    hidden: Float[Array, "E T f"], gradient: Float[Array, "E T d"]
-) -> tuple[Float[Array, "E f d"], Float[Array, "E T d"]]:
-    """Of the experts' second matrix, by their hidden units and the gradient of their outputs; and that gradient.
-
-    Summed over the chips that have other slots of the same experts, each of which keeps its part of the hidden units.
-    """
-    if axis_size("fsdp") == 1:
-        return _local_gradient(hidden, gradient)
-    others = tuple(axis for axis in AXIS_RULES["expert_groups"] if axis != "fsdp")
-
-    def on_each(hidden: Array, gradient: Array) -> tuple[Array, Array]:
-        alone = hidden.shape[0] == 1  # of an array [1, f, d] a TPU would send the whole sum to every chip
-        product = (
-            jnp.einsum("tf,td->fd", hidden[0], gradient[0]) if alone else jnp.einsum("etf,etd->efd", hidden, gradient)
-        )
-        # This product comes before the one that needs the gathered matrix, so that the gather can go on behind it.
-        product, gradient = jax.lax.optimization_barrier((product, gradient))
-        part = jax.lax.psum_scatter(product, "fsdp", scatter_dimension=product.ndim - 2, tiled=True)
-        part = part[None] if alone else part
-        return jax.lax.psum(part, others), gradient
-
-    tokens = logical_spec(_SLOTS, "gradient")
-    in_specs, out_specs = (logical_spec(_HIDDEN, "hidden"), tokens), (logical_spec(_DOWN, "gradient"), tokens)
-    return jax.shard_map(on_each, in_specs=in_specs, out_specs=out_specs, check_vma=False)(hidden, gradient)
+def _to_groups(x: Float[Array, "E G C d"]) -> Float[Array, "E G C d"]:
+    """Sends slots back to where their groups are."""
+    return constrain(constrain(x, "experts", "expert_groups", None, None), None, "batch", None, None)
 
 
 def _project_float32(x: Float[Array, "B N d"], kernel: nnx.Param) -> Float[Array, "B N E"]:
@@ -273,7 +218,10 @@ def _flat_index(routing: Routing, group_size: int) -> Int[Array, "E G C"]:
 
 
 def one_hot_dispatch(x: Float[Array, "G S d"], routing: Routing) -> Float[Array, "E G C d"]:
-    """`gather` as a matrix product, except that slots which took no token get zeros."""
+    """`gather` as a matrix product, except that slots which took no token get zeros.
+
+    It stays as a second opinion on `gather`, and for compilers that price gathers badly.
+    """
     chosen = jax.nn.one_hot(routing.index, x.shape[1], dtype=x.dtype) * routing.taken[..., None].astype(x.dtype)
     return jnp.einsum("gecs,gsd->egcd", chosen, x)
 
@@ -282,3 +230,6 @@ def one_hot_combine(y: Float[Array, "E G C d"], routing: Routing, group_size: in
     """`scatter` as a matrix product that accumulates in float32."""
     chosen = jax.nn.one_hot(routing.index, group_size, dtype=y.dtype) * routing.taken[..., None].astype(y.dtype)
     return jnp.einsum("gecs,egcd->gsd", chosen, y, preferred_element_type=jnp.float32)
+
+
+DISPATCHES = {"gather": (gather, scatter), "one_hot": (one_hot_dispatch, one_hot_combine)}

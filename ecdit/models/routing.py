@@ -33,8 +33,8 @@ def expert_choice(
 ) -> Routing:
     """Each expert takes the `capacity` tokens of a group for which its softmax affinity is highest.
 
-    Ties go to the lowest index. The gate is the affinity itself, not renormalised. Tokens whose `token_mask` is
-    False are taken by nobody. Gradients reach the logits through the gates.
+    Ties go to the lowest index. The gate is the affinity itself, not renormalised. Gradients reach the logits through
+    the gates. `token_mask` is for padded tokens: nobody takes those for which it is False.
 
     Raises:
       ValueError: capacity is not in 1..S.

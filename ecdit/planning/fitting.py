@@ -25,7 +25,12 @@ def what_fits(experiment: Experiment, target: Target) -> str:
     for policy in policies:
         if _fits(_with_remat(experiment, policy), target):
             return f"it fits with --config.model.remat={policy}"
-    sparing = _with_remat(experiment, SPARING[-1])
+    sparing, flags = _with_remat(experiment, SPARING[-1]), f"--config.model.remat={SPARING[-1]}"
+    if (
+        getattr(experiment.model, "expert_products", "") == "halves" and experiment.mesh.fsdp == -1
+    ):  # which a larger slice makes larger
+        sparing = dataclasses.replace(sparing, model=dataclasses.replace(sparing.model, expert_products="scattered"))
+        flags += " --config.model.expert_products=scattered"
     for chips in usual_shapes(target.chip.name):
         larger = 2 * target.slice.chips <= chips <= 8 * target.slice.chips
         if larger and chips & (chips - 1) == 0:  # doublings: what meshes are made for
@@ -33,7 +38,7 @@ def what_fits(experiment: Experiment, target: Target) -> str:
             name = f"{target.chip.name}:{shape}"
             name = f"{target.num_slices}x{name}" if target.num_slices > 1 else name
             if _fits(sparing, find_target(name)):
-                return f"no remat policy makes it fit; {name} does, with --config.model.remat={SPARING[-1]}"
+                return f"no remat policy makes it fit; {name} does, with {flags}"
     return "nothing tried fits: no remat policy, and no slice of up to 8 times as many chips; shard more by mesh.fsdp"
 
 

@@ -1,1 +1,1 @@
-"""What exists for the speed of one kind of device; `models` has the readable reference of all of it."""
+"""Faster forms of functions in `ecdit.models`, for TPUs and GPUs: the same results up to rounding, chosen by config."""

@@ -57,7 +57,9 @@ def experiment(arguments: argparse.Namespace, name: str, **changes: Any) -> Expe
             asked[key.replace(".", "__")] = json.loads(value)
         except json.JSONDecodeError:
             asked[key.replace(".", "__")] = value
-    kind = {"model__attention": arguments.attention or "plain"}
+    attention = arguments.attention or "plain"
+    # As each kernel reads heads: cuDNN's would transpose what has tokens last.
+    kind = {"model__attention": attention, "model__projections": "tokens_last" if attention == "fused" else "plain"}
     tiny = TINY if arguments.tiny else {}
     return paper_experiment(name, **{**ALONE, **cache, **kind, **tiny, **changes, **asked})
 

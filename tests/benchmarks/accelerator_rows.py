@@ -18,7 +18,7 @@ from ecdit import runtime
 from ecdit.components import total_flops
 from ecdit.diffusion.flow import sample_keys
 from ecdit.experiment import Experiment, check_mesh
-from ecdit.models.attention import KINDS
+from ecdit.models.attention import ATTENTIONS
 from ecdit.models.embeddings import rope_angles
 from ecdit.models.moe import FeedForward, MixtureOfExperts
 from ecdit.partitioning import make_mesh
@@ -129,7 +129,7 @@ def attention_gradients(kind: str, angles: Any, mask: Any) -> Callable[..., Any]
     """Jitted (query, key, value, the output's gradient, norms) -> (output, gradients)."""
 
     def run(query: Any, key: Any, value: Any, gradient: Any, *norms: Any) -> Any:
-        output, back = jax.vjp(lambda *heads: KINDS[kind](*heads, angles, mask), query, key, value, norms)
+        output, back = jax.vjp(lambda *heads: ATTENTIONS[kind](*heads, angles, mask), query, key, value, norms)
         return output, back(gradient)
 
     return jax.jit(run)

@@ -23,7 +23,7 @@ from tests.checkpoints.damage import flip_array
 from tests.runs import run, save_ema, tiny
 
 # Fields that alter how a model runs, or is sampled, not what it learns.
-HOW = ("attention", "remat", "scan_unroll", "dispatch", "sampling_group")
+HOW = ("attention", "projections", "dispatch", "expert_products", "remat", "scan_unroll", "sampling_group")
 # What decides which numbers a run computes; all other keys say how, where and how long.
 FIXED = {
     "seed",

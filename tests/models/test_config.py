@@ -1,7 +1,8 @@
 import pytest
 
 from ecdit.config import ConfigError
-from ecdit.models.config import check_group, group_size
+from ecdit.models.config import check_group, check_tuned, group_size
+from ecdit.partitioning import MeshConfig, abstract_mesh
 from tests.models.helpers import CONFIG, config
 
 
@@ -56,3 +57,14 @@ def test_groups_are_an_image_or_a_number_of_tokens():
     assert group_size("1024", 256) == 1024
     for group in ("image", "4", "8", "16", "1024"):
         check_group("group", group, CONFIG.num_kept)
+
+
+@pytest.mark.parametrize("fsdp", [1, 4])
+def test_halves_of_experts_are_refused_where_they_are_not_on_two_chips(fsdp):
+    halves, mesh = config(expert_products="halves"), MeshConfig(slices=1, data=1, fsdp=-1, expert=2, tensor=1)
+    with pytest.raises(ConfigError, match=rf'"scattered" or "plain": .* mesh.fsdp = 2, and here it is {fsdp}') as error:
+        check_tuned(halves, abstract_mesh(mesh, 2 * fsdp))
+    assert (error.value.key, error.value.value) == ("model.expert_products", "halves")
+    check_tuned(halves, abstract_mesh(mesh, 4))
+    for allowed in (config(expert_products="scattered"), config(expert_products="halves", ffn="dense")):
+        check_tuned(allowed, abstract_mesh(mesh, 2 * fsdp))

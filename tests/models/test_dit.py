@@ -102,6 +102,26 @@ def test_the_whole_model_is_that_of_float64_numpy(case):
     close(unpatchify(out, values.patch_size, values.latent_channels), expected, 3e-5)
 
 
+@pytest.mark.parametrize("remat", ["none", "minimal"])
+def test_the_plain_model_is_differentiated_forwards_too(remat):
+    """`jax.jvp` along a direction is the gradient's product with it, to the digits that such a sum has in float32."""
+    values = config(remat=remat)
+    params, data = dit(values).params, inputs(values, BATCH)
+    rng = np.random.default_rng(3)
+    direction = jax.tree.map(lambda p: normal(rng, *p.shape), params)
+
+    def loss(params):
+        return jnp.square(dit(values)(params).forward(*data, KEPT)[0] - 1).mean()
+
+    @jit
+    def derivatives(params):
+        products = jax.tree.map(jnp.vdot, jax.grad(loss)(params), direction)
+        return jax.jvp(loss, (params,), (direction,))[1], jax.tree.reduce(jnp.add, products)
+
+    forwards, backwards = derivatives(params)
+    assert forwards == pytest.approx(float(backwards), rel=1e-4)
+
+
 # At the start
 
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from ecdit import patches
+from ecdit import functions, patches
 from ecdit.models import embeddings
 from tests.models.helpers import jit, normal
 
@@ -9,7 +9,7 @@ patchify = jit(patches.patchify, static_argnums=1)
 unpatchify = jit(patches.unpatchify, static_argnums=(1, 2))
 rope_angles = jit(embeddings.rope_angles, static_argnums=(0, 1, 2))
 # [B, N, heads, k], in and out: easier to read by hand than tokens last.
-rotate = jit(lambda x, angles: embeddings.rotate(x.transpose(0, 2, 3, 1), angles).transpose(0, 3, 1, 2))
+rotate = jit(lambda x, angles: functions.rotate(x.transpose(0, 2, 3, 1), angles).transpose(0, 3, 1, 2))
 sinusoid = jit(embeddings.sinusoid, static_argnums=1)
 
 

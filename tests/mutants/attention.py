@@ -2,7 +2,8 @@
 
 from tests.mutants.mutant import Mutant
 
-_PLAIN, _FUSED, _EMBEDDINGS = (f"ecdit/models/{name}.py" for name in ("attention", "fused_attention", "embeddings"))
+_PLAIN, _EMBEDDINGS = "ecdit/models/attention.py", "ecdit/models/embeddings.py"
+_FUSED, _FUNCTIONS = "ecdit/tuned/fused_attention.py", "ecdit/functions.py"
 
 
 def _attention(*names: str) -> tuple[str, ...]:
@@ -10,7 +11,7 @@ def _attention(*names: str) -> tuple[str, ...]:
 
 
 def _fused(*names: str) -> tuple[str, ...]:
-    return tuple(f"tests/models/test_fused_attention.py::{name}" for name in names)
+    return tuple(f"tests/tuned/test_fused_attention.py::{name}" for name in names)
 
 
 def _embeddings(*names: str) -> tuple[str, ...]:
@@ -68,6 +69,20 @@ MUTANTS = (
         'for name in ("query", "key", "value")\n        )',
         'for name in ("query", "key", "key")\n        )',
         _attention("test_causal_attention_is_that_of_float64_numpy"),
+    ),
+    Mutant(
+        _PLAIN,
+        "return (rows @ kernel).reshape(batch, tokens, -1)",
+        "return (rows @ kernel).reshape(tokens, batch, -1).swapaxes(0, 1)",
+        _attention("test_self_attention_is_that_of_float64_numpy"),
+        "images get each other's tokens",
+    ),
+    Mutant(
+        "ecdit/tuned/projections.py",
+        'return jnp.einsum("bfn,bnd->fd", heads, gradient), gradient',
+        'return jnp.einsum("bfn,bnd->fd", heads, gradient) / heads.shape[0], gradient',
+        ("tests/models/test_partitioning.py::test_tuned_is_plain[fsdp-tensor-scattered-minimal]",),
+        "attention's last matrix would learn at another rate than the rest, on TPUs alone",
     ),
     Mutant(
         _FUSED,
@@ -145,13 +160,13 @@ MUTANTS = (
         "a step to the right turns as much as one to the next row does in a picture of one column",
     ),
     Mutant(
-        _EMBEDDINGS,
+        _FUNCTIONS,
         "[first * cos - second * sin, first * sin + second * cos]",
         "[first * cos + second * sin, first * sin + second * cos]",
         _embeddings("test_rotation_by_hand"),
     ),
     Mutant(
-        _EMBEDDINGS,
+        _FUNCTIONS,
         "cos, sin = jnp.cos(angles), jnp.sin(angles)",
         "cos, sin = jnp.cos(angles).astype(x.dtype), jnp.sin(angles).astype(x.dtype)",
         _embeddings("test_rotation_is_float32_and_keeps_the_dtype"),

@@ -2,7 +2,7 @@
 
 from tests.mutants.mutant import Mutant
 
-_FILE = "ecdit/models/moe.py"
+_FILE, _TUNED = "ecdit/models/moe.py", "ecdit/tuned/experts.py"
 
 
 def _tests(*names: str) -> tuple[str, ...]:
@@ -19,7 +19,7 @@ MUTANTS = (
     ),
     Mutant(
         _FILE,
-        'output = output + (layer_norm(shared) if self.config.moe_output_norm == "expert" else shared)',
+        'output = output + (layer_norm(shared) if config.moe_output_norm == "expert" else shared)',
         "output = output + shared",
         _tests("test_shared_experts_work_on_every_token_without_a_gate"),
     ),
@@ -90,30 +90,44 @@ MUTANTS = (
     ),
     Mutant(
         _FILE,
+        'hidden = constrain(gelu(named(hidden, "expert_hidden")), "experts", "expert_groups", "mlp")',
+        'hidden = constrain(named(hidden, "expert_hidden"), "experts", "expert_groups", "mlp")',
+        _tests("test_values_and_gradients_are_those_of_float64_numpy[gather-none-expert_choice]"),
+        "experts are linear",
+    ),
+    Mutant(
+        _TUNED,
+        'hidden = constrain(gelu(named(hidden, "expert_hidden")), *_HIDDEN)',
+        'hidden = constrain(named(hidden, "expert_hidden"), *_HIDDEN)',
+        ("tests/tuned/test_experts.py::test_a_layer_with_scattered_gradients_is_the_plain_one",),
+        "experts are linear, on TPUs alone",
+    ),
+    Mutant(
+        _FILE,
         "grouped = x.reshape(-1, group_size, x.shape[-1])",
         "grouped = x.reshape(group_size, -1, x.shape[-1]).swapaxes(0, 1)",
         _tests("test_values_and_gradients_are_those_of_float64_numpy[gather-none-expert_choice]"),
         "experts get other tokens than the router chose for them",
     ),
     Mutant(
-        _FILE,
+        _TUNED,
         'return jnp.einsum("eti,eto->eio", inputs, gradient), gradient',
         'return jnp.einsum("eti,eto->eio", inputs, gradient) / inputs.shape[1], gradient',
-        _tests("test_values_and_gradients_are_those_of_float64_numpy[gather-none-expert_choice]"),
+        ("tests/tuned/test_experts.py::test_a_layer_with_scattered_gradients_is_the_plain_one",),
         "a mean in place of a sum: experts learn at another rate than all else",
     ),
     Mutant(
-        _FILE,
+        _TUNED,
         "return jax.lax.psum(part, others), gradient",
         "return part, gradient",
-        ("tests/models/test_partitioning.py::test_experts_gradients_are_summed_over_all_chips_with_slots_of_theirs",),
+        ("tests/tuned/test_experts.py::test_experts_gradients_are_summed_over_all_chips_with_slots_of_theirs",),
         "replicas of an expert drift apart: each gets the gradient of its own slots",
     ),
     Mutant(
-        _FILE,
+        _TUNED,
         'others = tuple(axis for axis in AXIS_RULES["expert_groups"] if axis != "fsdp")',
         'others = ("slices",)',
-        ("tests/models/test_partitioning.py::test_experts_gradients_are_summed_over_all_chips_with_slots_of_theirs",),
+        ("tests/tuned/test_experts.py::test_experts_gradients_are_summed_over_all_chips_with_slots_of_theirs",),
     ),
     Mutant(
         "ecdit/models/layers.py",
@@ -123,10 +137,10 @@ MUTANTS = (
         "experts start smaller, the more there are",
     ),
     Mutant(
-        "ecdit/models/layers.py",
+        "ecdit/tuned/saved_product.py",
         "return jnp.einsum(forms[1], gradient, kernel), jnp.zeros_like(saved), of_kernel",
         "return jnp.einsum(forms[1], gradient, kernel), jnp.einsum(forms[1], gradient, kernel), of_kernel",
-        _tests("test_values_and_gradients_are_those_of_float64_numpy[gather-none-expert_choice]"),
+        ("tests/tuned/test_saved_product.py::test_a_product_that_saves_what_it_multiplies_has_einsum_s_gradients",),
         "the gradient of what comes in counts twice",
     ),
 )

@@ -75,17 +75,24 @@ MUTANTS = (
         _tests("test_sizes_that_do_not_divide_are_refused_with_the_numbers"),
     ),
     Mutant(
-        "ecdit/models/moe.py",
+        "ecdit/tuned/experts.py",
         '"fsdp", [(0, 1), (1, 0)])',
         '"fsdp", [(0, 0), (1, 1)])',
-        _tests("test_sharded_is_unsharded[data-fsdp-expert]"),
-        "with fsdp 2 each chip uses its own half of an expert twice",
+        _tests("test_tuned_is_plain[data-fsdp-expert-halves-minimal]"),
+        "with halves each chip uses its own half of an expert twice",
     ),
     Mutant(
         "ecdit/models/layers.py",
         'transform_metadata={nnx.PARTITION_NAME: "layers"}',
         'transform_metadata={nnx.PARTITION_NAME: "experts"}',
         ("tests/models/test_layers.py::test_a_stack_has_an_axis_of_layers",),
+    ),
+    Mutant(
+        "ecdit/models/config.py",
+        'config.expert_products != "halves" or config.ffn == "dense" or fsdp == 2,',
+        'config.expert_products != "halves" or config.ffn == "dense" or fsdp >= 2,',
+        ("tests/models/test_config.py::test_halves_of_experts_are_refused_where_they_are_not_on_two_chips",),
+        "two of four chips' parts of an expert would be left out",
     ),
     Mutant(
         "ecdit/experiment.py",

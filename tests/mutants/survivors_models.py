@@ -2,12 +2,12 @@
 
 from tests.mutants.mutant import Mutant
 
-_DIT, _KERNELS = "ecdit/models/dit.py", "ecdit/models/fused_attention.py"
+_DIT, _KERNELS = "ecdit/models/dit.py", "ecdit/tuned/fused_attention.py"
 
 
 def _kernels(case: str) -> tuple[str, ...]:
     """The kernels, interpreted, where a grid step loops over several key-value heads."""
-    return (f"tests/models/test_fused_attention.py::test_so_are_its_kernels[{case}-loop_of_pairs]",)
+    return (f"tests/tuned/test_fused_attention.py::test_so_are_its_kernels[{case}-loop_of_pairs]",)
 
 
 def _whole(case: str) -> tuple[str, ...]:
@@ -56,7 +56,7 @@ MUTANTS = (
         _KERNELS,
         "jnp.broadcast_to(norm / (images * chunks), ",
         "jnp.broadcast_to(norm / images, ",
-        ("tests/models/test_fused_attention.py::test_it_is_the_plain_attention[cross-loop_of_pairs]",),
+        ("tests/tuned/test_fused_attention.py::test_it_is_the_plain_attention[cross-loop_of_pairs]",),
         "without a TPU the QK norms' gradients would grow with the number of chunks",
     ),
     # Conditions

@@ -15,7 +15,7 @@ CORES = 2  # of a v5p, which share a kernel's grid
 PROGRAM = textwrap.dedent("""
     import sys
     import jax, jax.numpy as jnp
-    from ecdit.models import fused_attention as fused
+    from ecdit.tuned import fused_attention as fused
     from ecdit.planning.compiler import find_target, target_devices, use_compiler
 
     use_compiler()

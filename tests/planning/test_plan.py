@@ -15,7 +15,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from ecdit.errors import UserError
 from ecdit.experiment import make_experiment
-from ecdit.models.moe import down_gradient, up_gradient
 from ecdit.partitioning import MeshConfig, make_mesh
 from ecdit.planning import fitting
 from ecdit.planning.compiler import DoesNotFit, compile_step, find_target, make_torus, target_devices
@@ -23,6 +22,7 @@ from ecdit.planning.fitting import what_fits
 from ecdit.planning.hlo import array_shapes, parse
 from ecdit.planning.plan import Plan, advice, make_plan, report
 from ecdit.tuned.compiler_options import TPU_OPTIONS
+from ecdit.tuned.experts import down_gradient, up_gradient
 from launch.local import cpu_environment
 from tests.runs import ROOT, command, run
 from tests.system.test_ec_dit import SMALL, small_values
@@ -204,7 +204,7 @@ def test_an_axis_may_split_a_side_of_each_of_two_slices():
 @pytest.mark.slow
 def test_offloaded_activations_are_in_the_host_s_memory():
     """They need less of the chip's, and what is neither sent nor kept is computed again. Experts' halves among them."""
-    deep = {"model__depth": 32, "train__batch_size": 256, "mesh__expert": 2}
+    deep = {"model__depth": 32, "train__batch_size": 256, "mesh__expert": 2, "model__expert_products": "halves"}
     kept, sent = (
         make_plan(small(model__remat=remat, **deep), find_target("v5p:2x2x1")) for remat in ("minimal", "offload")
     )
@@ -285,6 +285,22 @@ def test_then_the_smallest_larger_slice(monkeypatch):
     said = what_fits(small(model__remat="full"), find_target("v5p:4x4x4"))
     assert said.startswith("no remat policy makes it fit; v5p:4x8x8 does")
     assert tried == [("full", "v5p:4x4x8"), ("full", "v5p:4x8x8")]
+
+
+def test_on_a_larger_slice_halves_of_experts_are_not_for_two_chips(monkeypatch):
+    """With mesh.fsdp = -1 it is above 2 there, which halves would be refused for."""
+    products = []
+
+    def compile_step(experiment, target):
+        products.append(experiment.model.expert_products)
+        if target.num_chips < 128:
+            raise DoesNotFit("too large")
+
+    monkeypatch.setattr(fitting, "compile_step", compile_step)
+    halves = small(model__remat="full", mesh__expert=32, model__expert_products="halves")
+    said = what_fits(halves, find_target("v5p:4x4x4"))
+    assert said.endswith("with --config.model.remat=full --config.model.expert_products=scattered")
+    assert products == ["scattered"]
 
 
 def test_sometimes_nothing_fits(monkeypatch):

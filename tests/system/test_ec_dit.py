@@ -5,7 +5,9 @@ import json
 import pytest
 
 from ecdit.config import ConfigError
-from ecdit.experiment import make_experiment
+from ecdit.experiment import check_mesh, make_experiment
+from ecdit.partitioning import abstract_mesh
+from ecdit.planning.compiler import find_target
 from tests.forking import run_forked
 from tests.runs import ROOT, command, config_file, run
 
@@ -77,3 +79,28 @@ def test_latents_must_be_what_the_model_takes(key, changes):
     with pytest.raises(ConfigError) as error:
         make_experiment(small_values("XL-8E", **changes))
     assert error.value.key == key
+
+
+@pytest.mark.parametrize("row", config_file("ec_dit_plans").PLANS, ids=lambda row: f"{row[0]}-{row[1]}")
+def test_every_slice_of_the_table_runs_its_config(row):
+    """Experts' halves are exchanged where two chips share an expert's matrices, and only there."""
+    name, slice_name, *changes = row
+    values = config_file("ec_dit").get_config(name)
+    values.update_from_flattened_dict(changes[0] if changes else {})
+    experiment = make_experiment(values)
+    mesh = abstract_mesh(experiment.mesh, find_target(slice_name).num_devices)
+    check_mesh(experiment, mesh)
+    if experiment.model.ffn != "dense":
+        assert (experiment.model.expert_products == "halves") == (mesh.shape["fsdp"] == 2)
+
+
+@pytest.mark.parametrize(("devices", "fsdp"), [(64, 1), (256, 4)])
+def test_on_another_slice_m_64e_says_what_to_set(devices, fsdp):
+    values = config_file("ec_dit").get_config("M-64E")
+    experiment = make_experiment(values)
+    says = f'config.model.expert_products = .halves.: must be "scattered" or "plain": .*here it is {fsdp}'
+    with pytest.raises(ConfigError, match=says):
+        check_mesh(experiment, abstract_mesh(experiment.mesh, devices))
+    values.model.expert_products = "scattered"
+    experiment = make_experiment(values)
+    check_mesh(experiment, abstract_mesh(experiment.mesh, devices))

@@ -30,6 +30,12 @@ MESHES = {
 }
 
 
+KINDS = {
+    "plain": {},
+    "tuned": {"model__attention": "fused", "model__projections": "tokens_last", "model__expert_products": "halves"},
+}
+
+
 def mesh_overrides(sizes):
     return {f"mesh__{axis}": size for axis, size in zip(("data", "fsdp", "expert", "tensor"), sizes, strict=True)}
 
@@ -60,8 +66,10 @@ def compiled(experiment):
 def start(experiment):
     """The mesh, the first state, the step and the batches of a run."""
     mesh, shardings, step = compiled(experiment)
-    # Groups, accumulation and losses are of the step: runs that differ in them alone start from one drawn state.
-    model = dataclasses.replace(experiment.system.model, group="image", router_z_loss=0.0)
+    # Groups, accumulation, losses and tuned functions are of the step: runs that differ in them alone start from one
+    # drawn state.
+    plain = {"attention": "plain", "projections": "plain", "expert_products": "plain"}
+    model = dataclasses.replace(experiment.system.model, group="image", router_z_loss=0.0, **plain)
     system = dataclasses.replace(experiment.system, model=model)
     state = jax.device_put(first_state(system, experiment.optimizer, experiment.seed), shardings)
     return mesh, state, step, device_batches(experiment, mesh, 0)
@@ -83,9 +91,12 @@ def one_device_losses(emoji_data):
     return train(step_experiment(emoji_data), 20)[0]
 
 
-@pytest.mark.parametrize("name", list(MESHES)[1:])
-def test_every_mesh_gives_the_losses_of_one_device(name, emoji_data, one_device_losses):
-    losses = train(step_experiment(emoji_data, **mesh_overrides(MESHES[name])), 20)[0]
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [*((name, "plain") for name in list(MESHES)[1:]), *((name, "tuned") for name in MESHES if "fsdp 2" in name)],
+)
+def test_every_mesh_gives_the_losses_of_one_device(name, kind, emoji_data, one_device_losses):
+    losses = train(step_experiment(emoji_data, **KINDS[kind], **mesh_overrides(MESHES[name])), 20)[0]
     np.testing.assert_allclose(losses, one_device_losses, rtol=1e-4)
     assert one_device_losses[-5:].mean() < one_device_losses[:5].mean() - 0.05  # it learned: equal is not constant
 
@@ -351,6 +362,7 @@ def test_kept_tokens_are_a_uniform_sorted_subset():
         ({"mesh__data": 8, "model__group": "32"}, "model.group", "2 images x 8 tokens"),
         ({"mesh__data": 8, "sampling__batch_size": 12}, "sampling.batch_size", "8 parts"),
         ({"mesh__data": 8, "model__sampling_group": "64"}, "model.sampling_group", "2 images x 16"),
+        ({"mesh__fsdp": 4, "model__expert_products": "halves"}, "model.expert_products", "and here it is 4"),
     ],
 )
 def test_what_does_not_divide_is_refused_with_its_numbers(overrides, key, said):

@@ -12,8 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
-from ecdit.models.embeddings import rotate
-from ecdit.models.layers import NORM_EPSILON
+from ecdit.functions import NORM_EPSILON, rotate
 from ecdit.partitioning import AXIS_RULES
 
 

@@ -13,12 +13,12 @@ from jax.sharding import Mesh, NamedSharding
 
 from ecdit.config import ConfigError
 from ecdit.models import attention
-from ecdit.models.config import check_attention
-from ecdit.models.cudnn_attention import cudnn_attention
+from ecdit.models.config import check_tuned
 from ecdit.partitioning import MESH_AXES, abstract_mesh, batch_sharding, logical_spec
-from tests.models.helpers import close, config, dit, jit
-from tests.models.test_fused_attention import CASES, arguments, model_with_gradients, with_gradients
+from ecdit.tuned.cudnn_attention import cudnn_attention
+from tests.models.helpers import close, config, dit, inputs, jit
 from tests.runs import tiny
+from tests.tuned.test_fused_attention import CASES, arguments, with_gradients
 
 by_xla = functools.partial(cudnn_attention, implementation="xla")
 
@@ -40,15 +40,27 @@ def test_on_shards_of_images_and_heads_it_is_the_same(case):
     assert not re.search(r"all-gather|all-to-all|all-reduce|collective-permute", text)
 
 
+def model_with_gradients(config):
+    """A model's velocity, and the gradients of half the sum of its squares."""
+    x, model = inputs(config, 4), dit(config)
+
+    @jit
+    def run(params):
+        output, backward = jax.vjp(lambda params: model(params).forward(*x, config.num_kept)[0], params)
+        return output, backward(output)
+
+    return run(model.params)
+
+
 def test_a_model_with_it_is_the_same(monkeypatch):
     """In float32, which the config refuses for the kernel: so it takes the plain one's place."""
     plain = model_with_gradients(config(remat="minimal"))
-    monkeypatch.setitem(attention.KINDS, "plain", by_xla)
+    monkeypatch.setitem(attention.ATTENTIONS, "plain", by_xla)
     close(model_with_gradients(config(remat="minimal")), plain, 2e-5)
 
 
 def test_the_config_field_chooses_it():
-    assert attention.KINDS["cudnn"] is cudnn_attention
+    assert attention.ATTENTIONS["cudnn"] is cudnn_attention
     assert config(attention="cudnn", width=32, dtype="bfloat16", latent_size=64).num_tokens == 1024, "no limit of a TPU"
 
 
@@ -68,5 +80,5 @@ def test_devices_without_the_kernel_are_refused():
     message = r'config.model.attention = \'cudnn\': must be "plain" or "fused": .* these devices are cpus'
     with pytest.raises(ConfigError, match=message):
         check_sampling(tiny().sampling, dit(cudnn)(dit(cudnn).params), mesh)
-    check_attention(config(), mesh)
-    check_attention(cudnn, abstract_mesh(tiny().mesh, 1))
+    check_tuned(config(), mesh)
+    check_tuned(cudnn, abstract_mesh(tiny().mesh, 1))

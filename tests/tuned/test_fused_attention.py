@@ -1,6 +1,8 @@
-"""The fused attention: the same as the plain one with and without its kernels, on shards, and compiled for TPUs."""
+"""The fused attention: the same as the plain one with and without its kernels, on shards, and compiled for TPUs.
 
-import contextlib
+Models with it are compared with plain ones by tests/models/test_partitioning.py.
+"""
+
 import functools
 import re
 
@@ -11,10 +13,10 @@ import pytest
 from jax.sharding import Mesh
 
 from ecdit.config import ConfigError
-from ecdit.models import fused_attention as fused
 from ecdit.models.attention import normed_attention
 from ecdit.partitioning import MESH_AXES
-from tests.models.helpers import close, config, dit, inputs, jit, normal
+from ecdit.tuned import fused_attention as fused
+from tests.models.helpers import close, config, jit, normal
 
 IMAGES, GROUP, WIDTH, TOKENS, TEXT = 4, 3, 8, 16, 10  # GROUP: query heads of a key-value head
 CASES = ["self", "cross"]
@@ -100,30 +102,6 @@ def test_on_shards_of_images_and_heads_it_is_the_same(case):
         text = jit(fused.fused_attention).lower(*arguments(case)).compile().as_text()
         close(with_gradients(fused.fused_attention, case), alone, 3e-6)
     assert not re.search(r"all-gather|all-to-all|all-reduce|collective-permute", text)
-
-
-def model_with_gradients(config, mesh=None):
-    """A model's velocity, and the gradients of half the sum of its squares."""
-    x, model = inputs(config, 4), dit(config)  # not made on the mesh: flax would take logical axes for its own
-
-    @jit
-    def run(params):
-        output, backward = jax.vjp(lambda params: model(params).forward(*x, config.num_kept)[0], params)
-        return output, backward(output)
-
-    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
-        return run(model.params)
-
-
-@pytest.fixture(scope="module")
-def plain_model():
-    return model_with_gradients(config())
-
-
-@pytest.mark.parametrize("remat", ["none", "minimal", "full"])
-def test_a_model_with_it_is_the_same_on_shards_too(plain_model, remat):
-    mesh = Mesh(np.array(jax.devices()[:4]).reshape(1, 1, 2, 1, 2), MESH_AXES)
-    close(model_with_gradients(config(attention="fused", remat=remat), mesh), plain_model, 2e-5)
 
 
 def test_what_does_not_fit_a_tpu_is_refused():

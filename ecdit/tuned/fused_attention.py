@@ -19,7 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
-from ecdit.models.layers import NORM_EPSILON
+from ecdit.functions import NORM_EPSILON
 from ecdit.partitioning import AXIS_RULES
 
 # Of the 16 MB that a v4 has for a kernel: the arrays of a grid step, twice as one comes while another goes, and about

@@ -1,0 +1,33 @@
+"""Functions without parameters that `models` and `tuned` share.
+
+Axes: B batch, N tokens, f hidden width, k head width.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float
+
+NORM_EPSILON = 1e-6  # of LayerNorms and RMSNorms
+
+
+@jax.checkpoint  # the backward pass computes it again from x, instead of reading four saved intermediates
+def gelu(x: Float[Array, "*b f"]) -> Float[Array, "*b f"]:
+    """GELU by its tanh approximation (arXiv 1606.08415), as x sigmoid(2 u): the same function in fewer operations."""
+    u = math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)
+    return x * jax.nn.sigmoid(2 * u)
+
+
+def rotate(x: Float[Array, "B heads k N"], angles: Float[Array, "B N k/2"]) -> Float[Array, "B heads k N"]:
+    """Turns the pairs (x_i, x_{i + k/2}) by `angles` (RoFormer, arXiv 2104.09864), in float32."""
+    angles = angles.swapaxes(1, 2)[:, None]
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=2)
+    return jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=2).astype(x.dtype)
+
+
+def named(x: Array, name: str) -> Array:
+    """Marks an activation that a remat policy can save by name (see `models.layers.REMAT_POLICIES`)."""
+    return checkpoint_name(x, name)

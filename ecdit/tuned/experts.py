@@ -1,0 +1,106 @@
+"""The experts' products for TPUs: gradients reduce-scattered over `fsdp` by hand, or matrices exchanged by halves.
+
+Both do what `moe.expert_products` does; `model.expert_products` chooses. They save slots as the all-to-all wrote them
+(see `saved_product`).
+
+Axes: E experts, T slots of an expert (of all groups and places), d width, f hidden width, i inputs, o outputs.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ecdit.functions import gelu, named
+from ecdit.partitioning import AXIS_RULES, axis_size, constrain, logical_spec
+from ecdit.tuned.saved_product import saved_product
+
+# Logical axes of slots and hidden units where they are with their experts, and of the experts' matrices.
+_SLOTS = ("experts", "expert_groups", None)
+_HIDDEN = ("experts", "expert_groups", "mlp")
+_UP = ("experts", "expert_embed", "expert_mlp")
+_DOWN = ("experts", "expert_mlp", "expert_embed")
+
+
+def scattered(
+    slots: Float[Array, "E T d"], up: Float[Array, "E d f"], down: Float[Array, "E f d"]
+) -> Float[Array, "E T d"]:
+    """The compiler gathers the matrices over `fsdp`; their gradients are reduce-scattered by hand."""
+    saved = named(slots, "expert_in")
+    hidden = saved_product(slots, saved, up, ("etd,edf->etf", "etf,edf->etd"), up_gradient)
+    hidden = constrain(gelu(named(hidden, "expert_hidden")), *_HIDDEN)
+    return saved_product(hidden, hidden, down, ("etf,efd->etd", "etd,efd->etf"), down_gradient)
+
+
+def halves(
+    slots: Float[Array, "E T d"], up: Float[Array, "E d f"], down: Float[Array, "E f d"]
+) -> Float[Array, "E T d"]:
+    """Two chips share a matrix (`fsdp` is 2): each multiplies by its own half while the other half is on its way.
+
+    A TPU hides a gather behind a matrix product only, and the first product would need the gathered matrix. Each half
+    of the second product is rounded to the dtype of the slots.
+    """
+
+    def on_each(slots: Array, saved: Array, up: Array, down: Array) -> Array:
+        slots, saved = (jax.lax.pcast(x, ("tensor",), to="varying") for x in (slots, saved))
+        up, down = (jax.lax.pcast(kernel, ("slices", "data"), to="varying") for kernel in (up, down))
+        outputs = []
+        for half in ((up, down), jax.lax.ppermute((up, down), "fsdp", [(0, 1), (1, 0)])):
+            hidden = saved_product(slots, saved, half[0], ("etd,edf->etf", "etf,edf->etd"), _local_gradient)
+            outputs.append(jnp.einsum("etf,efd->etd", gelu(named(hidden, "expert_hidden")), half[1]))
+        return jax.lax.psum(sum(outputs), "tensor")
+
+    specs = [logical_spec(axes, "experts") for axes in (_SLOTS, _SLOTS, _UP, _DOWN)]
+    run = jax.shard_map(on_each, in_specs=tuple(specs), out_specs=specs[0])
+    return run(slots, named(slots, "expert_in"), up, down)
+
+
+def barrier_before_exchange(outputs: Float[Array, "E G C d"]) -> Float[Array, "E G C d"]:
+    """The experts' gated outputs, behind a barrier.
+
+    Without it XLA converts the all-to-all result to float32 in a separate pass of the backward pass.
+    """
+    return jax.lax.optimization_barrier(outputs)
+
+
+def up_gradient(
+    inputs: Float[Array, "E T d"], gradient: Float[Array, "E T f"]
+) -> tuple[Float[Array, "E d f"], Float[Array, "E T f"]]:
+    """The gradient of the experts' first matrix from their inputs and their hidden units' gradient; and the latter."""
+    if axis_size("fsdp") == 1:
+        return _local_gradient(inputs, gradient)
+    # Computed transposed: scattering over the last dimension makes the TPU copy.
+    return down_gradient(gradient, inputs)[0].swapaxes(1, 2), gradient
+
+
+def down_gradient(
+    hidden: Float[Array, "E T f"], gradient: Float[Array, "E T d"]
+) -> tuple[Float[Array, "E f d"], Float[Array, "E T d"]]:
+    """The gradient of the experts' second matrix from their hidden units and their outputs' gradient; and the latter.
+
+    It is summed over the chips that have other slots of the same experts; each of them keeps its part of the hidden
+    units.
+    """
+    if axis_size("fsdp") == 1:
+        return _local_gradient(hidden, gradient)
+    others = tuple(axis for axis in AXIS_RULES["expert_groups"] if axis != "fsdp")
+
+    def on_each(hidden: Array, gradient: Array) -> tuple[Array, Array]:
+        alone = hidden.shape[0] == 1  # of an array [1, f, d] a TPU would send the whole sum to every chip
+        product = (
+            jnp.einsum("tf,td->fd", hidden[0], gradient[0]) if alone else jnp.einsum("etf,etd->efd", hidden, gradient)
+        )
+        # This product comes before the one that needs the gathered matrix, so that the gather can go on behind it.
+        product, gradient = jax.lax.optimization_barrier((product, gradient))
+        part = jax.lax.psum_scatter(product, "fsdp", scatter_dimension=product.ndim - 2, tiled=True)
+        part = part[None] if alone else part
+        return jax.lax.psum(part, others), gradient
+
+    tokens = logical_spec(_SLOTS, "gradient")
+    in_specs, out_specs = (logical_spec(_HIDDEN, "hidden"), tokens), (logical_spec(_DOWN, "gradient"), tokens)
+    return jax.shard_map(on_each, in_specs=in_specs, out_specs=out_specs, check_vma=False)(hidden, gradient)
+
+
+def _local_gradient(
+    inputs: Float[Array, "E T i"], gradient: Float[Array, "E T o"]
+) -> tuple[Float[Array, "E i o"], Float[Array, "E T o"]]:
+    return jnp.einsum("eti,eto->eio", inputs, gradient), gradient

@@ -1,0 +1,29 @@
+"""The projections around attention, for TPUs: their products write and read heads with tokens last.
+
+The plain forms multiply rows and then transpose, which a TPU does in a separate pass over the activations.
+
+Axes: B batch, N tokens, d width, f heads side by side.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from ecdit.functions import named
+from ecdit.tuned.saved_product import saved_product
+
+
+def to_heads(x: Float[Array, "B N d"], kernel: Float[Array, "d f"]) -> Float[Array, "B f N"]:
+    """As `attention.to_heads`, in one product."""
+    return jnp.einsum("bnd,df->bfn", x, kernel)
+
+
+def from_heads(heads: Float[Array, "B f N"], kernel: Float[Array, "f d"]) -> Float[Array, "B N d"]:
+    """As `attention.from_heads`, in one product. The attention's output is saved as its kernel wrote it."""
+    saved = named(heads, "attention_out")
+    return saved_product(heads, saved, kernel, ("bfn,fd->bnd", "bnd,fd->bfn"), _kernel_gradient)
+
+
+def _kernel_gradient(
+    heads: Float[Array, "B f N"], gradient: Float[Array, "B N d"]
+) -> tuple[Float[Array, "f d"], Float[Array, "B N d"]]:
+    return jnp.einsum("bfn,bnd->fd", heads, gradient), gradient
