@@ -1,67 +1,51 @@
-"""Evaluates a run: `python -m ecdit.evaluate retrieval --workdir=runs/emoji` samples captions and looks them up."""
+"""Evaluates a run, pictures or features: `python -m ecdit.evaluate NAME --flags`; docs/evaluation.md has the names.
 
-import json
-import time
-from pathlib import Path
+`python -m ecdit.evaluate retrieval --workdir=runs/emoji` samples captions and looks the pictures up.
+"""
 
-import numpy as np
+import importlib
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+
 from absl import flags
 
 from ecdit.command_line import run_command
-from ecdit.config import to_dict
-from ecdit.data.records import Records
 from ecdit.errors import UserError
-from ecdit.evaluation.retrieval import NUM_CAPTIONS, fixed_choice, protocol, recall, target_ranks
-from ecdit.files import check_writable
-from ecdit.runs.trained_run import open_run, sample_run, saved_experiment
-from ecdit.storage import as_path
 
-WORKDIR = flags.DEFINE_string("workdir", None, "The run.", required=True)
-STEP = flags.DEFINE_integer("step", None, "Of the checkpoint; by default the newest.")
-CAPTIONS = flags.DEFINE_integer("captions", NUM_CAPTIONS, "How many are sampled, always the same ones; 0 for all.", 0)
-JSON = flags.DEFINE_string("json", None, "File for the result.")
+# A module has `define_flags(values)` and `run(values)`. Only the chosen one is imported, so that scorers, which need
+# NumPy alone, start at once, and the flags of one evaluation are no other's.
+EVALUATIONS = {
+    "retrieval": "ecdit.commands.retrieval",
+    "geneval-score": "ecdit.commands.geneval_score",
+    "geneval2-score": "ecdit.commands.geneval2_score",
+    "dsg-score": "ecdit.commands.dsg_score",
+    "dpg-score": "ecdit.commands.dpg_score",
+    "frechet": "ecdit.commands.frechet",
+    "kid": "ecdit.commands.kid",
+    "cmmd": "ecdit.commands.cmmd",
+    "precision-recall": "ecdit.commands.precision_recall",
+}
+
+
+def choose(arguments: Sequence[str]) -> ModuleType | None:
+    """The module of the first argument that is the name of an evaluation, or None."""
+    name = next((argument for argument in arguments if argument in EVALUATIONS), None)
+    return importlib.import_module(EVALUATIONS[name]) if name else None
 
 
 def main(argv: list[str]) -> None:
     """Runs the evaluation that the command line names."""
-    if argv[1:] != ["retrieval"]:
-        raise UserError(f"evaluations: retrieval; got {' '.join(argv[1:]) or 'none'}")
-    if JSON.value:
-        check_writable(Path(JSON.value))
-    result = retrieval(as_path(WORKDIR.value), STEP.value, CAPTIONS.value)
-    if JSON.value:
-        Path(JSON.value).write_text(json.dumps(result, indent=2) + "\n")
-
-
-def retrieval(workdir: Path, step: int | None, count: int) -> dict:
-    """Samples `count` training captions, 0 for all; prints and returns how often their pictures are the nearest."""
-    start = time.monotonic()
-    own_group = ["model.sampling_group=image"] if hasattr(saved_experiment(workdir).model, "sampling_group") else []
-    run = open_run(workdir, own_group, step)
-    records = list(Records(run.experiment.data))
-    chosen = fixed_choice(len(records), count or len(records))
-    sampling = protocol(run.experiment.sampling)
-    samples = sample_run(run, [records[i]["caption"] for i in chosen], [0] * len(chosen), sampling)
-    ranks = target_ranks(samples, np.stack([record["image"] for record in records]), chosen)
-    result = {
-        "r_at_1": float(recall(ranks, 1)),
-        "r_at_5": float(recall(ranks, 5)),
-        "num_images": len(chosen),
-        "num_pictures": len(records),
-        "step": run.step,
-        "seconds": round(time.monotonic() - start, 1),
-        "protocol": {"weights": "ema", "distance": "RMS over pixels, identical pictures count as right"}
-        | to_dict(sampling),
-    }
-    print(
-        f"step {run.step}: R@1 {result['r_at_1']:.2%}, R@5 {result['r_at_5']:.2%} "
-        f"(chance {1 / len(records):.2%} and {5 / len(records):.2%}) over {len(chosen)} training captions, "
-        f"the nearest of {len(records)} pictures; {sampling.solver}, {sampling.num_steps} steps, guidance "
-        f"{sampling.guidance.scale}, seed {sampling.seed}, EMA weights; {result['seconds']} s. "
-        "This measures fit to the training captions, not generality."
-    )
-    return result
+    chosen = choose(argv[1:])
+    if chosen is None or len(argv) > 2:
+        raise UserError(f"evaluations: {', '.join(EVALUATIONS)}; got {' '.join(argv[1:]) or 'none'}")
+    chosen.run(flags.FLAGS)
 
 
 if __name__ == "__main__":
-    run_command(main)
+    module = choose(sys.argv[1:])
+    if module is not None:
+        module.define_flags(flags.FLAGS)
+        flags.adopt_module_key_flags(module)
+    # Without a name no flag is defined, and an error should say that the name is missing rather than that a flag is.
+    run_command(main, known_only=module is None)

@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ecdit.errors import UserError
@@ -39,11 +39,24 @@ def replace_text(path: Path, text: str) -> None:
     Raises:
       UserError: the file cannot be written; it keeps the old text.
     """
+    _replace(path, lambda place: place.write_text(text))
+
+
+def replace_bytes(path: Path, data: bytes) -> None:
+    """Writes a file whole or not at all, as `replace_text` does.
+
+    Raises:
+      UserError: the file cannot be written; it keeps the old contents.
+    """
+    _replace(path, lambda place: place.write_bytes(data))
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
     if is_remote(path):  # buckets write objects whole
         with writing(path):
-            path.write_text(text)
+            write(path)
         return
     scratch = path.with_name(path.name + ".tmp")
     with writing(path):
-        scratch.write_text(text)
+        write(scratch)
         os.replace(scratch, path)

@@ -1,0 +1,59 @@
+"""`frechet --features=A.npy --reference=B.npz` measures the Fréchet distance of features (FID, of Inception's)."""
+
+from pathlib import Path
+
+from absl import flags
+
+from ecdit.commands.feature_flags import define_feature_flags
+from ecdit.errors import UserError
+from ecdit.evaluation.feature_files import read_moments_or_features
+from ecdit.evaluation.frechet import distance_of_moments
+from ecdit.evaluation.json_lines import check_results, json_text, write_results
+from ecdit.evaluation.moments import Moments, write_moments
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Adds the flags of this evaluation."""
+    define_feature_flags(values, "; or one .npz file with mu and sigma")
+    flags.DEFINE_string("save", None, "File, .npz, for mu and sigma of --features.", flag_values=values)
+    few = "Compare sets that have fewer samples than dimensions: the distance is then mostly their lack of samples."
+    flags.DEFINE_bool("allow_few_samples", False, few, flag_values=values)
+
+
+def run(values: flags.FlagValues) -> None:
+    """Measures, prints and writes the result."""
+    out, save = (Path(path) if path else None for path in (values.json, values.save))
+    check_results(out, save)
+    if save and save.suffix != ".npz":
+        raise UserError(f"--save={save}: must end in .npz")
+    sets = {name: read_moments_or_features(values[name].value, f"--{name}") for name in ("features", "reference")}
+    if not values.allow_few_samples:
+        for name, found in sets.items():
+            check_samples(found, name)
+    result = {
+        "frechet": distance_of_moments(sets["features"], sets["reference"]),
+        "extractor": values.extractor,
+        "dimensions": len(sets["features"].mean),
+        "samples": sets["features"].count,
+        "reference_samples": sets["reference"].count,
+    }
+    if save:
+        save.parent.mkdir(parents=True, exist_ok=True)
+        write_moments(save, sets["features"])
+    if out:
+        write_results(out, json_text(result))
+    print(
+        f"Frechet distance {result['frechet']:.6g}, {result['dimensions']} dimensions, "
+        f"{result['samples'] or 'unknown'} samples against {result['reference_samples'] or 'unknown'}; "
+        f"extractor: {result['extractor'] or 'not named'}"
+    )
+
+
+def check_samples(found: Moments, name: str) -> None:
+    """Raises UserError where a set of known size has fewer samples than dimensions."""
+    dimensions = len(found.mean)
+    if found.count is not None and found.count < dimensions:
+        reason = (
+            "its covariance would be that of the few directions it has; --allow_few_samples compares it all the same"
+        )
+        raise UserError(f"--{name}: {found.count} samples, fewer than the {dimensions} dimensions: {reason}")

@@ -1,0 +1,38 @@
+"""`geneval-score --detections=F.jsonl --out=R.jsonl` judges pictures by GenEval's rules."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+from absl import flags
+
+from ecdit.evaluation.geneval import TASKS, summarize
+from ecdit.evaluation.geneval_lines import judge_lines
+from ecdit.evaluation.json_lines import check_results, json_text, write_results
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Adds the flags of this evaluation."""
+    lines = 'Lines {"filename", "metadata", "detections", "colors"}.'
+    flags.DEFINE_string("detections", None, lines, required=True, flag_values=values)
+    lines = 'File for the lines {"filename", "tag", "prompt", "correct", "reason"}.'
+    flags.DEFINE_string("out", None, lines, required=True, flag_values=values)
+    flags.DEFINE_string("json", None, "File for the shares of the tasks.", flag_values=values)
+
+
+def run(values: flags.FlagValues) -> None:
+    """Scores, writes both files and prints the summary."""
+    out, summary_file = Path(values.out), Path(values.json) if values.json else None
+    check_results(out, summary_file)
+    verdicts = judge_lines(Path(values.detections))
+    summary = summarize(verdicts)
+    write_results(out, "".join(json.dumps(dataclasses.asdict(verdict)) + "\n" for verdict in verdicts))
+    if summary_file:
+        write_results(summary_file, json_text(summary))
+    for tag, share in summary["tasks"].items():
+        print(f"{tag:<16} {share:.2%}")
+    missing = [task for task in TASKS if task not in summary["tasks"]]
+    note = f"; not GenEval's whole: there are no pictures of {', '.join(missing)}" if missing else ""
+    print(
+        f"overall {summary['overall']:.5f}, the mean of {len(summary['tasks'])} tasks, {len(verdicts)} pictures{note}"
+    )

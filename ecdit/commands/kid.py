@@ -1,0 +1,39 @@
+"""`kid --features=A.npy --reference=B.npy` measures the kernel inception distance of features."""
+
+from pathlib import Path
+
+from absl import flags
+
+from ecdit.commands.feature_flags import define_feature_flags
+from ecdit.evaluation.feature_files import read_features
+from ecdit.evaluation.json_lines import check_results, json_text, write_results
+from ecdit.evaluation.kernel_distance import kernel_inception_distance
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Adds the flags of this evaluation."""
+    define_feature_flags(values)
+    flags.DEFINE_integer("subsets", 100, "How many random subsets are compared.", 1, flag_values=values)
+    flags.DEFINE_integer("subset_size", 1000, "How many rows of each set a subset has.", 2, flag_values=values)
+    flags.DEFINE_integer("seed", 0, "Chooses the subsets.", 0, flag_values=values)
+
+
+def run(values: flags.FlagValues) -> None:
+    """Measures, prints and writes the result."""
+    out = Path(values.json) if values.json else None
+    check_results(out)
+    sets = [read_features(values[name].value, f"--{name}") for name in ("features", "reference")]
+    mean, deviation = kernel_inception_distance(*sets, values.subsets, values.subset_size, values.seed)
+    result = {
+        "kid": mean,
+        "std": deviation,
+        "subsets": values.subsets,
+        "subset_size": values.subset_size,
+        "seed": values.seed,
+        "extractor": values.extractor,
+        "samples": len(sets[0]),
+        "reference_samples": len(sets[1]),
+    }
+    if out:
+        write_results(out, json_text(result))
+    print(f"KID {mean:.6g}, standard deviation {deviation:.2g} over {values.subsets} subsets of {values.subset_size}")

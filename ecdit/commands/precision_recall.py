@@ -1,0 +1,35 @@
+"""`precision-recall --features=A.npy --reference=B.npy` measures precision and recall of features."""
+
+from pathlib import Path
+
+from absl import flags
+
+from ecdit.commands.feature_flags import define_feature_flags
+from ecdit.evaluation.feature_files import read_features
+from ecdit.evaluation.json_lines import check_results, json_text, write_results
+from ecdit.evaluation.precision_recall import NEIGHBOURS, precision_recall
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Adds the flags of this evaluation."""
+    define_feature_flags(values)
+    flags.DEFINE_integer("neighbours", NEIGHBOURS, "A ball reaches to the neighbour so far.", 1, flag_values=values)
+
+
+def run(values: flags.FlagValues) -> None:
+    """Measures, prints and writes the result."""
+    out = Path(values.json) if values.json else None
+    check_results(out)
+    sets = [read_features(values[name].value, f"--{name}") for name in ("features", "reference")]
+    precision, recall = precision_recall(*sets, values.neighbours)
+    result = {
+        "precision": precision,
+        "recall": recall,
+        "neighbours": values.neighbours,
+        "extractor": values.extractor,
+        "samples": len(sets[0]),
+        "reference_samples": len(sets[1]),
+    }
+    if out:
+        write_results(out, json_text(result))
+    print(f"precision {precision:.4f}, recall {recall:.4f}, {values.neighbours} neighbours")
