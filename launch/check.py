@@ -13,7 +13,7 @@ from ecdit.experiment import Experiment, check_mesh
 from ecdit.partitioning import MeshConfig, abstract_mesh, batch_shards
 from ecdit.planning.cache import cached_plan
 from ecdit.planning.compiler import DoesNotFit, find_target, use_compiler
-from ecdit.system import make_system
+from ecdit.system import make_system, user_files
 from ecdit.topology import Slice
 from ecdit.training.optimizer import make_optimizer
 from ecdit.training.state import abstract_state, state_shardings
@@ -58,6 +58,7 @@ def make_job(
             f"--workdir={workdir}",
             *(f"--config.{key}={value}" for key, value in sorted(overrides.items())),
         ),
+        files=(origin["config"].partition(":")[0], *user_files(experiment.denoiser)),
         mesh=dict(mesh.shape),
         batch=f"{train.batch_size} images: {images} to each of {batch_shards(mesh)} parts, "
         f"{together} at a time compete for experts",
@@ -81,9 +82,10 @@ def check_pod(job: Job, experiment: Experiment, config_file: str) -> None:
             f"--workdir={job.workdir}: must be gs://BUCKET/PATH: the hosts of a pod share no local directory, and what "
             f"one of them writes is gone with it"
         )
-    path = Path(config_file.partition(":")[0])
-    if path.is_absolute() or ".." in path.parts:
-        raise LaunchError(f"--config={config_file}: must be a path inside the checkout, which the hosts get a copy of")
+    for path in map(Path, job.files):
+        if path.is_absolute() or ".." in path.parts:
+            key = "--config" if str(path) == config_file.partition(":")[0] else "config.denoiser"
+            raise LaunchError(f"{key}={path}: must be a path inside the checkout, which the hosts get a copy of")
     if job.hosts > 1 and not experiment.runtime.distributed:
         raise ConfigError(
             "runtime.distributed", False, f"must be True: else {job.hosts} hosts each train by themselves"

@@ -36,6 +36,7 @@ class Job:
     slices: int  # how many, joined by the data-centre network
     workdir: str
     train_flags: tuple[str, ...]  # of `python -m ecdit.train`, as you would type them
+    files: tuple[str, ...]  # paths of the user's files that training reads: the config, a denoiser of their own
     mesh: Mapping[str, int]  # sizes by axis
     batch: str  # for people
     checkpoint_bytes: int

@@ -205,9 +205,8 @@ def _train_command(job: Job, options: Options) -> str:
 
 
 def _files(job: Job) -> list[str]:
-    """Returns the files of the checkout that a worker needs, the config file included."""
-    config = job.train_flags[0].removeprefix("--config=").partition(":")[0]
-    return [*CODE, *([] if config.split("/")[0] in CODE else [config])]
+    """Returns the files of the checkout that a worker needs, the user's own included."""
+    return [*CODE, *(path for path in job.files if path.split("/")[0] not in CODE)]
 
 
 def _ranges(codes: Sequence[int]) -> list[tuple[int, int]]:

@@ -152,10 +152,18 @@ def test_a_pod_needs_a_workdir_in_a_bucket(workdir):
         check_pod(dataclasses.replace(job("v5p-256"), workdir=workdir), experiment(), "configs/ec_dit.py:XL-32E")
 
 
-@pytest.mark.parametrize("config", ["/tmp/mine.py", "../mine.py:x"])
-def test_a_pod_needs_a_config_that_its_hosts_have(config):
-    with pytest.raises(LaunchError, match="must be a path inside the checkout"):
-        check_pod(job("v5p-256"), experiment(), config)
+@pytest.mark.parametrize("path", ["/tmp/mine.py", "../mine.py"])
+def test_a_pod_needs_files_that_its_hosts_have(path):
+    """A config, or a denoiser of the user's own."""
+    made, config = job("v5p-256"), "configs/ec_dit.py:XL-32E"
+    with pytest.raises(LaunchError, match=f"--config={path}: must be a path inside the checkout"):
+        check_pod(dataclasses.replace(made, files=(path,)), experiment(), f"{path}:x")
+    with pytest.raises(LaunchError, match=f"config.denoiser={path}: must be a path inside the checkout"):
+        check_pod(dataclasses.replace(made, files=("configs/ec_dit.py", path)), experiment(), config)
+
+
+def test_a_job_has_the_files_that_its_config_names():
+    assert job("v5p-256").files == ("configs/ec_dit.py",)
 
 
 def test_hosts_that_would_not_join_are_refused():

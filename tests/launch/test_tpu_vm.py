@@ -119,6 +119,13 @@ def test_the_loop_restarts_on_the_same_codes_as_the_other_backend(stand_in, code
     assert loop.returncode == (0 if code in RESTART_CODES else code)
 
 
+def test_workers_get_the_user_s_own_files():
+    made = dataclasses.replace(placed("v5p-16"), files=("configs/ec_dit.py", "mine/config.py", "mine/patch_mlp.py"))
+    copied = next(line for line in tpu_vm.script(made, OPTIONS).splitlines() if line.startswith("tar -cf"))
+    assert {"ecdit", "launch", "configs", "mine/config.py", "mine/patch_mlp.py"} <= set(copied.split())
+    assert "configs/ec_dit.py" not in copied.split()
+
+
 def test_the_loop_gives_up_after_so_many_restarts(stand_in):
     directory, environment = stand_in
     loop = start_loop(directory, environment, "137 137 137 137 0")
