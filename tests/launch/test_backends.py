@@ -64,9 +64,9 @@ def test_a_new_backend_brings_its_flags_and_starts_jobs(tmp_path):
     assert real.stdout.endswith(f"started {text}")
 
 
-def test_a_backend_refuses_a_job_before_its_step_is_compiled():
-    request = [flag for flag in REQUEST if flag != "--skip-plan"]
-    done = launch("tpu", *request, "--accelerator=v6e-8", "--slices=2")
+@pytest.mark.parametrize("plan", ["--skip-plan", "--noskip-plan"])
+def test_a_backend_refuses_a_job_before_its_step_is_compiled(plan):
+    done = launch("tpu", *REQUEST, plan, "--accelerator=v6e-8", "--slices=2")
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: noting takes one slice\n")
 
 

@@ -235,11 +235,6 @@ def test_the_image_has_the_python_and_the_code_that_workers_get():
     assert [int(n) for n in tpu_vm.PYTHON.split(".")] >= [int(n) for n in minimum.split(".")]
 
 
-def test_a_config_of_ones_own_goes_along():
-    made = dataclasses.replace(placed("v5p-16"), train_flags=("--config=mine/big.py:XL", "--workdir=gs://b/w"))
-    assert " pyproject.toml mine/big.py " in tpu_vm.script(made, OPTIONS)
-
-
 @pytest.mark.parametrize("options", [OPTIONS, EVERYTHING, dataclasses.replace(EVERYTHING, image="i")])
 def test_it_is_a_script_that_bash_can_read(options):
     for slices in (1, 3):

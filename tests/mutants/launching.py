@@ -84,7 +84,7 @@ MUTANTS = (
         _STARTING,
         "    backend.check(job)\n",
         "\n",
-        _backends("test_a_backend_refuses_a_job_before_its_step_is_compiled"),
+        _backends("test_a_backend_refuses_a_job_before_its_step_is_compiled[--skip-plan]"),
         "a job that cannot run is refused after minutes of compiling, or by the cluster",
     ),
     Mutant(
