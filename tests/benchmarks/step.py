@@ -77,13 +77,13 @@ class Parts:
         rows = jnp.arange(self.experiment.train.batch_size, dtype=jnp.int32)
         key = run_key(self.experiment.seed, "examples")
         keys = jax.vmap(example_keys, in_axes=(None, None, 0))(key, state.step, rows)
-        return training_step._loss(state.params, state.frozen, self.experiment, self.system, batch, keys)
+        return training_step._loss(state.params, state.frozen, self.experiment.flow, self.system, batch, keys)
 
     def _gradients(self, state: TrainState, batch: training_step.Batch) -> Any:
-        return training_step._accumulated_gradients(self.experiment, self.system, state, batch)
+        return training_step._accumulated_gradients(self.experiment.step_config, self.system, state, batch)
 
     def _update(self, state: TrainState, loss: Any, aux: Any, grads: Any) -> Any:
-        return training_step._gated_update(self.experiment, self.optimizer, state, loss, dict(aux), grads)
+        return training_step._gated_update(self.experiment.train, self.optimizer, state, loss, dict(aux), grads)
 
     def _ema(self, ema: Any, params: Any) -> Any:
         decay = self.experiment.train.ema_decay
