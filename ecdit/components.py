@@ -28,7 +28,7 @@ class TextStates(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """What a denoiser returns."""
+    """The result of a denoiser."""
 
     velocity: Float[Array, "B h w c"]  # float32
     # How much the error on each token counts, 0 to 1: 0 on tokens that the denoiser did not see. N is a square number;
@@ -55,7 +55,7 @@ def total_flops(parts: Iterable[PartFlops]) -> float:
 
 
 class DenoiserConfig(Protocol):
-    """What a denoiser's config, a frozen dataclass, has at least."""
+    """The fields that every denoiser's config has; it is a frozen dataclass."""
 
     @property
     def latent_size(self) -> int:

@@ -3,8 +3,8 @@
 import dataclasses
 import functools
 import hashlib
-import importlib.util
-import re
+import sys
+import types
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 
 from ecdit.components import Autoencoder, Denoiser, DenoiserConfig, Mode, PartFlops, TextEncoder, total_flops
-from ecdit.config import ConfigError, require
+from ecdit.config import require
 from ecdit.encoders.autoencoder import AUTOENCODERS
 from ecdit.encoders.text_tower import TextConfig, TextTower
 from ecdit.models.dit import DiT
@@ -63,38 +63,41 @@ class SystemConfig:
         return AUTOENCODERS[self.autoencoder].has_images
 
 
-@functools.cache
 def denoiser_class(name: str) -> type[Denoiser]:
     """Returns the class of a denoiser: of "ec_dit" the paper's, of "FILE.py:Class" that of a user's file.
 
     Raises:
       ConfigError: no such file or class, or a class without a `Config` dataclass.
     """
-    if name == PAPERS:
-        return DiT
+    return DiT if name == PAPERS else _users_class(name)[0]
+
+
+def user_files(denoiser: str) -> dict[str, str]:
+    """Returns the sha256 of the user's file that a denoiser is from, by its path; nothing for the paper's.
+
+    It is that of the code which this process runs, whatever has become of the file since.
+    """
+    return {} if denoiser == PAPERS else {denoiser.rpartition(":")[0]: _users_class(denoiser)[1]}
+
+
+@functools.cache
+def _users_class(name: str) -> tuple[type[Denoiser], str]:
+    """Runs the user's file; returns the class and the sha256 of the file."""
     path, colon, attribute = name.rpartition(":")
     fits = bool(colon) and path.endswith(".py") and attribute.isidentifier()
     require(fits, "denoiser", name, f'must be "{PAPERS}" or FILE.py:Class')
     require(Path(path).is_file(), "denoiser", name, f"there is no file {path}")
-    # A name of its own in sys.modules would be taken by the next file that is called the same.
-    spec = importlib.util.spec_from_file_location(re.sub(r"\W", "_", path), path)
-    if spec is None or spec.loader is None:
-        raise ConfigError("denoiser", name, f"{path} is no Python file")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    source = Path(path).read_bytes()
+    digest = hashlib.sha256(source).hexdigest()
+    module = types.ModuleType(f"ecdit_user_{digest[:16]}")
+    module.__file__ = path
+    sys.modules[module.__name__] = module  # dataclasses look up their annotations there
+    exec(compile(source, path, "exec"), module.__dict__)
     found = getattr(module, attribute, None)
     require(isinstance(found, type), "denoiser", name, f"{path} has no class {attribute}")
     config = getattr(found, "Config", None)
     require(dataclasses.is_dataclass(config), "denoiser", name, f"{attribute} needs a dataclass as its `Config`")
-    return found
-
-
-def user_files(denoiser: str) -> dict[str, str]:
-    """Returns the sha256 of the user's file that a denoiser is from, by its path; nothing for the paper's."""
-    if denoiser == PAPERS:
-        return {}
-    path = denoiser.rpartition(":")[0]
-    return {path: hashlib.sha256(Path(path).read_bytes()).hexdigest()}
+    return found, digest
 
 
 class TextToImage(nnx.Module):

@@ -30,7 +30,7 @@ def checked_job(experiment: Experiment, origin: Mapping[str, Any], location: Job
 
     Args:
       experiment: what to train.
-      origin: where its values come from, as `config.config_origin` returns it.
+      origin: where its values come from, as `command_line.config_origin` returns it.
       location: the job's backend, name and workdir.
       where: one of the slices.
 

@@ -1,5 +1,6 @@
 """`retrieval --workdir=runs/emoji` samples captions of a run and looks the pictures up among its data."""
 
+import dataclasses
 import time
 from pathlib import Path
 
@@ -10,8 +11,9 @@ from ecdit.config import to_dict
 from ecdit.data.records import Records
 from ecdit.evaluation.json_lines import check_results, json_text, write_results
 from ecdit.evaluation.retrieval import NUM_CAPTIONS, fixed_choice, protocol, recall, target_ranks
-from ecdit.runs.trained_run import open_run, sample_run, saved_experiment
+from ecdit.runs.trained_run import Run, open_run, sample_run
 from ecdit.storage import as_path
+from ecdit.system import make_system
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -35,8 +37,7 @@ def run(values: flags.FlagValues) -> None:
 def retrieval(workdir: Path, step: int | None, count: int) -> dict:
     """Samples `count` training captions, 0 for all; prints and returns how often their pictures are the nearest."""
     start = time.monotonic()
-    own_group = ["model.sampling_group=image"] if hasattr(saved_experiment(workdir).model, "sampling_group") else []
-    run = open_run(workdir, own_group, step)
+    run = _each_image_alone(open_run(workdir, step=step))
     records = list(Records(run.experiment.data))
     chosen = fixed_choice(len(records), count or len(records))
     sampling = protocol(run.experiment.sampling)
@@ -49,8 +50,12 @@ def retrieval(workdir: Path, step: int | None, count: int) -> dict:
         "num_pictures": len(records),
         "step": run.step,
         "seconds": round(time.monotonic() - start, 1),
-        "protocol": {"weights": "ema", "distance": "RMS over pixels, identical pictures count as right"}
-        | to_dict(sampling),
+        "protocol": {
+            "weights": "ema",
+            "distance": "RMS over pixels, identical pictures count as right",
+            "group": "image",
+            **to_dict(sampling),
+        },
     }
     print(
         f"step {run.step}: R@1 {result['r_at_1']:.2%}, R@5 {result['r_at_5']:.2%} "
@@ -60,3 +65,12 @@ def retrieval(workdir: Path, step: int | None, count: int) -> dict:
         "This measures fit to the training captions, not generality."
     )
     return result
+
+
+def _each_image_alone(run: Run) -> Run:
+    """Returns the run with groups of one image in sampling, so that no image depends on its neighbours."""
+    config = run.system.config
+    if not hasattr(config.model, "sampling_group"):  # a denoiser without experts
+        return run
+    model = dataclasses.replace(config.model, sampling_group="image")
+    return dataclasses.replace(run, system=make_system(dataclasses.replace(config, model=model)))

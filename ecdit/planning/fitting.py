@@ -43,8 +43,7 @@ def what_fits(experiment: Experiment, target: Target) -> str:
 
 
 def _with_remat(experiment: Experiment, policy: str) -> Experiment:
-    model = dataclasses.replace(experiment.model, remat=policy)
-    return dataclasses.replace(experiment, model=model, text=dataclasses.replace(experiment.text, remat=policy))
+    return dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, remat=policy))
 
 
 def _fits(experiment: Experiment, target: Target) -> bool:

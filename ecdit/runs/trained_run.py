@@ -53,18 +53,23 @@ def open_run(workdir: Path, overrides: Sequence[str] = (), step: int | None = No
     runtime.configure(experiment.runtime)
     mesh = make_mesh(experiment.mesh)
     system = make_system(experiment.system)
-    params, step = restore_ema(workdir, system, mesh, step)
     _check_files(workdir, step, user_files(experiment.denoiser))
+    params, step = restore_ema(workdir, system, mesh, step)
     if experiment.phases:  # all have the same parameters
         experiment = experiment.phase_of(step).experiment
         system = make_system(experiment.system)
     return Run(experiment, system, mesh, params, step)
 
 
-def _check_files(workdir: Path, step: int, files: Mapping[str, str]) -> None:
-    """Raises CheckpointError if a user's file is not as the run had it."""
+def _check_files(workdir: Path, step: int | None, files: Mapping[str, str]) -> None:
+    """Raises CheckpointError if a user's file is not as the run had it at `step`, by default the newest."""
+    if not files:
+        return
     with open_reader(workdir) as manager:
-        saved = read_meta(manager, step).config.get("files", {})
+        steps = manager.all_steps()
+        if step is not None and step not in steps:
+            return  # `restore_ema` says which there are
+        saved = read_meta(manager, max(steps) if step is None else step).config["files"]
     for path, digest in files.items():
         if saved.get(path) != digest:
             raise CheckpointError(f"{path} is not what {workdir} was trained with: its sha256 is {digest[:12]}")

@@ -1,7 +1,9 @@
 """A denoiser of the user's own, as docs/model.md writes it: trained, resumed and sampled by the real commands."""
 
+import hashlib
 import json
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,7 @@ import pytest
 from ecdit.config import ConfigError
 from ecdit.experiment import make_experiment
 from ecdit.planning.counts import count
-from ecdit.system import denoiser_class
+from ecdit.system import denoiser_class, user_files
 from tests.forking import run_forked
 from tests.runs import ROOT, command, tiny_values
 
@@ -83,6 +85,24 @@ def test_a_changed_file_neither_resumes_nor_samples(denoiser, emoji_data, cpu_en
     assert f"error: {own} is not what {tmp_path}/run was trained with" in drawn.stderr
 
 
+def test_the_page_s_config_is_one(denoiser, monkeypatch):
+    directory = Path(denoiser.rpartition(":")[0]).parent
+    monkeypatch.chdir(directory)
+    experiment = make_experiment(runpy.run_path(str(directory / "my_config.py"))["get_config"]())
+    assert experiment.denoiser == "patch_mlp.py:PatchMlp"
+    assert experiment.model.hidden == 256
+
+
+def test_the_hash_is_of_the_code_that_runs_and_not_of_a_later_file(denoiser, tmp_path):
+    """A run that saves after its file was edited would otherwise be resumed by other code."""
+    path, _, name = denoiser.rpartition(":")
+    own, source = tmp_path / "own.py", "from __future__ import annotations\n" + Path(path).read_text()
+    own.write_text(source)
+    assert denoiser_class(f"{own}:{name}").Config.__name__ == "MlpConfig"
+    own.write_text("another = 1")
+    assert user_files(f"{own}:{name}") == {str(own): hashlib.sha256(source.encode()).hexdigest()}
+
+
 def test_its_parameters_and_flops_are_counted(denoiser, emoji_data):
     """Two matrices with biases: (192 + 32 + 64) x 64 and 64 x 192; 16 patches."""
     counts = count(make_experiment(values(denoiser, emoji_data)))
@@ -95,14 +115,12 @@ def test_its_parameters_and_flops_are_counted(denoiser, emoji_data):
     [
         ("mlp", 'must be "ec_dit" or FILE.py:Class'),
         ("missing.py:Mlp", "there is no file missing.py"),
-        ("setup.py:Mlp", "has no class Mlp"),
+        ("ecdit/errors.py:Mlp", "has no class Mlp"),
         ("ecdit/errors.py:UserError", "UserError needs a dataclass as its `Config`"),
     ],
 )
 def test_a_name_that_is_no_denoiser_is_refused(name, said, monkeypatch):
     monkeypatch.chdir(ROOT)
-    if name.startswith("setup"):
-        name = "ecdit/errors.py:Mlp"
     with pytest.raises(ConfigError, match=r"config\.denoiser") as error:
         denoiser_class(name)
     assert said in str(error.value)
