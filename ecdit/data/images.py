@@ -1,0 +1,198 @@
+"""Encoded images to arrays and back: untrusted ones with Pillow and every check, stored ones fast.
+
+`decode` turns the bytes that a source found into uint8[H, W, 3] or says why it does not. `decode_stored` is the
+loader's: it reads what `encode` wrote. Embedded colour profiles are ignored.
+"""
+
+import io
+import struct
+import warnings
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Int32, UInt8
+from PIL import Image, UnidentifiedImageError
+
+from ecdit.data import DataError
+from ecdit.data.reasons import entry
+
+# What `decode` converts to RGB; all else is "colour mode": CMYK, YCCK and LAB need a profile, and 16-bit greyscale a
+# range. Pillow itself reduces colours of 16 bits to 8.
+CONVERTED_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
+_FORMATS = ("JPEG", "PNG", "WEBP")
+_JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
+_ORIENTATION = 0x0112  # an EXIF tag; 1 is upright
+
+Kind = Literal["png", "webp", "jpeg"]
+Pixels = UInt8[np.ndarray, "H W 3"]
+
+
+class ImageRejected(DataError):
+    """An image that cannot be used; `reason` is one of `ecdit.data.reasons.REASONS`."""
+
+    def __init__(self, reason: str, detail: str):
+        self.reason, self.detail = entry(reason), detail
+        super().__init__(f"{reason}: {detail}")
+
+    def __reduce__(self):
+        return type(self), (self.reason, self.detail)
+
+
+def decode(data: bytes, background: str, max_pixels: int) -> Pixels:
+    """Decodes a JPEG, PNG or WebP image from an untrusted source, by its content and not by its name.
+
+    Not for several threads at once: it changes the process's filters of warnings while it runs.
+
+    Args:
+      data: the file's bytes.
+      background: the colour, as Pillow names it, under transparent pixels; "" rejects images that have any.
+      max_pixels: height times width at most, checked before anything is decoded. Pillow has a limit of its own, about
+        179 million pixels, which counts too.
+
+    Raises:
+      ImageRejected: with its reason.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # of damaged metadata, for example
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is max_pixels
+        if data.startswith(_PNG):
+            _check_png(data)
+        with _open(data) as file:
+            _check_header(file, max_pixels)
+            try:
+                file.load()
+            except Exception as error:  # Pillow's parsers raise whatever damaged bytes lead them to
+                raise _undecodable(error) from error
+            _check_orientation(file)
+            return _flat(file, background)
+
+
+def fit_square(image: Pixels, side: int) -> tuple[UInt8[np.ndarray, "side side 3"], Int32[np.ndarray, "2"]]:
+    """Resizes the shorter side to `side` px (Lanczos, antialiased) and crops the longer one to its centre.
+
+    Returns:
+      The square, and the crop's (top, left) in px of the resized image.
+
+    Raises:
+      ImageRejected: an image without pixels.
+    """
+    height, width = image.shape[:2]
+    if not height or not width:
+        raise ImageRejected("zero-sized", f"{width} x {height} px")
+    shorter = min(height, width)
+    resized = [max(side, round(length * side / shorter)) for length in (height, width)]
+    top, left = ((length - side) // 2 for length in resized)
+    y, x = height / resized[0], width / resized[1]  # px of `image` for one px of the resized image
+    # Of the resized image only the crop is computed: a strip of 1 x 60 000 px would become one of gigabytes.
+    box = (left * x, top * y, min((left + side) * x, width), min((top + side) * y, height))
+    square = Image.fromarray(image).resize((side, side), Image.Resampling.LANCZOS, box)
+    return np.asarray(square), np.array([top, left], np.int32)
+
+
+def encode(image: Pixels, kind: Kind, quality: int) -> bytes:
+    """Encodes an image; the same pixels give the same bytes with the same Pillow.
+
+    Args:
+      image: the pixels.
+      kind: png is lossless; webp is lossless with quality 100 and lossy below; jpeg is lossy, with colours at half
+        resolution.
+      quality: 1 to 100; png has none and ignores it.
+    """
+    file = io.BytesIO()
+    if kind == "png":
+        options: dict = {"compress_level": 6}
+    elif kind == "webp":
+        options = {"lossless": quality == 100, "quality": quality, "method": 4}
+    else:
+        options = {"quality": quality, "subsampling": "4:2:0"}
+    Image.fromarray(image).save(file, kind, **options)
+    return file.getvalue()
+
+
+def decode_stored(data: bytes) -> Pixels:
+    """Decodes what `encode` wrote, for any number of threads; the caller checks the size. May be read-only.
+
+    Raises:
+      ImageRejected: the bytes are damaged.
+    """
+    if data.startswith(_JPEG):
+        import simplejpeg
+
+        try:
+            return simplejpeg.decode_jpeg(data, "RGB")
+        except ValueError as error:
+            raise _undecodable(error) from error
+    with _open(data) as file:
+        try:
+            return np.asarray(file.convert("RGB"))
+        except Exception as error:
+            raise _undecodable(error) from error
+
+
+def _open(data: bytes) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(data), formats=_FORMATS)
+    except UnidentifiedImageError:
+        if data.startswith(_JPEG) or data.startswith(_PNG) or (data.startswith(b"RIFF") and data[8:12] == b"WEBP"):
+            raise ImageRejected("undecodable", "the header cannot be read") from None
+        raise ImageRejected("unknown format", f"begins with {data[:12].hex(' ')}") from None
+    except Image.DecompressionBombError as error:
+        raise ImageRejected("too many pixels", str(error)) from None
+    except Exception as error:
+        raise _undecodable(error) from error
+
+
+def _check_png(data: bytes) -> None:
+    """Rejects a PNG without pixels, which Pillow calls unknown, or with a wrong checksum, which it does not check."""
+    width, height = struct.unpack(">II", data[16:24].ljust(8, b"\xff"))
+    if data[12:16] == b"IHDR" and not (width and height):
+        raise ImageRejected("zero-sized", f"{width} x {height} px")
+    with _open(data) as file:  # `verify` leaves a file that cannot be decoded
+        try:
+            file.verify()
+        except Exception as error:
+            raise _undecodable(error) from error
+
+
+def _check_header(file: Image.Image, max_pixels: int) -> None:
+    """Rejects what the header tells, before pixels are decoded."""
+    if file.width * file.height > max_pixels:
+        raise ImageRejected("too many pixels", f"{file.width} x {file.height} px, more than {max_pixels}")
+    # The further pictures of an MPO, a JPEG of many cameras, are previews and depth maps of the first.
+    if file.format in ("PNG", "WEBP") and getattr(file, "n_frames", 1) > 1:
+        raise ImageRejected("animated", f"{file.n_frames} frames")
+    if file.mode not in CONVERTED_MODES:
+        raise ImageRejected("colour mode", f"{file.mode}; converted are {', '.join(CONVERTED_MODES)}")
+
+
+def _check_orientation(file: Image.Image) -> None:
+    """Rejects rotated and mirrored images. A PNG's EXIF may follow its pixels: it is known after they are loaded."""
+    try:
+        orientation = file.getexif().get(_ORIENTATION, 1)
+    except Exception as error:
+        raise ImageRejected("orientation", f"EXIF cannot be read: {_described(error)}") from None
+    if orientation != 1:
+        raise ImageRejected("orientation", f"EXIF orientation {orientation}")
+
+
+def _flat(file: Image.Image, background: str) -> Pixels:
+    """Returns the pixels, transparent ones on `background`."""
+    if not file.has_transparency_data:
+        return np.asarray(file.convert("RGB"))
+    picture = file.convert("RGBA")
+    lowest, _ = picture.getchannel("A").getextrema()
+    if lowest == 255:
+        return np.asarray(picture.convert("RGB"))
+    if not background:
+        raise ImageRejected("transparency", f"{file.mode} with transparent pixels")
+    return np.asarray(Image.alpha_composite(Image.new("RGBA", picture.size, background), picture).convert("RGB"))
+
+
+def _undecodable(error: Exception) -> ImageRejected:
+    detail = _described(error)
+    early = isinstance(error, EOFError) or any(word in detail.lower() for word in ("truncated", "premature"))
+    return ImageRejected("truncated" if early else "undecodable", detail)
+
+
+def _described(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"

@@ -1,0 +1,1 @@
+"""Sources of images with captions: one file each, behind the protocol of `protocol.Source`."""

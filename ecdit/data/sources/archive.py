@@ -1,0 +1,196 @@
+"""The headers of a tar: where each member lies, what damage there is, and nothing extracted.
+
+`tarfile` ends without a word at a damaged header that is not the first one, and at a zeroed one. Here the scan goes on
+at the next block that has a valid checksum, and says which bytes it skipped. An extension header (long names, PAX) is
+read up to a limit, so that a false size takes no memory.
+"""
+
+import dataclasses
+import tarfile
+from collections.abc import Callable, Iterator
+from typing import BinaryIO
+
+BLOCK = tarfile.BLOCKSIZE
+_MAX_EXTENSION_BYTES = 1 << 20
+_CHUNK_BLOCKS = 2048  # read at a time where a valid header is searched
+_LONG_NAME, _LONG_LINK = tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK
+_PAX = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
+_EXTENSIONS = (_LONG_NAME, _LONG_LINK, *_PAX, tarfile.XGLTYPE)
+_GZIP = b"\x1f\x8b"
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """A member by its header."""
+
+    name: str
+    kind: bytes  # a type flag of tarfile
+    start: int  # of its data, in bytes
+    size: int  # bytes; they are all in the file
+    sparse: bool
+
+    @property
+    def is_file(self) -> bool:
+        """Whether its data are a file's bytes."""
+        return self.kind in tarfile.REGULAR_TYPES and not self.sparse
+
+
+@dataclasses.dataclass(frozen=True)
+class Damage:
+    """Bytes that are no member."""
+
+    start: int
+    end: int
+    detail: str
+    member: str = ""  # whose data or extended header they are, where that is known
+
+
+def scan(file: BinaryIO) -> Iterator[Member | Damage]:
+    """Yields the members of a tar in the order of their headers, and what is damaged between them."""
+    scanner = _Scanner(file)
+    while scanner.offset < scanner.end:
+        yield from scanner.step()
+    yield from scanner.ending()
+
+
+class _Scanner:
+    """The state of a scan: an offset, and what extension headers say of the next member."""
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self.offset, self.end = 0, file.seek(0, 2)
+        self._next: dict[str, str] = {}  # PAX keywords of the next member
+        self._all: dict[str, str] = {}  # of all that follow
+        self._closed = False  # whether the last blocks were the end mark
+
+    def step(self) -> Iterator[Member | Damage]:
+        """Reads one header, or skips what is none."""
+        start = self.offset
+        block = self._read(start, BLOCK)
+        if not any(block):
+            yield from self._zeros(start)
+            return
+        header = _parse(block)
+        if header is None:
+            yield self._resynchronize(start)
+            return
+        self._closed = False
+        self.offset = start + BLOCK
+        if header.type in _EXTENSIONS:
+            yield from self._extension(header, start)
+        else:
+            yield from self._member(header, start, block)
+
+    def ending(self) -> Iterator[Damage]:
+        """Says what is missing at the end."""
+        if not self._closed:
+            detail = "an empty file" if not self.end else "ends without the mark of a tar's end: it may have been cut"
+            yield Damage(self.end, self.end, detail)
+
+    def _member(self, header: tarfile.TarInfo, start: int, block: bytes) -> Iterator[Member | Damage]:
+        keywords, self._next = {**self._all, **self._next}, {}
+        name = keywords.get("path", header.name)
+        sparse = header.type == tarfile.GNUTYPE_SPARSE or any(key.startswith("GNU.sparse.") for key in keywords)
+        if header.type == tarfile.GNUTYPE_SPARSE:
+            more = block[482]  # whether blocks of further pieces lie between header and data
+            while more and self.offset < self.end:
+                more = self._read(self.offset, BLOCK).ljust(BLOCK, b"\0")[504]
+                self.offset += BLOCK
+        if not _has_data(header.type):
+            yield Member(name, header.type, self.offset, 0, sparse)
+            return
+        size = _decimal(keywords["size"]) if "size" in keywords else header.size
+        if size is None or size < 0:
+            yield Damage(start, self.offset, f"a member of {keywords.get('size', header.size)} bytes", name)
+            return
+        if size > self.end - self.offset:
+            yield Damage(self.offset, self.end, f"{size} bytes of data, but {self.end - self.offset} are left", name)
+            self._closed, self.offset = True, self.end  # said already
+            return
+        yield Member(name, header.type, self.offset, size, sparse)
+        self.offset += _padded(size)
+
+    def _extension(self, header: tarfile.TarInfo, start: int) -> Iterator[Damage]:
+        """Reads a header that says something about the next one."""
+        if not 0 <= header.size <= min(_MAX_EXTENSION_BYTES, self.end - self.offset):
+            # Where the next header is, its size does not say: it is searched from here on.
+            yield Damage(start, self.offset, f"an extended header of {header.size} bytes")
+            return
+        data = self._read(self.offset, header.size)
+        self.offset += _padded(header.size)
+        if header.type == _LONG_NAME:
+            self._next["path"] = data.partition(b"\0")[0].decode("utf-8", "surrogateescape")
+        elif header.type != _LONG_LINK:  # where links lead is of no interest
+            keywords = _pax_keywords(data)
+            if keywords is None:
+                yield Damage(start, self.offset, "an extended header that cannot be parsed")
+            else:
+                (self._all if header.type == tarfile.XGLTYPE else self._next).update(keywords)
+
+    def _zeros(self, start: int) -> Iterator[Damage]:
+        """Passes zeros: two blocks of them end a tar, and nothing follows."""
+        self._next = {}
+        self.offset = self._first(start, any)
+        self._closed = self.offset >= self.end and self.end - start >= 2 * BLOCK
+        if self.offset < self.end:
+            detail = "zeros before further members: overwritten, or several tars in one file"
+            yield Damage(start, self.offset, detail)
+
+    def _resynchronize(self, start: int) -> Damage:
+        """Skips what is no header, up to a valid one or to the end, whose mark is then not missed."""
+        self._next, self._closed = {}, True
+        begin = self._read(start, len(_GZIP))
+        self.offset = self._first(start, lambda block: _parse(block) is not None)
+        packed = "; it is compressed by gzip: unpack it" if start == 0 and begin == _GZIP else ""
+        return Damage(start, self.offset, f"no valid header{packed}")
+
+    def _first(self, start: int, wanted: Callable[[bytes], bool]) -> int:
+        """Returns the offset of the first block from `start` on that is wanted, or the end."""
+        while start < self.end:
+            chunk = self._read(start, BLOCK * _CHUNK_BLOCKS)
+            for place in range(0, len(chunk), BLOCK):
+                if wanted(chunk[place : place + BLOCK]):
+                    return start + place
+            start += len(chunk)
+        return self.end
+
+    def _read(self, offset: int, size: int) -> bytes:
+        self._file.seek(offset)
+        return self._file.read(size)
+
+
+def _parse(block: bytes) -> tarfile.TarInfo | None:
+    """Returns a header whose checksum is right, or None."""
+    try:
+        return tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except (tarfile.HeaderError, ValueError):
+        return None
+
+
+def _has_data(kind: bytes) -> bool:
+    """Returns whether data follow a header of this type; those of unknown types are read as files' by tar."""
+    return kind in (*tarfile.REGULAR_TYPES, tarfile.GNUTYPE_SPARSE) or kind not in tarfile.SUPPORTED_TYPES
+
+
+def _pax_keywords(data: bytes) -> dict[str, str] | None:
+    """Returns the keywords of a PAX header, records of "LENGTH KEY=VALUE\\n", or None if they are damaged."""
+    keywords, place = {}, 0
+    while place < len(data) and data[place]:
+        digits, space, _ = data[place : place + 20].partition(b" ")
+        length = _decimal(digits.decode("ascii", "replace"))
+        if not space or not length or place + length > len(data):
+            return None
+        key, equals, value = data[place + len(digits) + 1 : place + length].partition(b"=")
+        if not equals or not value.endswith(b"\n"):
+            return None
+        keywords[key.decode("utf-8", "surrogateescape")] = value[:-1].decode("utf-8", "surrogateescape")
+        place += length
+    return keywords
+
+
+def _decimal(digits: str) -> int | None:
+    return int(digits) if digits.isascii() and digits.isdigit() and len(digits) <= 20 else None
+
+
+def _padded(size: int) -> int:
+    return -(-size // BLOCK) * BLOCK

@@ -1,0 +1,200 @@
+"""Tars of img2dataset and webdataset: an image, its text and its JSON lie side by side under one key.
+
+The key is a member's path up to the first dot of its last part, as in webdataset: `00012/000120034.jpg` and
+`00012/000120034.json` are the record `00012/000120034`. Members of a record may lie anywhere in their tar.
+Images are .jpg, .jpeg, .png or .webp; .txt is the caption field `caption` unless the JSON has one; .json gives captions
+and columns. Other members are ignored, but a key without an image is rejected.
+"""
+
+import dataclasses
+import functools
+import glob
+import hashlib
+import json
+import os
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+from ecdit.data import DataError
+from ecdit.data.sources import archive
+from ecdit.data.sources.protocol import (
+    Keep,
+    Pair,
+    Rejected,
+    is_unicode,
+    judged,
+    parse_object,
+    split_fields,
+    with_captions,
+)
+
+_ROLES = {"jpg": "image", "jpeg": "image", "png": "image", "webp": "image", "txt": "text", "json": "json"}
+_MAX_TEXT_BYTES = 4 << 20  # of a .txt or .json: parsing takes many times their size in memory
+
+
+@dataclasses.dataclass(frozen=True)
+class Tars:
+    """Pairs of the tars that a pattern names, `Tars("/data/cc12m/*.tar")`; `**` stands for folders at any depth."""
+
+    pattern: str
+    keep: Keep | None = None  # a function of a module, so that other processes can import it
+    captions: tuple[str, ...] = ()  # JSON fields beside those whose names end in "caption" or "captions"
+    tars_per_part: int = 1
+    max_member_bytes: int = 256 << 20
+    attribution: str = ""
+
+    def parts(self) -> tuple[str, ...]:
+        """Returns the parts: names of tars, or of the first and last tar of each group."""
+        return tuple(self._files)
+
+    def stamp(self, part: str) -> str:
+        """Returns a hash of the names, sizes and times of the part's tars."""
+        files = [(name, os.stat(path)) for name, path in self._paths(part)]
+        return hashlib.sha256(
+            json.dumps([(name, found.st_size, found.st_mtime_ns) for name, found in files]).encode()
+        ).hexdigest()
+
+    def read(self, part: str) -> Iterator[Pair | Rejected]:
+        """Yields the records of a part in the order of their first members, after what is damaged in their tar."""
+        for name, path in self._paths(part):
+            try:
+                with open(path, "rb") as file:
+                    samples, rejected = _index(file, name, self.max_member_bytes)
+                    yield from rejected
+                    while samples:  # so that the index shrinks while the records are read
+                        key = next(iter(samples))
+                        yield self._record(file, f"{name}:{key}", key, samples.pop(key))
+            except OSError as error:
+                raise DataError(f"cannot read {path}: {error}") from None
+
+    def _record(self, file: BinaryIO, name: str, key: str, sample: "_Sample") -> Pair | Rejected:
+        if sample.problem:
+            return Rejected(name, *sample.problem)
+        if "image" not in sample.members:
+            return Rejected(name, "no image", "none of .jpg, .jpeg, .png, .webp")
+        fields = {}
+        for role in ("text", "json"):
+            if role in sample.members:
+                try:
+                    text = _bytes(file, sample.members[role]).decode("utf-8-sig")
+                    fields |= {"caption": text} if role == "text" else _merged(fields, parse_object(text))
+                except UnicodeDecodeError as error:
+                    return Rejected(name, "not UTF-8", f".{sample.members[role].name.rpartition('.')[2]}: {error}")
+                except ValueError as error:
+                    return Rejected(name, "bad JSON", str(error))
+        texts, columns = split_fields(fields, self._is_caption)
+        pair = with_captions(key, _bytes(file, sample.members["image"]), texts, columns, name)
+        return judged(pair, name, self.keep) if isinstance(pair, Pair) else pair
+
+    def _is_caption(self, field: str) -> bool:
+        return field in self.captions or field.endswith(("caption", "captions"))
+
+    def _paths(self, part: str) -> list[tuple[str, str]]:
+        if part not in self._files:
+            raise DataError(f"{self.pattern} has no part {part!r}")
+        return self._files[part]
+
+    @functools.cached_property
+    def _files(self) -> dict[str, list[tuple[str, str]]]:
+        """(name, path) of tars by part; names are relative to the folder above the first wildcard."""
+        if self.tars_per_part < 1:
+            raise DataError(f"tars_per_part = {self.tars_per_part} must be at least 1")
+        paths = sorted(path for path in glob.glob(self.pattern, recursive=True) if os.path.isfile(path))
+        if not paths:
+            raise DataError(f"no tar is named like {self.pattern}")
+        root = _fixed_folder(self.pattern)
+        named = [(Path(path).relative_to(root).as_posix(), path) for path in paths]
+        groups = [named[start : start + self.tars_per_part] for start in range(0, len(named), self.tars_per_part)]
+        return {group[0][0] if len(group) == 1 else f"{group[0][0]}..{group[-1][0]}": group for group in groups}
+
+
+@dataclasses.dataclass(slots=True)
+class _Sample:
+    """What the headers say of a key: its members by role, or why it is rejected, (reason, detail)."""
+
+    members: dict[str, archive.Member] = dataclasses.field(default_factory=dict)
+    problem: tuple[str, str] | None = None
+
+
+def _index(file: BinaryIO, tar: str, max_bytes: int) -> tuple[dict[str, _Sample], list[Rejected]]:
+    """Returns the samples of a tar by key, in the order of their first members, and what belongs to none."""
+    samples: dict[str, _Sample] = {}
+    rejected = []
+    for found in archive.scan(file):
+        name = found.member if isinstance(found, archive.Damage) else found.name
+        if isinstance(found, archive.Damage):
+            detail = f"bytes {found.start} to {found.end}: {found.detail}"
+            if not name or _unsafe(name):
+                rejected.append(Rejected(f"{tar}:{name}" if name else tar, "damaged tar", detail))
+                continue
+            problem = ("damaged tar", detail)
+        elif found.kind == tarfile.DIRTYPE:
+            continue
+        elif unsafe := _unsafe(name):
+            rejected.append(Rejected(f"{tar}:{name}", "unsafe name", unsafe))
+            continue
+        else:
+            problem = None
+        key, role = _key_and_role(name)
+        sample = samples.setdefault(key, _Sample())
+        if isinstance(found, archive.Member) and problem is None:
+            problem = _problem(found, role, sample, max_bytes)
+        sample.problem = sample.problem or problem
+        if role and isinstance(found, archive.Member):
+            sample.members.setdefault(role, found)
+    return samples, rejected
+
+
+def _problem(member: archive.Member, role: str | None, sample: _Sample, max_bytes: int) -> tuple[str, str] | None:
+    """Returns why a member spoils its sample, (reason, detail), or None."""
+    if member.sparse:
+        return "sparse member", member.name
+    if not member.is_file:
+        return "not a file", f"{member.name} has the type {member.kind.decode('latin-1')!r}"
+    if role is None:
+        return None
+    if role in sample.members:
+        # Which image belongs to which text would be a guess.
+        return "duplicate member", f"{sample.members[role].name} and {member.name}"
+    limit = max_bytes if role == "image" else min(max_bytes, _MAX_TEXT_BYTES)
+    if member.size > limit:
+        return "too large", f"{member.name} has {member.size} bytes, more than {limit}"
+    return None
+
+
+def _key_and_role(name: str) -> tuple[str, str | None]:
+    """Returns the key of a member's name, without "./" before it, and what it is to its record, if anything."""
+    folder, slash, last = str(PurePosixPath(name)).rpartition("/")
+    stem, _, extension = last.partition(".")
+    return folder + slash + stem, _ROLES.get(extension.lower())
+
+
+def _unsafe(name: str) -> str:
+    """Returns what is wrong with a member's name, or ''."""
+    if not is_unicode(name):
+        return "not UTF-8"
+    if name.startswith("/"):
+        return "absolute"
+    if ".." in name.split("/"):
+        return "leaves its folder"
+    return "" if _key_and_role(name)[0].rpartition("/")[2] else "no key before its first dot"
+
+
+def _merged(text: dict[str, str], fields: dict) -> dict:
+    """Returns the JSON's fields, and the text file's caption where the JSON has none."""
+    own = fields.get("caption")
+    return fields if own and isinstance(own, str | list) and str(own).strip() else {**fields, **text}
+
+
+def _bytes(file: BinaryIO, member: archive.Member) -> bytes:
+    file.seek(member.start)
+    return file.read(member.size)
+
+
+def _fixed_folder(pattern: str) -> Path:
+    """Returns the folder above the first part of a pattern that has a wildcard, or above the file it names."""
+    parts = Path(pattern).parts
+    fixed = next((place for place, part in enumerate(parts) if glob.has_magic(part)), len(parts) - 1)
+    return Path(*parts[:fixed])
