@@ -163,8 +163,11 @@ class Autoencoder(Protocol):
     def latent_shape(self, image_size: int) -> tuple[int, int, int]:
         """Returns height, width and channels of the latents of square images of `image_size` pixels."""
 
-    def encode(self, images: Float[Array, "B H W 3"], keys: Key[Array, " B"]) -> Float[Array, "B h w c"]:
-        """Encodes images; `keys` are for latents that are drawn from a posterior."""
+    def encode(self, content: Float[Array, "B H W k"], keys: Key[Array, " B"]) -> Float[Array, "B h w c"]:
+        """Encodes images, float32[B, H, W, 3]; `keys` are for latents that are drawn from a posterior.
+
+        Without images `content` is what the data holds in their place: the latents' means and log variances.
+        """
 
     def decode(self, latents: Float[Array, "B h w c"]) -> Float[Array, "B H W 3"]:
         """Decodes latents."""

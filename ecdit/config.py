@@ -131,8 +131,8 @@ def _typed(hint: Any, key: str, value: Any) -> Any:
         except ConfigError as error:
             raise error.under(key) from None
     if origin is Mapping:  # collections.abc's
-        require(isinstance(value, Mapping), key, value, "must be a mapping of keys to values")
-        return dict(value)
+        require(hasattr(value, "items"), key, value, "must be a mapping of keys to values")
+        return dict(value.items())
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):

@@ -10,13 +10,14 @@ from jax.sharding import AbstractMesh, Mesh
 from ecdit.checkpoints.config import CheckpointConfig
 from ecdit.components import DenoiserConfig
 from ecdit.config import RESUME, ConfigError, build, changeable, require, to_dict
-from ecdit.data.tasks import DataConfig
+from ecdit.data.config import DataConfig
+from ecdit.data.registry import module_sha256
 from ecdit.diffusion.flow import FlowConfig
 from ecdit.encoders.text_tower import TextConfig
 from ecdit.partitioning import MeshConfig, batch_shards
 from ecdit.runtime import RuntimeConfig
 from ecdit.sampling.sampler import SamplingConfig, check_sampling
-from ecdit.system import SystemConfig, denoiser_class, make_system
+from ecdit.system import SystemConfig, denoiser_class, make_system, user_files
 from ecdit.training.config import StepConfig, TrainConfig
 from ecdit.training.optimizer import OptimizerConfig
 
@@ -100,6 +101,11 @@ class Experiment:
     def system(self) -> SystemConfig:
         """What sampling and training need to build the model."""
         return SystemConfig(self.denoiser, self.model, self.text, self.autoencoder, self.data.caption_length)
+
+    def user_files(self) -> dict[str, str]:
+        """Returns the sha256, by path, of the user's files that the run depends on: of its denoiser and its data."""
+        data = {self.data.module: module_sha256(self.data)} if self.data.module else {}
+        return user_files(self.denoiser) | data
 
     @property
     def step_config(self) -> StepConfig:

@@ -1,6 +1,7 @@
 """The paper's recipe as a config: every field, with what it means and where its value comes from.
 
-A config file takes it and changes what is its own: `configs/ec_dit.py` the sizes, `configs/emoji.py` what is small.
+A config file takes it and changes what is its own: `configs/ec_dit.py` the sizes. `small_recipe` is the same for small
+images on two CPU cores, from which `configs/emoji.py`, `configs/emoji_styles.py` and `configs/shapes.py` begin.
 The values are those of XL with 32 experts.
 
 Marks of certainty: [P] the paper (arXiv 2410.02098), [N] notes of it by a third party, [S] sister papers on the same
@@ -21,6 +22,80 @@ def paper_recipe() -> ConfigDict:
     _set_inputs(config)
     _set_training(config)
     _set_machines(config)
+    return config
+
+
+def small_recipe(image_size: int) -> ConfigDict:
+    """Returns a new config of 2.9 million parameters for small images without an autoencoder, for two CPU cores.
+
+    The data, the number of steps and what goes with it are a config file's own.
+    """
+    config = paper_recipe()
+
+    model = config.model
+    model.latent_size = image_size  # pixels here, as the autoencoder is the identity
+    model.latent_channels = 3
+    model.patch_size = 4
+    model.width = 128
+    model.depth = 6
+    model.extra_blocks = 0
+    model.heads = 4
+    model.kv_heads = 2
+    model.attention = "plain"
+    model.projections = "plain"
+    model.expert_products = "plain"
+    model.absolute_positions = True  # beside RoPE: with RoPE alone images come out shuffled
+    model.num_experts = 8
+    model.group = "image"
+    model.mask_ratio = 0.0
+    model.remat = "none"
+    model.scan_unroll = 3  # all three pairs of blocks in one iteration: 15 % faster
+    model.dtype = "float32"
+
+    text = config.text
+    text.width = 128
+    text.layers = 2
+    text.heads = 4
+    text.frozen = False
+    text.remat = "none"
+    text.projections = "plain"
+    text.dtype = "float32"
+
+    config.autoencoder = "identity"
+
+    data = config.data
+    data.image_size = image_size
+    data.latent_channels = 0  # the data holds images
+    data.flip_probability = 0.0  # arrows, flags and "left of" would lie
+    data.num_threads = 1
+    data.prefetch = 2
+
+    config.flow.time_mean = 1.5  # noisy times are where the caption decides
+    config.flow.time_std = 1.3  # a wide spread, for the fine detail that is drawn at low noise
+
+    train = config.train
+    train.batch_size = 64
+    train.watchdog_seconds = 600
+    train.log_every = 10
+
+    config.checkpoint.every = 100
+    config.checkpoint.keep = 2
+
+    config.mesh.data = -1
+    config.mesh.fsdp = 1
+    config.mesh.expert = 1
+
+    sampling = config.sampling
+    sampling.num_steps = 25
+    sampling.guidance.scale = 3.0
+    sampling.original_size = image_size
+    sampling.batch_size = 32
+
+    runtime = config.runtime
+    runtime.xla_flags = ("--xla_cpu_enable_fast_math=true",)  # reorders sums; infinities and NaN are still honoured
+    runtime.tpu_options = ()
+    runtime.keep_host_memory = True  # reuse freed memory: on CPU the kernel's fresh pages cost half of a step
+    runtime.distributed = False
     return config
 
 
@@ -83,13 +158,28 @@ def _set_inputs(config: ConfigDict) -> None:
     config.autoencoder = "latents"  # the data holds them
 
     config.data = data = ConfigDict()
+    data.module = ""  # a Python file that registers tasks of your own (docs/data.md)
     data.task = "random_latents"
     data.directory = "data"  # prepared data goes into <directory>/<task>
-    data.source = ""
     data.image_size = 256  # pixels [P]
-    data.latent_channels = 8  # [S], as model.latent_channels
-    data.caption_length = 128  # tokens with the end of sequence [?]
+    data.prepare = prepare = ConfigDict()
+    prepare.image_format = "webp"  # png | webp | jpeg, of stored images
+    prepare.quality = 95  # 1 to 100, of webp, which is lossless at 100, and of jpeg
+    prepare.background = "white"  # what transparent images are put on; "" leaves them out
+    prepare.max_pixels = 100_000_000  # an image with more is left out
+    prepare.held_out = 0.001  # share of the keys that training never reads
+    prepare.filters = filters = ConfigDict()
+    filters.min_side = 0  # px; 0 for no limit, here and below
+    filters.max_aspect = 0.0  # longer side over shorter side
+    filters.min_caption = 0  # characters
+    filters.max_caption = 0
+    filters.columns = {}  # {"aesthetic": (5.0, 10.0)}: what a pair's own columns must be, ends included
+    data.captions = {"caption": 1.0}  # rates at which a row's caption is drawn from these fields
+    data.tokenizer = ""  # a SentencePiece .model file; "" for one that is trained on the captions
     data.vocab_size = 32128  # pieces at most
+    data.caption_length = 128  # tokens with the end of sequence [?]
+    data.latent_channels = 8  # [S], as model.latent_channels
+    data.latents = ""  # the column latents-<name> that holds them
     data.caption_dropout = 0.1  # share of captions replaced by the empty one [S]
     data.flip_probability = 0.0  # latents cannot be flipped
     data.crop_padding = 0  # pixels

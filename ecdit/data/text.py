@@ -1,7 +1,6 @@
 """Captions to tokens: a SentencePiece vocabulary, trained with the data and kept beside it.
 
-Needs the `sentencepiece` package only, so that sampling never imports TensorFlow. What seqio makes of a caption
-at preparation and what `tokenize` makes of it later is the same (tests/data/test_records.py).
+Needs the `sentencepiece` package only, so that sampling never imports TensorFlow.
 """
 
 import io
@@ -10,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from jaxtyping import Int
 
 from ecdit.data import DataError
 
 if TYPE_CHECKING:
     import sentencepiece
 
-VOCABULARY = "vocabulary.model"
 PAD, EOS, UNKNOWN = 0, 1, 2
 
 
@@ -49,32 +48,37 @@ def train_vocabulary(captions: Iterable[str], vocab_size: int, path: Path) -> No
     path.write_bytes(model.getvalue())
 
 
-def tokenize(directory: str | Path, captions: Sequence[str], caption_length: int) -> np.ndarray:
-    """Tokens of `captions`, int32[n, caption_length], by the vocabulary of a prepared directory.
+def tokenize(tokenizer: Path, captions: Sequence[str], caption_length: int) -> Int[np.ndarray, "n L"]:
+    """Returns tokens of `captions`, int32.
 
     Each row ends in EOS, then zeros; a caption that is too long is cut before its EOS.
 
     Raises:
-      DataError: the directory has no vocabulary.
+      DataError: there is no such tokenizer.
     """
-    encode = load_vocabulary(directory).encode
+    encode = load_vocabulary(tokenizer).encode
     rows = [fit([*encode(caption), EOS], caption_length) for caption in captions]
     return np.array(rows, np.int32).reshape(len(captions), caption_length)
 
 
-def load_vocabulary(directory: str | Path) -> "sentencepiece.SentencePieceProcessor":
-    """The vocabulary of a prepared directory.
+def load_vocabulary(path: Path) -> "sentencepiece.SentencePieceProcessor":
+    """Returns the vocabulary of a SentencePiece .model file, whose special tokens are PAD, EOS and UNKNOWN.
 
     Raises:
-      DataError: there is none, or it cannot be read.
+      DataError: it is not there, cannot be read, or has other special tokens.
     """
     import sentencepiece
 
-    path = Path(directory) / VOCABULARY
     try:
-        return sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
+        vocabulary = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
     except (OSError, RuntimeError) as error:
-        raise DataError(f"cannot read the vocabulary {path}: {error}") from None
+        raise DataError(f"cannot read the tokenizer {path}: {error}") from None
+    if (vocabulary.pad_id(), vocabulary.eos_id()) != (PAD, EOS):
+        raise DataError(
+            f"the tokenizer {path} pads with {vocabulary.pad_id()} and ends captions with {vocabulary.eos_id()}: "
+            f"these must be {PAD} and {EOS}"
+        )
+    return vocabulary
 
 
 def fit(tokens: Sequence[int], caption_length: int) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Autoencoders, and pixels as numbers: float32 in [-1, 1] of uint8 in 0..255. See `components.Autoencoder`."""
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key, UInt8
@@ -42,9 +43,11 @@ class StoredLatents(nnx.Module):
         side = image_size // self.downsampling
         return side, side, self.latent_channels
 
-    def encode(self, images: Float[Array, "B H W 3"], keys: Key[Array, " B"]) -> Float[Array, "B h w c"]:
-        """Raises NotImplementedError: the autoencoder is not here."""
-        raise NotImplementedError("the data holds latents: there is no autoencoder to encode with")
+    def encode(self, moments: Float[Array, "B h w 2c"], keys: Key[Array, " B"]) -> Float[Array, "B h w c"]:
+        """Draws latents from their stored posteriors: mean and log variance, side by side in the last dimension."""
+        mean, log_variance = jnp.split(moments, 2, axis=-1)
+        noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:], jnp.float32))(keys)
+        return mean + jnp.exp(0.5 * log_variance) * noise
 
     def decode(self, latents: Float[Array, "B h w c"]) -> Float[Array, "B H W 3"]:
         """Raises NotImplementedError: the autoencoder is not here."""

@@ -22,8 +22,9 @@ import jax
 
 from ecdit.checkpoints.restore import checkpoint_directory
 from ecdit.checkpoints.resume import half_written
-from ecdit.data.records import Records, dataset_directory
-from ecdit.data.tasks import WITHOUT_TENSORFLOW
+from ecdit.data.generated import GENERATED
+from ecdit.data.manifest import task_directory
+from ecdit.data.prepared import describe, open_prepared
 from ecdit.errors import UserError
 from ecdit.experiment import Experiment, check_mesh
 from ecdit.files import is_remote
@@ -140,14 +141,14 @@ def data(experiment: Experiment | None) -> Found:
     """Whether the data of every phase is prepared and whole, or can be prepared here."""
     if experiment is None:
         return "ok", "not checked: it needs --config"
-    configs = {phase.experiment.data: None for phase in experiment.resolved_phases()}
+    configs = [phase.experiment.data for phase in experiment.resolved_phases()]
     told = []
-    for config in configs:
-        directory = dataset_directory(config)
+    for config in (one for n, one in enumerate(configs) if one not in configs[:n]):
+        directory = task_directory(config)
         if directory.exists():
-            told.append(f"{len(Records(config))} records in {directory}")
+            told.append(f"{directory}: {describe(open_prepared(config))}")
             continue
-        needed = () if config.task in WITHOUT_TENSORFLOW else ("seqio", "tensorflow")
+        needed = () if config.task in GENERATED and not config.module else ("seqio", "tensorflow")
         missing = [name for name in needed if not importlib.util.find_spec(name)]
         if missing:
             what = f"{directory} is not prepared, and preparing it needs {' and '.join(missing)}"
@@ -179,7 +180,7 @@ def disk(experiment: Experiment | None, workdir: Path | None) -> Found:
     """Whether the disks can be written, and have room for the checkpoints that are kept and the next one."""
     places = [Path() if workdir is None else workdir]
     if experiment is not None:
-        prepared = (dataset_directory(phase.experiment.data) for phase in experiment.resolved_phases())
+        prepared = (task_directory(phase.experiment.data) for phase in experiment.resolved_phases())
         places += [directory for directory in prepared if not directory.exists()]
     told, kept_in = [], places[0]
     for place in dict.fromkeys(_existing(place) for place in places if not is_remote(place)):

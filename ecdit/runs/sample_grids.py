@@ -4,11 +4,10 @@ import functools
 from pathlib import Path
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
-from ecdit.data.records import Records, tokenize_captions
-from ecdit.data.tasks import DataConfig
+from ecdit.data.config import DataConfig
+from ecdit.data.prepared import open_prepared, sample_captions, tokenize_captions
 from ecdit.files import writing
 from ecdit.sampling.grids import save_grid, write_png
 from ecdit.sampling.routing_maps import draw_maps
@@ -24,9 +23,7 @@ class SampleWriter:
         self.data, self.sampling, self.directory = data, sampling, workdir / "samples"
         self.with_experts = system.parts.denoiser.counts_experts()
         self.sampler = make_sampler(system, sampling, mesh, self.with_experts)
-        records = Records(data)
-        count = min(sampling.num_grid, len(records))
-        self.prompts = [records[int(i)]["caption"] for i in np.linspace(0, len(records) - 1, count)]
+        self.prompts = sample_captions(open_prepared(data), sampling.num_grid)
 
     def write(self, params: Params, step: int) -> dict[str, Path]:
         """Writes the grid of step `step`, and a heat map of experts if the model has any; returns the files by name.

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from ecdit import runtime
 from ecdit.checkpoints.restore import CheckpointError, open_reader, read_meta, restore_ema
 from ecdit.config import ConfigError, require
-from ecdit.data.records import tokenize_captions
+from ecdit.data.prepared import tokenize_captions
 from ecdit.experiment import Experiment, make_experiment
 from ecdit.partitioning import make_mesh
 from ecdit.sampling.sampler import SamplingConfig, make_sampler, sample_pictures

@@ -27,7 +27,6 @@ from ecdit.reporting.writers import check_writers, open_writers
 from ecdit.runs.provenance import library_versions, record_start
 from ecdit.runs.workload import ImageWriter, Workload, make_workload
 from ecdit.storage import check_workdir, make_directory
-from ecdit.system import user_files
 from ecdit.training.loop import Hooks, PreemptionFlag, run_steps
 from ecdit.training.state import TrainState, sampling_params
 from ecdit.training.step import Metrics
@@ -200,7 +199,7 @@ def _resumed_or_first(
 
 def config_of_run(experiment: Experiment) -> dict[str, Any]:
     """Returns all that a run's config says, with the hashes of the user's files that it names."""
-    return to_dict(experiment) | {"files": user_files(experiment.denoiser)}
+    return to_dict(experiment) | {"files": experiment.user_files()}
 
 
 def _meta(experiment: Experiment, fingerprint: str, step: int) -> Meta:

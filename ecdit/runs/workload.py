@@ -1,6 +1,7 @@
 """What a run trains, as the training run is given it: states, steps, batches and images of each phase."""
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -10,9 +11,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ecdit.checkpoints.restore import restore_ema
+from ecdit.data.config import DataConfig
 from ecdit.data.loader import make_loader
-from ecdit.data.records import check_vocabularies, prepare
-from ecdit.data.tasks import DataConfig
+from ecdit.data.prepared import Prepared, check_tokenizers, prepare
 from ecdit.experiment import Experiment, ResolvedPhase
 from ecdit.partitioning import batch_sharding
 from ecdit.runs.sample_grids import SampleWriter
@@ -116,6 +117,12 @@ def prepared_fingerprints(configs: Sequence[DataConfig]) -> list[str]:
 
 
 def _prepare_all(configs: Sequence[DataConfig]) -> list[str]:
-    fingerprints = {config: prepare(config).fingerprint for config in configs}
-    check_vocabularies(configs)
-    return [fingerprints[config] for config in configs]
+    prepared: list[Prepared] = []
+    for n, config in enumerate(configs):
+        prepared.append(prepared[configs.index(config)] if config in configs[:n] else prepare(config, _workers()))
+    check_tokenizers(prepared)
+    return [one.fingerprint for one in prepared]
+
+
+def _workers() -> int:
+    return len(os.sched_getaffinity(0))

@@ -30,7 +30,7 @@ from ecdit.training.config import StepConfig, TrainConfig
 from ecdit.training.optimizer import make_optimizer
 from ecdit.training.state import TrainState, run_key, state_shardings
 
-# image uint8[B, H, W, 3] or latents float16[B, h, w, c], tokens int32[B, L], size_crop float32[B, 4]
+# image uint8[B, H, W, 3] or latents float16[B, h, w, 2c], tokens int32[B, L], size_crop float32[B, 4]
 Batch = dict[str, Array]
 
 USUAL_LOSS_DECAY = 0.98  # of the running mean that defines a spike: about fifty steps
@@ -70,7 +70,8 @@ def abstract_batch(config: SystemConfig, batch_size: int, mesh: Mesh) -> Batch:
     if config.has_images:
         shapes["image"] = (config.image_size, config.image_size, 3), jnp.uint8
     else:
-        shapes["latents"] = config.latent_shape, jnp.float16
+        height, width, channels = config.latent_shape
+        shapes["latents"] = (height, width, 2 * channels), jnp.float16
     sharding = batch_sharding(mesh)
     return {
         name: jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=sharding)
@@ -83,10 +84,8 @@ def _loss(
 ) -> tuple[Float[Array, ""], Metrics]:
     """Returns the loss of a microbatch, and its metrics."""
     model = system.bind({**params, **frozen})
-    if system.config.has_images:
-        latents = model.autoencoder.encode(to_unit(batch["image"]), keys.autoencoder)
-    else:
-        latents = batch["latents"].astype(jnp.float32)
+    content = to_unit(batch["image"]) if system.config.has_images else batch["latents"].astype(jnp.float32)
+    latents = model.autoencoder.encode(content, keys.autoencoder)
     noise = jax.vmap(lambda key: jax.random.normal(key, latents.shape[1:], jnp.float32))(keys.noise)
     time = jax.vmap(lambda key: sample_time(key, flow))(keys.time)
     text = model.text(batch["tokens"])

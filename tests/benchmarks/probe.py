@@ -28,7 +28,8 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from ecdit.data.records import Records
+from ecdit.data.images import decode_stored
+from ecdit.data.prepared import caption_of, open_prepared, stored_records, tokenize_captions
 from ecdit.experiment import Experiment, make_experiment
 from ecdit.partitioning import make_mesh
 from ecdit.runs.workload import device_batches
@@ -212,8 +213,10 @@ def make_probe(sizes: Sizes) -> tuple[State, Callable[..., tuple[State, Float[Ar
 
 def probe_steps(experiment: Experiment, sizes: Sizes) -> Iterator[tuple[Any, Array]]:
     """Dispatches a step of the probe, on pictures in memory, whenever asked; (parameters, loss)."""
-    records = list(Records(experiment.data))
-    images, tokens = (np.stack([record[name] for record in records]) for name in ("image", "tokens"))
+    data = experiment.data
+    records = list(stored_records(open_prepared(data), "train"))
+    images = np.stack([decode_stored(record.image) for record in records])
+    tokens = tokenize_captions(data, [caption_of(data, record.captions) for record in records])
     state, step = make_probe(sizes)
     rng, key = np.random.default_rng(0), jax.random.key(0)
     while True:

@@ -143,7 +143,7 @@ def emoji_data(directory: str | None) -> Iterator[str]:
     """Where the emoji data is prepared: in `directory`, if need be, or in one that is removed afterwards."""
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(directory or scratch).absolute()
-        if not (path / "emoji" / "dataset.json").exists():
+        if not (path / "emoji" / "composition.json").exists():
             # In a process of its own: it leaves TensorFlow's threads behind.
             command = ["ecdit.prepare", f"--config={ROOT}/configs/emoji.py", f"--config.data.directory={path}"]
             environment = child_environment()

@@ -101,9 +101,10 @@ def test_random_latents_are_made_without_what_prepares_pictures(tmp_path, monkey
 
 
 def test_data_of_other_settings_fails_with_the_key(experiment):
-    other = dataclasses.replace(experiment.data, caption_length=7)
+    prepare = dataclasses.replace(experiment.data.prepare, held_out=0.5)
+    other = dataclasses.replace(experiment.data, prepare=prepare)
     verdict, text = found("data", dataclasses.replace(experiment, data=other))
-    assert (verdict, "data.caption_length = 7" in text) == ("fail", True)
+    assert (verdict, "data.prepare.held_out = 0.5" in text) == ("fail", True)
 
 
 def test_what_a_run_would_start_from(experiment, tmp_path, monkeypatch):

@@ -37,12 +37,13 @@ def test_each_caption_stands_under_the_picture_that_was_drawn_of_it(ffn, tmp_pat
 
     for name, replacement in (("save_grid", save_grid), ("draw_maps", draw_maps), ("tokenize_captions", tokenize)):
         monkeypatch.setattr(samples, name, replacement)
-    monkeypatch.setattr(samples, "Records", lambda config: [{"caption": caption} for caption in CAPTIONS])
+    chosen = [0, 1, 3, 4, 6, 7, 9]  # every 9 / 6, rounded down
+    monkeypatch.setattr(samples, "open_prepared", lambda config: config)
+    monkeypatch.setattr(samples, "sample_captions", lambda _, count: [CAPTIONS[i] for i in chosen[:count]])
     monkeypatch.setattr(samples, "make_sampler", lambda *_: sampler)
     experiment = tiny(model__ffn=ffn, sampling__num_grid=7, sampling__batch_size=4)
     system = make_system(experiment.system)
     files = SampleWriter(experiment.data, experiment.sampling, system, SimpleNamespace(), tmp_path).write("ema", 12)
-    chosen = [0, 1, 3, 4, 6, 7, 9]  # every 9 / 6, rounded down
     captions = [CAPTIONS[i] for i in chosen]
     assert files["samples"] == tmp_path / "samples/step_00000012.png"
     assert written["step_00000012.png"] == (chosen, captions)

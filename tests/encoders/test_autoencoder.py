@@ -1,4 +1,5 @@
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -36,6 +37,19 @@ def test_identity_is_an_autoencoder():
 def test_stored_latents_have_the_shape_that_was_stored_and_no_images():
     latents = AUTOENCODERS["latents"](8)
     assert latents.latent_shape(256) == (32, 32, 8)
-    for missing in (latents.encode, latents.decode):
-        with pytest.raises(NotImplementedError, match="the data holds latents"):
-            missing(*[None] * (2 if missing == latents.encode else 1))
+    with pytest.raises(NotImplementedError, match="the data holds latents"):
+        latents.decode(None)
+
+
+def test_stored_latents_are_drawn_from_their_posterior():
+    """Of one mean and one variance a number: 64 000 draws have both, within four standard errors."""
+    mean, log_variance = np.full((1000, 8, 8, 1), 0.5, np.float32), np.full((1000, 8, 8, 1), np.log(0.04), np.float32)
+    keys, autoencoder = jax.random.split(jax.random.key(0), 1000), AUTOENCODERS["latents"](1)
+    drawn = np.asarray(autoencoder.encode(jnp.concatenate([mean, log_variance], axis=-1), keys))
+    assert drawn.shape == (1000, 8, 8, 1)
+    assert abs(drawn.mean() - 0.5) < 4 * 0.2 / np.sqrt(64_000)
+    assert abs(drawn.std() - 0.2) < 4 * 0.2 / np.sqrt(2 * 64_000)
+    without = jnp.concatenate([mean, np.full_like(mean, -30.0)], axis=-1)
+    np.testing.assert_allclose(autoencoder.encode(without, keys), mean, atol=1e-5)
+    again = np.asarray(autoencoder.encode(jnp.concatenate([mean, log_variance], axis=-1)[:2], keys[:2]))
+    np.testing.assert_allclose(again, drawn[:2], rtol=1e-6)  # an image's draws are its key's

@@ -85,10 +85,10 @@ def test_long_names_get_initials_then_digits_and_equal_ones_digits():
     points = hyper.product([hyper.fixed(FFN, "token_choice"), hyper.sweep(long, [True, False])])
     points = hyper.chainit([points, hyper.sweep(FFN, ["dense"])])
     assert named(points) == ["ffn-token-choice-tcd-true", "ffn-token-choice-tcd-false", "ffn-dense"]
-    first, second = named(hyper.sweep("config.data.source", ["/" + "x" * 60 + "1", "/" + "x" * 60 + "2"]))
+    first, second = named(hyper.sweep("config.data.directory", ["/" + "x" * 60 + "1", "/" + "x" * 60 + "2"]))
     assert first[:-6] == second[:-6] == "source-" + "x" * 26 + "-"
     assert first != second
-    one, other = named(hyper.sweep("config.data.source", ["a-b", "a/b"]))
+    one, other = named(hyper.sweep("config.data.directory", ["a-b", "a/b"]))
     assert one != other
     for name in (first, second, one, other):
         assert re.search("-[0-9a-f]{6}$", name)

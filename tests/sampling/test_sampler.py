@@ -58,9 +58,9 @@ def test_micro_conditions_are_the_original_size_and_no_crop_in_the_order_of_the_
 
 @pytest.fixture(scope="module")
 def vocabulary(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("vocabulary")
-    train_vocabulary(PROMPTS, 300, directory / "vocabulary.model")
-    return directory
+    path = tmp_path_factory.mktemp("vocabulary") / "vocabulary.model"
+    train_vocabulary(PROMPTS, 300, path)
+    return path
 
 
 def test_each_picture_is_of_its_prompt_and_the_null_caption_is_the_empty_one_with_its_end(vocabulary):

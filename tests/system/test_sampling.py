@@ -7,8 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from ecdit.data.records import dataset_directory
-from ecdit.data.text import tokenize
+from ecdit.data.prepared import tokenize_captions
 from ecdit.diffusion.guidance import GuidanceConfig
 from ecdit.evaluation.retrieval import fixed_choice, protocol, recall, target_ranks
 from ecdit.partitioning import make_mesh
@@ -40,8 +39,7 @@ class Samples:
     def __call__(self, prompts=PROMPTS, repeats=REPEATS, devices=1, with_experts=False, group="image", **changes):
         sampling = dataclasses.replace(self.base.sampling, **{"num_steps": 4, **changes})
         sampler = self.samplers(sampling, devices, with_experts, group)
-        directory, length = dataset_directory(self.base.data), self.base.data.caption_length
-        tokens = lambda texts: tokenize(directory, texts, length)  # noqa: E731
+        tokens = functools.partial(tokenize_captions, self.base.data)
         return sample_pictures(sampler, self.params, tokens, prompts, repeats, sampling)
 
 

@@ -1,0 +1,174 @@
+"""Columns: what was computed for each record of a task, in shards beside the records' and in their order."""
+
+import collections
+import contextlib
+import dataclasses
+import multiprocessing
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Protocol
+
+from tqdm import tqdm
+
+from ecdit.data import DataError
+from ecdit.data.locks import ends_with_its_parent, locked
+from ecdit.data.manifest import COLUMN, FORMAT, Column, Manifest, by_number, read_json, to_json
+from ecdit.data.record import Record, decode_record
+from ecdit.data.shards import Shard, ShardReader, combined, read_summary, write_shard, write_summary
+from ecdit.files import replace_text
+
+Say = Callable[[str], None]
+
+
+class ColumnMaker(Protocol):
+    """Computes a column; it is pickled, so that several processes can."""
+
+    name: str  # of the column
+    made_by: str  # sha256 of what computes it
+
+    def values(self, records: Iterable[Record]) -> Iterator[tuple[bytes, Mapping[str, int]]]:
+        """Yields for each record, in order, what is stored, and numbers whose histograms the column's details keep."""
+
+
+def column_directory(task: Path, name: str) -> Path:
+    """Returns where the column `name` of a task lives."""
+    return task / "columns" / name
+
+
+def read_column(task: Path, manifest: Manifest, name: str, made_by: str) -> Column:
+    """Returns a task's column.
+
+    Args:
+      task: directory of the task.
+      manifest: of its records.
+      name: of the column.
+      made_by: sha256 of the tokenizer or the weights that must have made it; "" for any.
+
+    Raises:
+      DataError: there is none, it is incomplete or damaged, or it was made of other records or by something else.
+    """
+    directory = column_directory(task, name)
+    if not (directory / COLUMN).exists():
+        begun = _working(directory)
+        if begun.exists():
+            shards = [shard.name for shard in (*manifest.train, *manifest.held_out)]
+            left = [shard for shard in shards if read_summary(begun / shard) is None]
+            raise DataError(
+                f"the column {name} of {task} is incomplete: {', '.join(left[:10])}"
+                f"{f' and {len(left) - 10} more' if len(left) > 10 else ''} of {len(shards)} shards are missing; "
+                "run python -m ecdit.prepare --config=... again"
+            )
+        raise DataError(f"{task} has no column {name}: run python -m ecdit.prepare --config=... first")
+    column = read_json(directory / COLUMN, Column)
+    for what, made, wanted in (
+        ("records", column.records, manifest.fingerprint),
+        ("tokenizer or weights", column.made_by, made_by or column.made_by),
+    ):
+        if made != wanted:
+            raise DataError(
+                f"{directory} was made of other {what}: its fingerprint is {made[:12]}, and {wanted[:12]} is wanted; "
+                "delete it and run python -m ecdit.prepare --config=... again"
+            )
+    return column
+
+
+def make_column(task: Path, manifest: Manifest, maker: ColumnMaker, workers: int, say: Say) -> Column:
+    """Computes a column unless it is there; goes on where an earlier call was killed.
+
+    Raises:
+      DataError: there is one of that name that was made of other records or by something else.
+    """
+    directory = column_directory(task, maker.name)
+    if (directory / COLUMN).exists():
+        return read_column(task, manifest, maker.name, maker.made_by)
+    directory.parent.mkdir(exist_ok=True)
+    with locked(directory.with_name(f".{maker.name}.lock"), say):
+        if (directory / COLUMN).exists():  # another process was first
+            return read_column(task, manifest, maker.name, maker.made_by)
+        working = _working(directory)
+        key = f"{manifest.fingerprint} {maker.made_by}"
+        stamp = working / "made_of"
+        if working.exists() and (not stamp.exists() or stamp.read_text() != key):
+            shutil.rmtree(working)
+        working.mkdir(exist_ok=True)
+        replace_text(stamp, key)
+        shards = (*manifest.train, *manifest.held_out)
+        left = [shard for shard in shards if read_summary(working / shard.name) is None]
+        for _ in tqdm(_written(task, working, left, maker, workers), maker.name, len(left), unit="shard", disable=None):
+            pass
+        stamp.unlink()
+        column = _described(manifest, maker, working)
+        replace_text(working / COLUMN, to_json(column))
+        working.rename(directory)
+    return column
+
+
+def _working(directory: Path) -> Path:
+    return directory.with_name(f".{directory.name}.preparing")
+
+
+def _written(task: Path, working: Path, shards: list[Shard], maker: ColumnMaker, workers: int) -> Iterator[None]:
+    if min(workers, len(shards)) <= 1:
+        for shard in shards:
+            yield _write_one(task, working, shard, maker)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(workers, len(shards)), context, ends_with_its_parent, (os.getpid(),)) as pool:
+        futures = [pool.submit(_write_one, task, working, shard, maker) for shard in shards]
+        try:
+            for future in futures:
+                yield future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def _write_one(task: Path, working: Path, shard: Shard, maker: ColumnMaker) -> None:
+    """Writes the column's shard beside one of the records."""
+    place = working / shard.name
+    scratch = place.with_name(f".{place.name}")
+    place.parent.mkdir(exist_ok=True)
+    scratch.unlink(missing_ok=True)
+    reader, histograms = ShardReader(task, [shard]), collections.defaultdict(Counter)
+
+    def rows() -> Iterator[bytes]:
+        for data, numbers in maker.values(decode_record(reader[i]) for i in range(len(reader))):
+            for name, number in numbers.items():
+                histograms[name][str(number)] += 1
+            yield data
+
+    written = write_shard(scratch, rows())
+    if written.records != shard.records:
+        raise DataError(f"{maker.name} of {task}: {written.records} rows for {shard.records} records of {shard.name}")
+    scratch.rename(place)
+    write_summary(place, dataclasses.replace(written, name=shard.name), histograms)
+
+
+def _described(manifest: Manifest, maker: ColumnMaker, working: Path) -> Column:
+    histograms: dict[str, Counter[str]] = collections.defaultdict(Counter)
+    found: dict[str, list[Shard]] = {"train": [], "held_out": []}
+    for split, shards in (("train", manifest.train), ("held_out", manifest.held_out)):
+        for shard in shards:
+            summary = read_summary(working / shard.name)
+            assert summary is not None, shard.name
+            written, counted = summary
+            found[split].append(written)
+            for name, counts in counted.items():
+                histograms[name].update(counts)
+            with contextlib.suppress(FileNotFoundError):
+                (working / f"{shard.name}.json").unlink()
+    every = [shard for shards in found.values() for shard in shards]
+    return Column(
+        format=FORMAT,
+        name=maker.name,
+        records=manifest.fingerprint,
+        made_by=maker.made_by,
+        train=tuple(found["train"]),
+        held_out=tuple(found["held_out"]),
+        fingerprint=combined(shard.content for shard in every),
+        histograms={name: by_number(counts) for name, counts in sorted(histograms.items())},
+    )

@@ -1,0 +1,87 @@
+"""Which data a run reads, how preparation stores it, and how training reads it."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import field
+from typing import Any, Literal
+
+from ecdit.config import PHASE, RESUME, RESUME_OR_PHASE, require
+from ecdit.data.filters import Filters
+from ecdit.encoders.autoencoder import StoredLatents
+
+
+@dataclasses.dataclass(frozen=True)
+class PrepareConfig:
+    """What preparation keeps of images and captions, and how it stores images. Prepared data depends on all of it."""
+
+    image_format: Literal["png", "webp", "jpeg"]  # of stored images
+    quality: int  # 1 to 100, of webp, which is lossless at 100, and of jpeg; png has none
+    background: Literal["", "white"]  # what transparent images are put on; "" leaves them out
+    max_pixels: int  # an image with more is taken for a decompression bomb and left out
+    held_out: float  # share of the keys that the split `held_out` gets and training never reads
+    filters: Filters
+
+    def __post_init__(self):
+        require(1 <= self.quality <= 100, "quality", self.quality, "must be between 1 and 100")
+        require(self.max_pixels >= 1, "max_pixels", self.max_pixels, "must be at least 1")
+        require(0.0 <= self.held_out < 1.0, "held_out", self.held_out, "must be at least 0 and below 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Which data, how it is stored, and how training reads it."""
+
+    module: str  # Python file that registers the task, a seqio Task or Mixture; "" for the tasks of ecdit/data/tasks.py
+    task: str  # its name
+    directory: str = field(metadata=RESUME_OR_PHASE)  # where prepared data lives; each task in its own subdirectory
+    image_size: int = field(metadata=PHASE)  # px, side of the square image
+    prepare: PrepareConfig
+    # Rates at which a row's caption is drawn from the named fields; those that a record lacks leave theirs to the
+    # others. A field `captions` stands for `captions.0`, `captions.1` and so on, each equally often.
+    captions: Mapping[str, Any] = field(metadata=PHASE)
+    tokenizer: str  # a SentencePiece .model file; "" for one of vocab_size pieces that is trained on the captions
+    vocab_size: int  # pieces at most
+    caption_length: int  # tokens, EOS and padding included
+    latent_channels: int  # of latents, a pixel for 8 x 8 px, that are read in place of images; 0: images are
+    latents: str  # the column that holds them, latents-<name>; generated latents need none
+    caption_dropout: float  # probability that a caption becomes the empty one
+    flip_probability: float  # of a left-right flip
+    crop_padding: int  # px of white around the image before it is cropped back at random; 0 is off
+    num_threads: int = field(metadata=RESUME)  # that read records; 0 reads in the training thread
+    prefetch: int = field(metadata=RESUME)  # batches read ahead
+
+    def __post_init__(self):
+        require(self.module == "" or self.module.endswith(".py"), "module", self.module, 'must be "" or a Python file')
+        plain = self.task.replace("_", "").replace("-", "").isalnum() and self.task.isascii()
+        require(plain, "task", self.task, "must be a name of ASCII letters, digits, _ and -: a directory is named so")
+        require(self.directory != "", "directory", self.directory, "must be a directory")
+        require(self.image_size >= 1, "image_size", self.image_size, "must be at least 1 px")
+        rates = list(self.captions.values())
+        numbers = all(isinstance(rate, int | float) and not isinstance(rate, bool) and rate >= 0 for rate in rates)
+        required = "must map names of caption fields to rates of 0 or more, one of them above 0"
+        require(bool(rates) and numbers and sum(rates) > 0, "captions", dict(self.captions), required)
+        require(self.caption_length >= 1, "caption_length", self.caption_length, "must have room for the EOS token")
+        # 256 byte pieces, the three control pieces and the word mark.
+        require(self.vocab_size >= 260, "vocab_size", self.vocab_size, "must be at least 260: bytes take 256")
+        for key in ("caption_dropout", "flip_probability"):
+            require(0.0 <= getattr(self, key) <= 1.0, key, getattr(self, key), "must be between 0 and 1")
+        for key in ("crop_padding", "num_threads"):
+            require(getattr(self, key) >= 0, key, getattr(self, key), "must be 0 or more")
+        require(self.prefetch >= 1, "prefetch", self.prefetch, "must be at least 1 batch")
+        require(self.latent_channels >= 0, "latent_channels", self.latent_channels, "must be 0 or more")
+        if self.latent_channels:
+            for key in ("flip_probability", "crop_padding"):
+                require(getattr(self, key) == 0, key, getattr(self, key), "must be 0: latents cannot be augmented")
+            step = StoredLatents.downsampling
+            require(self.image_size % step == 0, "image_size", self.image_size, f"must be a multiple of {step} px")
+
+
+def field_group(field: str) -> str:
+    """Returns the name of the list that a stored caption field is of, `captions` of `captions.2`; others themselves."""
+    group, dot, number = field.rpartition(".")
+    return group if dot and number.isdigit() else field
+
+
+def rate_of(captions: Mapping[str, Any], field: str) -> str | None:
+    """Returns the key of `captions` that a stored caption field belongs to, or None if it has no rate above 0."""
+    return next((name for name in (field, field_group(field)) if captions.get(name)), None)

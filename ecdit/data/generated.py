@@ -1,0 +1,107 @@
+"""Data that is made when it is read: row r is a function of seed and r, so there is nothing to store and no last row.
+
+`GENERATED` has the package's: a mixture may have them as parts, and a run may train on one alone. None needs
+TensorFlow.
+"""
+
+import dataclasses
+import hashlib
+from typing import Literal, NamedTuple, Protocol
+
+import numpy as np
+from jaxtyping import Float16, Int, UInt8
+
+from ecdit.config import require
+from ecdit.data import shapes
+from ecdit.data.config import DataConfig
+from ecdit.data.shape_scenes import KINDS, KINDS_HELD_OUT, ShapesConfig
+from ecdit.encoders.autoencoder import StoredLatents
+
+Split = Literal["train", "held_out"]
+
+
+class Example(NamedTuple):
+    """A row before chance has its way with it."""
+
+    content: UInt8[np.ndarray, "H W 3"] | Float16[np.ndarray, "h w 2c"]  # an image, or the moments of its latents
+    captions: dict[str, str]  # by field
+    original_size: Int[np.ndarray, "2"]  # height and width, px
+    crop: Int[np.ndarray, "2"]  # top and left, px
+
+
+class Generated(Protocol):
+    """A source of endless rows."""
+
+    attribution: str
+
+    def example(self, config: DataConfig, split: Split, seed: int, row: int) -> Example:
+        """Returns a row, the same on every host."""
+
+    def fingerprint(self, config: DataConfig) -> str:
+        """Returns a sha256 of all that decides the rows."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """Coloured shapes with captions that a judge can check: docs/shapes.md."""
+
+    ground: Literal["plain", "textured"]
+    attribution = "made by rule"
+
+    def example(self, config: DataConfig, split: Split, seed: int, row: int) -> Example:
+        """Returns a row's image and caption."""
+        made = shapes.example(self._config(config, split), seed, row)
+        side = np.full(2, config.image_size, np.int32)
+        return Example(made.image, {"caption": made.caption}, side, np.zeros(2, np.int32))
+
+    def fingerprint(self, config: DataConfig) -> str:
+        """Returns that of the scenes, the captions and the pixels."""
+        return shapes.fingerprint(self._config(config, "train"))
+
+    def _config(self, config: DataConfig, split: Split) -> ShapesConfig:
+        require(config.latent_channels == 0, "data.latent_channels", config.latent_channels, "shapes are images: 0")
+        # Left and right are in the captions, and white around a textured ground is on no image without padding.
+        for key in ("flip_probability", "crop_padding"):
+            value = getattr(config, key)
+            require(value == 0, f"data.{key}", value, "must be 0 with shapes, whose captions say where things are")
+        kinds = KINDS if split == "train" else KINDS_HELD_OUT
+        return ShapesConfig(config.image_size, self.ground, split, kinds)
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomLatents:
+    """Noise with captions of random words: to time and try a run of latents before there are any."""
+
+    attribution = "random numbers"
+
+    def example(self, config: DataConfig, split: Split, seed: int, row: int) -> Example:
+        """Returns a row's mean latents, with a variance that is next to none, and its caption."""
+        random = np.random.Generator(np.random.Philox(key=[seed, 32 + (split == "held_out")], counter=[0, row, 0, 0]))
+        side = self._side(config)
+        mean = random.standard_normal((side, side, config.latent_channels), np.float32)
+        words = random.integers(0, 26, (int(random.integers(1, 16)), 4))
+        caption = " ".join("".join(chr(ord("a") + letter) for letter in word) for word in words)
+        log_variance = np.full_like(mean, LOG_VARIANCES[0])
+        moments = np.concatenate([mean, log_variance], axis=-1).astype(np.float16)
+        size = np.full(2, config.image_size, np.int32)
+        return Example(moments, {"caption": caption}, size, np.zeros(2, np.int32))
+
+    def fingerprint(self, config: DataConfig) -> str:
+        """Returns that of the shape and of the rows that NumPy makes here."""
+        first = self.example(config, "train", 0, 0)
+        text = f"{config.image_size} {config.latent_channels} {first.captions}"
+        return hashlib.sha256(text.encode() + first.content.tobytes()).hexdigest()
+
+    def _side(self, config: DataConfig) -> int:
+        channels = config.latent_channels
+        require(channels > 0, "data.latent_channels", channels, "must be above 0 for random_latents")
+        return config.image_size // StoredLatents.downsampling
+
+
+LOG_VARIANCES = (-30.0, 20.0)  # between which autoencoders clamp them
+
+GENERATED: dict[str, Generated] = {
+    "random_latents": RandomLatents(),
+    "shapes": Shapes("plain"),
+    "shapes_textured": Shapes("textured"),
+}

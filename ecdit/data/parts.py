@@ -1,0 +1,140 @@
+"""One shard of a source to shards of records: the unit that preparation repeats, in any process and any order."""
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ecdit.config import to_dict
+from ecdit.data import DataError, images
+from ecdit.data.config import DataConfig, PrepareConfig, field_group
+from ecdit.data.filters import Filters, caption_reason, column_reason, size_reason
+from ecdit.data.images import ImageRejected
+from ecdit.data.manifest import QUARANTINE, SPLITS
+from ecdit.data.quarantine import Quarantine
+from ecdit.data.record import Record, encode_record
+from ecdit.data.shards import Shard, ShardWriter
+from ecdit.data.sources.protocol import Pair, Rejected
+
+SUMMARY, HASHES = "part.json", "hashes.npy"
+
+
+@dataclasses.dataclass(frozen=True)
+class PartSummary:
+    """What one part became."""
+
+    stamp: str  # of what it was made from
+    shards: tuple[Shard, ...]  # <part>/train.array_record and <part>/held_out.array_record, those that have records
+    rejected: dict[str, int]  # by reason
+    caption_characters: dict[str, dict[str, int]]  # by field: see `manifest.Manifest`
+    caption_fields: dict[str, int]
+
+
+def record_of(pair: Pair, config: DataConfig) -> Record | Rejected:
+    """Returns the record of a pair: its image decoded, checked, resized, cropped and encoded; or why it has none."""
+    prepare = config.prepare
+    if reason := column_reason(prepare.filters, pair.columns):
+        return Rejected(pair.key, reason, "")
+    captions, reason = _kept_captions(pair.captions, prepare.filters)
+    if reason:
+        return Rejected(pair.key, reason, ", ".join(pair.captions))
+    try:
+        if isinstance(pair.image, bytes):
+            image = images.decode(pair.image, prepare.background, prepare.max_pixels)
+        else:
+            image = pair.image
+    except ImageRejected as error:
+        return Rejected(pair.key, error.reason, error.detail)
+    if (image.dtype, image.ndim, image.shape[-1]) != (np.uint8, 3, 3):
+        raise DataError(f"the image of {pair.key!r} is {image.dtype}{list(image.shape)}, not uint8[height, width, 3]")
+    if reason := size_reason(prepare.filters, image.shape[0], image.shape[1]):
+        return Rejected(pair.key, reason, f"{image.shape[1]} x {image.shape[0]} px")
+    fitted, crop = images.fit_square(image, config.image_size)
+    encoded = images.encode(fitted, prepare.image_format, prepare.quality)
+    return Record(pair.key, encoded, np.array(image.shape[:2], np.int32), crop, captions)
+
+
+def _kept_captions(captions: Mapping[str, str], filters: Filters) -> tuple[dict[str, str], str | None]:
+    """Returns the captions that pass the filters; where none does, why the first one does not."""
+    reasons = {field: caption_reason(filters, text) for field, text in captions.items()}
+    kept = {field: text for field, text in captions.items() if not reasons[field]}
+    return kept, None if kept else next(iter(reasons.values()), "no caption")
+
+
+def split_of(key: str, prepare: PrepareConfig) -> str:
+    """Returns the split of a key: the same however the data grows, and in every data set that has the key."""
+    place = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8]) / 2**64
+    return "held_out" if place < prepare.held_out else "train"
+
+
+def write_part(config: DataConfig, pairs: Iterable[Pair | Rejected], stamp: str, place: Path) -> None:
+    """Writes a part's shards and its summary as the directory `place`, which appears when it is complete."""
+    scratch = place.with_name(f".{place.name}")
+    shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed
+    scratch.mkdir(parents=True)
+    rejected, fields, characters, hashes = Counter[str](), Counter[str](), {}, []
+    writers = {split: ShardWriter(scratch / f"{split}.array_record") for split in SPLITS}
+    with Quarantine(scratch / QUARANTINE) as quarantine:
+        for record in records(config, pairs):
+            if isinstance(record, Rejected):
+                rejected[record.reason] += 1
+                quarantine.add(record)
+                continue
+            writers[split_of(record.key, config.prepare)].write(encode_record(record))
+            hashes.append((_hash(record.image), _hash(json.dumps(record.captions, sort_keys=True).encode())))
+            fields[json.dumps(sorted({field_group(field) for field in record.captions}))] += 1
+            for field, text in record.captions.items():
+                characters.setdefault(field, Counter())[str(histogram_bin(len(text)))] += 1
+    summary = PartSummary(
+        stamp=stamp,
+        rejected=dict(sorted(rejected.items())),
+        caption_characters={field: dict(counts) for field, counts in sorted(characters.items())},
+        caption_fields=dict(sorted(fields.items())),
+        shards=tuple(_closed(writer, place.name) for writer in writers.values() if writer.count),
+    )
+    for writer in writers.values():
+        if not writer.count:
+            writer.discard()
+    np.save(scratch / HASHES, np.array(hashes, np.uint64).reshape(-1, 2))
+    (scratch / SUMMARY).write_text(json.dumps(to_dict(summary)) + "\n")
+    scratch.rename(place)
+
+
+def _closed(writer: ShardWriter, part: str) -> Shard:
+    shard = writer.close()
+    return dataclasses.replace(shard, name=f"{part}/{shard.name}")
+
+
+def records(config: DataConfig, pairs: Iterable[Pair | Rejected]) -> Iterator[Record | Rejected]:
+    """Yields the record of each pair, or why it has none."""
+    for pair in pairs:
+        yield pair if isinstance(pair, Rejected) else record_of(pair, config)
+
+
+def read_summary(place: Path) -> PartSummary | None:
+    """Returns the summary of a part that is complete, or None."""
+    try:
+        stored: dict[str, Any] = json.loads((place / SUMMARY).read_text())
+    except FileNotFoundError:
+        return None
+    return PartSummary(**stored | {"shards": tuple(Shard(**shard) for shard in stored["shards"])})
+
+
+def part_name(index: int) -> str:
+    """Returns the name of a part's directory."""
+    return f"{index:06d}"
+
+
+def histogram_bin(length: int) -> int:
+    """Returns the lower end of a length's bin: 0, 1, 2, 4, 8 and so on."""
+    return 1 << length.bit_length() >> 1
+
+
+def _hash(data: bytes) -> int:
+    return int.from_bytes(hashlib.sha256(data).digest()[:8])

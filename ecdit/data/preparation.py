@@ -1,0 +1,234 @@
+"""Prepares data once: records part by part in several processes, then a tokenizer and the tokens of every caption.
+
+Whatever is half done lies in directories whose names begin with a dot, and goes on where it was when the same command
+is started again. Each step ends in a rename, so that what has its final name is whole.
+"""
+
+import collections
+import functools
+import json
+import multiprocessing
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from ecdit.data import DataError
+from ecdit.data.config import DataConfig
+from ecdit.data.generated import GENERATED
+from ecdit.data.locks import ends_with_its_parent, locked
+from ecdit.data.manifest import (
+    COMPOSITION,
+    FORMAT,
+    MANIFEST,
+    QUARANTINE,
+    SPLITS,
+    Component,
+    Composition,
+    Manifest,
+    by_number,
+    read_json,
+    read_records_manifest,
+    settings_of,
+    task_directory,
+    to_json,
+)
+from ecdit.data.parts import HASHES, SUMMARY, PartSummary, part_name, read_summary, write_part
+from ecdit.data.quarantine import merge
+from ecdit.data.registry import Part, Task, find_parts, find_task, module_sha256
+from ecdit.data.shards import combined
+from ecdit.files import replace_text
+
+_SETTINGS = "settings.json"
+_COUNTED_RECORDS = 1 << 26  # whose hashes fit in half a GB; of more, a share is counted
+Say = Callable[[str], None]
+
+
+def prepare_records(config: DataConfig, workers: int, say: Say) -> Composition:
+    """Prepares the records of every part of `data.task` that are not prepared, and returns what a run reads.
+
+    Raises:
+      DataError: no usable image, a package that is missing, or a directory that is taken by other data.
+    """
+    composition = _composition_path(config)
+    if composition.exists():
+        found = read_json(composition, Composition)
+        for component in found.components:
+            if not component.generated:
+                read_records_manifest(config, component.task)
+        return found
+    parts = find_parts(config)
+    components = tuple(_component(config, part, workers, say) for part in parts)
+    made = Composition(FORMAT, components, module_sha256(config))
+    composition.parent.mkdir(parents=True, exist_ok=True)
+    replace_text(composition, to_json(made))
+    return made
+
+
+def read_composition(config: DataConfig) -> Composition:
+    """Returns what a run reads. Raises DataError if it is not prepared."""
+    return read_json(_composition_path(config), Composition)
+
+
+def _composition_path(config: DataConfig) -> Path:
+    return task_directory(config) / COMPOSITION
+
+
+def _component(config: DataConfig, part: Part, workers: int, say: Say) -> Component:
+    if part.task in GENERATED:
+        return Component(part.task, str(part.rate), GENERATED[part.task].fingerprint(config), True)
+    manifest = _records(config, part.task, workers, say)
+    return Component(part.task, str(part.rate), manifest.fingerprint, False)
+
+
+def _records(config: DataConfig, task: str, workers: int, say: Say) -> Manifest:
+    """Prepares a task's records, unless they are prepared."""
+    target = task_directory(config, task)
+    if (target / MANIFEST).exists():
+        return read_records_manifest(config, task)
+    if target.exists():
+        raise DataError(f"{target} is in the way: it is no prepared data; move it, or set data.directory")
+    found = find_task(config, task)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with locked(target.with_name(f".{task}.lock"), say):
+        if (target / MANIFEST).exists():  # another process was first
+            return read_records_manifest(config, task)
+        working = _working_directory(config, task, found)
+        if not (working / MANIFEST).exists():
+            say(f"preparing {target}, which is done once")
+            summaries = _write_parts(config, found, working, workers)
+            manifest = _joined(config, found, working, summaries)
+            if manifest.num_records == 0:
+                shutil.rmtree(working)
+                raise DataError(_nothing_left(task, manifest))
+            merge([working / part_name(index) / QUARANTINE for index in range(len(summaries))], working / QUARANTINE)
+            replace_text(working / MANIFEST, to_json(manifest))
+        for index in range(len(found.shards)):  # what only this preparation needed
+            for name in (HASHES, SUMMARY, QUARANTINE):
+                (working / part_name(index) / name).unlink(missing_ok=True)
+        (working / _SETTINGS).unlink(missing_ok=True)
+        working.rename(target)
+        manifest = read_records_manifest(config, task)
+    say(f"prepared {target}: {summary(manifest)}")
+    return manifest
+
+
+def _nothing_left(task: str, manifest: Manifest) -> str:
+    reasons = ", ".join(f"{count} for {reason}" for reason, count in manifest.rejected.items())
+    return f"the task {task} gives no record" + (f": all pairs are left out, {reasons}" if reasons else "")
+
+
+def _working_directory(config: DataConfig, task: str, found: Task) -> Path:
+    """Returns the directory of a preparation that goes on, or a new one."""
+    working = task_directory(config, task).with_name(f".{task}.preparing")
+    settings = json.dumps({**settings_of(config, task), "shards": len(found.shards)}, indent=1)
+    path = working / _SETTINGS
+    if (working / MANIFEST).exists():  # a kill came just before the end
+        return working
+    if path.exists() and path.read_text() != settings:
+        raise DataError(f"{working} was begun with other settings or other input: delete it and start again")
+    working.mkdir(exist_ok=True)
+    replace_text(path, settings)
+    return working
+
+
+def _write_parts(config: DataConfig, task: Task, working: Path, workers: int) -> list[PartSummary]:
+    """Writes the parts that are missing."""
+    places = [working / part_name(index) for index in range(len(task.shards))]
+    left = []
+    for index, place in enumerate(places):
+        done = read_summary(place)
+        if done is not None and done.stamp != task.stamp(index):
+            raise DataError(f"{task.shards[index]} has changed since {working} was begun: delete it and start again")
+        if done is None:
+            left.append(index)
+    begun = len(places) - len(left)
+    progress = functools.partial(tqdm, total=len(places), initial=begun, unit="part", desc="preparing", disable=None)
+    if min(workers, len(left)) <= 1:
+        for index in progress(left):
+            _write_one(config, task.name, index, places[index])
+    else:
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(min(workers, len(left)), context, ends_with_its_parent, (os.getpid(),)) as pool:
+            futures = [pool.submit(_write_one, config, task.name, index, places[index]) for index in left]
+            try:
+                for future in progress(as_completed(futures)):
+                    future.result()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+    return [_summary_of(place) for place in places]
+
+
+def _write_one(config: DataConfig, task: str, index: int, place: Path) -> None:
+    found = find_task(config, task)
+    pairs = tqdm(found.read(index), "reading", unit="pair", disable=None if len(found.shards) == 1 else True)
+    write_part(config, pairs, found.stamp(index), place)
+
+
+def _summary_of(place: Path) -> PartSummary:
+    found = read_summary(place)
+    assert found is not None, place
+    return found
+
+
+def _joined(config: DataConfig, task: Task, working: Path, summaries: Sequence[PartSummary]) -> Manifest:
+    """Returns the manifest of all parts."""
+    rejected, fields, characters = Counter[str](), Counter[str](), collections.defaultdict(Counter)
+    for done in summaries:
+        rejected.update(done.rejected)
+        fields.update(done.caption_fields)
+        for field, counts in done.caption_characters.items():
+            characters[field].update(counts)
+    train, held_out = (
+        tuple(shard for done in summaries for shard in done.shards if Path(shard.name).stem == split)
+        for split in SPLITS
+    )
+    images, captions, counted = _identical([working / part_name(index) / HASHES for index in range(len(summaries))])
+    return Manifest(
+        format=FORMAT,
+        settings=settings_of(config, task.name),
+        module=module_sha256(config),
+        num_records=sum(shard.records for shard in train),
+        num_held_out=sum(shard.records for shard in held_out),
+        train=train,
+        held_out=held_out,
+        fingerprint=combined(shard.content for shard in (*train, *held_out)),
+        rejected=dict(sorted(rejected.items())),
+        caption_characters={field: by_number(counts) for field, counts in sorted(characters.items())},
+        caption_fields=dict(sorted(fields.items())),
+        identical_images=images,
+        identical_captions=captions,
+        counted=counted,
+        attribution=task.attribution,
+    )
+
+
+def _identical(paths: Sequence[Path]) -> tuple[int, int, float]:
+    """Returns how many records share their image, how many their captions, and the share that this was counted in.
+
+    Of very many records it looks at those with the lowest hashes, in which identical ones are together.
+    """
+    total = sum(np.load(path, mmap_mode="r").shape[0] for path in paths)
+    share = min(1.0, _COUNTED_RECORDS / max(total, 1))
+    limit = np.uint64(min(int(share * 2**64), 2**64 - 1))
+    found = []
+    for column in range(2):
+        hashes = np.concatenate([one[one <= limit] for path in paths for one in [np.load(path)[:, column]]])
+        _, counts = np.unique(hashes, return_counts=True)
+        found.append(round(int(counts[counts > 1].sum()) / share))
+    return found[0], found[1], share
+
+
+def summary(manifest: Manifest) -> str:
+    """Returns what a line says of prepared records."""
+    left_out = ", ".join(f"{count} for {reason}" for reason, count in manifest.rejected.items())
+    return (
+        f"{manifest.num_records} records of {manifest.settings['image_size']} px, {manifest.num_held_out} held out, "
+        f"{sum(manifest.rejected.values())} pairs left out" + (f" ({left_out}; see {QUARANTINE})" if left_out else "")
+    )

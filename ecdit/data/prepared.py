@@ -1,0 +1,264 @@
+"""Prepared data as a run uses it: checked before the first step, read by index, with the tokenizer of its captions."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Int
+
+from ecdit.data import DataError, images
+from ecdit.data.columns import make_column, read_column
+from ecdit.data.config import DataConfig, rate_of
+from ecdit.data.generated import GENERATED
+from ecdit.data.manifest import (
+    Column,
+    Component,
+    Composition,
+    Manifest,
+    read_records_manifest,
+    shards_of,
+    task_directory,
+)
+from ecdit.data.mixing import mixing
+from ecdit.data.preparation import prepare_records, read_composition, summary
+from ecdit.data.record import Record, decode_record, unpack
+from ecdit.data.shards import ShardReader, check_shards, combined, file_sha256
+from ecdit.data.text import EOS, load_vocabulary, tokenize
+from ecdit.data.tokens import TokensColumn, make_tokenizer, tokenizer_path, truncated_captions
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredPart:
+    """A part of a run's data that is stored."""
+
+    component: Component
+    directory: Path
+    manifest: Manifest
+    tokens: Column
+    latents: Column | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A run's data, whole and of the config's settings."""
+
+    config: DataConfig
+    composition: Composition
+    tokenizer: Path
+    stored: tuple[StoredPart | None, ...]  # for each component; None for one that is generated
+    fingerprint: str  # of all that decides a row but its seed
+
+    @property
+    def num_records(self) -> int | None:
+        """How many records training reads, or None where there is no last one."""
+        if None in self.stored:
+            return None
+        return sum(part.manifest.num_records for part in self.stored if part)
+
+
+def prepare(config: DataConfig, workers: int = 1, say: Callable[[str], None] = print) -> Prepared:
+    """Prepares what is not prepared of `data.task`, and prints a line before and after it.
+
+    Raises:
+      DataError: no usable image, a package that is missing, or the directory is taken by other data or by data of
+        other settings.
+    """
+    done = tokenizer_path(config).exists()
+    composition = prepare_records(config, workers, say)
+    for component in composition.components:
+        if not component.generated:
+            fields = read_records_manifest(config, component.task).caption_fields
+            _check_captions(config, component.task, fields)
+    tokenizer = make_tokenizer(config, composition)
+    for component in composition.components:
+        if not component.generated:
+            manifest = read_records_manifest(config, component.task)
+            make_column(task_directory(config, component.task), manifest, TokensColumn(tokenizer), workers, say)
+    prepared = open_prepared(config)
+    say(f"{task_directory(config)} {'is' if done else 'is now'} prepared: {describe(prepared)}")
+    return prepared
+
+
+def open_prepared(config: DataConfig) -> Prepared:
+    """Checks that all that a run reads is there, whole and of the config's settings.
+
+    Raises:
+      DataError: not prepared, made with other settings, incomplete or damaged.
+    """
+    composition, tokenizer = read_composition(config), tokenizer_path(config)
+    if not tokenizer.exists():
+        raise DataError(f"there is no tokenizer {tokenizer}: run python -m ecdit.prepare --config=... first")
+    column, stored, decides = TokensColumn(tokenizer), [], []
+    for component in composition.components:
+        if component.generated:
+            made = GENERATED[component.task].fingerprint(config)
+            _same(component, made, "what generates it")
+            decides.append(made)
+            stored.append(None)
+            continue
+        directory, manifest = task_directory(config, component.task), read_records_manifest(config, component.task)
+        _same(component, manifest.fingerprint, "its records")
+        _check_captions(config, component.task, manifest.caption_fields)
+        tokens = read_column(directory, manifest, column.name, column.made_by)
+        latents = read_column(directory, manifest, f"latents-{config.latents}", "") if config.latent_channels else None
+        part = StoredPart(component, directory, manifest, tokens, latents)
+        _check_whole(part)
+        stored.append(part)
+        decides += [manifest.fingerprint, tokens.fingerprint, *([latents.fingerprint] if latents else [])]
+    rates = [component.rate for component in composition.components]
+    fingerprint = combined([*decides, *rates, column.made_by])
+    return Prepared(config, composition, tokenizer, tuple(stored), fingerprint)
+
+
+def _same(component: Component, found: str, what: str) -> None:
+    if component.fingerprint != found:
+        raise DataError(
+            f"{component.task} is not what was prepared: {what} has the fingerprint {found[:12]}, not "
+            f"{component.fingerprint[:12]}; delete composition.json of the task that names it, and prepare again"
+        )
+
+
+def _check_captions(config: DataConfig, task: str, fields: Mapping[str, int]) -> None:
+    """Raises DataError unless every record has a caption field with a rate."""
+    found = [(json.loads(names), count) for names, count in fields.items()]
+    without = [(names, count) for names, count in found if not any(rate_of(config.captions, one) for one in names)]
+    if without:
+        have = ", ".join(f"{count} with {' and '.join(names)} alone" for names, count in without)
+        rates = ", ".join(f"{name} {rate}" for name, rate in config.captions.items())
+        raise DataError(
+            f"data.captions has the rates {rates}, and {task} has records without such a caption: {have}; give one of "
+            "their fields a rate"
+        )
+
+
+def _check_whole(part: StoredPart) -> None:
+    """Raises DataError unless every shard that training reads is there, as long as it was written."""
+    columns = part.directory / "columns"
+    read = {part.directory: part.manifest} if part.latents is None else {columns / part.latents.name: part.latents}
+    for directory, manifest in {**read, columns / part.tokens.name: part.tokens}.items():
+        check_shards(directory, (*manifest.train, *manifest.held_out))
+
+
+def describe(prepared: Prepared) -> str:
+    """Returns what a line says of a run's data."""
+    config, told = prepared.config, []
+    for component, part in zip(prepared.composition.components, prepared.stored, strict=True):
+        cut = truncated_captions(part.tokens.histograms, config.caption_length) if part else 0
+        what = f"{summary(part.manifest)}, {cut} captions longer than {config.caption_length} tokens" if part else ""
+        told.append(f"{component.task}: {what or 'made when it is read'}" if len(prepared.stored) > 1 else what)
+    pieces = load_vocabulary(prepared.tokenizer).vocab_size()
+    return "; ".join([*filter(None, told), f"{pieces} pieces in {prepared.tokenizer.name}"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A row before chance has its way with it."""
+
+    content: np.ndarray  # uint8[H, W, 3], or float16[h, w, 2c], the moments of its latents
+    tokens: dict[str, Int[np.ndarray, " l"]]  # of every caption field, EOS at the end
+    original_size: Int[np.ndarray, "2"]
+    crop: Int[np.ndarray, "2"]
+
+
+class StoredRows(Sequence[Row]):
+    """The rows of a part's split, by record; for any number of threads.
+
+    Raises:
+      DataError: shards are missing, or latents of another shape; on reading one, it is damaged.
+    """
+
+    def __init__(self, part: StoredPart, config: DataConfig, split: Literal["train", "held_out"]):
+        self._tokens = ShardReader(part.directory / "columns" / part.tokens.name, shards_of(part.tokens, split))
+        latents = part.latents
+        self._latents = latents and ShardReader(part.directory / "columns" / latents.name, shards_of(latents, split))
+        self._records = None if latents else ShardReader(part.directory, shards_of(part.manifest, split))
+        side, channels = config.image_size // 8, 2 * config.latent_channels
+        self._shape = (side, side, channels) if latents else (config.image_size, config.image_size, 3)
+        self._name = f"{part.directory} ({latents.name if latents else 'images'})"
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def __getitem__(self, index: int) -> Row:
+        tokens = unpack(self._tokens[index])
+        if self._records is None:
+            stored = unpack(self._latents[index])
+            content, size, crop = stored["latents"], stored["original_size"], stored["crop"]
+        else:
+            record = decode_record(self._records[index])
+            content, size, crop = images.decode_stored(record.image), record.original_size, record.crop
+        if content.shape != self._shape:
+            raise DataError(f"{self._name}: record {index} has the shape {content.shape}, not {self._shape}")
+        return Row(content, tokens, size, crop)
+
+
+class GeneratedRows:
+    """The rows of a part that is generated."""
+
+    def __init__(self, task: str, config: DataConfig, split: Literal["train", "held_out"], tokenizer: Path):
+        self._source, self._config, self._split = GENERATED[task], config, split
+        self._encode = load_vocabulary(tokenizer).encode
+
+    def row(self, seed: int, index: int) -> Row:
+        """Returns a row: a function of seed and index."""
+        made = self._source.example(self._config, self._split, seed, index)
+        tokens = {field: np.array([*self._encode(text), EOS], np.int32) for field, text in made.captions.items()}
+        return Row(made.content, tokens, made.original_size, made.crop)
+
+
+def stored_records(prepared: Prepared, split: Literal["train", "held_out"]) -> Iterator[Record]:
+    """Yields the records of all stored parts, in order."""
+    for part in filter(None, prepared.stored):
+        reader = ShardReader(part.directory, shards_of(part.manifest, split))
+        yield from (decode_record(reader[i]) for i in range(len(reader)))
+
+
+def sample_captions(prepared: Prepared, count: int) -> list[str]:
+    """Returns captions that training reads: of one stored task evenly spaced, of others those of the first rows."""
+    parts, config = prepared.stored, prepared.config
+    readers = [part and ShardReader(part.directory, part.manifest.train) for part in parts]
+    rates = mixing([Fraction(one.rate) for one in prepared.composition.components])
+    total = prepared.num_records
+    if len(parts) == 1 and total is not None:
+        places = [(0, int(i)) for i in np.linspace(0, total - 1, min(count, total))]
+    else:
+        places = [rates.locate(row) for row in range(count)]
+    found = []
+    for part, index in places:
+        reader = readers[part]
+        if reader is None:
+            name = prepared.composition.components[part].task
+            captions = GENERATED[name].example(config, "train", 0, index).captions
+        else:
+            captions = decode_record(reader[index % len(reader)]).captions
+        found.append(caption_of(config, captions))
+    return found
+
+
+def caption_of(config: DataConfig, captions: Mapping[str, str]) -> str:
+    """Returns the first of a record's captions that training may read.
+
+    Raises:
+      DataError: there is none.
+    """
+    for field, text in captions.items():
+        if rate_of(config.captions, field) is not None:
+            return text
+    raise DataError(f"data.captions has rates for {', '.join(config.captions)}; a record has {', '.join(captions)}")
+
+
+def check_tokenizers(all_prepared: Sequence[Prepared]) -> None:
+    """Raises DataError where the data sets that one run reads in turn do not share their tokenizer."""
+    first = all_prepared[0].tokenizer
+    for prepared in all_prepared[1:]:
+        if file_sha256(prepared.tokenizer) != file_sha256(first):
+            raise DataError(f"{prepared.tokenizer} is another tokenizer than {first}: a run cannot use both")
+
+
+def tokenize_captions(config: DataConfig, captions: Sequence[str]) -> Int[np.ndarray, "n L"]:
+    """Returns the tokens of captions by the tokenizer of prepared data, int32, padded to the caption length."""
+    return tokenize(tokenizer_path(config), captions, config.caption_length)

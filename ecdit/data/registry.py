@@ -1,0 +1,178 @@
+"""Finds the task or mixture that a config names, among the package's or in the user's own file."""
+
+import dataclasses
+import functools
+import hashlib
+import sys
+import types
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ecdit.config import require
+from ecdit.data import DataError
+from ecdit.data.config import DataConfig
+from ecdit.data.generated import GENERATED
+from ecdit.data.sources.protocol import Pair, Rejected
+from ecdit.data.tensorflow import preparing
+
+if TYPE_CHECKING:
+    import seqio
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A task of a mixture; of a task by itself the only one."""
+
+    task: str
+    rate: Fraction
+
+
+def module_sha256(config: DataConfig) -> str:
+    """Returns the sha256 of the user's file, or "" without one.
+
+    Raises:
+      ConfigError: there is no such file.
+    """
+    if not config.module:
+        return ""
+    path = Path(config.module)
+    require(path.is_file(), "data.module", config.module, "there is no such file")
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def find_parts(config: DataConfig) -> tuple[Part, ...]:
+    """Returns the parts of `data.task` with their rates. Imports TensorFlow, but for a task that is generated.
+
+    Raises:
+      DataError: no such task, the user's file fails, or a package is missing.
+    """
+    if config.task in GENERATED and not config.module:
+        return (Part(config.task, Fraction(1)),)
+    with preparing():
+        import seqio
+    _register(config)
+    if config.task in seqio.TaskRegistry.names():
+        return (Part(config.task, Fraction(1)),)
+    if config.task not in seqio.MixtureRegistry.names():
+        where = config.module or "ecdit/data/tasks.py (data.module names a file of your own)"
+        known = sorted({*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()})
+        raise DataError(f"data.task = {config.task!r} is not registered in {where}; known: {', '.join(known)}")
+    mixture = seqio.MixtureRegistry.get(config.task)
+    # As they were written: 0.3 is 3/10, not the binary fraction next to it.
+    return tuple(Part(task.name, Fraction(str(mixture.get_rate(task)))) for task in mixture.tasks)
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A registered task as preparation reads it: shard by shard."""
+
+    name: str
+    attribution: str
+    shards: tuple[str, ...]  # names in reading order
+    _task: "seqio.Task"
+
+    def stamp(self, index: int) -> str:
+        """Returns what identifies a shard's files without reading them; "" where the source cannot say."""
+        source = _pairs(self._task)
+        return source.pairs.stamp(self.shards[index]) if source else ""
+
+    def read(self, index: int) -> Iterator[Pair | Rejected]:
+        """Yields the pairs of a shard in order, and what its source rejects."""
+        import seqio
+
+        source = _pairs(self._task)
+        if source and not self._task.preprocessors:  # TensorFlow has nothing to do
+            yield from source.pairs.read(self.shards[index])
+            return
+        rejected = source.rejected if source else []
+        rejected.clear()
+        info = seqio.ShardInfo(index, len(self.shards))
+        dataset = self._task.get_dataset(sequence_length=None, split="train", shuffle=False, shard_info=info)
+        for number, example in enumerate(dataset.as_numpy_iterator()):
+            yield from _drained(rejected)
+            yield _pair(example, f"{self.shards[index]}-{number}")
+        yield from _drained(rejected)
+
+
+def find_task(config: DataConfig, name: str) -> Task:
+    """Returns a registered task that preparation can read. Imports TensorFlow.
+
+    Raises:
+      DataError: as `find_parts`, or a source without shards.
+    """
+    with preparing():
+        import seqio
+    _register(config)
+    task = seqio.TaskRegistry.get(name)
+    source = _pairs(task)
+    shards = tuple(task.source.list_shards("train"))
+    if not shards:
+        raise DataError(f"the task {name} has nothing to read")
+    return Task(name, source.pairs.attribution if source else "", shards, task)
+
+
+def _register(config: DataConfig) -> None:
+    """Runs the package's file and the user's, once each."""
+    with preparing():
+        import ecdit.data.tasks  # noqa: F401 - registers
+    if config.module:
+        _run_module(config.module, module_sha256(config))
+
+
+@functools.cache
+def _run_module(path: str, digest: str) -> None:
+    module = types.ModuleType(f"ecdit_tasks_{digest[:16]}")
+    module.__file__ = path
+    sys.modules[module.__name__] = module
+    source = Path(path).read_bytes()
+    try:
+        with preparing():
+            exec(compile(source, path, "exec"), module.__dict__)
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(f"data.module = {path!r} failed: {type(error).__name__}: {error}") from error
+
+
+def _pairs(task: "seqio.Task") -> Any:
+    """Returns the task's PairsSource, or None for another DataSource of seqio."""
+    from ecdit.data.tensorflow_pairs import PairsSource
+
+    return task.source if isinstance(task.source, PairsSource) else None
+
+
+def _drained(rejected: list[Rejected]) -> list[Rejected]:
+    taken = list(rejected)
+    rejected.clear()
+    return taken
+
+
+def _pair(example: dict[str, Any], name: str) -> Pair | Rejected:
+    """Returns the pair of an example by `tensorflow_pairs.SIGNATURE`, or of one with other features.
+
+    Of those `image` is an image, uint8[H, W, 3] or encoded; every other feature of text is a caption, and numbers
+    are columns.
+    """
+    try:
+        key = example.pop("key", name.encode()).decode()
+        image = example.pop("image")
+        if "fields" in example:
+            fields = zip(example.pop("fields"), example.pop("captions"), strict=True)
+            return Pair(key, image, {field.decode(): text.decode() for field, text in fields}, {})
+        captions, columns = {}, {}
+        for field, value in example.items():
+            if isinstance(value, bytes):
+                captions[field] = value.decode()
+            elif isinstance(value, np.ndarray) and value.dtype == object and value.ndim == 1:
+                captions |= {f"{field}.{i}": text.decode() for i, text in enumerate(value)}
+            elif np.ndim(value) == 0:
+                columns[field] = value.item()
+        return Pair(key, image, captions, columns)
+    except UnicodeDecodeError as error:
+        return Rejected(name, "not UTF-8", str(error))
+    except KeyError as error:
+        raise DataError(f"an example of a task has no feature {error}: it has {', '.join(sorted(example))}") from None

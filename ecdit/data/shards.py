@@ -1,0 +1,160 @@
+"""ArrayRecord shards: written one at a time, and read as one sequence by any number of threads."""
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import grain
+
+from ecdit.data import DataError
+from ecdit.files import replace_text
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """A shard as manifests name it."""
+
+    name: str  # of the file
+    records: int
+    size: int  # bytes
+    sha256: str  # of the file
+    content: str  # sha256 of its records in order, whatever ArrayRecord writes around them
+
+
+class ShardWriter:
+    """Writes a new shard. Its caller makes the directory visible when all of it is complete."""
+
+    def __init__(self, path: Path):
+        from array_record.python.array_record_module import ArrayRecordWriter
+
+        self.count = 0
+        self._path, self._content = path, hashlib.sha256()
+        # One record a group: reading one at random decompresses no other.
+        self._writer = ArrayRecordWriter(str(path), "group_size:1")
+
+    def write(self, record: bytes) -> None:
+        """Adds a record."""
+        self._writer.write(record)
+        self._content.update(len(record).to_bytes(8, "little"))
+        self._content.update(record)
+        self.count += 1
+
+    def close(self) -> Shard:
+        """Completes the file, and returns what a manifest says of it."""
+        self._writer.close()
+        size = self._path.stat().st_size
+        return Shard(self._path.name, self.count, size, file_sha256(self._path), self._content.hexdigest())
+
+    def discard(self) -> None:
+        """Removes the file."""
+        self._writer.close()
+        self._path.unlink()
+
+
+def write_shard(path: Path, records: Iterable[bytes]) -> Shard:
+    """Writes a new shard of these records."""
+    writer = ShardWriter(path)
+    for record in records:
+        writer.write(record)
+    return writer.close()
+
+
+def write_summary(path: Path, shard: Shard, histograms: Mapping[str, Mapping[str, int]]) -> None:
+    """Writes, beside a shard at `path`, what `read_summary` reads: the mark that it is complete."""
+    replace_text(path.with_name(f"{path.name}.json"), json.dumps([dataclasses.asdict(shard), histograms]) + "\n")
+
+
+def read_summary(path: Path) -> tuple[Shard, dict[str, dict[str, int]]] | None:
+    """Returns a shard and its histograms; None if it is not complete."""
+    try:
+        shard, histograms = json.loads(path.with_name(f"{path.name}.json").read_text())
+    except FileNotFoundError:
+        return None
+    return Shard(**shard), histograms
+
+
+def file_sha256(path: Path) -> str:
+    """Returns the sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def combined(digests: Iterable[str]) -> str:
+    """Returns one sha256 of several, in their order."""
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+
+def check_shards(directory: Path, shards: Sequence[Shard]) -> None:
+    """Raises DataError, naming them, if shards are not there or not as long as they were when they were written."""
+
+    def whole(shard: Shard) -> bool:
+        try:
+            return (directory / shard.name).stat().st_size == shard.size
+        except OSError:
+            return False
+
+    if missing := [shard.name for shard in shards if not whole(shard)]:
+        some = ", ".join(missing[:10]) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
+        raise DataError(f"{directory} is not whole: {some} of {len(shards)} shards missing or cut; prepare again")
+
+
+class ShardReader(Sequence[bytes]):
+    """The records of shards in order. Opens a shard when it is first read.
+
+    Raises:
+      DataError: shards are missing or of another length; on reading one, it is damaged.
+    """
+
+    def __init__(self, directory: Path, shards: Sequence[Shard]):
+        check_shards(directory, shards)
+        self._directory, self._length = directory, sum(shard.records for shard in shards)
+        filled = [shard for shard in shards if shard.records]
+        with self._readable():
+            # Each shard's length is known from the manifest, so a start opens none of them.
+            paths = [_Whole(str(directory / one.name), 0, one.records, one.records) for one in filled]
+            self._source = grain.sources.ArrayRecordDataSource(paths, _index(self._length)) if paths else ()
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> bytes:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        with self._readable():
+            return self._source[index]
+
+    def __repr__(self) -> str:
+        return f"ShardReader({self._directory})"
+
+    @contextlib.contextmanager
+    def _readable(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, RuntimeError, ValueError) as error:
+            raise DataError(f"cannot read {self._directory}: {error}; delete it and prepare again") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Whole:
+    """A whole shard, in the words of ArrayRecord's FileInstruction protocol."""
+
+    filename: str
+    skip: int
+    take: int
+    examples_in_shard: int
+
+
+_INDEXED = 1 << 26  # records whose index is kept in memory, which takes up to 1 GB
+
+
+def _index(records: int) -> dict[str, str]:
+    """Returns options for where a shard's index is: in memory, or, of very many records, in the file.
+
+    Reading a record from the file's index takes 0.14 ms in place of 0.006.
+    """
+    if records <= _INDEXED:
+        return {"index_storage_option": "in_memory"}
+    return {"index_storage_option": "offloaded", "footer_prefetch_bytes": "0"}

@@ -1,0 +1,117 @@
+"""The tokenizer of a run's data, and the column with the tokens of every caption."""
+
+import dataclasses
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+
+from ecdit.data import DataError
+from ecdit.data.config import DataConfig, rate_of
+from ecdit.data.generated import GENERATED
+from ecdit.data.manifest import Composition, read_records_manifest, task_directory
+from ecdit.data.mixing import mixing
+from ecdit.data.record import Record, decode_record, pack
+from ecdit.data.shards import ShardReader, file_sha256
+from ecdit.data.text import EOS, load_vocabulary, train_vocabulary
+
+_CAPTIONS = 1_000_000  # more teach a vocabulary little and would have to fit in memory
+_GENERATED_CAPTIONS = 4096
+
+
+def tokenizer_name(config: DataConfig) -> str:
+    """Returns the name of the tokenizer: of a file's its stem and the beginning of its sha256.
+
+    Raises:
+      DataError: there is no such file.
+    """
+    if not config.tokenizer:
+        return f"{config.task}-{config.vocab_size}"
+    path = Path(config.tokenizer)
+    if not path.is_file():
+        raise DataError(f"data.tokenizer = {config.tokenizer!r}: there is no such file")
+    return f"{path.stem}-{file_sha256(path)[:8]}"
+
+
+def tokenizer_path(config: DataConfig) -> Path:
+    """Returns where prepared data keeps its tokenizer."""
+    return task_directory(config) / "tokenizers" / f"{tokenizer_name(config)}.model"
+
+
+def make_tokenizer(config: DataConfig, composition: Composition) -> Path:
+    """Trains the tokenizer on the captions of all parts by their rates, or copies the one that the config names.
+
+    Raises:
+      DataError: the captions have more characters than vocab_size has room for, or there is no such file.
+    """
+    path = tokenizer_path(config)
+    if path.exists():
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}")
+    if config.tokenizer:
+        load_vocabulary(Path(config.tokenizer))
+        shutil.copyfile(config.tokenizer, scratch)
+    else:
+        train_vocabulary(_captions(config, composition), config.vocab_size, scratch)
+    scratch.rename(path)
+    return path
+
+
+def _captions(config: DataConfig, composition: Composition) -> Iterator[str]:
+    """Yields captions of the parts in the proportion in which training reads them, spread over each part."""
+    rates = mixing([Fraction(one.rate) for one in composition.components])
+    readers = []
+    for one in composition.components:
+        if one.generated:
+            readers.append(None)
+        else:
+            manifest = read_records_manifest(config, one.task)
+            readers.append(ShardReader(task_directory(config, one.task), manifest.train))
+    # So many rows that no part is read twice.
+    limits = [
+        int((len(reader) if reader else _GENERATED_CAPTIONS) / rate)
+        for reader, rate in zip(readers, rates.rates, strict=True)
+    ]
+    rows = min(_CAPTIONS, *limits)
+    for row in range(rows):
+        part, place = rates.locate(row)
+        name, reader = composition.components[part].task, readers[part]
+        if reader is None:
+            captions = GENERATED[name].example(config, "train", 0, place).captions
+        else:
+            count = max(int(rows * rates.rates[part]), 1)
+            captions = decode_record(reader[place * len(reader) // max(count, 1) % len(reader)]).captions
+        yield from (text for field, text in captions.items() if rate_of(config.captions, field) is not None)
+
+
+@dataclasses.dataclass(frozen=True)
+class TokensColumn:
+    """The column tokens-<tokenizer>: for every caption field int32 tokens, EOS at the end, of the true length."""
+
+    tokenizer: Path
+
+    @property
+    def name(self) -> str:
+        """The column's name."""
+        return f"tokens-{self.tokenizer.stem}"
+
+    @property
+    def made_by(self) -> str:
+        """The tokenizer's sha256."""
+        return file_sha256(self.tokenizer)
+
+    def values(self, records: Iterable[Record]) -> Iterator[tuple[bytes, Mapping[str, int]]]:
+        """Yields each record's tokens, and their lengths by field."""
+        encode = load_vocabulary(self.tokenizer).encode
+        for record in records:
+            tokens = {field: np.array([*encode(text), EOS], np.int32) for field, text in record.captions.items()}
+            yield pack(tokens), {field: len(row) for field, row in tokens.items()}
+
+
+def truncated_captions(histograms: Mapping[str, Mapping[str, int]], caption_length: int) -> int:
+    """Returns how many captions of a tokens column have more tokens than `caption_length`."""
+    lengths = [item for counts in histograms.values() for item in counts.items()]
+    return sum(count for length, count in lengths if int(length) > caption_length)

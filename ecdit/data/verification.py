@@ -1,0 +1,55 @@
+"""Reads prepared data again: every checksum, every record, every image."""
+
+from collections.abc import Callable
+
+from tqdm import tqdm
+
+from ecdit.data import DataError
+from ecdit.data.config import DataConfig
+from ecdit.data.images import decode_stored
+from ecdit.data.manifest import SPLITS, shards_of
+from ecdit.data.prepared import Prepared, StoredPart, open_prepared
+from ecdit.data.record import decode_record
+from ecdit.data.shards import Shard, ShardReader, file_sha256
+
+
+def verify(config: DataConfig, say: Callable[[str], None] = print) -> Prepared:
+    """Reads all that a run of `config` reads and more, and says how much was right.
+
+    Raises:
+      DataError: a shard's checksum is not the manifest's, or a record or an image cannot be decoded; it names all
+        shards in which that is so.
+    """
+    prepared, damaged, records, shards = open_prepared(config), [], 0, 0
+    for part in filter(None, prepared.stored):
+        columns = [part.tokens, *([part.latents] if part.latents else [])]
+        for split in SPLITS:
+            for shard in tqdm(shards_of(part.manifest, split), f"{part.component.task}, {split}", disable=None):
+                problem = _problem(part, shard, config.image_size)
+                damaged += [f"{part.directory / shard.name}: {problem}"] if problem else []
+                records, shards = records + shard.records, shards + 1
+            for column in columns:
+                directory = part.directory / "columns" / column.name
+                for shard in shards_of(column, split):
+                    if file_sha256(directory / shard.name) != shard.sha256:
+                        damaged.append(f"{directory / shard.name}: has another sha256 than its manifest says")
+                    shards += 1
+    if damaged:
+        raise DataError(f"{len(damaged)} of {shards} shards are damaged:\n  " + "\n  ".join(damaged))
+    say(f"verified {shards} shards: {records} records, their images and their columns are as they were written")
+    return prepared
+
+
+def _problem(part: StoredPart, shard: Shard, side: int) -> str | None:
+    """Returns what is wrong with a shard of records."""
+    if file_sha256(part.directory / shard.name) != shard.sha256:
+        return "has another sha256 than its manifest says"
+    try:
+        reader = ShardReader(part.directory, [shard])
+        for index in range(len(reader)):
+            shape = decode_stored(decode_record(reader[index]).image).shape
+            if shape != (side, side, 3):
+                return f"record {index} has an image of shape {shape}"
+    except (DataError, ValueError, OSError) as error:
+        return f"cannot be read: {error}"
+    return None
