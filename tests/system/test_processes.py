@@ -1,14 +1,18 @@
-"""Two real processes, joined as the hosts of a pod are."""
+"""Real processes, joined as the hosts of a pod are: they read one sequence of rows, and train as one process does."""
 
 import json
+import runpy
 import sys
+from fractions import Fraction
 
 import numpy as np
 import pytest
 
+from ecdit.data.prepared import prepare
 from ecdit.exit_codes import PREEMPTED
+from ecdit.experiment import make_experiment
 from launch.local import cpu_environment, launch
-from tests.runs import run, train_command
+from tests.runs import ROOT, emoji_config, run, train_command
 
 MESH = {"mesh__data": 2, "mesh__expert": 2}
 CHANGES = {**MESH, "train__num_steps": 6, "checkpoint__every": 4, "model__group": "16", "optimizer__warmup_steps": 2}
@@ -36,14 +40,90 @@ def losses(workdir):
     }
 
 
+CONFIG = ROOT / "tests/data/emoji_and_shapes_config.py"
+
+
+def mixture_command(workdir, data, **changes):
+    """The command line of a tiny training run on the mixture of emoji and shapes."""
+    arguments = train_command(workdir, data, **changes)
+    return [f"--config={CONFIG}" if argument.startswith("--config=") else argument for argument in arguments]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """The mixture, prepared."""
+    directory = tmp_path_factory.mktemp("mixture")
+    prepare(mixture(directory).data)
+    return directory
+
+
+def mixture(directory):
+    values = emoji_config()
+    values.data = runpy.run_path(str(CONFIG))["get_config"]().data
+    values.data.directory = str(directory)
+    return make_experiment(values)
+
+
+# Reads rows of the mixture on all devices of all processes, and writes those that this process holds.
+READ = """
+import itertools, json, sys
+from pathlib import Path
+import numpy as np
+from ecdit import runtime
+from tests.system.test_processes import BATCH, mixture
+
+directory, first, batches, out = sys.argv[1], *map(int, sys.argv[2:4]), sys.argv[4]
+experiment = mixture(directory)
+runtime.configure(experiment.runtime)
+import jax
+from ecdit.partitioning import make_mesh
+from ecdit.runs.workload import device_batches
+mesh, found = make_mesh(experiment.mesh), {}
+for number, batch in enumerate(itertools.islice(device_batches(experiment, mesh, first), batches)):
+    for name, array in batch.items():
+        for shard in array.addressable_shards:
+            for row, value in zip(range(array.shape[0])[shard.index[0]], np.asarray(shard.data), strict=True):
+                found[f"{first + number * BATCH + row} {name}"] = value
+np.savez(Path(out) / f"{first}_{jax.process_index()}_of_{jax.process_count()}.npz", **found)
+"""
+BATCH = 64
+
+
 @pytest.mark.slow
-def test_two_processes_train_stop_together_and_resume_as_one_does(tmp_path, emoji_data, compilation_cache, monkeypatch):
+def test_one_two_and_four_processes_and_restarts_read_the_same_rows(tmp_path, data):
+    """By two processes, then four, then one, against one alone: each row of the mixture is the same, to the byte."""
+    rows = {}
+    for name, starts in {"one": [(1, 0, 6)], "two, four, one": [(2, 0, 2), (4, 128, 2), (1, 256, 2)]}.items():
+        rows[name] = {}
+        for processes, first, batches in starts:
+            out = tmp_path / f"{name}_{first}"
+            out.mkdir()
+            command = [sys.executable, "-c", READ, str(data), str(first), str(batches), str(out)]
+            assert launch(command, processes, devices=4 // processes, log_dir=out / "logs") == 0
+            assert len(list(out.glob("*.npz"))) == processes
+            for path in out.glob("*.npz"):
+                with np.load(path) as found:
+                    assert not rows[name].keys() & set(found)
+                    rows[name] |= dict(found)
+    one, restarted = rows.values()
+    assert one.keys() == restarted.keys()
+    assert len(one) == 6 * BATCH * 3  # image, tokens and size_crop of each row
+    for name, value in one.items():
+        np.testing.assert_array_equal(restarted[name], value, err_msg=name)
+    emoji = sum(one[f"{row} size_crop"][0] == 72 for row in range(6 * BATCH))
+    assert abs(emoji - Fraction(3, 10) * 6 * BATCH) < 1
+
+
+@pytest.mark.slow
+def test_two_processes_train_a_mixture_stop_together_and_resume_as_one_does(
+    tmp_path, data, compilation_cache, monkeypatch
+):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(compilation_cache))
     one, two = tmp_path / "one", tmp_path / "two"
-    result = run(train_command(one, emoji_data, **CHANGES), cpu_environment(4))
+    result = run(mixture_command(one, data, **CHANGES), cpu_environment(4))
     assert result.returncode == 0, result.stderr
 
-    flags = train_command(two, emoji_data, **{**CHANGES, "train__num_steps": 1000, "checkpoint__every": 1000})[3:]
+    flags = mixture_command(two, data, **{**CHANGES, "train__num_steps": 1000, "checkpoint__every": 1000})[3:]
     command = [sys.executable, "-c", PREEMPT_ONE, str(two / "metrics.jsonl"), *flags]
     code = launch(command, processes=2, devices=2, log_dir=tmp_path / "logs")
     logs = [(tmp_path / "logs" / f"process_{i}.log").read_text() for i in range(2)]
@@ -60,7 +140,7 @@ def test_two_processes_train_stop_together_and_resume_as_one_does(tmp_path, emoj
 
     # One process with the same devices goes on from what two have saved.
     more = {**CHANGES, "train__num_steps": stopped + 2}
-    result = run(train_command(two, emoji_data, **more), cpu_environment(4))
+    result = run(mixture_command(two, data, **more), cpu_environment(4))
     assert result.returncode == 0, result.stderr
     assert f"resumed from step {stopped}" in result.stdout
     assert sorted(losses(two)) == list(range(1, stopped + 3))
