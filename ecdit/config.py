@@ -9,6 +9,7 @@ ml_collections is imported only by what reads config files, so that a model can 
 """
 
 import dataclasses
+import json
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -29,6 +30,13 @@ class ConfigError(UserError, ValueError):
     def under(self, prefix: str) -> "ConfigError":
         """Returns the same error with `prefix` before its key."""
         return ConfigError(f"{prefix}.{self.key}", self.value, self.allowed)
+
+
+class FrozenMapping(dict[str, Any]):
+    """A mapping of a config: hashable, as the frozen dataclasses around it are. Nothing may change it."""
+
+    def __hash__(self) -> int:
+        return hash(json.dumps(self, sort_keys=True))
 
 
 def require(condition: bool, key: str, value: Any, allowed: str) -> None:
@@ -132,7 +140,7 @@ def _typed(hint: Any, key: str, value: Any) -> Any:
             raise error.under(key) from None
     if origin is Mapping:  # collections.abc's
         require(hasattr(value, "items"), key, value, "must be a mapping of keys to values")
-        return dict(value.items())
+        return FrozenMapping(value.items())
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):

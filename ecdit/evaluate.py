@@ -17,6 +17,7 @@ from ecdit.errors import UserError
 # NumPy alone, start at once, and the flags of one evaluation are no other's.
 EVALUATIONS = {
     "retrieval": "ecdit.commands.retrieval",
+    "shapes": "ecdit.commands.shapes",
     "geneval-score": "ecdit.commands.geneval_score",
     "geneval2-score": "ecdit.commands.geneval2_score",
     "dsg-score": "ecdit.commands.dsg_score",

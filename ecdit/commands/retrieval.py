@@ -1,6 +1,5 @@
 """`retrieval --workdir=runs/emoji` samples captions of a run and looks the pictures up among its data."""
 
-import dataclasses
 import time
 from pathlib import Path
 
@@ -12,9 +11,8 @@ from ecdit.data.images import decode_stored
 from ecdit.data.prepared import caption_of, open_prepared, stored_records
 from ecdit.evaluation.json_lines import check_results, json_text, write_results
 from ecdit.evaluation.retrieval import NUM_CAPTIONS, fixed_choice, protocol, recall, target_ranks
-from ecdit.runs.trained_run import Run, open_run, sample_run
+from ecdit.runs.trained_run import each_image_alone, open_run, sample_run
 from ecdit.storage import as_path
-from ecdit.system import make_system
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -38,7 +36,7 @@ def run(values: flags.FlagValues) -> None:
 def retrieval(workdir: Path, step: int | None, count: int) -> dict:
     """Samples `count` training captions, 0 for all; prints and returns how often their pictures are the nearest."""
     start = time.monotonic()
-    run = _each_image_alone(open_run(workdir, step=step))
+    run = each_image_alone(open_run(workdir, step=step))
     data = run.experiment.data
     records = list(stored_records(open_prepared(data), "train"))
     chosen = fixed_choice(len(records), count or len(records))
@@ -67,12 +65,3 @@ def retrieval(workdir: Path, step: int | None, count: int) -> dict:
         "This measures fit to the training captions, not generality."
     )
     return result
-
-
-def _each_image_alone(run: Run) -> Run:
-    """Returns the run with groups of one image in sampling, so that no image depends on its neighbours."""
-    config = run.system.config
-    if not hasattr(config.model, "sampling_group"):  # a denoiser without experts
-        return run
-    model = dataclasses.replace(config.model, sampling_group="image")
-    return dataclasses.replace(run, system=make_system(dataclasses.replace(config, model=model)))

@@ -1,5 +1,6 @@
 """One shard of a source to shards of records: the unit that preparation repeats, in any process and any order."""
 
+import collections
 import dataclasses
 import hashlib
 import json
@@ -78,7 +79,8 @@ def write_part(config: DataConfig, pairs: Iterable[Pair | Rejected], stamp: str,
     scratch = place.with_name(f".{place.name}")
     shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed
     scratch.mkdir(parents=True)
-    rejected, fields, characters, hashes = Counter[str](), Counter[str](), {}, []
+    rejected, fields, hashes = Counter[str](), Counter[tuple[str, ...]](), []
+    lengths: dict[str, Counter[int]] = collections.defaultdict(Counter)
     writers = {split: ShardWriter(scratch / f"{split}.array_record") for split in SPLITS}
     with Quarantine(scratch / QUARANTINE) as quarantine:
         for record in records(config, pairs):
@@ -87,15 +89,17 @@ def write_part(config: DataConfig, pairs: Iterable[Pair | Rejected], stamp: str,
                 quarantine.add(record)
                 continue
             writers[split_of(record.key, config.prepare)].write(encode_record(record))
-            hashes.append((_hash(record.image), _hash(json.dumps(record.captions, sort_keys=True).encode())))
-            fields[json.dumps(sorted({field_group(field) for field in record.captions}))] += 1
+            hashes.append((_hash(record.image), _hash(repr(sorted(record.captions.items())).encode())))
+            fields[tuple(record.captions)] += 1
             for field, text in record.captions.items():
-                characters.setdefault(field, Counter())[str(histogram_bin(len(text)))] += 1
+                lengths[field][histogram_bin(len(text))] += 1
     summary = PartSummary(
         stamp=stamp,
         rejected=dict(sorted(rejected.items())),
-        caption_characters={field: dict(counts) for field, counts in sorted(characters.items())},
-        caption_fields=dict(sorted(fields.items())),
+        caption_characters={
+            field: {str(length): count for length, count in counts.items()} for field, counts in sorted(lengths.items())
+        },
+        caption_fields=_by_groups(fields),
         shards=tuple(_closed(writer, place.name) for writer in writers.values() if writer.count),
     )
     for writer in writers.values():
@@ -104,6 +108,14 @@ def write_part(config: DataConfig, pairs: Iterable[Pair | Rejected], stamp: str,
     np.save(scratch / HASHES, np.array(hashes, np.uint64).reshape(-1, 2))
     (scratch / SUMMARY).write_text(json.dumps(to_dict(summary)) + "\n")
     scratch.rename(place)
+
+
+def _by_groups(fields: Mapping[tuple[str, ...], int]) -> dict[str, int]:
+    """Returns the counts by fields as a JSON list, with `captions` for `captions.0` and so on."""
+    counts = Counter[str]()
+    for names, count in fields.items():
+        counts[json.dumps(sorted({field_group(name) for name in names}))] += count
+    return dict(sorted(counts.items()))
 
 
 def _closed(writer: ShardWriter, part: str) -> Shard:

@@ -12,6 +12,9 @@ import grain
 from ecdit.data import DataError
 from ecdit.files import replace_text
 
+# One record a group: reading one at random reads no other. Images are compressed already, and latents hardly can be.
+OPTIONS = "group_size:1,uncompressed"
+
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
@@ -32,8 +35,7 @@ class ShardWriter:
 
         self.count = 0
         self._path, self._content = path, hashlib.sha256()
-        # One record a group: reading one at random decompresses no other.
-        self._writer = ArrayRecordWriter(str(path), "group_size:1")
+        self._writer = ArrayRecordWriter(str(path), OPTIONS)
 
     def write(self, record: bytes) -> None:
         """Adds a record."""

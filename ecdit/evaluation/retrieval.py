@@ -14,10 +14,10 @@ from ecdit.sampling.sampler import SamplingConfig
 NUM_CAPTIONS = 480  # sampled unless told otherwise: figures of other counts do not compare with those
 
 
-def protocol(config: SamplingConfig) -> SamplingConfig:
-    """How the samples are drawn, whatever the run's own sampling is: Euler, 25 steps, guidance 3, seed 0."""
+def protocol(config: SamplingConfig, seed: int = 0) -> SamplingConfig:
+    """How the samples are drawn, whatever the run's own sampling is: Euler, 25 steps, guidance 3, and this seed."""
     guidance = GuidanceConfig(scale=3.0, mode="plain")
-    return dataclasses.replace(config, solver="euler", num_steps=25, guidance=guidance, seed=0)
+    return dataclasses.replace(config, solver="euler", num_steps=25, guidance=guidance, seed=seed)
 
 
 def fixed_choice(num_records: int, count: int = NUM_CAPTIONS) -> Int[np.ndarray, " n"]:

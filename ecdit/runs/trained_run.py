@@ -96,6 +96,15 @@ def saved_experiment(workdir: Path, overrides: Sequence[str] = ()) -> Experiment
     return make_experiment(values)
 
 
+def each_image_alone(run: Run) -> Run:
+    """Returns the run with groups of one image in sampling, so that no image depends on its neighbours."""
+    config = run.system.config
+    if not hasattr(config.model, "sampling_group"):  # a denoiser without experts
+        return run
+    model = dataclasses.replace(config.model, sampling_group="image")
+    return dataclasses.replace(run, system=make_system(dataclasses.replace(config, model=model)))
+
+
 def sample_run(
     run: Run,
     prompts: Sequence[str],

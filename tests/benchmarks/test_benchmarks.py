@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import subprocess
 import sys
 
 import numpy as np
@@ -316,3 +317,15 @@ def test_a_curve_has_minutes_from_the_first_step_and_a_point_for_each_checkpoint
         {"step": 3, "minutes": 3.0, "r_at_1": 0.3, "r_at_5": 0.75},
     ]
     assert curve.table(points)[2:] == ["| 2 | 1.0 | 20.0% | 50.0% |", "| 3 | 3.0 | 30.0% | 75.0% |"]
+
+
+def test_the_benchmark_of_data_measures_every_case(cpu_env, tmp_path):
+    """Tiny: that every loader that is installed reads the tars, not how fast."""
+    options = ("--runs=1", "--rounds=2", "--calls=1", "--tiny", f"--json={tmp_path}/data.json")
+    command = [sys.executable, "-m", "tests.benchmarks.data", *options]
+    done = subprocess.run(command, cwd=runs.ROOT, env=cpu_env(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads((tmp_path / "data.json").read_text())
+    assert {"images", "latents", "prepare"} == set(found["cases"])
+    assert {"ours", "tf.data"} <= set(found["cases"]["images"]["ratios"])
+    assert set(found["resume"][0]) == {"0", "1000000000"}

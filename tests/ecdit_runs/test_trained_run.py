@@ -34,6 +34,8 @@ FIXED = {
     *(f"flow.{key}" for key in to_dict(tiny().flow)),
     *(f"optimizer.{key}" for key in to_dict(tiny().optimizer)),
     *("data.task", "data.image_size", "data.latent_channels", "data.caption_length", "data.vocab_size"),
+    *("data.module", "data.tokenizer", "data.latents", "data.captions.caption"),
+    *(f"data.prepare.{key}" for key in flatten(to_dict(tiny().data.prepare))),
     *("data.caption_dropout", "data.flip_probability", "data.crop_padding"),
     *("train.batch_size", "train.ema_decay", "train.spike_factor"),
 }

@@ -192,7 +192,7 @@ def test_prepare_does_nothing_twice(emoji_data, env):
     flags = [f"--config={ROOT}/configs/emoji.py", f"--config.data.directory={emoji_data}"]
     result = run(command("prepare", *flags), env)
     assert result.returncode == 0, result.stderr
-    assert f"1913 records in {emoji_data}/emoji" in result.stdout
+    assert f"{emoji_data}/emoji is prepared: 1913 records" in result.stdout
 
 
 # Config files to dataclasses
