@@ -12,8 +12,9 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from ecdit.checkpoints.arrays import CheckpointError, array_records, first_line, meta_json
+from ecdit.checkpoints.arrays import array_records, meta_json
 from ecdit.checkpoints.config import CheckpointConfig
+from ecdit.checkpoints.read_errors import CheckpointError, first_line
 from ecdit.checkpoints.restore import Meta, checkpoint_directory, open_manager, state_arrays, state_parts
 from ecdit.checkpoints.save_barrier import SaveBarrier
 from ecdit.config import to_dict
