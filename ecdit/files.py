@@ -73,7 +73,7 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def sync(path: Path) -> None:
-    """Returns when a file, or the entries of a directory, are on the disk. File systems that cannot say are believed."""
+    """Returns when a file, or the entries of a directory, are on the disk. Some file systems cannot say; then at once."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -139,7 +139,8 @@ def _set_training(config: ConfigDict) -> None:
 
     config.checkpoint = checkpoint = ConfigDict()
     checkpoint.every = 2000  # steps
-    checkpoint.keep = 3
+    checkpoint.keep = 3  # the newest ones
+    checkpoint.keep_every = 0  # steps; also keep the checkpoints of its multiples, for ever. 0 for none
     checkpoint.init_from = ""  # a workdir whose EMA weights to start from
     checkpoint.verify = "always"  # always | background | never: compare what is restored with its checksums
     checkpoint.max_failed_saves = 3  # in a row that the run goes on after

@@ -88,7 +88,7 @@ def save_ema(workdir, ema, step=1, config=None, frozen=None):
     from ecdit.checkpoints import arrays, restore
 
     state = {"ema": ema} | ({"frozen": frozen} if frozen else {})
-    keep_all = CheckpointConfig(every=1, keep=100, init_from="", verify="always", max_failed_saves=0)
+    keep_all = CheckpointConfig(every=1, keep_every=0, keep=100, init_from="", verify="always", max_failed_saves=0)
     one = replicated(Mesh(np.array(jax.devices()[:1]), ("data",)))
     records = arrays.array_records(arrays.flat_arrays(jax.device_put(state, one)))
     meta = arrays.meta_json(to_dict(restore.Meta(arrays.FORMAT, config or {}, 0, "", {}, records)))

@@ -1,4 +1,4 @@
-"""Tells a damaged checkpoint from one that cannot be read at the moment; every read of a checkpoint goes through `read`.
+"""Tells a damaged checkpoint from one that cannot be read at the moment; all reads of checkpoints go through `read`.
 
 Damage is data that differs from what was saved: a failed checksum, a missing file, or files that cannot be decoded.
 Everything else is not the checkpoint's fault: a disk, a network or a process that has reached its limit of open files.

@@ -40,11 +40,20 @@ def open_manager(workdir: Path, config: CheckpointConfig | None, **options: Any)
     if config is None:
         options = {"create": False}  # read_only=True says the same with three warnings
     else:
-        options["preservation_policy"] = ocp.checkpoint_managers.LatestN(config.keep)
+        options["preservation_policy"] = _kept(config)
         options["cleanup_tmp_directories"] = True  # of killed saves
     handlers = {"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
     options = ocp.CheckpointManagerOptions(**options)
     return ocp.CheckpointManager(checkpoint_directory(workdir), options=options, item_handlers=handlers)
+
+
+def _kept(config: CheckpointConfig) -> ocp.checkpoint_managers.PreservationPolicy:
+    """Returns which checkpoints stay when a new one is saved."""
+    newest = ocp.checkpoint_managers.LatestN(config.keep)
+    if not config.keep_every:
+        return newest
+    milestones = ocp.checkpoint_managers.EveryNSteps(config.keep_every)
+    return ocp.checkpoint_managers.AnyPreservationPolicy([newest, milestones])
 
 
 def checkpoint_directory(workdir: Path) -> Path:

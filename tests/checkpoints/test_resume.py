@@ -105,7 +105,7 @@ def test_a_flipped_bit_of_any_array_is_found_by_each_way_to_verify(toy):
     toy.train(num_steps=2, every=2)
     directory = toy.workdir / "checkpoints/2"
     assert sorted(name.replace("/", ".") for name in arrays.stored_arrays(directory)) == ARRAYS
-    config = CheckpointConfig(every=1, keep=9, init_from="", verify="always", max_failed_saves=0)
+    config = CheckpointConfig(every=1, keep_every=0, keep=9, init_from="", verify="always", max_failed_saves=0)
     with restore.open_manager(toy.workdir, config) as manager:
 
         def resumed(verify):

@@ -65,6 +65,16 @@ def test_keep_leaves_the_newest(toy):
     assert sorted(toy.saved()) == [8, 9]
 
 
+def test_keep_every_leaves_those_of_every_so_many_steps_too(toy):
+    """After a resume, too: the manager that saves the later ones has not saved the earlier ones."""
+    toy.train(num_steps=9, every=2, keep=1, checkpoint__keep_every=4)
+    assert sorted(toy.saved()) == [4, 8, 9]
+    toy.train(num_steps=14, every=2, keep=1, checkpoint__keep_every=4)
+    assert sorted(toy.saved()) == [4, 8, 12, 14]
+    with pytest.raises(UserError, match=r"config\.checkpoint\.keep_every = 3: must be 0, or a multiple of .*every, 2"):
+        tiny(checkpoint__every=2, checkpoint__keep_every=3)
+
+
 def test_fewer_steps_than_saved_changes_nothing(toy):
     toy.train(num_steps=6, every=4)
     before = toy.losses()

@@ -199,8 +199,8 @@ MUTANTS = (
     ),
     Mutant(
         "ecdit/reporting/metrics_file.py",
-        'row["step"] <= step]',
-        'row["step"] < step]',
+        'if row is not None and row["step"] <= step}',
+        'if row is not None and row["step"] < step}',
         ("tests/reporting/test_reporter.py::test_a_resumed_run_keeps_the_lines_up_to_its_step",),
     ),
     Mutant(
