@@ -73,7 +73,7 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def sync(path: Path) -> None:
-    """Returns when a file, or the entries of a directory, are on the disk. Some file systems cannot say; then at once."""
+    """Returns when a file, or the entries of a directory, are on the disk; at once where a file system cannot say."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

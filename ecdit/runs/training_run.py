@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,23 +13,28 @@ import orbax.checkpoint as ocp
 
 from ecdit.checkpoints.arrays import FORMAT
 from ecdit.checkpoints.async_save import AsyncSaver
-from ecdit.checkpoints.compatibility import check_resume
+from ecdit.checkpoints.compatibility import changed_code, check_position, check_resume
+from ecdit.checkpoints.read_errors import CheckpointError
 from ecdit.checkpoints.restore import Meta
 from ecdit.checkpoints.resume import half_written, newest_valid
 from ecdit.config import changeable, to_dict
-from ecdit.exit_codes import PREEMPTED
+from ecdit.errors import UserError
+from ecdit.exit_codes import INTERRUPTED, PREEMPTED
 from ecdit.experiment import Experiment, ResolvedPhase, check_mesh
 from ecdit.interop.weights import flat_names
+from ecdit.multihost import anywhere
 from ecdit.partitioning import make_mesh
 from ecdit.reporting.profiling import Profile
 from ecdit.reporting.reporter import Reporter, first_line, forecast, pictures_due
 from ecdit.reporting.speed import Stopwatch, stopwatch
 from ecdit.reporting.writers import check_writers, open_writers
-from ecdit.runs.provenance import library_versions, record_start
+from ecdit.runs.lock import locked
+from ecdit.runs.lost_checkpoints import check_not_lost, set_records_aside
+from ecdit.runs.provenance import code_state, config_hash, library_versions, record_save, record_start
 from ecdit.runs.workload import ImageWriter, Workload, make_workload
 from ecdit.storage import check_workdir, make_directory
 from ecdit.system import user_files
-from ecdit.training.loop import Hooks, PreemptionFlag, run_steps
+from ecdit.training.loop import Hooks, StopRequests, run_steps
 from ecdit.training.state import TrainState, sampling_params
 from ecdit.training.step import Metrics
 from ecdit.training.watchdog import Watchdog
@@ -36,15 +42,27 @@ from ecdit.training.watchdog import Watchdog
 FORECAST_AFTER = 10  # steps of a start, after which it says how long the others will take
 
 
-def train(experiment: Experiment, workdir: Path, origin: dict[str, Any] | None = None) -> int:
+@dataclasses.dataclass(frozen=True)
+class Accepted:
+    """What a run does only where its user has said so, by a flag of `ecdit.train` of the same name."""
+
+    start_over: bool = False  # begin at step 0 where checkpoints have vanished, with the old records moved aside
+    data_order: bool = False  # go on though another version of a library may order the data in another way
+    init_differences: bool = False  # start from the weights of a run of another model, text encoder or vocabulary
+
+
+def train(
+    experiment: Experiment, workdir: Path, origin: dict[str, Any] | None = None, accepted: Accepted | None = None
+) -> int:
     """Trains `experiment` in `workdir`, from its newest valid checkpoint if it has one.
 
     Args:
       experiment: what to train.
       workdir: is made if it is missing.
       origin: of the experiment, for overrides.json: see `command_line.config_origin`.
+      accepted: what is refused otherwise.
 
-    Returns the exit code: 0 when all steps are done, PREEMPTED after a save on SIGTERM.
+    Returns the exit code: 0 when all steps are done; after a save PREEMPTED on SIGTERM, INTERRUPTED on Ctrl-C.
 
     Raises:
       UserError: (its subclasses) what does not fit, before the first step; a failed save or write; a diverged run.
@@ -54,28 +72,35 @@ def train(experiment: Experiment, workdir: Path, origin: dict[str, Any] | None =
     mesh = make_mesh(experiment.mesh)
     check_mesh(experiment, mesh)
     say(first_line(experiment.train, experiment.model.dtype, mesh))
-    workload = make_workload(experiment, mesh)  # refuses what cannot be laid out, before anything is written
+    accepted = accepted or Accepted()
+    # It refuses what cannot be laid out, before anything is written.
+    workload = make_workload(experiment, mesh, accepted.init_differences)
     with jax.set_mesh(mesh):
-        return run_workload(workload, experiment, workdir, origin or {})
+        return run_workload(workload, experiment, workdir, origin or {}, accepted)
 
 
-def run_workload(workload: Workload, experiment: Experiment, workdir: Path, origin: dict[str, Any]) -> int:
+def run_workload(
+    workload: Workload, experiment: Experiment, workdir: Path, origin: dict[str, Any], accepted: Accepted
+) -> int:
     """Trains a workload by the schedule of `experiment`, with its mesh set. See `train`."""
     fingerprints, config = workload.prepare_data(), to_dict(experiment)
     make_directory(workdir)
     with contextlib.ExitStack() as stack:
+        check_lock = stack.enter_context(locked(workdir, say))
         for left in half_written(workdir):
             say(f"a save was cut short: {left} is removed")
-        saver = stack.enter_context(contextlib.closing(AsyncSaver(workdir, experiment.checkpoint, say)))
-        state, check_restored = _resumed_or_first(workload, experiment, saver.manager, fingerprints)
+        saved = functools.partial(_note_save, workdir)
+        saver = stack.enter_context(contextlib.closing(AsyncSaver(workdir, experiment.checkpoint, say, saved)))
+        found = _resumed(workload, experiment, saver.manager, fingerprints, accepted)
+        state, check_restored = found or (_first_state(workload, experiment, workdir, accepted), lambda: None)
         start = int(state.step)
         record_start(config, workdir, start, origin)
         writers = open_writers(experiment.train.wandb_project, config, workdir, start)
         reporter = Reporter(workdir, start, experiment.train, list(flat_names(state.params)), writers)
         stack.enter_context(contextlib.closing(reporter))
-        preempted = stack.enter_context(contextlib.closing(PreemptionFlag()))
+        stops = stack.enter_context(contextlib.closing(StopRequests()))
         watchdog = stack.enter_context(contextlib.closing(Watchdog(experiment.train.watchdog_seconds)))
-        run = _Run(workload, experiment, workdir, saver, reporter, watchdog, preempted, check_restored)
+        run = _Run(workload, experiment, workdir, saver, reporter, watchdog, stops, check_restored, check_lock)
         phases = experiment.resolved_phases()
         images = None
         for phase, fingerprint in zip(phases, fingerprints, strict=True):
@@ -86,8 +111,9 @@ def run_workload(workload: Workload, experiment: Experiment, workdir: Path, orig
             images = workload.images(phase, workdir)
             state, stopped = run.steps_of(phase, fingerprint, images, state)
             if stopped and int(state.step) < experiment.train.num_steps:
-                say(f"stopped by a signal; saved step {int(state.step)}, the same command goes on from it")
-                return PREEMPTED
+                by = "Ctrl-C" if stops.interrupted else "a signal"
+                say(f"stopped by {by}; saved step {int(state.step)}, the same command goes on from it")
+                return INTERRUPTED if stops.interrupted else PREEMPTED
         drawn = ""
         if images is not None:
             watchdog.enter("drawing the last pictures", slow=True)
@@ -106,8 +132,9 @@ class _Run:
     saver: AsyncSaver
     reporter: Reporter
     watchdog: Watchdog
-    preempted: PreemptionFlag
+    stops: StopRequests
     check_restored: Callable[[], None]  # see resume.Recovered
+    check_lock: Callable[[], None]  # see lock.locked
 
     def steps_of(
         self, phase: ResolvedPhase, fingerprint: str, images: ImageWriter | None, state: TrainState
@@ -120,7 +147,8 @@ class _Run:
         self.reporter.begin(watch)
         batches = self.workload.batches(phase, self.experiment.next_row(int(state.step)))
         train_step = self.workload.train_step(phase)
-        with contextlib.closing(Profile(self.experiment.train, self.workdir, int(state.step))) as profile:
+        profile = Profile(self.experiment.train, self.workdir, int(state.step), self.saver.settle)
+        with contextlib.closing(profile):
             hooks = self._hooks(profile, watch, fingerprint, images, first)
             return run_steps(train_step, state, batches, phase.last, hooks)
 
@@ -147,7 +175,11 @@ class _Run:
 
         def save(step: int, state: TrainState) -> None:
             self.reporter.save()
-            self.saver.save(state, step, _meta(self.experiment, fingerprint, step))
+            self.saver.save(state, step, _meta(self.experiment, fingerprint, self.workload.vocabulary(), step))
+
+        def after_step() -> None:
+            self.check_lock()
+            self.saver.check()
 
         return Hooks(
             watch=lambda what, slow: self.watchdog.enter(what, slow=slow),
@@ -157,9 +189,9 @@ class _Run:
             draw=draw,
             saves=lambda step: step % every == 0 or step == config.num_steps,
             save=save,
-            after_step=self.saver.check,
+            after_step=after_step,
             finish=self.saver.finish,
-            stop_requested=self.preempted.reached,
+            stop_requested=self.stops.reached,
         )
 
     def draw(self, images: ImageWriter, step: int, state: TrainState) -> dict[str, Path]:
@@ -176,26 +208,57 @@ def say(line: str) -> None:
         print(line, flush=True)
 
 
-def _resumed_or_first(
-    workload: Workload, experiment: Experiment, manager: ocp.CheckpointManager, fingerprints: Sequence[str]
-) -> tuple[TrainState, Callable[[], None]]:
-    """The newest valid checkpoint's state and what is left to check of it, or a new state."""
-    config = config_of_run(experiment)
+def _resumed(
+    workload: Workload,
+    experiment: Experiment,
+    manager: ocp.CheckpointManager,
+    fingerprints: Sequence[str],
+    accepted: Accepted,
+) -> tuple[TrainState, Callable[[], None]] | None:
+    """Returns the newest valid checkpoint's state and what is left to check of it, or None if there are none."""
+    config, versions = config_of_run(experiment), library_versions()
 
     def admit(saved: Meta, step: int) -> None:
         trained_on = fingerprints[experiment.resolved_phases().index(experiment.phase_of(step))]
         check_resume(saved, config, changeable(experiment, "resume"), trained_on, step)
+        check_position(saved, experiment.next_row(step), versions, accepted.data_order)
+        if note := changed_code(saved, versions, code_state()):
+            say(note)
 
     found = newest_valid(manager, workload.abstract, experiment.checkpoint.verify, admit)
-    if found is not None:
-        for note in found.notes:
-            say(note)
-        say(f"resumed from step {found.step} of {manager.directory}")
-        return found.state, found.check
+    if found is None:
+        return None
+    for note in found.notes:
+        say(note)
+    say(f"resumed from step {found.step} of {manager.directory}")
+    return found.state, found.check
+
+
+def _first_state(workload: Workload, experiment: Experiment, workdir: Path, accepted: Accepted) -> TrainState:
+    """Returns the state of a run without checkpoints; refuses if it has lost them."""
+    problem = None
+    if jax.process_index() == 0:
+        try:
+            if not accepted.start_over:
+                check_not_lost(workdir, experiment.checkpoint.every)
+            elif place := set_records_aside(workdir):
+                say(f"started over: the records of the old run are in {place}")
+        except UserError as error:
+            problem = str(error)
+    if problem := anywhere(problem):
+        raise CheckpointError(problem)
     state, source = workload.first_state()
     if source:
         say(f"started from the EMA weights of {source}")
-    return state, lambda: None
+    return state
+
+
+def _note_save(workdir: Path, step: int) -> None:
+    """Records that a step was saved; a failure is told, and the checkpoint is there."""
+    try:
+        record_save(workdir, step)
+    except UserError as error:
+        say(str(error))
 
 
 def config_of_run(experiment: Experiment) -> dict[str, Any]:
@@ -203,5 +266,16 @@ def config_of_run(experiment: Experiment) -> dict[str, Any]:
     return to_dict(experiment) | {"files": user_files(experiment.denoiser)}
 
 
-def _meta(experiment: Experiment, fingerprint: str, step: int) -> Meta:
-    return Meta(FORMAT, config_of_run(experiment), experiment.next_row(step), fingerprint, library_versions(), {})
+def _meta(experiment: Experiment, fingerprint: str, vocabulary: str, step: int) -> Meta:
+    config = config_of_run(experiment)
+    return Meta(
+        format=FORMAT,
+        config=config,
+        next_row=experiment.next_row(step),
+        dataset=fingerprint,
+        versions=library_versions(),
+        arrays={},
+        vocabulary=vocabulary,
+        code=code_state(),
+        config_hash=config_hash(config),
+    )

@@ -27,7 +27,7 @@ head = jax.device_put(jax.random.normal(jax.random.key(0), (1 << 19,)), toy_shar
 def save(step):
     state = jax.device_put(toy_state(), toy_sharding())
     state.params["denoiser"]["head"] = state.ema["denoiser"]["head"] = head + step
-    saver.save(state, step, restore.Meta(FORMAT, {}, 16 * step, "toy", {}, {}))
+    saver.save(state, step, restore.Meta(FORMAT, {}, 16 * step, "toy", {}, {}, "", {}, ""))
     deadline = time.monotonic() + 60
     while saver.running is not None and time.monotonic() < deadline:  # what the loop does every step
         time.sleep(0.01)
@@ -126,7 +126,7 @@ def save(step, limited=None):
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, resource.RLIM_INFINITY))
     x = jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index] + step)
     state = TrainState(x, {}, {}, {}, {}, x, x, x)
-    saver.save(state, step, restore.Meta(FORMAT, {}, 0, "toy", {}, {}))
+    saver.save(state, step, restore.Meta(FORMAT, {}, 0, "toy", {}, {}, "", {}, ""))
     while saver.running is not None:
         time.sleep(0.01)
         saver.check()

@@ -11,7 +11,7 @@ from PIL import Image
 
 from ecdit.checkpoints import restore
 from ecdit.partitioning import make_mesh, replicated
-from ecdit.runs.training_run import run_workload
+from ecdit.runs.training_run import Accepted, run_workload
 from ecdit.runs.workload import Workload
 from ecdit.training.state import TrainState
 from tests.runs import tiny
@@ -50,6 +50,7 @@ class Toy:
 
     def __init__(self, workdir):
         self.workdir, self.at, self.bad, self.leaf = workdir, {}, (), -1
+        self.accepted = Accepted()
         self.first_rows = []  # of each start and phase
         self.first_state, self.train_step = toy_state, lambda state, bad: toy_step(state, bad, self.leaf)
         self.drawn = {}  # step: the numbers of the parameters that its pictures were drawn with
@@ -72,13 +73,14 @@ class Toy:
         values = {f"train__{key}": value for key, value in overrides.items()}
         experiment = tiny(checkpoint__every=every, checkpoint__keep=keep, **values, **more)
         with jax.set_mesh(make_mesh(experiment.mesh)):
-            return run_workload(self.workload(experiment), experiment, self.workdir, {})
+            return run_workload(self.workload(experiment), experiment, self.workdir, {}, self.accepted)
 
     def workload(self, experiment):
         return Workload(
             abstract=toy_abstract(),
             first_state=lambda: (jax.jit(self.first_state, out_shardings=toy_sharding())(), ""),
             prepare_data=lambda: ["toy" for _ in experiment.resolved_phases()],
+            vocabulary=lambda: "toy's words",
             train_step=lambda phase: self.train_step,
             batches=self.batches,
             images=lambda phase, workdir: self,

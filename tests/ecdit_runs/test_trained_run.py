@@ -40,7 +40,7 @@ FIXED = {
 
 
 def meta_of(values):
-    return Meta(FORMAT, values, 0, "data", {}, {})
+    return Meta(FORMAT, values, 0, "data", {}, {}, "", {}, "")
 
 
 def resume(saved, fingerprint):
