@@ -1,5 +1,6 @@
 """Trains: `python -m ecdit.train --config=configs/emoji.py --workdir=runs/emoji`. The same command again resumes."""
 
+import contextlib
 import sys
 
 from absl import flags
@@ -7,6 +8,7 @@ from absl import flags
 from ecdit import runtime
 from ecdit.command_line import config_origin, config_values, define_config_flag, run_command
 from ecdit.experiment import make_experiment
+from ecdit.runs.activity import Activity
 from ecdit.runs.training_run import Accepted, train
 from ecdit.storage import as_path
 
@@ -37,9 +39,11 @@ def main(argv: list[str]) -> None:
     del argv
     experiment = make_experiment(config_values(CONFIG))
     workdir = as_path(WORKDIR.value)
-    runtime.configure(experiment.runtime, workdir)
     accepted = Accepted(START_OVER.value, DATA_ORDER.value, INIT_DIFFERENCES.value)
-    sys.exit(train(experiment, workdir, config_origin(CONFIG), accepted))
+    with contextlib.closing(Activity(experiment.train)) as activity:
+        runtime.configure(experiment.runtime, workdir)
+        code = train(experiment, workdir, config_origin(CONFIG), accepted, activity)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

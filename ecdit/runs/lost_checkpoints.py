@@ -11,6 +11,7 @@ from ecdit.checkpoints.restore import checkpoint_directory
 from ecdit.reporting.metrics_file import METRICS, read_lines
 from ecdit.reporting.profiling import PROFILE
 from ecdit.reporting.writers import TENSORBOARD, WANDB_ID
+from ecdit.runs.ledger import DIRECTORY
 from ecdit.runs.provenance import OVERRIDES_FILE, recorded_starts
 from ecdit.runs.trained_run import CONFIG_FILE
 from ecdit.storage import children, move_aside
@@ -24,6 +25,7 @@ _RECORDS = {
     TENSORBOARD,
     WANDB_ID,
     PROFILE,
+    DIRECTORY,
     "samples",
 }
 

@@ -6,12 +6,14 @@ import importlib.metadata
 import json
 import platform
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
 import ecdit
+from ecdit.config import flatten
 from ecdit.errors import UserError
 from ecdit.files import replace_text
 from ecdit.runs.trained_run import CONFIG_FILE
@@ -20,6 +22,7 @@ OVERRIDES_FILE = "overrides.json"
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 _PACKAGE = Path(ecdit.__file__).parent
 _GIT_SECONDS = 10.0
+_SHORT = 40  # characters of a config value that hosts compare as it is
 
 
 def library_versions() -> dict[str, str]:
@@ -51,6 +54,23 @@ def source_hash(package: Path) -> str:
 def config_hash(config: dict[str, Any]) -> str:
     """Returns a sha256 of a config as `config.to_dict` gives it."""
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+
+
+def facts_of_a_host(config: dict[str, Any], fingerprints: Sequence[str], vocabulary: str) -> dict[str, str]:
+    """Returns what must be equal on all hosts of a run: data, config, code and versions, each as a short text.
+
+    Args:
+      config: the run's, as `config.to_dict` gives it, with the hashes of the user's files.
+      fingerprints: of the data of each phase.
+      vocabulary: hash of the data's vocabulary.
+    """
+    facts = {f"data of phase {n}": fingerprint[:12] for n, fingerprint in enumerate(fingerprints, 1)}
+    facts |= {"vocabulary": vocabulary[:12], "ecdit's sources": code_state()["sources"][:12]}
+    facts |= {f"version of {name}": version for name, version in library_versions().items()}
+    values = {key: json.dumps(value, sort_keys=True) for key, value in flatten(config).items()}
+    return facts | {
+        f"config.{key}": text if len(text) <= _SHORT else config_hash({key: text})[:12] for key, text in values.items()
+    }
 
 
 def recorded_starts(workdir: Path) -> list[dict[str, Any]]:

@@ -22,22 +22,29 @@ from ecdit.errors import UserError
 from ecdit.exit_codes import INTERRUPTED, PREEMPTED
 from ecdit.experiment import Experiment, ResolvedPhase, check_mesh
 from ecdit.interop.weights import flat_names
-from ecdit.multihost import anywhere
+from ecdit.multihost import anywhere, host_differences
 from ecdit.partitioning import make_mesh
 from ecdit.reporting.profiling import Profile
 from ecdit.reporting.reporter import Reporter, first_line, forecast, pictures_due
 from ecdit.reporting.speed import Stopwatch, stopwatch
 from ecdit.reporting.writers import check_writers, open_writers
+from ecdit.runs.activity import Activity
 from ecdit.runs.lock import locked
 from ecdit.runs.lost_checkpoints import check_not_lost, set_records_aside
-from ecdit.runs.provenance import code_state, config_hash, library_versions, record_save, record_start
+from ecdit.runs.provenance import (
+    code_state,
+    config_hash,
+    facts_of_a_host,
+    library_versions,
+    record_save,
+    record_start,
+)
 from ecdit.runs.workload import ImageWriter, Workload, make_workload
 from ecdit.storage import check_workdir, make_directory
 from ecdit.system import user_files
 from ecdit.training.loop import Hooks, StopRequests, run_steps
 from ecdit.training.state import TrainState, sampling_params
 from ecdit.training.step import Metrics
-from ecdit.training.watchdog import Watchdog
 
 FORECAST_AFTER = 10  # steps of a start, after which it says how long the others will take
 
@@ -52,7 +59,11 @@ class Accepted:
 
 
 def train(
-    experiment: Experiment, workdir: Path, origin: dict[str, Any] | None = None, accepted: Accepted | None = None
+    experiment: Experiment,
+    workdir: Path,
+    origin: dict[str, Any] | None = None,
+    accepted: Accepted | None = None,
+    activity: Activity | None = None,
 ) -> int:
     """Trains `experiment` in `workdir`, from its newest valid checkpoint if it has one.
 
@@ -61,6 +72,7 @@ def train(
       workdir: is made if it is missing.
       origin: of the experiment, for overrides.json: see `command_line.config_origin`.
       accepted: what is refused otherwise.
+      activity: of this process, where it was begun before.
 
     Returns the exit code: 0 when all steps are done; after a save PREEMPTED on SIGTERM, INTERRUPTED on Ctrl-C.
 
@@ -75,18 +87,30 @@ def train(
     accepted = accepted or Accepted()
     # It refuses what cannot be laid out, before anything is written.
     workload = make_workload(experiment, mesh, accepted.init_differences)
-    with jax.set_mesh(mesh):
-        return run_workload(workload, experiment, workdir, origin or {}, accepted)
+    with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
+        activity = activity or stack.enter_context(contextlib.closing(Activity(experiment.train)))
+        return run_workload(workload, experiment, workdir, origin or {}, accepted, activity)
 
 
 def run_workload(
-    workload: Workload, experiment: Experiment, workdir: Path, origin: dict[str, Any], accepted: Accepted
+    workload: Workload,
+    experiment: Experiment,
+    workdir: Path,
+    origin: dict[str, Any],
+    accepted: Accepted,
+    activity: Activity,
 ) -> int:
     """Trains a workload by the schedule of `experiment`, with its mesh set. See `train`."""
+    activity.enter("prepare", "preparing the data")
     fingerprints, config = workload.prepare_data(), to_dict(experiment)
+    activity.enter("start", "comparing the processes and locking the workdir")
+    facts = facts_of_a_host(config_of_run(experiment), fingerprints, workload.vocabulary())
+    if differences := host_differences(facts):
+        raise UserError("the hosts would not train the same:\n  " + "\n  ".join(differences))
     make_directory(workdir)
     with contextlib.ExitStack() as stack:
         check_lock = stack.enter_context(locked(workdir, say))
+        activity.enter("restore", "restoring or drawing the state")
         for left in half_written(workdir):
             say(f"a save was cut short: {left} is removed")
         saved = functools.partial(_note_save, workdir)
@@ -94,13 +118,13 @@ def run_workload(
         found = _resumed(workload, experiment, saver.manager, fingerprints, accepted)
         state, check_restored = found or (_first_state(workload, experiment, workdir, accepted), lambda: None)
         start = int(state.step)
+        activity.ledger.open(workdir, start)
         record_start(config, workdir, start, origin)
         writers = open_writers(experiment.train.wandb_project, config, workdir, start)
         reporter = Reporter(workdir, start, experiment.train, list(flat_names(state.params)), writers)
         stack.enter_context(contextlib.closing(reporter))
         stops = stack.enter_context(contextlib.closing(StopRequests()))
-        watchdog = stack.enter_context(contextlib.closing(Watchdog(experiment.train.watchdog_seconds)))
-        run = _Run(workload, experiment, workdir, saver, reporter, watchdog, stops, check_restored, check_lock)
+        run = _Run(workload, experiment, workdir, saver, reporter, activity, stops, check_restored, check_lock)
         phases = experiment.resolved_phases()
         images = None
         for phase, fingerprint in zip(phases, fingerprints, strict=True):
@@ -116,7 +140,7 @@ def run_workload(
                 return INTERRUPTED if stops.interrupted else PREEMPTED
         drawn = ""
         if images is not None:
-            watchdog.enter("drawing the last pictures", slow=True)
+            activity.enter("draw", "drawing the last pictures")
             drawn = f", samples in {run.draw(images, int(state.step), state)['samples']}"
     say(f"done: step {int(state.step)}, checkpoint and metrics in {workdir}{drawn}")
     return 0
@@ -131,7 +155,7 @@ class _Run:
     workdir: Path
     saver: AsyncSaver
     reporter: Reporter
-    watchdog: Watchdog
+    activity: Activity
     stops: StopRequests
     check_restored: Callable[[], None]  # see resume.Recovered
     check_lock: Callable[[], None]  # see lock.locked
@@ -175,6 +199,7 @@ class _Run:
 
         def save(step: int, state: TrainState) -> None:
             self.reporter.save()
+            self.activity.ledger.mark(step)
             self.saver.save(state, step, _meta(self.experiment, fingerprint, self.workload.vocabulary(), step))
 
         def after_step() -> None:
@@ -182,7 +207,7 @@ class _Run:
             self.saver.check()
 
         return Hooks(
-            watch=lambda what, slow: self.watchdog.enter(what, slow=slow),
+            enter=self.activity.enter,
             before_step=before_step,
             report=report,
             draws=lambda step: images is not None and pictures_due(config, step),

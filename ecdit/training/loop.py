@@ -13,6 +13,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from ecdit.exit_codes import INTERRUPTED
+from ecdit.training.config import Phase
 from ecdit.training.state import TrainState
 from ecdit.training.step import Batch, Metrics
 
@@ -21,7 +22,7 @@ from ecdit.training.step import Batch, Metrics
 class Hooks:
     """What the loop calls beside the step. All processes make the same calls in the same order."""
 
-    watch: Callable[[str, bool], None]  # (what the run does now, whether that may take long)
+    enter: Callable[[Phase, str], None]  # what the run does from now on
     before_step: Callable[[int, TrainState], None]
     report: Callable[[int, Metrics, float], None]  # (step, its metrics, seconds that it waited for its batch)
     draws: Callable[[int], bool]  # whether images are drawn after this step
@@ -51,13 +52,13 @@ def run_steps(
     pending: tuple[int, Metrics, float] | None = None
     stop = False
     for step in range(done + 1, last_step + 1):
-        compiling = step <= done + 2
         hooks.before_step(step, state)
-        hooks.watch(f"waiting for the data of step {step}", compiling)
+        hooks.enter("data", f"waiting for the data of step {step}")
         start = time.perf_counter()
         batch = next(batches)
         data_seconds = time.perf_counter() - start
-        hooks.watch(f"in step {step}", compiling)
+        # The metrics of the first step are read in the second one, which may compile too, for arrays laid out anew.
+        hooks.enter("compile" if step <= done + 2 else "step", f"in step {step}")
         state, metrics = train_step(state, batch)
         if pending is not None:
             hooks.report(*pending)
@@ -68,15 +69,15 @@ def run_steps(
             hooks.report(*pending)
             pending = None
         if draw:  # before the next step takes the state's memory
-            hooks.watch(f"drawing the pictures of step {step}", True)
+            hooks.enter("draw", f"drawing the pictures of step {step}")
             hooks.draw(step, state)
         if save:
-            hooks.watch(f"saving step {step}", True)
+            hooks.enter("save", f"saving step {step}")
             hooks.save(step, state)
         hooks.after_step()
         if stop:
             break
-    hooks.watch(f"waiting for the save of step {int(state.step)}", True)
+    hooks.enter("save", f"waiting for the save of step {int(state.step)}")
     hooks.finish(int(state.step))
     return state, stop
 

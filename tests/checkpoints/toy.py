@@ -1,5 +1,6 @@
 """A toy in the model's place: its step adds 1 to every parameter, so a state tells which step it belongs to."""
 
+import contextlib
 import itertools
 import json
 from functools import partial
@@ -11,6 +12,7 @@ from PIL import Image
 
 from ecdit.checkpoints import restore
 from ecdit.partitioning import make_mesh, replicated
+from ecdit.runs.activity import Activity
 from ecdit.runs.training_run import Accepted, run_workload
 from ecdit.runs.workload import Workload
 from ecdit.training.state import TrainState
@@ -72,8 +74,11 @@ class Toy:
         overrides["pictures_every"] = pictures_every
         values = {f"train__{key}": value for key, value in overrides.items()}
         experiment = tiny(checkpoint__every=every, checkpoint__keep=keep, **values, **more)
-        with jax.set_mesh(make_mesh(experiment.mesh)):
-            return run_workload(self.workload(experiment), experiment, self.workdir, {}, self.accepted)
+        with (
+            jax.set_mesh(make_mesh(experiment.mesh)),
+            contextlib.closing(Activity(experiment.train)) as activity,
+        ):
+            return run_workload(self.workload(experiment), experiment, self.workdir, {}, self.accepted, activity)
 
     def workload(self, experiment):
         return Workload(

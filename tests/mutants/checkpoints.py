@@ -180,8 +180,8 @@ MUTANTS = (
     ),
     Mutant(
         _RUN,
-        "experiment.next_row(step), fingerprint",
-        "experiment.next_row(step - 1), fingerprint",
+        "        next_row=experiment.next_row(step),",
+        "        next_row=experiment.next_row(step - 1),",
         _loop("test_keep_leaves_the_newest"),
     ),
     Mutant(
@@ -211,8 +211,8 @@ MUTANTS = (
     ),
     Mutant(
         "ecdit/training/watchdog.py",
-        "seconds = self.seconds * (PATIENCE if slow else 1)",
-        "seconds = self.seconds",
+        "self.now = phase, what, time.monotonic() + self.limits[phase]",
+        'self.now = phase, what, time.monotonic() + self.limits["step"]',
         ("tests/training/test_watchdog.py::test_a_phase_that_takes_too_long_ends_the_process_by_name",),
         "a run is ended while it compiles, and after every restart again",
     ),
