@@ -135,6 +135,8 @@ def _set_training(config: ConfigDict) -> None:
     train.watchdog.compile = 0  # the first steps of a start or phase
     train.watchdog.save = 0  # waiting for a save
     train.watchdog.draw = 0  # drawing images
+    train.slow_host_factor = 1.2  # warn of a host whose steps stay so many times as long as those of the others
+    train.replay_every = 0  # steps between replays, which look for silent errors of the hardware; 0 for none
     train.log_every = 100  # steps between printed lines and TensorBoard's points
     train.pictures_every = 0  # steps between pictures; latents alone draw none
     train.profile_start = 20  # the first step of the profile, from 1

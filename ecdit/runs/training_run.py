@@ -29,6 +29,7 @@ from ecdit.reporting.reporter import Reporter, first_line, forecast, pictures_du
 from ecdit.reporting.speed import Stopwatch, stopwatch
 from ecdit.reporting.writers import check_writers, open_writers
 from ecdit.runs.activity import Activity
+from ecdit.runs.host_times import HostTimes
 from ecdit.runs.lock import locked
 from ecdit.runs.lost_checkpoints import check_not_lost, set_records_aside
 from ecdit.runs.provenance import (
@@ -39,6 +40,7 @@ from ecdit.runs.provenance import (
     record_save,
     record_start,
 )
+from ecdit.runs.replay import check_deterministic, replayed
 from ecdit.runs.workload import ImageWriter, Workload, make_workload
 from ecdit.storage import check_workdir, make_directory
 from ecdit.system import user_files
@@ -83,6 +85,8 @@ def train(
     check_workdir(workdir)
     mesh = make_mesh(experiment.mesh)
     check_mesh(experiment, mesh)
+    flags = experiment.runtime.xla_flags
+    check_deterministic(experiment.train.replay_every, mesh.devices.flat[0].platform, flags)
     say(first_line(experiment.train, experiment.model.dtype, mesh))
     accepted = accepted or Accepted()
     # It refuses what cannot be laid out, before anything is written.
@@ -124,7 +128,8 @@ def run_workload(
         reporter = Reporter(workdir, start, experiment.train, list(flat_names(state.params)), writers)
         stack.enter_context(contextlib.closing(reporter))
         stops = stack.enter_context(contextlib.closing(StopRequests()))
-        run = _Run(workload, experiment, workdir, saver, reporter, activity, stops, check_restored, check_lock)
+        times = HostTimes(experiment.train, lambda: activity.ledger.record.seconds, say)
+        run = _Run(workload, experiment, workdir, saver, reporter, activity, stops, check_restored, check_lock, times)
         phases = experiment.resolved_phases()
         images = None
         for phase, fingerprint in zip(phases, fingerprints, strict=True):
@@ -159,6 +164,7 @@ class _Run:
     stops: StopRequests
     check_restored: Callable[[], None]  # see resume.Recovered
     check_lock: Callable[[], None]  # see lock.locked
+    host_times: HostTimes
 
     def steps_of(
         self, phase: ResolvedPhase, fingerprint: str, images: ImageWriter | None, state: TrainState
@@ -170,7 +176,8 @@ class _Run:
         watch = stopwatch(phase.experiment.train.batch_size, self.workload.flops_per_image(phase))
         self.reporter.begin(watch)
         batches = self.workload.batches(phase, self.experiment.next_row(int(state.step)))
-        train_step = self.workload.train_step(phase)
+        train_step, gradients = self.workload.train_step(phase), self.workload.gradients(phase)
+        train_step = replayed(train_step, gradients, self.experiment.train.replay_every, int(state.step))
         profile = Profile(self.experiment.train, self.workdir, int(state.step), self.saver.settle)
         with contextlib.closing(profile):
             hooks = self._hooks(profile, watch, fingerprint, images, first)
@@ -202,9 +209,10 @@ class _Run:
             self.activity.ledger.mark(step)
             self.saver.save(state, step, _meta(self.experiment, fingerprint, self.workload.vocabulary(), step))
 
-        def after_step() -> None:
+        def after_step(step: int) -> None:
             self.check_lock()
             self.saver.check()
+            self.host_times.after_step(step)
 
         return Hooks(
             enter=self.activity.enter,

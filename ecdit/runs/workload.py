@@ -26,7 +26,7 @@ from ecdit.storage import as_path
 from ecdit.system import Params, make_system, user_files
 from ecdit.training.optimizer import make_optimizer
 from ecdit.training.state import TrainState, abstract_state, init_state, state_shardings
-from ecdit.training.step import Batch, Metrics, make_train_step
+from ecdit.training.step import Batch, Metrics, make_gradients, make_train_step
 
 
 class ImageWriter(Protocol):
@@ -45,6 +45,7 @@ class Workload:
     prepare_data: Callable[[], Sequence[str]]  # the fingerprint of each phase's data
     vocabulary: Callable[[], str]  # hash of the one that captions are encoded with, once the data is prepared
     train_step: Callable[[ResolvedPhase], Callable[[TrainState, Batch], tuple[TrainState, Metrics]]]
+    gradients: Callable[[ResolvedPhase], Callable[[TrainState, Batch], Params]]  # of a step alone, for replays
     batches: Callable[[ResolvedPhase, int], Iterator[Batch]]  # from a global row of the data on
     images: Callable[[ResolvedPhase, Path], ImageWriter | None]  # for a workdir; None where there are none to draw
     flops_per_image: Callable[[ResolvedPhase], float]  # of a training step
@@ -74,6 +75,10 @@ def make_workload(experiment: Experiment, mesh: Mesh, init_differences: bool = F
         one, options = phase.experiment, compiler_options(phase.experiment.runtime, mesh)
         return make_train_step(one.step_config, make_system(one.system), mesh, options)
 
+    def gradients(phase: ResolvedPhase) -> Callable[[TrainState, Batch], Params]:
+        one, options = phase.experiment, compiler_options(phase.experiment.runtime, mesh)
+        return make_gradients(one.step_config, make_system(one.system), mesh, options)
+
     def images(phase: ResolvedPhase, workdir: Path) -> SampleWriter | None:
         one = phase.experiment
         if not one.system.has_images:
@@ -86,6 +91,7 @@ def make_workload(experiment: Experiment, mesh: Mesh, init_differences: bool = F
         prepare_data=lambda: prepared_fingerprints([phase.experiment.data for phase in experiment.resolved_phases()]),
         vocabulary=functools.cache(lambda: vocabulary_hash(experiment.data)),
         train_step=train_step,
+        gradients=gradients,
         batches=lambda phase, row: device_batches(phase.experiment, mesh, row),
         images=images,
         flops_per_image=lambda phase: make_system(phase.experiment.system).training_flops(),

@@ -42,6 +42,10 @@ class TrainConfig:
     # in a step, or waiting for its batch, after which a process ends with exit code 43; 0 for no watchdog
     watchdog_seconds: float = field(metadata=RESUME)
     watchdog: WatchdogConfig = field(metadata=RESUME)  # of the other phases
+    # a warning names the host whose steps stay so many times as long as those of the others
+    slow_host_factor: float = field(metadata=RESUME)
+    # steps between two replays: the gradients of a batch computed twice and compared; 0 for none (see runs.replay)
+    replay_every: int = field(metadata=RESUME)
     # steps between printed lines and TensorBoard's points; metrics.jsonl has every step
     log_every: int = field(metadata=RESUME)
     pictures_every: int = field(metadata=RESUME)  # steps between pictures of samples; 0 for those at the end alone
@@ -52,7 +56,8 @@ class TrainConfig:
     def __post_init__(self):
         for key in ("num_steps", "batch_size", "accumulation", "max_bad_steps", "log_every"):
             require(getattr(self, key) >= 1, key, getattr(self, key), "must be 1 or more")
-        for key in ("pictures_every", "profile_steps", "watchdog_seconds"):
+        require(self.slow_host_factor > 1, "slow_host_factor", self.slow_host_factor, "must be above 1")
+        for key in ("pictures_every", "profile_steps", "watchdog_seconds", "replay_every"):
             require(getattr(self, key) >= 0, key, getattr(self, key), "must be 0 or more")
         factor = self.spike_factor
         require(factor == 0 or factor > 1, "spike_factor", factor, "must be above 1, or 0 to skip no finite step")

@@ -29,7 +29,7 @@ class Hooks:
     draw: Callable[[int, TrainState], None]
     saves: Callable[[int], bool]  # whether this step is saved
     save: Callable[[int, TrainState], None]  # may return before the save has ended
-    after_step: Callable[[], None]
+    after_step: Callable[[int], None]
     finish: Callable[[int], None]  # waits until the save of this step has ended
     stop_requested: Callable[[int], bool]  # asked once a step; True ends the loop after a save
 
@@ -74,7 +74,7 @@ def run_steps(
         if save:
             hooks.enter("save", f"saving step {step}")
             hooks.save(step, state)
-        hooks.after_step()
+        hooks.after_step(step)
         if stop:
             break
     hooks.enter("save", f"waiting for the save of step {int(state.step)}")

@@ -55,6 +55,7 @@ class Toy:
         self.accepted = Accepted()
         self.first_rows = []  # of each start and phase
         self.first_state, self.train_step = toy_state, lambda state, bad: toy_step(state, bad, self.leaf)
+        self.gradients = lambda state, bad: state.params
         self.drawn = {}  # step: the numbers of the parameters that its pictures were drawn with
 
     def batches(self, phase, start_row):
@@ -72,8 +73,8 @@ class Toy:
     def train(self, num_steps, every, keep=100, max_bad_steps=3, pictures_every=0, **more):
         overrides = {"num_steps": num_steps, "max_bad_steps": max_bad_steps, "log_every": 1000}
         overrides["pictures_every"] = pictures_every
-        values = {f"train__{key}": value for key, value in overrides.items()}
-        experiment = tiny(checkpoint__every=every, checkpoint__keep=keep, **values, **more)
+        values = {f"train__{key}": value for key, value in overrides.items()} | more
+        experiment = tiny(checkpoint__every=every, checkpoint__keep=keep, **values)
         with (
             jax.set_mesh(make_mesh(experiment.mesh)),
             contextlib.closing(Activity(experiment.train)) as activity,
@@ -87,6 +88,7 @@ class Toy:
             prepare_data=lambda: ["toy" for _ in experiment.resolved_phases()],
             vocabulary=lambda: "toy's words",
             train_step=lambda phase: self.train_step,
+            gradients=lambda phase: self.gradients,
             batches=self.batches,
             images=lambda phase, workdir: self,
             flops_per_image=lambda phase: 1.0,

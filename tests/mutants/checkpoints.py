@@ -186,7 +186,7 @@ MUTANTS = (
     ),
     Mutant(
         _LOOP,
-        "        hooks.after_step()\n",
+        "        hooks.after_step(step)\n",
         "        pass\n",
         _loop("test_the_saver_is_asked_every_step"),
         "failed saves are told of at the next save, hours later",
