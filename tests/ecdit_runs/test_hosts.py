@@ -69,3 +69,38 @@ def test_data_code_versions_and_every_key_of_the_config_are_compared():
     flags = ("--xla_a=1", f"--xla_{'b' * 90}")  # too long to be shown
     changed = facts_of_a_host(to_dict(tiny(runtime__xla_flags=flags)), ["a" * 64, "b" * 64], "v" * 64)
     assert [name for name in facts if facts[name] != changed[name]] == ["config.runtime.xla_flags"]
+
+
+INTERRUPTED = """
+import os, signal, sys, time
+from pathlib import Path
+import jax
+from ecdit import runtime
+from ecdit.command_line import run_command
+from tests.checkpoints.toy import Toy
+
+def main(argv):
+    runtime.configure(runtime.RuntimeConfig((), (), False, "", distributed=False, heartbeat_seconds=100))
+    toy = Toy(Path(sys.argv[1]))
+    for n in range(1, 400):
+        toy.at[n] = lambda: time.sleep(0.05)
+    if jax.process_index() == 1:
+        toy.at[20] = lambda: os.kill(os.getpid(), signal.SIGINT)
+    code = toy.train(num_steps=300, every=1000, mesh__data=2)
+    print("ENDED", code, flush=True)
+
+run_command(main)
+"""
+
+
+def test_ctrl_c_to_one_of_two_processes_saves_the_same_step_on_both(tmp_path, monkeypatch):
+    for name in ("XLA_FLAGS", "JAX_NUMPY_RANK_PROMOTION"):
+        monkeypatch.delenv(name, raising=False)
+    command = [sys.executable, "-c", INTERRUPTED, str(tmp_path / "run")]
+    assert launch(command, processes=2, devices=1, log_dir=tmp_path / "logs") == 0
+    logs = [(tmp_path / f"logs/process_{i}.log").read_text() for i in range(2)]
+    assert "ENDED 42" in logs[0], logs[0]
+    assert "ENDED 130" in logs[1], logs[1]
+    (step,) = (int(path.name) for path in (tmp_path / "run/checkpoints").iterdir())
+    assert 20 <= step < 300
+    assert f"stopped by a signal; saved step {step}" in logs[0]

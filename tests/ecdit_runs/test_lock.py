@@ -70,6 +70,15 @@ def test_a_second_trainer_is_refused_and_harms_nothing(toy):
     assert sorted(toy.saved()) == [4, 8, 9]
 
 
+def test_a_run_can_be_read_beside_its_trainer(toy):
+    """Sampling and evaluation take no lock; here they read while step 8 waits for its batch."""
+    found = []
+    toy.at[8] = lambda: found.append(sorted(toy.saved()))
+    assert toy.train(num_steps=9, every=2) == 0
+    assert len(found) == 1
+    assert 4 in found[0]
+
+
 def test_a_lock_ends_with_the_process_that_held_it(tmp_path):
     child = holding(tmp_path / "run")
     with pytest.raises(LockedError, match=f"process {child.pid} on "), locked(tmp_path / "run", print):
@@ -187,3 +196,12 @@ def test_a_bucket_that_refuses_is_named(bucket):
     store.hook = lambda method, name: name == NAME
     with pytest.raises(UserError, match="gs://bucket/run"), locked(workdir, print):
         pass
+
+
+def test_in_a_bucket_a_garbled_lease_is_waited_for(bucket):
+    """It is somebody's, so it may be renewed."""
+    store, _, workdir = bucket
+    store.put(NAME, b"\xff{")
+    begin = time.monotonic()
+    with locked(workdir, print):
+        assert time.monotonic() - begin > 0.4
