@@ -11,6 +11,7 @@ from absl import app, flags, logging
 
 from ecdit.config import ConfigError
 from ecdit.errors import UserError
+from ecdit.exit_codes import INTERRUPTED
 
 if TYPE_CHECKING:
     import ml_collections
@@ -71,7 +72,8 @@ def _origin(chosen: flags.Flag) -> dict[str, Any]:
 def run_command(main: Callable[[list[str]], None], known_only: bool = False) -> None:
     """Runs a command: parses its flags, calls `main(remaining argv)`, and prints user errors without a traceback.
 
-    With `known_only`, undefined flags stay in the remaining argv. The exit code is 2 after a UserError or an OSError.
+    With `known_only`, undefined flags stay in the remaining argv. The exit code is 2 after a UserError or an OSError,
+    130 after Ctrl-C.
     """
 
     def quiet_main(argv: list[str]) -> None:
@@ -81,6 +83,10 @@ def run_command(main: Callable[[list[str]], None], known_only: bool = False) -> 
 
     try:
         app.run(quiet_main, flags_parser=functools.partial(_parse_flags, known_only=known_only))
+    except KeyboardInterrupt:
+        sys.stdout.flush()
+        print("interrupted", file=sys.stderr, flush=True)
+        os._exit(INTERRUPTED)
     except (UserError, OSError) as error:  # OSError: a path that is missing, forbidden or on a full disk
         sys.stdout.flush()
         print(f"error: {error}", file=sys.stderr, flush=True)

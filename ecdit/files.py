@@ -1,7 +1,9 @@
 """Writes files whole or not at all, and names the path when that fails; on disks and in buckets alike."""
 
 import contextlib
+import errno
 import os
+import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -34,7 +36,9 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all: a reader finds the old text or the new, even after a kill.
+    """Writes a file whole or not at all: a reader finds the old text or the new, even after a kill or a power failure.
+
+    Several processes may write the same file: the last one wins.
 
     Raises:
       UserError: the file cannot be written; it keeps the old text.
@@ -56,7 +60,31 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
         with writing(path):
             write(path)
         return
-    scratch = path.with_name(path.name + ".tmp")
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     with writing(path):
-        write(scratch)
-        os.replace(scratch, path)
+        try:
+            write(scratch)
+            sync(scratch)  # or a power failure could leave the new name with an empty file
+            os.replace(scratch, path)
+        except BaseException:
+            scratch.unlink(missing_ok=True)
+            raise
+        sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Returns when a file, or the entries of a directory, are on the disk; at once where a file system cannot say."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(directory: Path) -> None:
+    """Does what `sync` does, for a directory and all that is below it."""
+    for path in (*directory.rglob("*"), directory):
+        sync(path)

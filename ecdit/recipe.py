@@ -217,7 +217,16 @@ def _set_training(config: ConfigDict) -> None:
     train.ema_decay = 0.9999  # [S]
     train.max_bad_steps = 5  # skipped steps in a row before the run stops
     train.spike_factor = 0.0  # skip steps whose loss is above so many times its running mean; 0: only if not finite
-    train.watchdog_seconds = 1200  # without progress until a process ends with exit code 43; 0 for no watchdog
+    train.watchdog_seconds = 1200  # in a step or waiting for its batch until exit code 43; 0 for no watchdog
+    train.watchdog = ConfigDict()  # seconds of other phases; 0: ten times train.watchdog_seconds
+    train.watchdog.start = 0  # until all processes have joined and devices are there
+    train.watchdog.prepare = 0  # preparing data
+    train.watchdog.restore = 0  # reading a checkpoint, or drawing parameters
+    train.watchdog.compile = 0  # the first steps of a start or phase
+    train.watchdog.save = 0  # waiting for a save
+    train.watchdog.draw = 0  # drawing images
+    train.slow_host_factor = 1.2  # warn of a host whose steps stay so many times as long as those of the others
+    train.replay_every = 0  # steps between replays, which look for silent errors of the hardware; 0 for none
     train.log_every = 100  # steps between printed lines and TensorBoard's points
     train.pictures_every = 0  # steps between pictures; latents alone draw none
     train.profile_start = 20  # the first step of the profile, from 1
@@ -229,7 +238,8 @@ def _set_training(config: ConfigDict) -> None:
 
     config.checkpoint = checkpoint = ConfigDict()
     checkpoint.every = 2000  # steps
-    checkpoint.keep = 3
+    checkpoint.keep = 3  # the newest ones
+    checkpoint.keep_every = 0  # steps; also keep the checkpoints of its multiples, for ever. 0 for none
     checkpoint.init_from = ""  # a workdir whose EMA weights to start from
     checkpoint.verify = "always"  # always | background | never: compare what is restored with its checksums
     checkpoint.max_failed_saves = 3  # in a row that the run goes on after

@@ -12,7 +12,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ from ecdit.files import is_remote
 os.environ.setdefault("EPATH_USE_TF", "false")
 
 PART_SECONDS = 60.0  # age at which buffered data is written as an object
+# How tensorstore begins the message of an error of a service.
+_STATUSES = ("PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED")
 _CLIENTS = ("aiohttp", "gcsfs", "google", "requests")  # packages whose errors mean network or permissions
 COMMITTED = "commit_success.txt"  # Orbax's mark, in a bucket, of a checkpoint that was saved to its end
 
@@ -93,8 +95,30 @@ def is_outage(error: BaseException) -> bool:
     refused = type(error) is OSError and error.errno is None  # gcsfs's for 401 and 403; those of disks have a number
     if refused or isinstance(error, ConnectionError | TimeoutError) or package in _CLIENTS:
         return True
+    if str(error).startswith(_STATUSES):
+        return True
     behind = error.__cause__ or error.__context__
     return behind is not None and is_outage(behind)
+
+
+def seconds_since_change(path: Path, workdir: Path) -> float:
+    """Returns the age of an object by the bucket's own clock; writes and deletes an object in `workdir` to read it."""
+    return write_time(workdir) - _bucket().info(str(path))["mtime"].timestamp()
+
+
+def read_generation(path: Path) -> tuple[bytes | None, bytes]:
+    """Returns the contents of an object in a bucket, None if it is missing, and its generation."""
+    found = _key_value_store(path).read(path.name).result()
+    return (found.value if found.state == "value" else None), found.stamp.generation
+
+
+def replace_generation(path: Path, data: bytes | None, generation: bytes) -> bytes | None:
+    """Writes an object in a bucket, or deletes it for None, if it is still of `generation`.
+
+    Returns the new generation; None if it was of another one. Of several processes that try at once, one succeeds.
+    """
+    written = _key_value_store(path).write(path.name, data, if_equal=generation).result()
+    return written.generation or None
 
 
 def make_directory(path: Path) -> None:
@@ -122,6 +146,16 @@ def size_and_time(directory: Path) -> tuple[int, datetime.datetime]:
     found = _bucket().find(str(directory), detail=True).values()
     newest = max(info["mtime"] for info in found)
     return sum(info["size"] for info in found), newest.astimezone().replace(tzinfo=None)
+
+
+def move_aside(paths: Sequence[Path], directory: Path) -> None:
+    """Moves files and directories into `directory`, which is made. In a bucket the service copies and deletes them."""
+    make_directory(directory)
+    for path in paths:
+        if is_remote(path):
+            _bucket().mv(str(path), str(directory / path.name), recursive=True)
+        else:
+            path.rename(directory / path.name)
 
 
 def move_checkpoint(directory: Path, place: Path) -> None:
@@ -184,6 +218,13 @@ class AppendedObjects:
 
 def _said(error: Exception) -> str:
     return str(error) or type(error).__name__
+
+
+def _key_value_store(path: Path) -> Any:
+    """Returns tensorstore's view of an object's directory: it can write on the condition of a generation."""
+    import tensorstore
+
+    return tensorstore.KvStore.open(f"{path.parent}/").result()
 
 
 def _bucket() -> Any:

@@ -88,10 +88,10 @@ def save_ema(workdir, ema, step=1, config=None, frozen=None):
     from ecdit.checkpoints import arrays, restore
 
     state = {"ema": ema} | ({"frozen": frozen} if frozen else {})
-    keep_all = CheckpointConfig(every=1, keep=100, init_from="", verify="always", max_failed_saves=0)
+    keep_all = CheckpointConfig(every=1, keep_every=0, keep=100, init_from="", verify="always", max_failed_saves=0)
     one = replicated(Mesh(np.array(jax.devices()[:1]), ("data",)))
     records = arrays.array_records(arrays.flat_arrays(jax.device_put(state, one)))
-    meta = arrays.meta_json(to_dict(restore.Meta(arrays.FORMAT, config or {}, 0, "", {}, records)))
+    meta = arrays.meta_json(to_dict(restore.Meta(arrays.FORMAT, config or {}, 0, "", {}, records, "", {}, "")))
     items = ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(meta))
     with restore.open_manager(workdir, keep_all) as manager:
         manager.save(step, args=items)

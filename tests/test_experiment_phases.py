@@ -85,7 +85,7 @@ def test_every_phase_must_fit_the_mesh():
 
 def test_phases_that_have_not_begun_may_change():
     def resume(before, now, step):
-        saved = Meta(FORMAT, to_dict(before), 0, "data", {}, {})
+        saved = Meta(FORMAT, to_dict(before), 0, "data", {}, {}, "", {}, "")
         check_resume(saved, to_dict(now), changeable(now, "resume"), "data", step)
 
     later = {"after": 8, "changes": {"train.batch_size": 16}}

@@ -4,11 +4,9 @@
 model (the user's mistake) can be told from a damaged one.
 """
 
-import contextlib
 import hashlib
 import json
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +16,14 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from ecdit.checkpoints.checksums import checksums
-from ecdit.errors import UserError
-from ecdit.storage import is_outage
+from ecdit.checkpoints.read_errors import CheckpointError, DamagedError, read
 
-FORMAT = 4  # of what is saved: a checkpoint of another one is not read
+FORMAT = 5  # of what is saved: a checkpoint of another one is not read
 
-# Errors with these words are not the checkpoint's fault: the same files may be readable in a minute.
-OUTER_CAUSES = ("PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED")
 NAMED = 5  # damaged arrays in a message
 
 # By flat name: [type and shape, checksum], as ["float32[3, 4]", "00c0ffee00c0ffee"].
 ArrayRecords = Mapping[str, list[str]]
-
-
-class CheckpointError(UserError):
-    """A checkpoint that is missing, does not fit, or could not be written."""
-
-
-class DamagedError(CheckpointError):
-    """A checkpoint whose files do not hold what was saved."""
 
 
 def array_records(arrays: Mapping[str, jax.Array]) -> dict[str, list[str]]:
@@ -59,9 +46,11 @@ def read_json(directory: Path) -> dict[str, Any]:
 
     Raises:
       DamagedError: it is not what was saved.
+      UnreadableError: it cannot be read now.
       CheckpointError: it was written in another format.
     """
-    with readable(directory):
+
+    def values() -> dict[str, Any]:
         values = json.loads((directory / "meta" / "metadata").read_text())
         digest = values.pop("digest", None)
         if values["format"] != FORMAT and digest in (None, _digest(values)):  # the first ones had no digest
@@ -70,6 +59,8 @@ def read_json(directory: Path) -> dict[str, Any]:
             raise DamagedError(f"{directory} is damaged: its meta differs from what was saved")
         return values
 
+    return read(directory, values)
+
 
 def read_records(directory: Path) -> ArrayRecords:
     """Returns what is recorded of a checkpoint's arrays. Raises as `read_json`."""
@@ -77,15 +68,19 @@ def read_records(directory: Path) -> ArrayRecords:
 
 
 def stored_arrays(directory: Path) -> dict[str, str]:
-    """Returns type and shape of every array by its flat name, as Orbax wrote them. Raises DamagedError."""
-    with readable(directory):
-        return {name: described(x) for name, x in flat_arrays(stored_tree(directory), serialized=True).items()}
+    """Returns type and shape of every array by its flat name, as Orbax wrote them. Raises as `stored_tree`."""
+    tree = stored_tree(directory)
+    return read(directory, lambda: {name: described(x) for name, x in flat_arrays(tree, serialized=True).items()})
 
 
 def stored_tree(directory: Path) -> Any:
-    """Returns the tree of a checkpoint's arrays without their data, as Orbax wrote it. Raises DamagedError."""
-    with readable(directory):
-        return ocp.PyTreeCheckpointHandler().metadata(_state(directory)).tree
+    """Returns the tree of a checkpoint's arrays without their data, as Orbax wrote it.
+
+    Raises:
+      DamagedError: it is not what was saved.
+      UnreadableError: it cannot be read now.
+    """
+    return read(directory, lambda: ocp.PyTreeCheckpointHandler().metadata(_state(directory)).tree)
 
 
 def restore_arrays(directory: Path, records: ArrayRecords, target: dict[str, Any]) -> dict[str, Any]:
@@ -94,7 +89,8 @@ def restore_arrays(directory: Path, records: ArrayRecords, target: dict[str, Any
     The checkpoint may hold more arrays.
 
     Raises:
-      DamagedError: an array cannot be read.
+      DamagedError: an array cannot be decoded.
+      UnreadableError: an array cannot be read now.
       CheckpointError: an array is missing, or has another type or shape.
     """
     wanted, stored = {name: described(x) for name, x in flat_arrays(target).items()}, stored_arrays(directory)
@@ -105,26 +101,31 @@ def restore_arrays(directory: Path, records: ArrayRecords, target: dict[str, Any
             raise CheckpointError(f"{directory}: {name} is {records[name][0]}, this run needs {text}")
         if stored.get(name) != text:  # Orbax would cast, and say nothing
             raise DamagedError(f"{directory} is damaged: {name}, saved as {text}, is now {stored.get(name, 'missing')}")
-    with readable(directory):
+
+    def arrays() -> dict[str, Any]:
         # By the handler: a manager would wait for all processes at the end, even if one of them could not read.
         arguments = ocp.checkpoint_utils.construct_restore_args(target)
         item = ocp.args.PyTreeRestore(item=target, restore_args=arguments, partial_restore=True)
         return ocp.PyTreeCheckpointHandler().restore(_state(directory), args=item)
 
+    return read(directory, arrays)
+
 
 def restore_array(directory: Path, tree: Any, name: str, sharding: jax.sharding.Sharding) -> jax.Array:
-    """Reads one array of `stored_tree` by its flat name. Raises DamagedError."""
+    """Reads one array of `stored_tree` by its flat name. Raises as `stored_tree`."""
 
     def only(value: Callable[[Any], Any], other: Any) -> Any:
         return jax.tree_util.tree_map_with_path(
             lambda path, x: value(x) if _name(path) == name else other, tree, is_leaf=_is_array
         )
 
-    with readable(directory):
+    def array() -> jax.Array:
         item = only(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), ocp.PLACEHOLDER)
         arguments = only(lambda _: ocp.ArrayRestoreArgs(sharding=sharding), ocp.RestoreArgs())
         target = ocp.args.PyTreeRestore(item=item, restore_args=arguments)
         return flat_arrays(ocp.PyTreeCheckpointHandler().restore(_state(directory), args=target), serialized=True)[name]
+
+    return read(directory, array)
 
 
 def check_sums(directory: Path, records: ArrayRecords, sums: Mapping[str, str]) -> None:
@@ -140,26 +141,6 @@ def flat_arrays(tree: Any, serialized: bool = False) -> dict[str, Any]:
     tree = tree if serialized else ocp.tree.serialize_tree(tree, keep_empty_nodes=True)
     leaves = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_array)[0]
     return {_name(path): x for path, x in leaves if _is_array(x)}
-
-
-@contextlib.contextmanager
-def readable(directory: Path) -> Iterator[None]:
-    """Turns whatever the libraries raise about a damaged checkpoint into a DamagedError that names it."""
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except Exception as error:
-        outer = isinstance(error, PermissionError | MemoryError) or any(text in str(error) for text in OUTER_CAUSES)
-        outer = outer or is_outage(error)
-        kind = CheckpointError if outer else DamagedError
-        raise kind(f"{directory} cannot be read: {first_line(error)}") from error
-
-
-def first_line(error: Exception) -> str:
-    """Returns the first line of an error; tensorstore appends a page about its arguments."""
-    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return re.split(r" \[tensorstore_spec|\. See full TensorStore", line)[0]
 
 
 def _is_array(x: Any) -> bool:

@@ -12,12 +12,13 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from ecdit.checkpoints.arrays import CheckpointError, array_records, first_line, meta_json
+from ecdit.checkpoints.arrays import array_records, meta_json
 from ecdit.checkpoints.config import CheckpointConfig
+from ecdit.checkpoints.read_errors import CheckpointError, first_line
 from ecdit.checkpoints.restore import Meta, checkpoint_directory, open_manager, state_arrays, state_parts
 from ecdit.checkpoints.save_barrier import SaveBarrier
 from ecdit.config import to_dict
-from ecdit.files import is_remote
+from ecdit.files import is_remote, sync, sync_tree
 from ecdit.multihost import anywhere
 from ecdit.training.state import TrainState
 
@@ -29,11 +30,24 @@ class AsyncSaver:
     latest.
     """
 
-    def __init__(self, workdir: Path, config: CheckpointConfig, say: Callable[[str], None]):
-        """Opens the manager, which removes the remains of killed saves; `say` prints a line."""
+    def __init__(
+        self,
+        workdir: Path,
+        config: CheckpointConfig,
+        say: Callable[[str], None],
+        saved: Callable[[int], None] = lambda step: None,
+    ):
+        """Opens the manager, which removes the remains of killed saves.
+
+        Args:
+          workdir: of the run.
+          config: of its checkpoints.
+          say: prints a line.
+          saved: is called with the step of each save that has ended well.
+        """
         # A save that fails is reported once, here; asyncio would print it again for each of its arrays.
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-        self.workdir, self.config, self.say = workdir, config, say
+        self.workdir, self.config, self.say, self.saved = workdir, config, say, saved
         self.directory = checkpoint_directory(workdir)
         self.managers = 0
         self.manager = self._open()
@@ -71,6 +85,10 @@ class AsyncSaver:
         if self.running is not None and not self.manager.is_saving_in_progress():
             self._wait()
 
+    def settle(self) -> None:
+        """Waits for the running save, if there is one. Raises as `save`."""
+        self._wait()
+
     def finish(self, step: int) -> None:
         """Waits for the running save.
 
@@ -93,8 +111,15 @@ class AsyncSaver:
         self.managers += 1
         options: dict[str, Any] = {}
         if jax.process_count() > 1:
-            options["async_options"] = ocp.AsyncOptions(barrier_sync_fn=SaveBarrier(f"saves_{self.managers}"))
-        return open_manager(self.workdir, self.config, **options)
+            options["barrier_sync_fn"] = SaveBarrier(f"saves_{self.managers}")
+        if not is_remote(self.directory):
+            options["post_finalization_callback"] = self._sync
+        return open_manager(self.workdir, self.config, async_options=ocp.AsyncOptions(**options))
+
+    def _sync(self) -> None:
+        """Returns when the files of a save are on the disk; Orbax then gives the checkpoint its name."""
+        for path in self.directory.glob("*-tmp"):
+            sync_tree(path)
 
     def _wait(self) -> None:
         if self.running is None:
@@ -107,6 +132,9 @@ class AsyncSaver:
             self._failed(step, first_line(error))
         else:
             self.failed_in_row = 0
+            if not is_remote(self.directory):
+                sync(self.directory)  # the checkpoint's name
+            self.saved(step)
 
     def _directory_problem(self) -> str | None:
         """Returns why nothing can be saved now, or None; makes the directory if it has vanished. Collective.

@@ -46,11 +46,12 @@ def checksums(arrays: Mapping[str, jax.Array]) -> dict[str, str]:
 
 @functools.cache
 def _program(mesh: Mesh) -> Callable[[list[jax.Array]], jax.Array]:
-    return jax.jit(lambda arrays: jnp.stack([_sums(x) for x in arrays]), out_shardings=replicated(mesh))
+    return jax.jit(lambda arrays: jnp.stack([shard_sums(x) for x in arrays]), out_shardings=replicated(mesh))
 
 
 @jax.jit  # traced once for all arrays of a shape
-def _sums(x: Array) -> UInt32[Array, " 2"]:
+def shard_sums(x: Array) -> UInt32[Array, " 2"]:
+    """Returns the two sums of an array, or of the shard of one inside a shard_map."""
     words = _words(x)
     first = _scramble(words ^ _scramble(_positions(words.shape)))
     second = _scramble(first + jnp.uint32(GOLDEN))

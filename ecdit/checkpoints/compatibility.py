@@ -1,9 +1,9 @@
-"""Whether a run may go on from a checkpoint: what of its config must be as it was saved, and what may change."""
+"""Whether a run may go on from a checkpoint, or start from another run's: what must be as it was saved."""
 
 from collections.abc import Mapping, Set
 from typing import Any
 
-from ecdit.checkpoints.arrays import CheckpointError
+from ecdit.checkpoints.read_errors import CheckpointError
 from ecdit.checkpoints.restore import Meta
 from ecdit.config import flatten
 
@@ -42,3 +42,82 @@ def check_resume(saved: Meta, now: Mapping[str, Any], may_change: Set[str], fing
             + "\n  ".join(differences)
             + "\nUse another --workdir, or set these back; to start anew from its weights, set checkpoint.init_from."
         )
+
+
+# Libraries that decide which record a row of the data is: another version may shuffle in another order.
+ORDERS_DATA = ("grain",)
+
+
+def check_position(saved: Meta, next_row: int, versions: Mapping[str, str], allow: bool) -> None:
+    """Raises CheckpointError if the run would read on elsewhere in the data than where the checkpoint stopped.
+
+    Args:
+      saved: of the checkpoint.
+      next_row: that the run's config gives for the next step.
+      versions: of this process's libraries.
+      allow: whether other versions of ORDERS_DATA are accepted.
+    """
+    if saved.next_row != next_row:
+        raise CheckpointError(
+            f"the checkpoint goes on with row {saved.next_row} of the data, but by this config it is row {next_row}: "
+            "the checkpoint was changed, or this version counts rows in another way"
+        )
+    other = [name for name in ORDERS_DATA if saved.versions.get(name) != versions.get(name)]
+    if other and not allow:
+        changed = ", ".join(f"{name} {saved.versions.get(name)}, now {versions.get(name)}" for name in other)
+        raise CheckpointError(
+            f"the checkpoint was written with {changed}: the data may come in another order, so that the run could see "
+            "some of it twice and some never. Install that version, or accept it with --accept_data_order."
+        )
+
+
+def changed_code(saved: Meta, versions: Mapping[str, str], code: Mapping[str, str]) -> str:
+    """Returns one line that names the versions and the code that differ from the checkpoint's; "" if none do."""
+    parts = [
+        f"{name} {saved.versions.get(name, 'unknown')} -> {versions.get(name, 'none')}"
+        for name in sorted(saved.versions.keys() | versions.keys())
+        if saved.versions.get(name) != versions.get(name)
+    ]
+    if saved.code["sources"] != code["sources"]:
+        before, now = (f"{one['sources'][:12]} ({_commit(one)})" for one in (saved.code, code))
+        parts.append(f"ecdit's sources {before} -> {now}")
+    return f"the checkpoint was written by other code: {', '.join(parts)}" if parts else ""
+
+
+def check_same_model(saved: Meta, now: Mapping[str, Any], may_differ: Set[str], vocabulary: str, allow: bool) -> str:
+    """Compares the run that weights are taken from with the one that starts from them: model, text and vocabulary.
+
+    Args:
+      saved: of the checkpoint.
+      now: the config of the run that starts, nested, with the hashes of the user's files.
+      may_differ: dotted keys that may.
+      vocabulary: the hash of the vocabulary of this run's data.
+      allow: whether differences are accepted.
+
+    Returns what differs, if it is accepted.
+
+    Raises:
+      CheckpointError: something differs, and `allow` is False.
+    """
+    groups = ("denoiser", "model", "text", "autoencoder", "files")
+    old, new = (flatten({key: config.get(key) for key in groups}) for config in (saved.config, now))
+    lines = [
+        f"config.{key}: there {old.get(key)!r}, here {new.get(key)!r}"
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and key not in may_differ
+    ]
+    if saved.vocabulary != vocabulary:
+        lines.append(f"vocabulary: there {saved.vocabulary[:12]}, here {vocabulary[:12]}")
+    if lines and not allow:
+        raise CheckpointError(
+            "checkpoint.init_from names a run whose weights mean something else:\n  "
+            + "\n  ".join(lines)
+            + "\nSet these as there, or accept the differences with --accept_init_differences."
+        )
+    return "; ".join(lines)
+
+
+def _commit(code: Mapping[str, str]) -> str:
+    return (
+        f"commit {code['commit'][:12]}{', changed' if code['dirty'] == 'yes' else ''}" if code["commit"] else "no git"
+    )

@@ -12,6 +12,7 @@ class CheckpointConfig:
 
     every: int  # steps; the last step is always saved
     keep: int  # newest checkpoints to keep
+    keep_every: int  # steps; checkpoints of its multiples are kept for ever, beside the newest. 0 for none
     init_from: str  # another run's workdir, whose EMA weights to start from at step 0; "" for a fresh start
     # Whether what is restored is compared with its checksums: before the first step, during the first steps, or not.
     verify: Literal["always", "background", "never"]
@@ -20,4 +21,6 @@ class CheckpointConfig:
     def __post_init__(self):
         require(self.every >= 1, "every", self.every, "must be 1 or more")
         require(self.keep >= 1, "keep", self.keep, "must be 1 or more")
+        fits = self.keep_every >= 0 and self.keep_every % self.every == 0
+        require(fits, "keep_every", self.keep_every, f"must be 0, or a multiple of checkpoint.every, {self.every}")
         require(self.max_failed_saves >= 0, "max_failed_saves", self.max_failed_saves, "must be 0 or more")

@@ -10,8 +10,6 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
 from ecdit.checkpoints.arrays import (
-    CheckpointError,
-    DamagedError,
     described,
     flat_arrays,
     read_records,
@@ -20,6 +18,7 @@ from ecdit.checkpoints.arrays import (
     stored_tree,
 )
 from ecdit.checkpoints.checksums import checksums
+from ecdit.checkpoints.read_errors import CheckpointError, DamagedError
 from ecdit.checkpoints.restore import checkpoint_directory, step_directory
 from ecdit.checkpoints.resume import aside_directory
 from ecdit.partitioning import replicated

@@ -1,7 +1,7 @@
 """Describes and reads the checkpoints of a run: `<workdir>/checkpoints/<step>/{state,meta}`, by Orbax.
 
-`state` holds the arrays of a TrainState; `meta` is JSON: resolved config, data position, dataset fingerprint, and a
-checksum of every array. Written by `saving`; `recovery` deals with damaged ones.
+`state` holds the arrays of a TrainState; `meta` is JSON: resolved config, data position, dataset fingerprint, versions,
+code, and a checksum of every array. Written by `saving`; `recovery` deals with damaged ones.
 Three verbs that never mix: resume (the same run goes on), start from another run's weights (`restore_ema` into a new
 run), export (see interop.weights).
 """
@@ -14,9 +14,10 @@ import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
-from ecdit.checkpoints.arrays import CheckpointError, check_sums, flat_arrays, read_json, read_records, restore_arrays
+from ecdit.checkpoints.arrays import check_sums, flat_arrays, read_json, read_records, restore_arrays
 from ecdit.checkpoints.checksums import checksums
 from ecdit.checkpoints.config import CheckpointConfig
+from ecdit.checkpoints.read_errors import CheckpointError
 from ecdit.files import is_remote
 from ecdit.storage import as_path, reading
 from ecdit.system import Params, System
@@ -33,6 +34,9 @@ class Meta:
     dataset: str  # fingerprint of the prepared data
     versions: dict[str, str]  # of the libraries that wrote it
     arrays: dict[str, list[str]]  # type, shape and checksum of each, see arrays.ArrayRecords
+    vocabulary: str  # hash of the vocabulary that captions were encoded with
+    code: dict[str, str]  # that wrote it: see runs.provenance.code_state
+    config_hash: str
 
 
 def open_manager(workdir: Path, config: CheckpointConfig | None, **options: Any) -> ocp.CheckpointManager:
@@ -40,11 +44,20 @@ def open_manager(workdir: Path, config: CheckpointConfig | None, **options: Any)
     if config is None:
         options = {"create": False}  # read_only=True says the same with three warnings
     else:
-        options["preservation_policy"] = ocp.checkpoint_managers.LatestN(config.keep)
+        options["preservation_policy"] = _kept(config)
         options["cleanup_tmp_directories"] = True  # of killed saves
     handlers = {"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
     options = ocp.CheckpointManagerOptions(**options)
     return ocp.CheckpointManager(checkpoint_directory(workdir), options=options, item_handlers=handlers)
+
+
+def _kept(config: CheckpointConfig) -> ocp.checkpoint_managers.PreservationPolicy:
+    """Returns which checkpoints stay when a new one is saved."""
+    newest = ocp.checkpoint_managers.LatestN(config.keep)
+    if not config.keep_every:
+        return newest
+    milestones = ocp.checkpoint_managers.EveryNSteps(config.keep_every)
+    return ocp.checkpoint_managers.AnyPreservationPolicy([newest, milestones])
 
 
 def checkpoint_directory(workdir: Path) -> Path:

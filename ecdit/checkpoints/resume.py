@@ -7,8 +7,9 @@ from typing import Literal, NamedTuple, TypeVar
 import jax
 import orbax.checkpoint as ocp
 
-from ecdit.checkpoints.arrays import CheckpointError, DamagedError, check_sums
+from ecdit.checkpoints.arrays import check_sums
 from ecdit.checkpoints.checksums import checksums, finish_checksums, start_checksums
+from ecdit.checkpoints.read_errors import CheckpointError, DamagedError, UnreadableError
 from ecdit.checkpoints.restore import (
     Meta,
     checkpoint_directory,
@@ -66,6 +67,7 @@ def newest_valid(
       admit: is called with a checkpoint's meta and step, and raises if the run cannot go on from it.
 
     Raises:
+      UnreadableError: a process cannot read one now. Nothing is moved.
       CheckpointError: a checkpoint is of another model, or `admit` refuses it; or there are some, and none is valid.
     """
     damaged: dict[int, str] = {}
@@ -105,12 +107,20 @@ def _restored(
 
 
 def _attempt(action: Callable[[], T], step: int, damaged: dict[int, str]) -> T | None:
-    """Returns what `action` returns; or None, with the reason in `damaged`, if any process finds damage. Collective."""
-    result, problem = None, None
+    """Returns what `action` returns; or None, with the reason in `damaged`, if any process finds damage. Collective.
+
+    Raises:
+      UnreadableError: a process could not read it, for a reason that is no damage.
+    """
+    result, problem, fault = None, None, None
     try:
         result = action()
     except DamagedError as error:
         problem = str(error)
+    except UnreadableError as error:
+        fault = str(error)
+    if fault := anywhere(fault):
+        raise UnreadableError(fault if "/" in fault else f"the checkpoint of step {step} cannot be read: {fault}")
     problem = anywhere(problem)
     if problem is None:
         return result

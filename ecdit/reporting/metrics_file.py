@@ -6,20 +6,26 @@ step, so that it replaces the one that an earlier start wrote.
 """
 
 import json
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ecdit.files import is_remote, replace_text
+from ecdit.files import is_remote, replace_bytes
 from ecdit.storage import AppendedObjects, children, read_all
 
 METRICS = "metrics.jsonl"
 
 
-def open_lines(workdir: Path, start_step: int) -> BinaryIO | AppendedObjects:
-    """Opens the file for the lines after `start_step`, and removes lines of later steps that an earlier start wrote."""
+def open_lines(
+    workdir: Path, start_step: int, say: Callable[[str], None] = lambda line: None
+) -> BinaryIO | AppendedObjects:
+    """Opens the file for the lines after `start_step`, and removes lines of later steps that an earlier start wrote.
+
+    It repairs what can be repaired (garbled lines, steps that stand twice) and says which steps are missing.
+    """
     path = workdir / METRICS
     if not is_remote(workdir):
-        drop_lines_after(path, start_step)
+        _tell_gaps(drop_lines_after(path, start_step), start_step, path, say)
         return path.open("ab")
     parts = _parts(workdir)
     # The latest first: a kill in between leaves a beginning of the run without a gap.
@@ -30,28 +36,57 @@ def open_lines(workdir: Path, start_step: int) -> BinaryIO | AppendedObjects:
             drop_lines_after(part, start_step)
             break
     directory = path.with_suffix("")
+    if start_step:
+        _tell_gaps([row["step"] for row in read_lines(workdir)], start_step, directory, say)
     return AppendedObjects(lambda data: directory / f"{json.loads(data.splitlines()[0])['step']:08d}.jsonl")
 
 
 def read_lines(workdir: Path) -> list[dict[str, Any]]:
     """Returns the metrics of each step in order, for a run on a disk or in a bucket.
 
-    A line that is still being written, or that a crash has garbled, is left out.
+    A line that is still being written, or that a crash has garbled, is left out; of a step that stands twice the later
+    line counts.
     """
     path = workdir / METRICS
     paths = _parts(workdir) if is_remote(workdir) else [path] if path.exists() else []
-    text = b"".join(read_all(paths)).decode(errors="replace")
-    rows = map(_row, text.split("\n")[:-1])
-    return [row for row in rows if row is not None]
+    rows = map(_row, b"".join(read_all(paths)).split(b"\n")[:-1])
+    by_step = {row["step"]: row for row in rows if row is not None}
+    return [by_step[step] for step in sorted(by_step)]
 
 
-def drop_lines_after(path: Path, step: int) -> None:
-    """Removes the lines of steps after `step`, and an incomplete last one; a resumed run writes them again."""
+def drop_lines_after(path: Path, step: int) -> list[int]:
+    """Removes the lines of steps after `step`, which a resumed run writes again, and whatever is no line of a step.
+
+    Of a step that stands twice the later line stays. Returns the steps that are left, in order.
+    """
     if not path.exists():
-        return
-    lines = path.read_text().splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith("\n") and (row := _row(line)) and row["step"] <= step]
-    replace_text(path, "".join(kept))
+        return []
+    data = path.read_bytes()
+    lines = ((_row(line), line) for line in data.split(b"\n")[:-1])
+    kept = {row["step"]: line for row, line in lines if row is not None and row["step"] <= step}
+    steps = sorted(kept)
+    text = b"".join(kept[step] + b"\n" for step in steps)
+    if text != data:
+        replace_bytes(path, text)
+    return steps
+
+
+def missing_steps(steps: Collection[int], last: int) -> str:
+    """Returns which of the steps 1 to `last` are missing, as "3, 7-9"; "" for none."""
+    there, gaps = set(steps), []
+    for step in range(1, last + 1):
+        if step in there:
+            continue
+        if gaps and gaps[-1][1] == step - 1:
+            gaps[-1][1] = step
+        else:
+            gaps.append([step, step])
+    return ", ".join(f"{first}" if first == end else f"{first}-{end}" for first, end in gaps)
+
+
+def _tell_gaps(steps: Collection[int], last: int, place: Path, say: Callable[[str], None]) -> None:
+    if missing := missing_steps(steps, last):
+        say(f"{place} lacks the lines of steps {missing}: they were lost, and the run does not do these steps again")
 
 
 def _parts(workdir: Path) -> list[Path]:
@@ -62,10 +97,10 @@ def _first_step(part: Path) -> int:
     return int(part.stem)
 
 
-def _row(line: str) -> dict[str, Any] | None:
+def _row(line: bytes) -> dict[str, Any] | None:
     """Returns a line's metrics, or None for a line that a crash has garbled."""
     try:
         row = json.loads(line)
-    except json.JSONDecodeError:
+    except ValueError:  # of JSON or of UTF-8
         return None
-    return row if isinstance(row, dict) and "step" in row else None
+    return row if isinstance(row, dict) and type(row.get("step")) is int else None

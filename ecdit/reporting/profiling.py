@@ -2,6 +2,7 @@
 
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ class Profile:
     Only the first process traces, and only its own devices: the others do the same work.
     """
 
-    def __init__(self, config: TrainConfig, workdir: Path, start_step: int):
+    def __init__(self, config: TrainConfig, workdir: Path, start_step: int, settle: Callable[[], None] = lambda: None):
+        """`settle` waits for a running save: the profiler has crashed where a trace began or ended beside one."""
+        self.settle = settle
         self.directory = self.local = workdir / PROFILE
         self.running = False
         wanted = config.profile_steps if jax.process_index() == 0 else 0
@@ -36,6 +39,7 @@ class Profile:
             jax.block_until_ready(state)  # so that a step is traced whole, or not at all
             self.close()
             if step in self.window:
+                self.settle()
                 if is_remote(self.directory):  # the profiler itself writes to disks alone
                     self.local = Path(tempfile.mkdtemp())
                 jax.profiler.start_trace(self.local)
@@ -45,6 +49,7 @@ class Profile:
         """Stops the trace and writes it."""
         if self.running:
             self.running = False
+            self.settle()
             jax.profiler.stop_trace()
             if self.local != self.directory:
                 with writing(self.directory):

@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import json
 import math
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -45,7 +46,7 @@ class Reporter:
         self.file = None
         if jax.process_index() == 0:
             with writing(self.path):
-                self.file = open_lines(workdir, start_step)
+                self.file = open_lines(workdir, start_step, say=lambda line: print(line, flush=True))
 
     def begin(self, watch: Stopwatch) -> None:
         """Times the following steps by `watch`. Call it before the first of them."""
@@ -93,10 +94,13 @@ class Reporter:
                 writer.picture(step, name, path)
 
     def save(self) -> None:
-        """Flushes buffered lines, so that they precede the checkpoint."""
-        if isinstance(self.file, AppendedObjects):
+        """Writes buffered lines to the disk or the bucket, so that they precede the checkpoint."""
+        if self.file is not None:
             with writing(self.path):
-                self.file.save()
+                if isinstance(self.file, AppendedObjects):
+                    self.file.save()
+                else:
+                    os.fsync(self.file.fileno())
         for writer in self.writers:
             writer.save()
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,38 +13,69 @@ import orbax.checkpoint as ocp
 
 from ecdit.checkpoints.arrays import FORMAT
 from ecdit.checkpoints.async_save import AsyncSaver
-from ecdit.checkpoints.compatibility import check_resume
+from ecdit.checkpoints.compatibility import changed_code, check_position, check_resume
+from ecdit.checkpoints.read_errors import CheckpointError
 from ecdit.checkpoints.restore import Meta
 from ecdit.checkpoints.resume import half_written, newest_valid
 from ecdit.config import changeable, to_dict
-from ecdit.exit_codes import PREEMPTED
+from ecdit.errors import UserError
+from ecdit.exit_codes import INTERRUPTED, PREEMPTED
 from ecdit.experiment import Experiment, ResolvedPhase, check_mesh
 from ecdit.interop.weights import flat_names
+from ecdit.multihost import anywhere, host_differences
 from ecdit.partitioning import make_mesh
 from ecdit.reporting.profiling import Profile
 from ecdit.reporting.reporter import Reporter, first_line, forecast, pictures_due
 from ecdit.reporting.speed import Stopwatch, stopwatch
 from ecdit.reporting.writers import check_writers, open_writers
-from ecdit.runs.provenance import library_versions, record_start
+from ecdit.runs.activity import Activity
+from ecdit.runs.host_times import HostTimes
+from ecdit.runs.lock import locked
+from ecdit.runs.lost_checkpoints import check_not_lost, set_records_aside
+from ecdit.runs.provenance import (
+    code_state,
+    config_hash,
+    facts_of_a_host,
+    library_versions,
+    record_save,
+    record_start,
+)
+from ecdit.runs.replay import check_deterministic, replayed
 from ecdit.runs.workload import ImageWriter, Workload, make_workload
 from ecdit.storage import check_workdir, make_directory
-from ecdit.training.loop import Hooks, PreemptionFlag, run_steps
+from ecdit.training.loop import Hooks, StopRequests, run_steps
 from ecdit.training.state import TrainState, sampling_params
 from ecdit.training.step import Metrics
-from ecdit.training.watchdog import Watchdog
 
 FORECAST_AFTER = 10  # steps of a start, after which it says how long the others will take
 
 
-def train(experiment: Experiment, workdir: Path, origin: dict[str, Any] | None = None) -> int:
+@dataclasses.dataclass(frozen=True)
+class Accepted:
+    """What a run does only where its user has said so, by a flag of `ecdit.train` of the same name."""
+
+    start_over: bool = False  # begin at step 0 where checkpoints have vanished, with the old records moved aside
+    data_order: bool = False  # go on though another version of a library may order the data in another way
+    init_differences: bool = False  # start from the weights of a run of another model, text encoder or vocabulary
+
+
+def train(
+    experiment: Experiment,
+    workdir: Path,
+    origin: dict[str, Any] | None = None,
+    accepted: Accepted | None = None,
+    activity: Activity | None = None,
+) -> int:
     """Trains `experiment` in `workdir`, from its newest valid checkpoint if it has one.
 
     Args:
       experiment: what to train.
       workdir: is made if it is missing.
       origin: of the experiment, for overrides.json: see `command_line.config_origin`.
+      accepted: what is refused otherwise.
+      activity: of this process, where it was begun before.
 
-    Returns the exit code: 0 when all steps are done, PREEMPTED after a save on SIGTERM.
+    Returns the exit code: 0 when all steps are done; after a save PREEMPTED on SIGTERM, INTERRUPTED on Ctrl-C.
 
     Raises:
       UserError: (its subclasses) what does not fit, before the first step; a failed save or write; a diverged run.
@@ -52,29 +84,51 @@ def train(experiment: Experiment, workdir: Path, origin: dict[str, Any] | None =
     check_workdir(workdir)
     mesh = make_mesh(experiment.mesh)
     check_mesh(experiment, mesh)
+    flags = experiment.runtime.xla_flags
+    check_deterministic(experiment.train.replay_every, mesh.devices.flat[0].platform, flags)
     say(first_line(experiment.train, experiment.model.dtype, mesh))
-    workload = make_workload(experiment, mesh)  # refuses what cannot be laid out, before anything is written
-    with jax.set_mesh(mesh):
-        return run_workload(workload, experiment, workdir, origin or {})
+    accepted = accepted or Accepted()
+    # It refuses what cannot be laid out, before anything is written.
+    workload = make_workload(experiment, mesh, accepted.init_differences)
+    with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
+        activity = activity or stack.enter_context(contextlib.closing(Activity(experiment.train)))
+        return run_workload(workload, experiment, workdir, origin or {}, accepted, activity)
 
 
-def run_workload(workload: Workload, experiment: Experiment, workdir: Path, origin: dict[str, Any]) -> int:
+def run_workload(
+    workload: Workload,
+    experiment: Experiment,
+    workdir: Path,
+    origin: dict[str, Any],
+    accepted: Accepted,
+    activity: Activity,
+) -> int:
     """Trains a workload by the schedule of `experiment`, with its mesh set. See `train`."""
+    activity.enter("prepare", "preparing the data")
     fingerprints, config = workload.prepare_data(), to_dict(experiment)
+    activity.enter("start", "comparing the processes and locking the workdir")
+    facts = facts_of_a_host(config_of_run(experiment), fingerprints, workload.vocabulary())
+    if differences := host_differences(facts):
+        raise UserError("the hosts would not train the same:\n  " + "\n  ".join(differences))
     make_directory(workdir)
     with contextlib.ExitStack() as stack:
+        check_lock = stack.enter_context(locked(workdir, say))
+        activity.enter("restore", "restoring or drawing the state")
         for left in half_written(workdir):
             say(f"a save was cut short: {left} is removed")
-        saver = stack.enter_context(contextlib.closing(AsyncSaver(workdir, experiment.checkpoint, say)))
-        state, check_restored = _resumed_or_first(workload, experiment, saver.manager, fingerprints)
+        saved = functools.partial(_note_save, workdir)
+        saver = stack.enter_context(contextlib.closing(AsyncSaver(workdir, experiment.checkpoint, say, saved)))
+        found = _resumed(workload, experiment, saver.manager, fingerprints, accepted)
+        state, check_restored = found or (_first_state(workload, experiment, workdir, accepted), lambda: None)
         start = int(state.step)
+        activity.ledger.open(workdir, start)
         record_start(config, workdir, start, origin)
         writers = open_writers(experiment.train.wandb_project, config, workdir, start)
         reporter = Reporter(workdir, start, experiment.train, list(flat_names(state.params)), writers)
         stack.enter_context(contextlib.closing(reporter))
-        preempted = stack.enter_context(contextlib.closing(PreemptionFlag()))
-        watchdog = stack.enter_context(contextlib.closing(Watchdog(experiment.train.watchdog_seconds)))
-        run = _Run(workload, experiment, workdir, saver, reporter, watchdog, preempted, check_restored)
+        stops = stack.enter_context(contextlib.closing(StopRequests()))
+        times = HostTimes(experiment.train, lambda: activity.ledger.record.seconds, say)
+        run = _Run(workload, experiment, workdir, saver, reporter, activity, stops, check_restored, check_lock, times)
         phases = experiment.resolved_phases()
         images = None
         for phase, fingerprint in zip(phases, fingerprints, strict=True):
@@ -85,11 +139,12 @@ def run_workload(workload: Workload, experiment: Experiment, workdir: Path, orig
             images = workload.images(phase, workdir)
             state, stopped = run.steps_of(phase, fingerprint, images, state)
             if stopped and int(state.step) < experiment.train.num_steps:
-                say(f"stopped by a signal; saved step {int(state.step)}, the same command goes on from it")
-                return PREEMPTED
+                by = "Ctrl-C" if stops.interrupted else "a signal"
+                say(f"stopped by {by}; saved step {int(state.step)}, the same command goes on from it")
+                return INTERRUPTED if stops.interrupted else PREEMPTED
         drawn = ""
         if images is not None:
-            watchdog.enter("drawing the last pictures", slow=True)
+            activity.enter("draw", "drawing the last pictures")
             drawn = f", samples in {run.draw(images, int(state.step), state)['samples']}"
     say(f"done: step {int(state.step)}, checkpoint and metrics in {workdir}{drawn}")
     return 0
@@ -104,9 +159,11 @@ class _Run:
     workdir: Path
     saver: AsyncSaver
     reporter: Reporter
-    watchdog: Watchdog
-    preempted: PreemptionFlag
+    activity: Activity
+    stops: StopRequests
     check_restored: Callable[[], None]  # see resume.Recovered
+    check_lock: Callable[[], None]  # see lock.locked
+    host_times: HostTimes
 
     def steps_of(
         self, phase: ResolvedPhase, fingerprint: str, images: ImageWriter | None, state: TrainState
@@ -118,8 +175,10 @@ class _Run:
         watch = stopwatch(phase.experiment.train.batch_size, self.workload.flops_per_image(phase))
         self.reporter.begin(watch)
         batches = self.workload.batches(phase, self.experiment.next_row(int(state.step)))
-        train_step = self.workload.train_step(phase)
-        with contextlib.closing(Profile(self.experiment.train, self.workdir, int(state.step))) as profile:
+        train_step, gradients = self.workload.train_step(phase), self.workload.gradients(phase)
+        train_step = replayed(train_step, gradients, self.experiment.train.replay_every, int(state.step))
+        profile = Profile(self.experiment.train, self.workdir, int(state.step), self.saver.settle)
+        with contextlib.closing(profile):
             hooks = self._hooks(profile, watch, fingerprint, images, first)
             return run_steps(train_step, state, batches, phase.last, hooks)
 
@@ -146,19 +205,25 @@ class _Run:
 
         def save(step: int, state: TrainState) -> None:
             self.reporter.save()
-            self.saver.save(state, step, _meta(self.experiment, fingerprint, step))
+            self.activity.ledger.mark(step)
+            self.saver.save(state, step, _meta(self.experiment, fingerprint, self.workload.vocabulary(), step))
+
+        def after_step(step: int) -> None:
+            self.check_lock()
+            self.saver.check()
+            self.host_times.after_step(step)
 
         return Hooks(
-            watch=lambda what, slow: self.watchdog.enter(what, slow=slow),
+            enter=self.activity.enter,
             before_step=before_step,
             report=report,
             draws=lambda step: images is not None and pictures_due(config, step),
             draw=draw,
             saves=lambda step: step % every == 0 or step == config.num_steps,
             save=save,
-            after_step=self.saver.check,
+            after_step=after_step,
             finish=self.saver.finish,
-            stop_requested=self.preempted.reached,
+            stop_requested=self.stops.reached,
         )
 
     def draw(self, images: ImageWriter, step: int, state: TrainState) -> dict[str, Path]:
@@ -175,26 +240,57 @@ def say(line: str) -> None:
         print(line, flush=True)
 
 
-def _resumed_or_first(
-    workload: Workload, experiment: Experiment, manager: ocp.CheckpointManager, fingerprints: Sequence[str]
-) -> tuple[TrainState, Callable[[], None]]:
-    """The newest valid checkpoint's state and what is left to check of it, or a new state."""
-    config = config_of_run(experiment)
+def _resumed(
+    workload: Workload,
+    experiment: Experiment,
+    manager: ocp.CheckpointManager,
+    fingerprints: Sequence[str],
+    accepted: Accepted,
+) -> tuple[TrainState, Callable[[], None]] | None:
+    """Returns the newest valid checkpoint's state and what is left to check of it, or None if there are none."""
+    config, versions = config_of_run(experiment), library_versions()
 
     def admit(saved: Meta, step: int) -> None:
         trained_on = fingerprints[experiment.resolved_phases().index(experiment.phase_of(step))]
         check_resume(saved, config, changeable(experiment, "resume"), trained_on, step)
+        check_position(saved, experiment.next_row(step), versions, accepted.data_order)
+        if note := changed_code(saved, versions, code_state()):
+            say(note)
 
     found = newest_valid(manager, workload.abstract, experiment.checkpoint.verify, admit)
-    if found is not None:
-        for note in found.notes:
-            say(note)
-        say(f"resumed from step {found.step} of {manager.directory}")
-        return found.state, found.check
+    if found is None:
+        return None
+    for note in found.notes:
+        say(note)
+    say(f"resumed from step {found.step} of {manager.directory}")
+    return found.state, found.check
+
+
+def _first_state(workload: Workload, experiment: Experiment, workdir: Path, accepted: Accepted) -> TrainState:
+    """Returns the state of a run without checkpoints; refuses if it has lost them."""
+    problem = None
+    if jax.process_index() == 0:
+        try:
+            if not accepted.start_over:
+                check_not_lost(workdir, experiment.checkpoint.every)
+            elif place := set_records_aside(workdir):
+                say(f"started over: the records of the old run are in {place}")
+        except UserError as error:
+            problem = str(error)
+    if problem := anywhere(problem):
+        raise CheckpointError(problem)
     state, source = workload.first_state()
     if source:
         say(f"started from the EMA weights of {source}")
-    return state, lambda: None
+    return state
+
+
+def _note_save(workdir: Path, step: int) -> None:
+    """Records that a step was saved; a failure is told, and the checkpoint is there."""
+    try:
+        record_save(workdir, step)
+    except UserError as error:
+        say(str(error))
 
 
 def config_of_run(experiment: Experiment) -> dict[str, Any]:
@@ -202,5 +298,16 @@ def config_of_run(experiment: Experiment) -> dict[str, Any]:
     return to_dict(experiment) | {"files": experiment.user_files()}
 
 
-def _meta(experiment: Experiment, fingerprint: str, step: int) -> Meta:
-    return Meta(FORMAT, config_of_run(experiment), experiment.next_row(step), fingerprint, library_versions(), {})
+def _meta(experiment: Experiment, fingerprint: str, vocabulary: str, step: int) -> Meta:
+    config = config_of_run(experiment)
+    return Meta(
+        format=FORMAT,
+        config=config,
+        next_row=experiment.next_row(step),
+        dataset=fingerprint,
+        versions=library_versions(),
+        arrays={},
+        vocabulary=vocabulary,
+        code=code_state(),
+        config_hash=config_hash(config),
+    )

@@ -1,6 +1,7 @@
 """What a run trains, as the training run is given it: states, steps, batches and images of each phase."""
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,19 +11,23 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from ecdit.checkpoints.restore import restore_ema
+from ecdit.checkpoints.compatibility import check_same_model
+from ecdit.checkpoints.restore import open_reader, read_meta, restore_ema
+from ecdit.config import changeable, to_dict
 from ecdit.data.config import DataConfig
 from ecdit.data.loader import make_loader
 from ecdit.data.prepared import Prepared, check_tokenizers, prepare
+from ecdit.data.shards import file_sha256
+from ecdit.data.tokens import tokenizer_path
 from ecdit.experiment import Experiment, ResolvedPhase
 from ecdit.partitioning import batch_sharding
 from ecdit.runs.sample_grids import SampleWriter
 from ecdit.runtime import compiler_options
 from ecdit.storage import as_path
-from ecdit.system import Params, make_system
+from ecdit.system import Params, make_system, user_files
 from ecdit.training.optimizer import make_optimizer
 from ecdit.training.state import TrainState, abstract_state, init_state, state_shardings
-from ecdit.training.step import Batch, Metrics, make_train_step
+from ecdit.training.step import Batch, Metrics, make_gradients, make_train_step
 
 
 class ImageWriter(Protocol):
@@ -39,14 +44,18 @@ class Workload:
     abstract: TrainState  # shapes, dtypes and shardings
     first_state: Callable[[], tuple[TrainState, str]]  # of a run without a checkpoint, and where its weights are from
     prepare_data: Callable[[], Sequence[str]]  # the fingerprint of each phase's data
+    vocabulary: Callable[[], str]  # hash of the one that captions are encoded with, once the data is prepared
     train_step: Callable[[ResolvedPhase], Callable[[TrainState, Batch], tuple[TrainState, Metrics]]]
+    gradients: Callable[[ResolvedPhase], Callable[[TrainState, Batch], Params]]  # of a step alone, for replays
     batches: Callable[[ResolvedPhase, int], Iterator[Batch]]  # from a global row of the data on
     images: Callable[[ResolvedPhase, Path], ImageWriter | None]  # for a workdir; None where there are none to draw
     flops_per_image: Callable[[ResolvedPhase], float]  # of a training step
 
 
-def make_workload(experiment: Experiment, mesh: Mesh) -> Workload:
+def make_workload(experiment: Experiment, mesh: Mesh, init_differences: bool = False) -> Workload:
     """Returns the workload of an experiment on a mesh; allocates nothing.
+
+    With `init_differences` it may start from the weights of a run of another model, text encoder or vocabulary.
 
     Raises:
       ShardingError: a parameter cannot be laid out on the mesh.
@@ -57,12 +66,19 @@ def make_workload(experiment: Experiment, mesh: Mesh) -> Workload:
     def first_state() -> tuple[TrainState, str]:
         weights, source = None, experiment.checkpoint.init_from
         if source:
-            weights, _ = restore_ema(as_path(source, "config.checkpoint.init_from"), system, mesh)
+            place = as_path(source, "config.checkpoint.init_from")
+            weights, step = restore_ema(place, system, mesh)
+            differs = _differences(experiment, place, step, init_differences)
+            source += f", though it differs: {differs}" if differs else ""
         return init_state(system, optimizer, shardings, experiment.seed, weights), source
 
     def train_step(phase: ResolvedPhase) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
         one, options = phase.experiment, compiler_options(phase.experiment.runtime, mesh)
         return make_train_step(one.step_config, make_system(one.system), mesh, options)
+
+    def gradients(phase: ResolvedPhase) -> Callable[[TrainState, Batch], Params]:
+        one, options = phase.experiment, compiler_options(phase.experiment.runtime, mesh)
+        return make_gradients(one.step_config, make_system(one.system), mesh, options)
 
     def images(phase: ResolvedPhase, workdir: Path) -> SampleWriter | None:
         one = phase.experiment
@@ -74,11 +90,28 @@ def make_workload(experiment: Experiment, mesh: Mesh) -> Workload:
         abstract=abstract_state(system, optimizer, shardings),
         first_state=first_state,
         prepare_data=lambda: prepared_fingerprints([phase.experiment.data for phase in experiment.resolved_phases()]),
+        vocabulary=functools.cache(lambda: vocabulary_hash(experiment.data)),
         train_step=train_step,
+        gradients=gradients,
         batches=lambda phase, row: device_batches(phase.experiment, mesh, row),
         images=images,
         flops_per_image=lambda phase: make_system(phase.experiment.system).training_flops(),
     )
+
+
+def vocabulary_hash(config: DataConfig) -> str:
+    """Returns the sha256 of the tokenizer of prepared data, which all phases share."""
+    return file_sha256(tokenizer_path(config))
+
+
+def _differences(experiment: Experiment, source: Path, step: int, allow: bool) -> str:
+    """Compares with the run that weights are from: see `check_same_model`."""
+    with open_reader(source) as manager:
+        saved = read_meta(manager, step)
+    now = to_dict(experiment) | {"files": user_files(experiment.denoiser)}
+    # A phase may change some of the model too, so weights keep their meaning; and what was trained may be frozen.
+    may_differ = changeable(experiment, "resume") | changeable(experiment, "phase") | {"text.frozen"}
+    return check_same_model(saved, now, may_differ, vocabulary_hash(experiment.data), allow)
 
 
 def device_batches(experiment: Experiment, mesh: Mesh, start_row: int) -> Iterator[Batch]:

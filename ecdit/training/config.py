@@ -2,10 +2,31 @@
 
 import dataclasses
 from dataclasses import field
+from typing import Literal
 
 from ecdit.config import PHASE, RESUME, RESUME_OR_PHASE, require
 from ecdit.diffusion.flow import FlowConfig
 from ecdit.training.optimizer import OptimizerConfig
+
+# What a process of a run can be doing; for the meaning of most see WatchdogConfig. data: waiting for a batch.
+Phase = Literal["start", "prepare", "restore", "compile", "data", "step", "save", "draw"]
+PATIENCE = 10  # times train.watchdog_seconds, for phases without a limit of their own
+
+
+@dataclasses.dataclass(frozen=True)
+class WatchdogConfig:
+    """Seconds after which a process ends that is still in a phase; 0 for ten times train.watchdog_seconds."""
+
+    start: float  # until all processes have joined and devices are there
+    prepare: float  # preparing data
+    restore: float  # reading a checkpoint, or drawing parameters
+    compile: float  # the first steps of a start or phase
+    save: float  # waiting for a save
+    draw: float  # drawing images
+
+    def __post_init__(self):
+        for key, value in dataclasses.asdict(self).items():
+            require(value >= 0, key, value, "must be 0 or more")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,8 +39,13 @@ class TrainConfig:
     ema_decay: float = field(metadata=PHASE)  # of step n: min(ema_decay, (1 + n) / (10 + n))
     max_bad_steps: int = field(metadata=RESUME)  # skipped steps in a row after which the run stops
     spike_factor: float  # a step whose loss is above so many times its running mean is skipped; 0: only if not finite
-    # without progress after which a process ends with exit code 43; 0 for no watchdog
+    # in a step, or waiting for its batch, after which a process ends with exit code 43; 0 for no watchdog
     watchdog_seconds: float = field(metadata=RESUME)
+    watchdog: WatchdogConfig = field(metadata=RESUME)  # of the other phases
+    # a warning names the host whose steps stay so many times as long as those of the others
+    slow_host_factor: float = field(metadata=RESUME)
+    # steps between two replays: the gradients of a batch computed twice and compared; 0 for none (see runs.replay)
+    replay_every: int = field(metadata=RESUME)
     # steps between printed lines and TensorBoard's points; metrics.jsonl has every step
     log_every: int = field(metadata=RESUME)
     pictures_every: int = field(metadata=RESUME)  # steps between pictures of samples; 0 for those at the end alone
@@ -30,7 +56,8 @@ class TrainConfig:
     def __post_init__(self):
         for key in ("num_steps", "batch_size", "accumulation", "max_bad_steps", "log_every"):
             require(getattr(self, key) >= 1, key, getattr(self, key), "must be 1 or more")
-        for key in ("pictures_every", "profile_steps", "watchdog_seconds"):
+        require(self.slow_host_factor > 1, "slow_host_factor", self.slow_host_factor, "must be above 1")
+        for key in ("pictures_every", "profile_steps", "watchdog_seconds", "replay_every"):
             require(getattr(self, key) >= 0, key, getattr(self, key), "must be 0 or more")
         factor = self.spike_factor
         require(factor == 0 or factor > 1, "spike_factor", factor, "must be above 1, or 0 to skip no finite step")
@@ -43,6 +70,21 @@ class TrainConfig:
             self.accumulation,
             f"must divide the batch size, {self.batch_size}",
         )
+
+    def watchdog_limits(self) -> dict[Phase, float]:
+        """Returns the seconds that each phase may take; none where there is no watchdog."""
+        seconds = self.watchdog_seconds
+        if not seconds:
+            return {}
+        others: dict[Phase, float] = {
+            "start": self.watchdog.start,
+            "prepare": self.watchdog.prepare,
+            "restore": self.watchdog.restore,
+            "compile": self.watchdog.compile,
+            "save": self.watchdog.save,
+            "draw": self.watchdog.draw,
+        }
+        return {"step": seconds, "data": seconds} | {p: limit or PATIENCE * seconds for p, limit in others.items()}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,7 +1,10 @@
 """The loop over steps. It knows neither model nor data: it is given a step, batches, and what to call between steps."""
 
 import dataclasses
+import os
 import signal
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,6 +12,8 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from ecdit.exit_codes import INTERRUPTED
+from ecdit.training.config import Phase
 from ecdit.training.state import TrainState
 from ecdit.training.step import Batch, Metrics
 
@@ -17,14 +22,14 @@ from ecdit.training.step import Batch, Metrics
 class Hooks:
     """What the loop calls beside the step. All processes make the same calls in the same order."""
 
-    watch: Callable[[str, bool], None]  # (what the run does now, whether that may take long)
+    enter: Callable[[Phase, str], None]  # what the run does from now on
     before_step: Callable[[int, TrainState], None]
     report: Callable[[int, Metrics, float], None]  # (step, its metrics, seconds that it waited for its batch)
     draws: Callable[[int], bool]  # whether images are drawn after this step
     draw: Callable[[int, TrainState], None]
     saves: Callable[[int], bool]  # whether this step is saved
     save: Callable[[int, TrainState], None]  # may return before the save has ended
-    after_step: Callable[[], None]
+    after_step: Callable[[int], None]
     finish: Callable[[int], None]  # waits until the save of this step has ended
     stop_requested: Callable[[int], bool]  # asked once a step; True ends the loop after a save
 
@@ -47,13 +52,13 @@ def run_steps(
     pending: tuple[int, Metrics, float] | None = None
     stop = False
     for step in range(done + 1, last_step + 1):
-        compiling = step <= done + 2
         hooks.before_step(step, state)
-        hooks.watch(f"waiting for the data of step {step}", compiling)
+        hooks.enter("data", f"waiting for the data of step {step}")
         start = time.perf_counter()
         batch = next(batches)
         data_seconds = time.perf_counter() - start
-        hooks.watch(f"in step {step}", compiling)
+        # The metrics of the first step are read in the second one, which may compile too, for arrays laid out anew.
+        hooks.enter("compile" if step <= done + 2 else "step", f"in step {step}")
         state, metrics = train_step(state, batch)
         if pending is not None:
             hooks.report(*pending)
@@ -64,35 +69,66 @@ def run_steps(
             hooks.report(*pending)
             pending = None
         if draw:  # before the next step takes the state's memory
-            hooks.watch(f"drawing the pictures of step {step}", True)
+            hooks.enter("draw", f"drawing the pictures of step {step}")
             hooks.draw(step, state)
         if save:
-            hooks.watch(f"saving step {step}", True)
+            hooks.enter("save", f"saving step {step}")
             hooks.save(step, state)
-        hooks.after_step()
+        hooks.after_step(step)
         if stop:
             break
-    hooks.watch(f"waiting for the save of step {int(state.step)}", True)
+    hooks.enter("save", f"waiting for the save of step {int(state.step)}")
     hooks.finish(int(state.step))
     return state, stop
 
 
-class PreemptionFlag:
-    """Whether the run was asked to stop by SIGTERM, agreed between all processes."""
+class StopRequests:
+    """Whether the run was asked to stop, by SIGTERM or Ctrl-C (SIGINT), agreed between all processes.
+
+    The first Ctrl-C lets the run save and end, a second one ends the process at once. Python runs signal handlers only
+    between steps of its own, and a compilation takes minutes; so a thread reads the signals' numbers from a pipe.
+    """
 
     def __init__(self) -> None:
-        self.signalled = False
+        self.signalled = self.interrupted = False
+        one = jax.process_count() == 1
         # With several processes Orbax agrees on a step; with one it does not even notice the signal.
-        self.previous = signal.signal(signal.SIGTERM, self._on_signal) if jax.process_count() == 1 else None
-
-    def _on_signal(self, *_: Any) -> None:
-        self.signalled = True
+        self.previous = {signal.SIGTERM: signal.signal(signal.SIGTERM, self._on_sigterm)} if one else {}
+        self.previous[signal.SIGINT] = signal.signal(signal.SIGINT, _ignore)
+        self.read_end, self.write_end = os.pipe()
+        os.set_blocking(self.write_end, False)
+        self.wakeup = signal.set_wakeup_fd(self.write_end, warn_on_full_buffer=False)
+        self.thread = threading.Thread(target=self._watch, name="stop-requests", daemon=True)
+        self.thread.start()
 
     def reached(self, step: int) -> bool:
         """Returns True from the step on at which all processes stop; every process asks at every step."""
         return self.signalled if jax.process_count() == 1 else ocp.multihost.reached_preemption(step)
 
     def close(self) -> None:
-        """Restores the previous SIGTERM handler."""
-        if self.previous is not None:
-            signal.signal(signal.SIGTERM, self.previous)
+        """Restores the previous handlers."""
+        signal.set_wakeup_fd(self.wakeup)
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+        os.write(self.write_end, b"\0")
+        self.thread.join()
+        os.close(self.read_end)
+        os.close(self.write_end)
+
+    def _on_sigterm(self, *_: Any) -> None:
+        self.signalled = True
+
+    def _watch(self) -> None:
+        while number := os.read(self.read_end, 1)[0]:
+            if number != signal.SIGINT:
+                continue
+            if self.interrupted:
+                print("interrupted twice: ended without a save", file=sys.stderr, flush=True)
+                os._exit(INTERRUPTED)
+            self.interrupted = self.signalled = True
+            if signal.SIGTERM not in self.previous:  # the processes agree on stopping by this one
+                os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _ignore(*_: Any) -> None:
+    """Does nothing: a signal needs a handler to be written to the pipe."""

@@ -61,6 +61,19 @@ def make_train_step(
     )
 
 
+def make_gradients(
+    config: StepConfig, system: System, mesh: Mesh, compiler_options: dict[str, str] | None = None
+) -> Callable[[TrainState, Batch], Params]:
+    """Returns a jitted function for the gradients of a step alone, laid out as the parameters; it donates nothing."""
+    shardings = state_shardings(system, make_optimizer(config.optimizer), mesh)
+    return jax.jit(
+        lambda state, batch: _accumulated_gradients(config, system, state, batch)[2],
+        in_shardings=(shardings, batch_sharding(mesh)),
+        out_shardings=shardings.params,
+        compiler_options=compiler_options,
+    )
+
+
 def abstract_batch(config: SystemConfig, batch_size: int, mesh: Mesh) -> Batch:
     """Returns shapes, dtypes and shardings of a batch; allocates nothing."""
     shapes: dict[str, tuple[tuple[int, ...], Any]] = {

@@ -72,7 +72,7 @@ class Loop:
 def turns_of(loop: Loop, saver: AsyncSaver, calls: int) -> dict[str, Callable[[], float]]:
     """Turns of `calls` steps with a save and without one, and of the checksums."""
     saves = itertools.count(1)
-    meta = Meta(FORMAT, to_dict(loop.experiment), 0, "", {}, {})
+    meta = Meta(FORMAT, to_dict(loop.experiment), 0, "", {}, {}, "", {}, "")
 
     def seconds(save: bool) -> float:
         start = time.perf_counter()

@@ -20,14 +20,14 @@ from ecdit.checkpoints.async_save import AsyncSaver
 from tests.checkpoints.toy import toy_abstract, toy_sharding, toy_state
 
 disk = Path(sys.argv[1])
-config = CheckpointConfig(every=1, keep=2, init_from="", verify="always", max_failed_saves=2)
+config = CheckpointConfig(every=1, keep_every=0, keep=2, init_from="", verify="always", max_failed_saves=2)
 saver = AsyncSaver(disk / "run", config, lambda line: print("SAID", line, flush=True))
 head = jax.device_put(jax.random.normal(jax.random.key(0), (1 << 19,)), toy_sharding())  # does not compress
 
 def save(step):
     state = jax.device_put(toy_state(), toy_sharding())
     state.params["denoiser"]["head"] = state.ema["denoiser"]["head"] = head + step
-    saver.save(state, step, restore.Meta(FORMAT, {}, 16 * step, "toy", {}, {}))
+    saver.save(state, step, restore.Meta(FORMAT, {}, 16 * step, "toy", {}, {}, "", {}, ""))
     deadline = time.monotonic() + 60
     while saver.running is not None and time.monotonic() < deadline:  # what the loop does every step
         time.sleep(0.01)
@@ -115,7 +115,7 @@ from ecdit.training.state import TrainState
 
 runtime.configure(runtime.RuntimeConfig((), (), False, "", distributed=False, heartbeat_seconds=100))
 workdir, me = Path(sys.argv[1]), jax.process_index()
-config = CheckpointConfig(every=1, keep=2, init_from="", verify="always", max_failed_saves=1)
+config = CheckpointConfig(every=1, keep_every=0, keep=2, init_from="", verify="always", max_failed_saves=1)
 sharding = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), PartitionSpec("data"))
 whole = np.random.default_rng(0).normal(size=(2, 1 << 17)).astype(np.float32)  # does not compress
 lines = (workdir.parent / f"lines_{me}").open("w", buffering=1)
@@ -126,7 +126,7 @@ def save(step, limited=None):
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, resource.RLIM_INFINITY))
     x = jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index] + step)
     state = TrainState(x, {}, {}, {}, {}, x, x, x)
-    saver.save(state, step, restore.Meta(FORMAT, {}, 0, "toy", {}, {}))
+    saver.save(state, step, restore.Meta(FORMAT, {}, 0, "toy", {}, {}, "", {}, ""))
     while saver.running is not None:
         time.sleep(0.01)
         saver.check()

@@ -65,8 +65,8 @@ def test_another_model_is_no_damage(toy, monkeypatch):
     toy.train(num_steps=4, every=2)
     with pytest.raises(CheckpointError, match=r"config\.seed"):
         toy.train(num_steps=6, every=2, seed=3)
-    monkeypatch.setattr(arrays, "FORMAT", 5)
-    with pytest.raises(CheckpointError, match="format 4"):
+    monkeypatch.setattr(arrays, "FORMAT", 6)
+    with pytest.raises(CheckpointError, match="format 5"):
         toy.train(num_steps=6, every=2)
     assert steps(toy) == [2, 4]
     assert not aside(toy)
@@ -105,7 +105,7 @@ def test_a_flipped_bit_of_any_array_is_found_by_each_way_to_verify(toy):
     toy.train(num_steps=2, every=2)
     directory = toy.workdir / "checkpoints/2"
     assert sorted(name.replace("/", ".") for name in arrays.stored_arrays(directory)) == ARRAYS
-    config = CheckpointConfig(every=1, keep=9, init_from="", verify="always", max_failed_saves=0)
+    config = CheckpointConfig(every=1, keep_every=0, keep=9, init_from="", verify="always", max_failed_saves=0)
     with restore.open_manager(toy.workdir, config) as manager:
 
         def resumed(verify):
@@ -164,10 +164,10 @@ def test_a_checkpoint_of_another_format_is_refused_and_no_damage(toy):
     directory = toy.workdir / "checkpoints/2"
     path = directory / "meta" / "metadata"
     values = {k: v for k, v in json.loads(path.read_text()).items() if k != "digest"}
-    for number, digest in ((2, False), (5, True)):
+    for number, digest in ((2, False), (6, True)):
         other = values | {"format": number}
         path.write_text(json.dumps(arrays.meta_json(other) if digest else other))
-        with pytest.raises(CheckpointError, match=f"format {number}, this version reads 4") as error:
+        with pytest.raises(CheckpointError, match=f"format {number}, this version reads 5") as error:
             arrays.read_records(directory)
         assert not isinstance(error.value, DamagedError)
     path.write_text(json.dumps(values))

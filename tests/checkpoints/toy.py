@@ -1,5 +1,6 @@
 """A toy in the model's place: its step adds 1 to every parameter, so a state tells which step it belongs to."""
 
+import contextlib
 import itertools
 import json
 from functools import partial
@@ -11,7 +12,8 @@ from PIL import Image
 
 from ecdit.checkpoints import restore
 from ecdit.partitioning import make_mesh, replicated
-from ecdit.runs.training_run import run_workload
+from ecdit.runs.activity import Activity
+from ecdit.runs.training_run import Accepted, run_workload
 from ecdit.runs.workload import Workload
 from ecdit.training.state import TrainState
 from tests.runs import tiny
@@ -50,8 +52,10 @@ class Toy:
 
     def __init__(self, workdir):
         self.workdir, self.at, self.bad, self.leaf = workdir, {}, (), -1
+        self.accepted = Accepted()
         self.first_rows = []  # of each start and phase
         self.first_state, self.train_step = toy_state, lambda state, bad: toy_step(state, bad, self.leaf)
+        self.gradients = lambda state, bad: state.params
         self.drawn = {}  # step: the numbers of the parameters that its pictures were drawn with
 
     def batches(self, phase, start_row):
@@ -69,17 +73,22 @@ class Toy:
     def train(self, num_steps, every, keep=100, max_bad_steps=3, pictures_every=0, **more):
         overrides = {"num_steps": num_steps, "max_bad_steps": max_bad_steps, "log_every": 1000}
         overrides["pictures_every"] = pictures_every
-        values = {f"train__{key}": value for key, value in overrides.items()}
-        experiment = tiny(checkpoint__every=every, checkpoint__keep=keep, **values, **more)
-        with jax.set_mesh(make_mesh(experiment.mesh)):
-            return run_workload(self.workload(experiment), experiment, self.workdir, {})
+        values = {f"train__{key}": value for key, value in overrides.items()} | more
+        experiment = tiny(checkpoint__every=every, checkpoint__keep=keep, **values)
+        with (
+            jax.set_mesh(make_mesh(experiment.mesh)),
+            contextlib.closing(Activity(experiment.train)) as activity,
+        ):
+            return run_workload(self.workload(experiment), experiment, self.workdir, {}, self.accepted, activity)
 
     def workload(self, experiment):
         return Workload(
             abstract=toy_abstract(),
             first_state=lambda: (jax.jit(self.first_state, out_shardings=toy_sharding())(), ""),
             prepare_data=lambda: ["toy" for _ in experiment.resolved_phases()],
+            vocabulary=lambda: "toy's words",
             train_step=lambda phase: self.train_step,
+            gradients=lambda phase: self.gradients,
             batches=self.batches,
             images=lambda phase, workdir: self,
             flops_per_image=lambda phase: 1.0,

@@ -42,7 +42,7 @@ FIXED = {
 
 
 def meta_of(values):
-    return Meta(FORMAT, values, 0, "data", {}, {})
+    return Meta(FORMAT, values, 0, "data", {}, {}, "", {}, "")
 
 
 def resume(saved, fingerprint):
@@ -222,6 +222,20 @@ def test_damaged_weights_are_neither_sampled_from_nor_trained_on(saved, tmp_path
         open_run(workdir)
     with pytest.raises(DamagedError, match="ema/denoiser/head/kernel: not what was saved"):
         train(tiny(data__directory=str(emoji_data), checkpoint__init_from=str(workdir)), tmp_path / "run")
+    assert not list((tmp_path / "run/checkpoints").iterdir())
+
+
+def test_weights_that_mean_something_else_are_not_trained_on(saved, tmp_path, emoji_data):
+    """All names and shapes fit. (The source's vocabulary is not on record here, so it differs too.)"""
+    other = to_dict(tiny(model__rope_theta=50.0)) | {"files": {}}
+    save_ema(tmp_path / "source", saved[1], step=7, config=other)
+    experiment = tiny(data__directory=str(emoji_data), checkpoint__init_from=str(tmp_path / "source"))
+    with pytest.raises(CheckpointError) as error:
+        train(experiment, tmp_path / "run")
+    first, theta, vocabulary, last = str(error.value).splitlines()
+    assert theta == "  config.model.rope_theta: there 50.0, here 10000.0"
+    assert vocabulary.startswith("  vocabulary: there , here ")
+    assert "--accept_init_differences" in last
     assert not list((tmp_path / "run/checkpoints").iterdir())
 
 

@@ -5,21 +5,24 @@ import itertools
 import json
 import os
 import signal
+import sys
+import time
 
 import jax
 import numpy as np
 import pytest
 
 from ecdit.errors import UserError
-from ecdit.exit_codes import PREEMPTED
+from ecdit.exit_codes import INTERRUPTED, PREEMPTED
 from ecdit.partitioning import make_mesh
+from ecdit.reporting import profiling
 from ecdit.reporting.reporter import DivergedError
 from ecdit.runs import training_run
 from ecdit.runs.training_run import train
 from ecdit.runs.workload import device_batches
 from tests.checkpoints.toy import toy_state
 from tests.events import pictures
-from tests.runs import tiny
+from tests.runs import run, tiny
 
 
 def test_a_checkpoint_holds_its_own_step_though_the_next_ones_overwrite_the_buffers(toy):
@@ -63,6 +66,16 @@ def test_each_start_says_once_how_long_it_will_take(toy, capsys):
 def test_keep_leaves_the_newest(toy):
     toy.train(num_steps=9, every=2, keep=2)
     assert sorted(toy.saved()) == [8, 9]
+
+
+def test_keep_every_leaves_those_of_every_so_many_steps_too(toy):
+    """After a resume, too: the manager that saves the later ones has not saved the earlier ones."""
+    toy.train(num_steps=9, every=2, keep=1, checkpoint__keep_every=4)
+    assert sorted(toy.saved()) == [4, 8, 9]
+    toy.train(num_steps=14, every=2, keep=1, checkpoint__keep_every=4)
+    assert sorted(toy.saved()) == [4, 8, 12, 14]
+    with pytest.raises(UserError, match=r"config\.checkpoint\.keep_every = 3: must be 0, or a multiple of .*every, 2"):
+        tiny(checkpoint__every=2, checkpoint__keep_every=3)
 
 
 def test_fewer_steps_than_saved_changes_nothing(toy):
@@ -120,6 +133,68 @@ def test_sigterm_saves_the_running_step_and_the_same_command_goes_on(toy, capsys
     toy.at.clear()
     assert toy.train(num_steps=9, every=1000) == 0
     assert toy.losses() == [(step, float(step)) for step in range(1, 10)]
+
+
+def test_ctrl_c_saves_the_running_step_and_the_same_command_goes_on(toy, capsys):
+    before = signal.getsignal(signal.SIGINT)
+    toy.at[5] = lambda: (os.kill(os.getpid(), signal.SIGINT), time.sleep(0.2))
+    assert toy.train(num_steps=9, every=1000) == INTERRUPTED == 130
+    assert capsys.readouterr().out.splitlines()[-1].startswith("stopped by Ctrl-C; saved step 5")
+    assert sorted(toy.saved()) == [5]
+    assert signal.getsignal(signal.SIGINT) == before
+    toy.at.clear()
+    assert toy.train(num_steps=9, every=1000) == 0
+    assert toy.losses() == [(step, float(step)) for step in range(1, 10)]
+
+
+INTERRUPTED_TWICE = """
+import os, signal, sys, time
+import jax.numpy as jnp
+from ecdit.command_line import run_command
+from ecdit.training.loop import StopRequests
+
+def main(argv):
+    if "early" in argv:
+        os.kill(os.getpid(), signal.SIGINT)  # while the run is set up
+        time.sleep(60)
+    StopRequests()
+    for _ in range(2):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.2)
+        print("still there", flush=True)
+    time.sleep(60)
+
+run_command(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("when", "out", "err"),
+    [("early", "", "interrupted\n"), ("", "still there\n", "interrupted twice: ended without a save\n")],
+)
+def test_a_second_ctrl_c_ends_the_process_at_once(when, out, err, cpu_env):
+    begin = time.monotonic()
+    done = run([sys.executable, "-c", INTERRUPTED_TWICE, *when.split()], cpu_env())
+    assert (done.returncode, done.stdout, done.stderr) == (INTERRUPTED, out, err)
+    assert time.monotonic() - begin < 50
+
+
+def test_a_trace_neither_begins_nor_ends_beside_a_running_save(toy, monkeypatch):
+    """The profiler has crashed the process there."""
+    found = []
+
+    class AsyncSaver(training_run.AsyncSaver):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            monkeypatch.setattr(profiling.jax.profiler, "start_trace", lambda _: found.append(("start", self.running)))
+            monkeypatch.setattr(profiling.jax.profiler, "stop_trace", lambda: found.append(("stop", self.running)))
+
+        def check(self):
+            """Lets the save run as long as nobody waits for it."""
+
+    monkeypatch.setattr(training_run, "AsyncSaver", AsyncSaver)
+    assert toy.train(num_steps=5, every=1, train__profile_start=2, train__profile_steps=2) == 0
+    assert found == [("start", None), ("stop", None)]
 
 
 def test_sigterm_in_the_last_step_is_a_finished_run(toy):

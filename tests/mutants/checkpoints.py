@@ -180,13 +180,13 @@ MUTANTS = (
     ),
     Mutant(
         _RUN,
-        "experiment.next_row(step), fingerprint",
-        "experiment.next_row(step - 1), fingerprint",
+        "        next_row=experiment.next_row(step),",
+        "        next_row=experiment.next_row(step - 1),",
         _loop("test_keep_leaves_the_newest"),
     ),
     Mutant(
         _LOOP,
-        "        hooks.after_step()\n",
+        "        hooks.after_step(step)\n",
         "        pass\n",
         _loop("test_the_saver_is_asked_every_step"),
         "failed saves are told of at the next save, hours later",
@@ -199,8 +199,8 @@ MUTANTS = (
     ),
     Mutant(
         "ecdit/reporting/metrics_file.py",
-        'row["step"] <= step]',
-        'row["step"] < step]',
+        'if row is not None and row["step"] <= step}',
+        'if row is not None and row["step"] < step}',
         ("tests/reporting/test_reporter.py::test_a_resumed_run_keeps_the_lines_up_to_its_step",),
     ),
     Mutant(
@@ -211,8 +211,8 @@ MUTANTS = (
     ),
     Mutant(
         "ecdit/training/watchdog.py",
-        "seconds = self.seconds * (PATIENCE if slow else 1)",
-        "seconds = self.seconds",
+        "self.now = phase, what, time.monotonic() + self.limits[phase]",
+        'self.now = phase, what, time.monotonic() + self.limits["step"]',
         ("tests/training/test_watchdog.py::test_a_phase_that_takes_too_long_ends_the_process_by_name",),
         "a run is ended while it compiles, and after every restart again",
     ),

@@ -252,3 +252,37 @@ def test_a_writer_that_fails_stops_the_run_and_is_closed(tmp_path):
         reporter.report(5, METRICS, 0.0)
     reporter.close()
     assert writer.closed
+
+
+GARBLED = (
+    b'{"step": 1, "x": 1}\n\xff\xfe\n{"step": 3, "x": 1}\n{"step": 3, "x": 2}\n{"step": 2, "x": "\xff"}\n{"step": 6}\n'
+)
+
+
+def test_garbled_and_doubled_lines_are_repaired_and_gaps_are_told(tmp_path, capsys):
+    """A byte that is no UTF-8 once stopped every restart."""
+    (tmp_path / "metrics.jsonl").write_bytes(GARBLED)
+    assert read_lines(tmp_path) == [{"step": 1, "x": 1}, {"step": 3, "x": 2}, {"step": 6}]
+    make_reporter(tmp_path, 7).close()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b'{"step": 1, "x": 1}\n{"step": 3, "x": 2}\n{"step": 6}\n'
+    (said,) = capsys.readouterr().out.splitlines()
+    assert said.startswith(f"{tmp_path}/metrics.jsonl lacks the lines of steps 2, 4-5, 7: ")
+
+
+def test_gaps_between_the_parts_of_a_bucket_are_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(lines, "is_remote", lambda path: True)
+    (tmp_path / "metrics").mkdir()
+    (tmp_path / "metrics/00000001.jsonl").write_text('{"step": 1}\n{"step": 2}\n')
+    (tmp_path / "metrics/00000005.jsonl").write_text('{"step": 5}\n')
+    said = []
+    open_lines(tmp_path, 5, said.append)
+    assert [line.partition(":")[0] for line in said] == [f"{tmp_path}/metrics lacks the lines of steps 3-4"]
+
+
+def test_a_file_without_a_fault_is_left_as_it_is(tmp_path):
+    """Else a long run would write gigabytes at each start."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(BEFORE)
+    before = path.stat().st_ino
+    assert drop_lines_after(path, 3) == [1, 2, 3]
+    assert path.stat().st_ino == before

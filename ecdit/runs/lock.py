@@ -1,0 +1,200 @@
+"""Keeps a second trainer out of a workdir; sampling and evaluation only read, and take no lock.
+
+On a disk the first process holds a lock of the kernel (flock) on `trainer.lock`, which ends with the process however it
+ends. In a bucket it holds a lease: the object `trainer.lock`, written on the condition that nobody else has written it,
+and renewed every minute. A lease that was not renewed for five minutes has ended.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import errno
+import fcntl
+import json
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+
+from ecdit.errors import UserError
+from ecdit.files import is_remote, writing
+from ecdit.multihost import anywhere
+from ecdit.storage import make_directory, read_generation, reading, replace_generation, seconds_since_change
+
+LOCK = "trainer.lock"
+LEASE_SECONDS, RENEW_SECONDS = 300.0, 60.0
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS)
+
+
+class LockedError(UserError):
+    """Another trainer has the workdir."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Holder:
+    """The process that trains in a workdir."""
+
+    host: str
+    pid: int
+    since: str
+    machine: str  # where the process ID counts: the machine's boot, and its namespace of process IDs
+    token: str  # unique to this start
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}, since {self.since}"
+
+    def has_ended(self) -> bool:
+        """Returns whether it is sure that the process runs no more; False where another machine cannot be asked."""
+        if self.machine != _machine() or not self.machine:
+            return False
+        return self.pid == os.getpid() or not Path(f"/proc/{self.pid}").exists()
+
+
+@contextlib.contextmanager
+def locked(workdir: Path, say: Callable[[str], None]) -> Iterator[Callable[[], None]]:
+    """Holds the lock of a workdir on the first process. Collective.
+
+    Yields a function that raises LockedError if another trainer has taken the workdir over; call it every step.
+
+    Raises:
+      LockedError: another trainer has it, on all processes.
+    """
+    with contextlib.ExitStack() as stack:
+        problem, check = None, _nothing
+        if jax.process_index() == 0:
+            try:
+                if is_remote(workdir):
+                    check = stack.enter_context(contextlib.closing(Lease(workdir, say))).check
+                else:
+                    stack.enter_context(_file_lock(workdir, say))
+            except UserError as error:
+                problem = str(error)
+        if problem := anywhere(problem):
+            raise LockedError(f"{problem} lock {workdir}" if problem.endswith("cannot") else problem)
+        yield check
+
+
+@contextlib.contextmanager
+def _file_lock(workdir: Path, say: Callable[[str], None]) -> Iterator[None]:
+    path = workdir / LOCK
+    with contextlib.ExitStack() as stack:
+        with writing(path):
+            make_directory(workdir)
+            file = stack.enter_context(path.open("a+"))
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise _taken(workdir, _holder(file.read())) from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise UserError(f"{path} cannot be locked: {error}") from error
+            say(f"{workdir} is on a file system without locks: nothing keeps a second trainer out of it")
+        with writing(path):
+            file.truncate(0)
+            file.write(_text(_own()))
+            file.flush()
+        yield
+
+
+class Lease:
+    """The lease of a workdir in a bucket, which a thread renews until it is closed."""
+
+    def __init__(self, workdir: Path, say: Callable[[str], None]):
+        """Takes the lease; waits for the end of one whose holder may have been killed.
+
+        Raises:
+          LockedError: another trainer holds and renews it.
+        """
+        self.workdir, self.path, self.own = workdir, workdir / LOCK, _own()
+        self.lost: Holder | None = None
+        with reading(workdir):
+            self.generation = self._take(say)
+        self.closed = threading.Event()
+        self.thread = threading.Thread(target=self._renew, name="lease", daemon=True)
+        self.thread.start()
+
+    def check(self) -> None:
+        """Raises LockedError if another trainer has taken the lease, which it can only after five minutes' silence."""
+        if self.lost is not None:
+            raise LockedError(f"{self.workdir} was taken over by {self.lost}, as this run's lease was not renewed")
+
+    def close(self) -> None:
+        """Ends the lease."""
+        self.closed.set()
+        self.thread.join()
+        if self.lost is None:
+            with contextlib.suppress(Exception):  # it ends by itself
+                replace_generation(self.path, None, self.generation)
+
+    def _take(self, say: Callable[[str], None]) -> bytes:
+        first: bytes | None = None
+        while True:
+            data, generation = read_generation(self.path)
+            holder = None if data is None else _holder(data.decode(errors="replace"))
+            if first not in (None, generation) and data is not None:
+                raise _taken(self.workdir, holder)  # it was renewed
+            left = 0.0
+            if data is not None and not (holder and holder.has_ended()):
+                left = LEASE_SECONDS - seconds_since_change(self.path, self.workdir)
+            if left <= 0:
+                taken = replace_generation(self.path, _text(self.own).encode(), generation)
+                if taken is not None:
+                    return taken
+                continue  # another process was faster
+            if first is None:
+                say(f"{self.workdir} is leased by {holder}: waiting {left:.0f} s, unless the lease is renewed")
+            first = generation
+            time.sleep(min(left, RENEW_SECONDS / 4))
+
+    def _renew(self) -> None:
+        while not self.closed.wait(RENEW_SECONDS):
+            with contextlib.suppress(Exception):  # the bucket is away: what it holds decides when it is back
+                renewed = replace_generation(self.path, _text(self.own).encode(), self.generation)
+                if renewed is None:
+                    data, renewed = read_generation(self.path)
+                    holder = None if data is None else _holder(data.decode(errors="replace"))
+                    if holder is not None and holder.token != self.own.token:
+                        self.lost = holder
+                        return
+                self.generation = renewed
+
+
+def _nothing() -> None:
+    """A lock of the kernel cannot be lost."""
+
+
+def _taken(workdir: Path, holder: Holder | None) -> LockedError:
+    whose = f" ({holder})" if holder else ""
+    return LockedError(
+        f"{workdir} is in use by another trainer{whose}: one at a time; end it, or use another --workdir"
+    )
+
+
+def _own() -> Holder:
+    now = datetime.datetime.now(datetime.UTC)
+    return Holder(socket.gethostname(), os.getpid(), f"{now:%Y-%m-%d %H:%M:%S} UTC", _machine(), secrets.token_hex(8))
+
+
+def _machine() -> str:
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
+def _text(holder: Holder) -> str:
+    return json.dumps(dataclasses.asdict(holder)) + "\n"
+
+
+def _holder(text: str) -> Holder | None:
+    try:
+        return Holder(**json.loads(text))
+    except (ValueError, TypeError):
+        return None

@@ -1,0 +1,106 @@
+"""Hosts that would not train the same: found before the first step, by all of them."""
+
+import sys
+
+import pytest
+
+from ecdit.config import to_dict
+from ecdit.multihost import differing
+from ecdit.runs.provenance import facts_of_a_host
+from launch.local import launch
+from tests.runs import tiny
+
+SOURCES = "ecdit's sources"
+# A run of the toy; its data differs between the processes.
+DIFFERENT = """
+import sys
+from pathlib import Path
+import jax
+from ecdit import runtime
+from ecdit.command_line import run_command
+from tests.checkpoints.toy import Toy
+
+class Different(Toy):
+    def workload(self, experiment):
+        import dataclasses
+        prepared = lambda: [f"data of {jax.process_index() * int(sys.argv[2])}"]
+        return dataclasses.replace(super().workload(experiment), prepare_data=prepared)
+
+def main(argv):
+    runtime.configure(runtime.RuntimeConfig((), (), False, "", distributed=False, heartbeat_seconds=100))
+    code = Different(Path(sys.argv[1])).train(num_steps=2, every=2, mesh__data=2)
+    print("ENDED", code, flush=True)
+
+run_command(main)
+"""
+
+
+@pytest.mark.parametrize("differ", [1, 0])
+def test_hosts_with_different_data_end_before_the_first_step_and_say_so(tmp_path, monkeypatch, differ):
+    for name in ("XLA_FLAGS", "JAX_NUMPY_RANK_PROMOTION"):
+        monkeypatch.delenv(name, raising=False)
+    command = [sys.executable, "-c", DIFFERENT, str(tmp_path / "run"), str(differ)]
+    code = launch(command, processes=2, devices=1, log_dir=tmp_path / "logs")
+    logs = [(tmp_path / f"logs/process_{i}.log").read_text() for i in range(2)]
+    assert (code != 0) == bool(differ), logs
+    if differ:
+        for log in logs:
+            assert "error: the hosts would not train the same:\n  data of phase 1: process 1 (host " in log
+            assert "has data of 1, most have data of 0 " in log
+        assert not (tmp_path / "run").exists()
+    else:
+        assert "ENDED 0" in logs[0]
+
+
+def test_the_line_names_the_odd_host_and_what_differs():
+    facts = facts_of_a_host(to_dict(tiny()), ["f" * 64], "v" * 64)
+    others = [facts_of_a_host(to_dict(tiny(seed=1)), ["f" * 64], "v" * 64), facts | {SOURCES: "0" * 12}]
+    processes = [{"host": f"h{n}", "facts": each} for n, each in enumerate([facts, facts, *others, facts])]
+    assert differing(processes[:2]) == []
+    assert differing(processes) == [
+        "config.seed: process 2 (host h2) has 1, most have 0 (as host h0)",
+        f"ecdit's sources: process 3 (host h3) has 000000000000, most have {facts[SOURCES]} (as host h0)",
+    ]
+
+
+def test_data_code_versions_and_every_key_of_the_config_are_compared():
+    facts = facts_of_a_host(to_dict(tiny()), ["a" * 64, "b" * 64], "v" * 64)
+    assert {"data of phase 1", "data of phase 2", "vocabulary", SOURCES, "version of jax"} < facts.keys()
+    flags = ("--xla_a=1", f"--xla_{'b' * 90}")  # too long to be shown
+    changed = facts_of_a_host(to_dict(tiny(runtime__xla_flags=flags)), ["a" * 64, "b" * 64], "v" * 64)
+    assert [name for name in facts if facts[name] != changed[name]] == ["config.runtime.xla_flags"]
+
+
+INTERRUPTED = """
+import os, signal, sys, time
+from pathlib import Path
+import jax
+from ecdit import runtime
+from ecdit.command_line import run_command
+from tests.checkpoints.toy import Toy
+
+def main(argv):
+    runtime.configure(runtime.RuntimeConfig((), (), False, "", distributed=False, heartbeat_seconds=100))
+    toy = Toy(Path(sys.argv[1]))
+    for n in range(1, 400):
+        toy.at[n] = lambda: time.sleep(0.05)
+    if jax.process_index() == 1:
+        toy.at[20] = lambda: os.kill(os.getpid(), signal.SIGINT)
+    code = toy.train(num_steps=300, every=1000, mesh__data=2)
+    print("ENDED", code, flush=True)
+
+run_command(main)
+"""
+
+
+def test_ctrl_c_to_one_of_two_processes_saves_the_same_step_on_both(tmp_path, monkeypatch):
+    for name in ("XLA_FLAGS", "JAX_NUMPY_RANK_PROMOTION"):
+        monkeypatch.delenv(name, raising=False)
+    command = [sys.executable, "-c", INTERRUPTED, str(tmp_path / "run")]
+    assert launch(command, processes=2, devices=1, log_dir=tmp_path / "logs") == 0
+    logs = [(tmp_path / f"logs/process_{i}.log").read_text() for i in range(2)]
+    assert "ENDED 42" in logs[0], logs[0]
+    assert "ENDED 130" in logs[1], logs[1]
+    (step,) = (int(path.name) for path in (tmp_path / "run/checkpoints").iterdir())
+    assert 20 <= step < 300
+    assert f"stopped by a signal; saved step {step}" in logs[0]

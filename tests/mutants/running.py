@@ -1,0 +1,171 @@
+"""Mutants of what guards a run: locks, lost checkpoints, records, errors of reading, hosts, replays."""
+
+from tests.mutants.mutant import Mutant
+
+_READ, _COMPATIBLE = "ecdit/checkpoints/read_errors.py", "ecdit/checkpoints/compatibility.py"
+_LOCK, _LOST, _LEDGER = (f"ecdit/runs/{name}.py" for name in ("lock", "lost_checkpoints", "ledger"))
+_REPLAY, _RUN, _LOOP = "ecdit/runs/replay.py", "ecdit/runs/training_run.py", "ecdit/training/loop.py"
+
+
+def _tests(file: str, *names: str) -> tuple[str, ...]:
+    return tuple(f"tests/{file}.py::{name}" for name in names)
+
+
+MUTANTS = (
+    Mutant(
+        _READ,
+        "    if isinstance(error, _FAULTS) or (number is not None and number not in _MISSING):",
+        "    if isinstance(error, _FAULTS):",
+        _tests("checkpoints/test_read_errors", "test_only_data_that_is_missing_or_cannot_be_decoded_is_damage"),
+        "a valid checkpoint on a failing disk is moved away",
+    ),
+    Mutant(
+        _READ,
+        "            if is_damage(error) and _exists(directory):",
+        "            if is_damage(error):",
+        _tests("checkpoints/test_read_errors", "test_what_is_raised_names_the_checkpoint"),
+        "a disk that is unmounted makes every checkpoint damaged",
+    ),
+    Mutant(
+        "ecdit/checkpoints/resume.py",
+        "    if fault := anywhere(fault):",
+        "    if (fault := anywhere(fault)) and damaged:",
+        _tests("checkpoints/test_read_errors", "test_a_disk_that_cannot_be_read_moves_no_checkpoint"),
+    ),
+    Mutant(
+        "ecdit/files.py",
+        '    scratch = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")',
+        '    scratch = path.with_name(f".{path.name}.tmp")',
+        _tests("test_files", "test_two_writers_of_a_file_tear_nothing"),
+    ),
+    Mutant(
+        "ecdit/files.py",
+        "            sync(scratch)  # or a power failure could leave the new name with an empty file\n",
+        "",
+        _tests("test_files", "test_contents_are_on_the_disk_before_the_name_and_the_name_before_it_returns"),
+    ),
+    Mutant(
+        "ecdit/reporting/metrics_file.py",
+        "    except ValueError:  # of JSON or of UTF-8",
+        "    except json.JSONDecodeError:",
+        _tests("reporting/test_reporter", "test_garbled_and_doubled_lines_are_repaired_and_gaps_are_told"),
+        "a garbled byte stops every restart",
+    ),
+    Mutant(
+        _LOCK,
+        "            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)",
+        "            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)",
+        _tests("ecdit_runs/test_lock", "test_a_second_trainer_is_refused_and_harms_nothing"),
+        "two trainers mix their checkpoints",
+    ),
+    Mutant(
+        _LOCK,
+        "if holder is not None and holder.token != self.own.token:",
+        "if holder is None:",
+        _tests("ecdit_runs/test_lock", "test_in_a_bucket_a_trainer_that_lost_its_lease_stops"),
+        "a trainer that was cut off writes into another one's run",
+    ),
+    Mutant(
+        "ecdit/storage.py",
+        "    written = _key_value_store(path).write(path.name, data, if_equal=generation).result()",
+        "    written = _key_value_store(path).write(path.name, data).result()",
+        _tests("ecdit_runs/test_lock", "test_in_a_bucket_one_of_two_at_once_gets_the_lease"),
+        "two trainers that start at once both get the lease",
+    ),
+    Mutant(
+        _LOCK,
+        "            if data is not None and not (holder and holder.has_ended()):",
+        "            if data is not None and holder and not holder.has_ended():",
+        _tests("ecdit_runs/test_lock", "test_in_a_bucket_a_garbled_lease_is_waited_for"),
+    ),
+    Mutant(
+        _LOST,
+        "    if saved == 0 and last <= 2 * save_every:",
+        "    if saved == 0:",
+        _tests("ecdit_runs/test_lost_checkpoints", "test_metrics_alone_show_that_there_was_a_checkpoint"),
+        "a run whose checkpoints vanished starts over and loses its metrics",
+    ),
+    Mutant(
+        _RUN,
+        "            if not accepted.start_over:",
+        "            if accepted.start_over:",
+        _tests("ecdit_runs/test_lost_checkpoints", "test_the_same_command_refuses_and_changes_nothing"),
+    ),
+    Mutant(
+        _COMPATIBLE,
+        "    if saved.next_row != next_row:",
+        "    if saved.next_row > next_row > saved.next_row:",
+        _tests("ecdit_runs/test_provenance", "test_another_data_position_than_the_config_gives_is_refused"),
+        "a run sees some of its data twice",
+    ),
+    Mutant(
+        _COMPATIBLE,
+        "    if other and not allow:",
+        "    if other and allow:",
+        _tests("ecdit_runs/test_provenance", "test_another_version_of_what_orders_the_data_is_refused_unless_accepted"),
+    ),
+    Mutant(
+        _COMPATIBLE,
+        "    if saved.vocabulary != vocabulary:",
+        "    if saved.vocabulary and not vocabulary:",
+        _tests("ecdit_runs/test_provenance", "test_weights_of_another_vocabulary_are_refused"),
+        "a run starts from weights for which every word is another one",
+    ),
+    Mutant(
+        _RUN,
+        "    if differences := host_differences(facts):",
+        "    if (differences := host_differences(facts)) and not facts:",
+        _tests("ecdit_runs/test_hosts", "test_hosts_with_different_data_end_before_the_first_step_and_say_so"),
+        "hosts train on different data",
+    ),
+    Mutant(
+        _LOOP,
+        "            self.interrupted = self.signalled = True",
+        "            self.interrupted = True",
+        _tests("ecdit_runs/test_training_run", "test_ctrl_c_saves_the_running_step_and_the_same_command_goes_on"),
+    ),
+    Mutant(
+        "ecdit/reporting/profiling.py",
+        "            self.running = False\n            self.settle()\n",
+        "            self.running = False\n",
+        _tests("ecdit_runs/test_training_run", "test_a_trace_neither_begins_nor_ends_beside_a_running_save"),
+        "the profiler crashes the process while a save runs",
+    ),
+    Mutant(
+        "ecdit/checkpoints/restore.py",
+        "    return ocp.checkpoint_managers.AnyPreservationPolicy([newest, milestones])",
+        "    return milestones",
+        _tests("ecdit_runs/test_training_run", "test_keep_every_leaves_those_of_every_so_many_steps_too"),
+    ),
+    Mutant(
+        _LEDGER,
+        "    before = [step for step in marks if step <= resumed]",
+        "    before = list(marks)",
+        _tests("ecdit_runs/test_goodput", "test_a_start_that_goes_on_from_before_an_earlier_one_loses_both"),
+    ),
+    Mutant(
+        _LEDGER,
+        "        self.record = Record(now - age, now, 0, {\"start\": age}, {})",
+        "        self.record = Record(now, now, 0, {}, {})",
+        _tests("ecdit_runs/test_goodput", "test_every_second_is_booked_by_another_clock"),
+        "the imports of JAX are in no account",
+    ),
+    Mutant(
+        _REPLAY,
+        "    first, again = (device_sums(gradients(state, batch)) for _ in range(2))",
+        "    first = again = device_sums(gradients(state, batch))",
+        _tests("ecdit_runs/test_replay", "test_a_computation_that_went_wrong_once_names_step_and_device"),
+    ),
+    Mutant(
+        _REPLAY,
+        "            groups.setdefault(str(index), []).append(device)",
+        "            groups.setdefault(str(device), []).append(device)",
+        _tests("ecdit_runs/test_replay", "test_a_copy_of_a_parameter_that_has_changed_names_its_device"),
+    ),
+    Mutant(
+        "ecdit/runs/host_times.py",
+        "    return [time.whole - (time.step - shortest) for time in times]",
+        "    return [time.whole for time in times]",
+        _tests("ecdit_runs/test_host_times", "test_by_hand"),
+    ),
+)  # fmt: skip
