@@ -8,12 +8,12 @@ import os
 from importlib import metadata
 from pathlib import Path
 
-import ecdit
 from ecdit.config import to_dict
 from ecdit.experiment import Experiment
 from ecdit.files import is_remote, replace_text
 from ecdit.planning.compiler import Target, What
 from ecdit.planning.plan import Plan, make_plan
+from ecdit.runs.checked import code_digest
 from ecdit.system import user_files
 
 _LIBRARIES = ("jax", "jaxlib", "libtpu", "flax", "optax")
@@ -43,7 +43,7 @@ def _path(experiment: Experiment, target: Target, what: What) -> Path | None:
     if not directory or is_remote(directory):
         return None
     versions = {name: _version(name) for name in _LIBRARIES}
-    follows_from = [to_dict(experiment), user_files(experiment.denoiser), target.name, what, versions, _code()]
+    follows_from = [to_dict(experiment), user_files(experiment.denoiser), target.name, what, versions, code_digest()]
     digest = hashlib.sha256(json.dumps(follows_from, sort_keys=True).encode()).hexdigest()[:32]
     return Path(os.path.expanduser(directory)) / "plans" / f"{digest}.json"
 
@@ -53,11 +53,3 @@ def _version(name: str) -> str:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return ""
-
-
-def _code() -> str:
-    """Returns a hash of ecdit's sources: a version number does not tell two states of a checkout apart."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(ecdit.__file__).parent.rglob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()

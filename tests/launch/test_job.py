@@ -162,6 +162,13 @@ def test_a_pod_needs_files_that_its_hosts_have(path):
         check_pod(dataclasses.replace(made, files=("configs/ec_dit.py", path)), experiment(), config)
 
 
+@pytest.mark.parametrize("key", ["workdir", "override"])
+def test_a_value_with_a_newline_is_refused(key):
+    values = {"workdir": "gs://bucket/a\nb"} if key == "workdir" else {"train__wandb_project": "a\nb"}
+    with pytest.raises(LaunchError, match="must have no control characters"):
+        job("v5p-256", **values)
+
+
 def test_a_job_has_the_files_that_its_config_names():
     assert job("v5p-256").files == ("configs/ec_dit.py",)
 
