@@ -58,4 +58,4 @@ def _export(workdir: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, words=True)

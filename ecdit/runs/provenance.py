@@ -10,9 +10,8 @@ import jax
 import ecdit
 from ecdit.errors import UserError
 from ecdit.files import replace_text
-from ecdit.runs.trained_run import CONFIG_FILE
+from ecdit.runs.trained_run import CONFIG_FILE, OVERRIDES_FILE
 
-OVERRIDES_FILE = "overrides.json"
 LIBRARIES = ("jax", "flax", "optax", "orbax-checkpoint", "grain")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from jax.sharding import Mesh
 
+import ecdit
 from ecdit import runtime
 from ecdit.checkpoints.restore import CheckpointError, open_reader, read_meta, restore_ema
 from ecdit.config import ConfigError, require
@@ -20,6 +21,7 @@ from ecdit.storage import reading
 from ecdit.system import Params, System, make_system, user_files
 
 CONFIG_FILE = "config.json"
+OVERRIDES_FILE = "overrides.json"  # a list of the run's starts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +86,13 @@ def saved_experiment(workdir: Path, overrides: Sequence[str] = ()) -> Experiment
         raise CheckpointError(f"{workdir} is no run's workdir: {error}") from None
     if not isinstance(values, dict):
         raise CheckpointError(f"{workdir} is no run's workdir: its {CONFIG_FILE} is no config")
+    try:
+        make_experiment(values)
+    except ConfigError as error:
+        raise CheckpointError(
+            f"{workdir / CONFIG_FILE}, which ecdit {_version(workdir)} wrote, is no config of ecdit {ecdit.__version__}: "
+            f"{error}"
+        ) from None
     for override in overrides:
         key, separator, text = override.partition("=")
         *groups, name = key.split(".")
@@ -94,6 +103,14 @@ def saved_experiment(workdir: Path, overrides: Sequence[str] = ()) -> Experiment
         require(found, key, text, "no such key of the run's config; write key=value")
         group[name] = text if isinstance(group[name], str) else _json(key, text)
     return make_experiment(values)
+
+
+def _version(workdir: Path) -> str:
+    """Returns the version of ecdit that started the run last, as its record says."""
+    try:
+        return str(json.loads((workdir / OVERRIDES_FILE).read_text())[-1]["versions"]["ecdit"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return "(unknown version)"
 
 
 def sample_run(
