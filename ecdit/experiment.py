@@ -13,6 +13,7 @@ from ecdit.config import RESUME, ConfigError, build, changeable, require, to_dic
 from ecdit.data.tasks import DataConfig
 from ecdit.diffusion.flow import FlowConfig
 from ecdit.encoders.text_tower import TextConfig
+from ecdit.files import is_remote
 from ecdit.partitioning import MeshConfig, batch_shards
 from ecdit.runtime import RuntimeConfig
 from ecdit.sampling.sampler import SamplingConfig, check_sampling
@@ -73,6 +74,12 @@ class Experiment:
             "data.image_size",
             self.data.image_size,
             f"the model and its autoencoder take images of {self.system.image_size} pixels",
+        )
+        require(
+            not is_remote(self.data.directory),
+            "data.directory",
+            self.data.directory,
+            "must be a directory: mount the bucket, by launch.tpu's --data or by gcsfuse",
         )
         images = self.system.has_images
         require(
