@@ -11,8 +11,9 @@ import jax
 from ecdit.config import ConfigError
 from ecdit.experiment import Experiment, check_mesh
 from ecdit.partitioning import MeshConfig, abstract_mesh, batch_shards
-from ecdit.planning.cache import cached_plan
+from ecdit.planning.cache import largest, plan_phases
 from ecdit.planning.compiler import DoesNotFit, find_target, use_compiler
+from ecdit.planning.table import known_better
 from ecdit.runs.checked import describe_checked
 from ecdit.system import make_system, user_files
 from ecdit.topology import Slice
@@ -70,6 +71,7 @@ def make_job(
         f"{together} at a time compete for experts",
         checkpoint_bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)),
         checked=describe_checked(experiment),
+        better=known_better(origin, experiment, where, slices),
     )
 
 
@@ -115,7 +117,7 @@ def check_plan(job: Job, experiment: Experiment) -> None:
     laid_out = dataclasses.replace(experiment, mesh=MeshConfig(**job.mesh))
     print(f"planning for {target.name}: --skip-plan does without", flush=True)
     try:
-        plan = cached_plan(laid_out, target)
+        plan = largest(plan_phases(laid_out, target))
     except DoesNotFit as error:
         raise LaunchError(
             f"--accelerator: the step does not fit {target.name}: {error}\n`python -m ecdit.plan "

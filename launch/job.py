@@ -40,6 +40,7 @@ class Job:
     batch: str  # for people
     checkpoint_bytes: int
     checked: Mapping[str, Any]  # what was checked, as `checked.describe_checked` returns it
+    better: str  # for people: a layout that is known to be faster; "" for none
 
     def checked_flag(self, changes: Mapping[str, Any] | None = None) -> str:
         """Returns the flag by which the trainer refuses all but what was checked.
@@ -112,4 +113,5 @@ def describe(job: Job) -> list[str]:
         f"mesh        {sizes}",
         f"batch       {job.batch}",
         f"checkpoint  {job.checkpoint_bytes / 1e9:.1f} GB, {job.checkpoint_bytes / job.hosts / 1e9:.1f} GB a host",
+        *([f"faster      {job.better}"] if job.better else []),
     ]

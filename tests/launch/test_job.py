@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import types
 
 import pytest
 
@@ -109,6 +110,23 @@ def test_the_command_is_the_one_that_one_would_type():
         "--config.train.batch_size=8192",
     )
     assert " ".join(made.train_flags) in describe(made)[0]
+
+
+def test_a_faster_mesh_that_is_known_is_told():
+    (line,) = (line for line in describe(job("v5p-256")) if line.startswith("faster "))
+    assert "--config.mesh.expert=16" in line
+    assert not [line for line in describe(job("v5p-256", mesh__expert=16)) if line.startswith("faster ")]
+
+
+def test_the_documents_phases_go_on_xl_32e():
+    """All phases are checked against the slice, as `ecdit.plan` and the launcher do."""
+    (example,) = re.findall(r"```python\n(config\.phases.*?)```", (ROOT / "docs/configs.md").read_text(), re.DOTALL)
+    config = types.SimpleNamespace()
+    exec(example, {"config": config})
+    phased = experiment("XL-32E", phases=config.phases)
+    for accelerator in ("v5p-128", "v5p-256"):
+        check_mesh(phased, abstract_mesh(phased.mesh, find_slice(accelerator).devices))
+    assert [phase.experiment.data.image_size for phase in phased.resolved_phases()] == [256, 256, 512]
 
 
 def test_a_checkpoint_has_16_bytes_a_trained_parameter_and_4_a_frozen_one():
