@@ -79,17 +79,8 @@ def _path(experiment: Experiment, target: Target, what: What) -> Path | None:
     directory = experiment.runtime.compilation_cache
     if not directory or is_remote(directory):
         return None
-    versions = {name: _version(name) for name in _LIBRARIES}
-    given = {name: os.environ.get(name, "") for name in _FLAGS}
-    follows_from = [
-        to_dict(experiment),
-        user_files(experiment.denoiser),
-        target.name,
-        what,
-        versions,
-        given,
-        code_digest(),
-    ]
+    compiler = {name: _version(name) for name in _LIBRARIES} | {name: os.environ.get(name, "") for name in _FLAGS}
+    follows_from = [to_dict(experiment), user_files(experiment.denoiser), target.name, what, compiler, code_digest()]
     digest = hashlib.sha256(json.dumps(follows_from, sort_keys=True).encode()).hexdigest()[:32]
     return Path(os.path.expanduser(directory)) / "plans" / f"{digest}.json"
 
