@@ -51,6 +51,8 @@ def _list(workdir: Path) -> None:
 def _export(workdir: Path) -> None:
     if not OUT.value or not OUT.value.endswith(".safetensors"):
         raise UserError(f"--out={OUT.value}: name a .safetensors file")
+    if Path(OUT.value).exists():
+        raise UserError(f"--out={OUT.value}: exists already; take another name, or delete it first")
     run = open_run(workdir, step=STEP.value, draw=False)
     metadata = {"config": json.dumps(to_dict(run.experiment)), "step": str(run.step)}
     save_weights(run.params, Path(OUT.value), metadata)
@@ -58,4 +60,4 @@ def _export(workdir: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, words=True)

@@ -11,7 +11,7 @@ from absl import app, flags, logging
 
 from ecdit.config import ConfigError
 from ecdit.errors import UserError
-from ecdit.exit_codes import INTERRUPTED
+from ecdit.exit_codes import INTERRUPTED, OUTAGE
 
 if TYPE_CHECKING:
     import ml_collections
@@ -21,7 +21,12 @@ def define_config_flag() -> flags.FlagHolder:
     """Defines `--config=FILE.py[:ARGUMENT]` with its overrides `--config.a.b=value`."""
     from ml_collections import config_flags
 
-    return config_flags.DEFINE_config_file("config", None, "Experiment file, with an optional :argument.")
+    flag = config_flags.DEFINE_config_file(
+        "config", None, "Experiment file FILE.py[:ARGUMENT], which is executed; --config.a.b=value overrides a field."
+    )
+    # So that --help, which lists the flags of the command's own module, has it.
+    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS["config"])
+    return flag
 
 
 def config_values(flag: flags.FlagHolder) -> "ml_collections.ConfigDict":
@@ -69,16 +74,24 @@ def _origin(chosen: flags.Flag) -> dict[str, Any]:
     return {"config": config_flags.get_config_filename(chosen), "overrides": overrides}
 
 
-def run_command(main: Callable[[list[str]], None], known_only: bool = False) -> None:
+def run_command(main: Callable[[list[str]], None], known_only: bool = False, words: bool = False) -> None:
     """Runs a command: parses its flags, calls `main(remaining argv)`, and prints user errors without a traceback.
 
-    With `known_only`, undefined flags stay in the remaining argv. The exit code is 2 after a UserError or an OSError,
-    130 after Ctrl-C.
+    The exit code is 2 after a UserError or an OSError, OUTAGE if a bucket or the network stayed away,
+    and 130 after Ctrl-C.
+
+    Args:
+      main: the command.
+      known_only: whether undefined flags stay in the remaining argv.
+      words: whether the command takes arguments that are no flags; otherwise they are refused.
     """
 
     def quiet_main(argv: list[str]) -> None:
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)  # Orbax logs twenty lines a save
+        if len(argv) > 1 and not words and not known_only:
+            hint = f"; write --config.{argv[1]}" if "=" in argv[1] else ""
+            raise UserError(f"{argv[1]}: this command takes flags alone, which begin with --{hint}")
         main(argv)
 
     try:
@@ -91,15 +104,37 @@ def run_command(main: Callable[[list[str]], None], known_only: bool = False) -> 
         sys.stdout.flush()
         print(f"error: {error}", file=sys.stderr, flush=True)
         # Immediately, because threads of a failed save would print or fail while Python shuts down.
-        os._exit(2)
+        os._exit(_exit_code(error))
+
+
+def _plain(message: str) -> str:
+    """Returns absl's message, or a plainer one where a whole number is written as another number."""
+    found = re.fullmatch(r"flag --(config\.\S+)=(\S+): invalid literal for int\(\).*", message)
+    if not found:
+        return message
+    key, text = found.groups()
+    try:
+        exact = f", such as {int(float(text))}" if float(text).is_integer() else ""
+    except ValueError:
+        exact = ""
+    return f"{key} = {text}: must be a whole number, written in digits{exact}"
+
+
+def _exit_code(error: UserError | OSError) -> int:
+    from ecdit.storage import is_temporary  # not at the top: commands that need no bucket start sooner
+
+    return OUTAGE if is_temporary(error) else 2
 
 
 def _parse_flags(argv: list[str], values: flags.FlagValues = flags.FLAGS, known_only: bool = False) -> list[str]:
     """Parses flags by absl; its errors are long and do not name an unknown override, so it makes short ones of them."""
+    for word, after in zip(argv, [*argv[1:], "--"], strict=True):
+        if word in ("--config", "-config") and after.startswith("-"):
+            raise UserError("--config has no value: name a config file, such as --config=configs/emoji.py")
     try:
         return values(argv, known_only=known_only)
     except flags.Error as error:
-        raise UserError(str(error)) from None
+        raise UserError(_plain(str(error))) from None
     except (AttributeError, KeyError) as error:
         overrides = [argument.removeprefix("--config.") for argument in argv if argument.startswith("--config.")]
         unknown = re.sub(r"\W+", " ", str(error)).split()[0]

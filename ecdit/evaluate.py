@@ -49,4 +49,4 @@ if __name__ == "__main__":
         module.define_flags(flags.FLAGS)
         flags.adopt_module_key_flags(module)
     # Without a name no flag is defined, and an error should say that the name is missing rather than that a flag is.
-    run_command(main, known_only=module is None)
+    run_command(main, known_only=module is None, words=True)

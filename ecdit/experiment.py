@@ -14,6 +14,7 @@ from ecdit.data.config import DataConfig
 from ecdit.data.registry import module_sha256
 from ecdit.diffusion.flow import FlowConfig
 from ecdit.encoders.text_tower import TextConfig
+from ecdit.files import is_remote
 from ecdit.partitioning import MeshConfig, batch_shards
 from ecdit.runtime import RuntimeConfig
 from ecdit.sampling.sampler import SamplingConfig, check_sampling
@@ -74,6 +75,12 @@ class Experiment:
             "data.image_size",
             self.data.image_size,
             f"the model and its autoencoder take images of {self.system.image_size} pixels",
+        )
+        require(
+            not is_remote(self.data.directory),
+            "data.directory",
+            self.data.directory,
+            "must be a directory: mount the bucket, by launch.tpu's --data or by gcsfuse",
         )
         images = self.system.has_images
         require(

@@ -22,12 +22,13 @@ from ecdit.command_line import config_origin, config_values, define_config_flag,
 from ecdit.errors import UserError
 from ecdit.experiment import make_experiment
 from ecdit.files import check_writable, replace_text
-from ecdit.planning.cache import cached_plan
+from ecdit.planning.cache import cached_plan, largest, longest, plan_phases
 from ecdit.planning.compiler import DoesNotFit, find_target, use_compiler
 from ecdit.planning.counts import count, report, table_params
 from ecdit.planning.fitting import what_fits
 from ecdit.planning.plan import report as plan_report
-from ecdit.planning.table import row, write_rows
+from ecdit.planning.plan import report_phases
+from ecdit.planning.table import known_better, row, write_rows
 
 CONFIG = define_config_flag()
 JSON = flags.DEFINE_string("json", None, "File for the result.")
@@ -62,14 +63,18 @@ def main(argv: list[str]) -> None:
         return
     use_compiler()
     try:
-        plan = cached_plan(experiment, target, WHAT.value)
+        plans = plan_phases(experiment, target, WHAT.value)
     except DoesNotFit as error:
         write(values | {"fits": False, "topology": target.name, "error": str(error)})
         print(f"{target.name}: does not fit. {error}", flush=True)
         print(what_fits(experiment, target), flush=True)
         sys.exit(1)
-    print("\n".join(plan_report(plan)))
-    write(values | {"fits": True} | dataclasses.asdict(plan))
+    plan, largest_bytes = longest(plans), largest(plans).hbm_bytes_per_device
+    print("\n".join([*plan_report(plan), *report_phases(plans)]))
+    better = known_better(config_origin(CONFIG), experiment, target.slice, target.num_slices)
+    if better and WHAT.value == "train":
+        print(f"known to be faster  {better}")
+    write(values | {"fits": True} | dataclasses.asdict(plan) | {"largest_phase_hbm_bytes_per_device": largest_bytes})
 
 
 def write_table(config_file: Path) -> None:

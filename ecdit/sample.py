@@ -1,6 +1,8 @@
 """Samples a run's EMA weights: `python -m ecdit.sample --workdir=runs/emoji --prompt="a red heart" --out=pictures`."""
 
+import functools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +10,15 @@ from absl import flags
 from jaxtyping import UInt8
 from numpy import ndarray
 
+import ecdit
 from ecdit.command_line import run_command
+from ecdit.config import to_dict
+from ecdit.data.records import tokenize_captions
 from ecdit.errors import UserError
-from ecdit.files import check_writable
-from ecdit.runs.trained_run import open_run, sample_run, saved_experiment
-from ecdit.sampling.grids import save_grid, save_png
+from ecdit.files import check_writable, is_remote, replace_text
+from ecdit.runs.trained_run import Run, open_run, sample_run, saved_experiment
+from ecdit.sampling.grids import save_grid, save_png, write_png
+from ecdit.sampling.prompts import check_prompts
 from ecdit.sampling.routing_maps import draw_maps
 from ecdit.storage import as_path
 from ecdit.system import make_system
@@ -24,7 +30,8 @@ PROMPTS = flags.DEFINE_string("prompts", None, "A UTF-8 file with one prompt a l
 STEP = flags.DEFINE_integer("step", None, "Of the checkpoint; by default the newest.")
 REPEATS = flags.DEFINE_integer("repeats", 1, "Pictures of each prompt.", lower_bound=1)
 EXPERTS = flags.DEFINE_bool("experts", False, "Draw experts.png too: how many experts took each token.")
-SET = flags.DEFINE_multi_string("set", [], "KEY=VALUE for a key of the run's config, such as sampling.num_steps=25.")
+SET = flags.DEFINE_multi_string("set", [], "KEY=VALUE of the run's sampling, such as sampling.num_steps=25.")
+MANIFEST = "manifest.json"
 
 
 def read_prompts(prompt: str | None, file: str | None) -> list[str]:
@@ -57,33 +64,96 @@ def main(argv: list[str]) -> None:
     del argv
     prompts = [prompt for prompt in read_prompts(PROMPT.value, PROMPTS.value) for _ in range(REPEATS.value)]
     repeats = [i % REPEATS.value for i in range(len(prompts))]
-    out = Path(OUT.value)
+    for change in SET.value:
+        if not change.startswith("sampling."):
+            raise UserError(f"--set={change}: must be a key of sampling: other values are as the run was trained")
+    if is_remote(OUT.value):
+        raise UserError(f"--out={OUT.value}: must be a directory of this machine; copy it to the bucket afterwards")
+    workdir, out = as_path(WORKDIR.value), Path(OUT.value)
     check_writable(out / "grid.png")
-    if EXPERTS.value:
-        system = make_system(saved_experiment(as_path(WORKDIR.value), SET.value).system)
-        if not system.parts.denoiser.counts_experts():
-            raise UserError(f"--experts: the model of {WORKDIR.value} is dense, it has no experts to count")
-    run = open_run(as_path(WORKDIR.value), SET.value, STEP.value)
+    check_folder(out)
+    experiment = saved_experiment(workdir, SET.value)
+    if EXPERTS.value and not make_system(experiment.system).parts.denoiser.counts_experts():
+        raise UserError(f"--experts: the model of {WORKDIR.value} is dense, it has no experts to count")
+    for warning in check_prompts(functools.partial(tokenize_captions, experiment.data), prompts):
+        print(f"warning: {warning}", flush=True)
+    run = open_run(workdir, SET.value, STEP.value)
+    source = describe_source(run, WORKDIR.value, SET.value)
+    begin_folder(out, prompts, repeats, source)
     drawn = sample_run(run, prompts, repeats, with_experts=EXPERTS.value)
     pictures, counts = drawn if EXPERTS.value else (drawn, None)
-    source = {"workdir": WORKDIR.value, "step": run.step, "seed": run.experiment.sampling.seed}
-    write_pictures(out, pictures, prompts, repeats, source)
     if counts is not None:
-        draw_maps(pictures, prompts, counts).save(out / "experts.png")
+        write_png(draw_maps(pictures, prompts, counts), out / "experts.png")
+    write_pictures(out, pictures, prompts, repeats, source)
     print(f"{len(prompts)} pictures of step {run.step} in {out}")
+
+
+def describe_source(run: Run, workdir: str, changes: Sequence[str]) -> dict[str, Any]:
+    """Returns all that the pictures follow from beside prompts and repeats, for the manifest."""
+    return {
+        "workdir": workdir,
+        "step": run.step,
+        "checkpoint": run.checkpoint,
+        "weights": "ema",
+        "seed": run.experiment.sampling.seed,
+        "sampling": to_dict(run.experiment.sampling),
+        "group": getattr(run.experiment.model, "sampling_group", None),
+        "set": list(changes),
+        "ecdit": ecdit.__version__,
+    }
+
+
+def check_folder(out: Path) -> dict[str, Any] | None:
+    """Returns the manifest of an unfinished folder of pictures, or None if `out` is empty or missing.
+
+    Raises:
+      UserError: it holds anything else, which pictures would be mixed with or written over.
+    """
+    if not out.exists() or not any(out.iterdir()):
+        return None
+    try:
+        manifest = json.loads((out / MANIFEST).read_text())
+        finished = manifest["finished"]
+    except (OSError, ValueError, LookupError, TypeError):
+        raise UserError(f"--out={out}: holds other files; take an empty directory") from None
+    if finished:
+        raise UserError(f"--out={out}: holds the pictures of another call; take an empty directory")
+    return manifest
+
+
+def begin_folder(out: Path, prompts: list[str], repeats: list[int], source: dict[str, Any]) -> None:
+    """Writes the manifest of pictures that are still to be drawn.
+
+    Raises:
+      UserError: `out` has the beginning of another call's pictures.
+    """
+    found, manifest = check_folder(out), _manifest(prompts, repeats, source, finished=False)
+    if found is not None and found != json.loads(json.dumps(manifest)):
+        raise UserError(f"--out={out}: holds the unfinished pictures of another call; take an empty directory")
+    out.mkdir(parents=True, exist_ok=True)
+    replace_text(out / MANIFEST, json.dumps(manifest, indent=2) + "\n")
 
 
 def write_pictures(
     out: Path, pictures: UInt8[ndarray, "n h w 3"], prompts: list[str], repeats: list[int], source: dict[str, Any]
 ) -> None:
-    """Writes `00000.png`, ..., `grid.png` and `manifest.json` into `out`."""
+    """Writes `00000.png`, ..., `grid.png` and, when all are there, `manifest.json` into `out`."""
     out.mkdir(parents=True, exist_ok=True)
-    names = [f"{i:05d}.png" for i in range(len(prompts))]
-    for name, picture in zip(names, pictures, strict=True):
-        save_png(picture, out / name)
+    for i, (picture, _) in enumerate(zip(pictures, prompts, strict=True)):
+        save_png(picture, out / _file(i))
     save_grid(pictures, prompts, out / "grid.png")
-    rows = [{"file": n, "prompt": p, "repeat": r} for n, p, r in zip(names, prompts, repeats, strict=True)]
-    (out / "manifest.json").write_text(json.dumps(source | {"pictures": rows}, indent=2) + "\n")
+    manifest = _manifest(prompts, repeats, source, finished=True)
+    replace_text(out / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+
+
+def _file(index: int) -> str:
+    return f"{index:05d}.png"
+
+
+def _manifest(prompts: list[str], repeats: list[int], source: dict[str, Any], finished: bool) -> dict[str, Any]:
+    pairs = enumerate(zip(prompts, repeats, strict=True))
+    rows = [{"file": _file(i), "prompt": prompt, "repeat": repeat} for i, (prompt, repeat) in pairs]
+    return source | {"finished": finished, "pictures": rows}
 
 
 if __name__ == "__main__":

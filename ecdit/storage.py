@@ -28,6 +28,8 @@ os.environ.setdefault("EPATH_USE_TF", "false")
 PART_SECONDS = 60.0  # age at which buffered data is written as an object
 # How tensorstore begins the message of an error of a service.
 _STATUSES = ("PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED")
+OUTAGE_SECONDS = 1800.0  # for which data that cannot be written is kept and tried again, before that is an error
+CLOSE_SECONDS = 120.0  # the same when a run ends, which waits for it
 _CLIENTS = ("aiohttp", "gcsfs", "google", "requests")  # packages whose errors mean network or permissions
 COMMITTED = "commit_success.txt"  # Orbax's mark, in a bucket, of a checkpoint that was saved to its end
 
@@ -52,11 +54,13 @@ def as_path(text: str, name: str = "--workdir") -> Path:
 
 
 def check_workdir(workdir: Path) -> None:
-    """Raises UserError if this process lacks a right to a workdir in a bucket.
+    """Raises UserError if a workdir is a file, or if this process lacks a right to one in a bucket.
 
     Without the right to list, it would not see the checkpoints, and the run would start over.
     """
     if not is_remote(workdir):
+        if workdir.exists() and not workdir.is_dir():
+            raise UserError(f"--workdir={workdir}: is a file, must be a directory")
         return
     probe = workdir / f"write_check_{secrets.token_hex(4)}"
     try:
@@ -119,6 +123,20 @@ def replace_generation(path: Path, data: bytes | None, generation: bytes) -> byt
     """
     written = _key_value_store(path).write(path.name, data, if_equal=generation).result()
     return written.generation or None
+
+
+def is_temporary(error: BaseException) -> bool:
+    """Returns whether an error, or one behind it, comes from an outage that may end, and not from missing rights."""
+    package = type(error).__module__.partition(".")[0]
+    code = getattr(error, "code", None)  # gcsfs's and google's, an HTTP status or an enumeration
+    if package in _CLIENTS and str(code) not in ("401", "403", "404"):
+        return True
+    if isinstance(error, ConnectionError | TimeoutError) and not isinstance(error, BrokenPipeError):
+        return True
+    if re.search(r"\b(UNAVAILABLE|DEADLINE_EXCEEDED)\b", str(error)):  # tensorstore's, which has no types
+        return True
+    behind = error.__cause__ or error.__context__
+    return behind is not None and is_temporary(behind)
 
 
 def make_directory(path: Path) -> None:
@@ -188,11 +206,15 @@ def read_all(paths: list[Path]) -> list[bytes]:
 
 
 class AppendedObjects:
-    """Behaves like a file opened for appending, in a bucket: buffers data and writes it as one object after another."""
+    """Behaves like a file opened for appending, in a bucket: buffers data and writes it as one object after another.
+
+    In an outage it keeps the data, and tries again a while later: training goes on.
+    """
 
     def __init__(self, name: Callable[[bytes], Path]):
         """`name` returns the path of an object by its contents."""
         self.name, self.buffer, self.began = name, [], time.monotonic()
+        self.failing_since: float | None = None
 
     def write(self, data: bytes) -> None:
         """Buffers `data` for the next object."""
@@ -204,16 +226,34 @@ class AppendedObjects:
             self.save()
 
     def save(self) -> None:
-        """Writes an object now, if anything is buffered."""
-        self.began = time.monotonic()
-        if self.buffer:
-            data = b"".join(self.buffer)
-            self.name(data).write_bytes(data)
-            self.buffer = []
+        """Writes an object now, if anything is buffered; keeps the data for up to OUTAGE_SECONDS if that fails."""
+        self._save(OUTAGE_SECONDS)
 
     def close(self) -> None:
-        """Writes the last object."""
-        self.save()
+        """Writes the last object; tries for up to CLOSE_SECONDS."""
+        self.failing_since = None
+        self._save(CLOSE_SECONDS)
+        while self.buffer:
+            time.sleep(CLOSE_SECONDS / 20)
+            self._save(CLOSE_SECONDS)
+
+    def _save(self, limit: float) -> None:
+        if self.buffer:
+            data = b"".join(self.buffer)
+            try:
+                self.name(data).write_bytes(data)
+            except Exception as error:
+                if not is_temporary(error):
+                    raise
+                now = time.monotonic()
+                if self.failing_since is None:
+                    self.failing_since = now
+                    print(f"a bucket cannot be written, its data is kept and tried again: {_said(error)}", flush=True)
+                if now - self.failing_since >= limit:
+                    raise
+            else:
+                self.buffer, self.failing_since = [], None
+        self.began = time.monotonic()  # also after an attempt that failed
 
 
 def _said(error: Exception) -> str:

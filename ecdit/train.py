@@ -9,6 +9,7 @@ from ecdit import runtime
 from ecdit.command_line import config_origin, config_values, define_config_flag, run_command
 from ecdit.experiment import make_experiment
 from ecdit.runs.activity import Activity
+from ecdit.runs.checked import refuse_other
 from ecdit.runs.training_run import Accepted, train
 from ecdit.storage import as_path
 
@@ -32,12 +33,15 @@ INIT_DIFFERENCES = flags.DEFINE_bool(
     False,
     "Start from the weights of checkpoint.init_from though its model, text encoder or vocabulary differs.",
 )
+CHECKED = flags.DEFINE_string("checked", "", "What a launcher checked; anything else is refused. Launchers set it.")
 
 
 def main(argv: list[str]) -> None:
     """Exits with what `loop.train` returns."""
     del argv
     experiment = make_experiment(config_values(CONFIG))
+    if CHECKED.value:
+        refuse_other(CHECKED.value, experiment)
     workdir = as_path(WORKDIR.value)
     accepted = Accepted(START_OVER.value, DATA_ORDER.value, INIT_DIFFERENCES.value)
     with contextlib.closing(Activity(experiment.train)) as activity:

@@ -11,13 +11,16 @@ import jax
 from ecdit.config import ConfigError
 from ecdit.experiment import Experiment, check_mesh
 from ecdit.partitioning import MeshConfig, abstract_mesh, batch_shards
-from ecdit.planning.cache import cached_plan
+from ecdit.planning.cache import largest, plan_phases
 from ecdit.planning.compiler import DoesNotFit, find_target, use_compiler
+from ecdit.planning.table import known_better
+from ecdit.runs.checked import describe_checked
 from ecdit.system import make_system
 from ecdit.topology import Slice
 from ecdit.training.optimizer import make_optimizer
 from ecdit.training.state import abstract_state, state_shardings
-from launch.job import Job, LaunchError, check_name, job_name
+from launch.job import ROOT, Job, LaunchError, check_name, job_name
+from launch.values import check_characters
 
 
 def make_job(
@@ -36,6 +39,10 @@ def make_job(
     Raises:
       UserError: the mesh, the batch, a group or a parameter does not divide, or an argument is wrong.
     """
+    check_characters("--config", origin["config"])
+    check_characters("--workdir", workdir)
+    for key, value in origin["overrides"].items():
+        check_characters(f"--config.{key}", str(value))
     experiment, overrides = _on_slices(experiment, dict(origin["overrides"]), slices)
     mesh = abstract_mesh(experiment.mesh, where.devices * slices)
     if mesh.shape["slices"] != slices:
@@ -67,6 +74,8 @@ def make_job(
         batch=f"{train.batch_size} images: {images} to each of {batch_shards(mesh)} parts, "
         f"{together} at a time compete for experts",
         checkpoint_bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)),
+        checked=describe_checked(experiment),
+        better=known_better(origin, experiment, where, slices),
     )
 
 
@@ -87,9 +96,13 @@ def check_pod(job: Job, experiment: Experiment, config_file: str) -> None:
             f"one of them writes is gone with it"
         )
     for path in map(Path, job.files):
+        key = _key_of(str(path), experiment, config_file)
         if path.is_absolute() or ".." in path.parts:
-            key = _key_of(str(path), experiment, config_file)
             raise LaunchError(f"{key}={path}: must be a path inside the checkout, which the hosts get a copy of")
+        if path.resolve() != (ROOT / path).resolve():
+            raise LaunchError(
+                f"{key}={path}: is {path.resolve()} here, and the hosts get {ROOT / path}: launch from {ROOT}"
+            )
     if job.hosts > 1 and not experiment.runtime.distributed:
         raise ConfigError(
             "runtime.distributed", False, f"must be True: else {job.hosts} hosts each train by themselves"
@@ -117,7 +130,7 @@ def check_plan(job: Job, experiment: Experiment) -> None:
     laid_out = dataclasses.replace(experiment, mesh=MeshConfig(**job.mesh))
     print(f"planning for {target.name}: --skip-plan does without", flush=True)
     try:
-        plan = cached_plan(laid_out, target)
+        plan = largest(plan_phases(laid_out, target))
     except DoesNotFit as error:
         raise LaunchError(
             f"--accelerator: the step does not fit {target.name}: {error}\n`python -m ecdit.plan "

@@ -4,27 +4,26 @@ The place where a run executes (image, project, queue, ...) is given by flags of
 config is saved with the checkpoints and compared on resume, and a run may move to another cluster.
 """
 
+import copy
 import dataclasses
 import hashlib
 import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from ecdit.errors import UserError
-from ecdit.exit_codes import HUNG, PREEMPTED
+from ecdit.exit_codes import HUNG, OUTAGE, PREEMPTED
 from ecdit.topology import Slice
+from launch.errors import LaunchError
+from launch.values import parse_environment
 
 ROOT = Path(__file__).parents[1]  # the checkout, in which configs are files
 MAX_NAME = 40  # characters: with replicated job, indices and a suffix, a pod's name must stay below 64
 SIGNAL_CODES = range(127, 256)  # a signal ended the process, often because another host died
 # A run that ends with one of these is started again. Any other code is an error that would come again.
-RESTART_CODES = (PREEMPTED, HUNG, *SIGNAL_CODES)
-SHOWN_CODES = f"{PREEMPTED}, {HUNG} and {SIGNAL_CODES[0]} to {SIGNAL_CODES[-1]}"
-
-
-class LaunchError(UserError, ValueError):
-    """A run that cannot be started as asked."""
+RESTART_CODES = (PREEMPTED, HUNG, OUTAGE, *SIGNAL_CODES)
+SHOWN_CODES = f"{PREEMPTED}, {HUNG}, {OUTAGE} and {SIGNAL_CODES[0]} to {SIGNAL_CODES[-1]}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +39,22 @@ class Job:
     mesh: Mapping[str, int]  # sizes by axis
     batch: str  # for people
     checkpoint_bytes: int
+    checked: Mapping[str, Any]  # what was checked, as `checked.describe_checked` returns it
+    better: str  # for people: a layout that is known to be faster; "" for none
+
+    def checked_flag(self, changes: Mapping[str, Any] | None = None) -> str:
+        """Returns the flag by which the trainer refuses all but what was checked.
+
+        Args:
+          changes: {"data.directory": value}, of the config, which the backend makes by flags of its own.
+        """
+        from ecdit.runs.checked import encode_checked  # takes JAX, which looking at a job does not need
+
+        config = copy.deepcopy(dict(self.checked["config"]))
+        for key, value in (changes or {}).items():
+            group, _, name = key.partition(".")
+            config[group][name] = value
+        return f"--checked={encode_checked({**self.checked, 'config': config})}"
 
     @property
     def hosts(self) -> int:
@@ -73,16 +88,13 @@ def training_environment(extra: Sequence[str]) -> dict[str, str]:
     """Returns the variables of a training process on a TPU host: the fixed ones, then `extra`, each NAME=VALUE.
 
     Raises:
-      LaunchError: one of `extra` does not have that form.
+      LaunchError: one of `extra` does not have that form, or looks like a secret.
     """
     fixed = {
         "JAX_PLATFORMS": "tpu,cpu",  # fails if the TPU does not start; without it JAX would fall back to the CPU
         "PYTHONUNBUFFERED": "1",
     }
-    for pair in extra:
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*=.*", pair, re.DOTALL):
-            raise LaunchError(f"--env={pair}: must be NAME=VALUE")
-    return fixed | dict(pair.split("=", 1) for pair in extra)
+    return fixed | parse_environment(extra)
 
 
 def describe_restarts(most: int) -> str:
@@ -101,4 +113,5 @@ def describe(job: Job) -> list[str]:
         f"mesh        {sizes}",
         f"batch       {job.batch}",
         f"checkpoint  {job.checkpoint_bytes / 1e9:.1f} GB, {job.checkpoint_bytes / job.hosts / 1e9:.1f} GB a host",
+        *([f"faster      {job.better}"] if job.better else []),
     ]

@@ -21,6 +21,8 @@ flags.DEFINE_string("image", "", "Container of launch/Dockerfile; tpu-vm, empty:
 flags.DEFINE_string("service-account", "", "May read and write the bucket; empty: the default one.")
 flags.DEFINE_integer("max-restarts", 100, f"After exit codes {SHOWN_CODES}.", lower_bound=1)
 flags.DEFINE_multi_string("env", [], "NAME=VALUE for the training processes; several times for several.")
+flags.DEFINE_multi_string("secret-env", [], "NAME of a variable that --secret or --secret-file has; several times.")
+flags.DEFINE_bool("unpinned-image", False, "Take an --image without a digest, which may change between restarts.")
 for _backend in BACKENDS.values():
     _backend.define_launch_flags()
 

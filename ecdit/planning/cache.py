@@ -1,39 +1,76 @@
-"""Keeps plans on disk, by a hash of everything they depend on: config, topology, versions of compiler and code."""
+"""Keeps plans on disk, by a hash of all they depend on: config, topology, compiler with its flags, and code."""
 
 import contextlib
 import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
-import ecdit
 from ecdit.config import to_dict
-from ecdit.experiment import Experiment
+from ecdit.errors import UserError
+from ecdit.experiment import Experiment, ResolvedPhase
 from ecdit.files import is_remote, replace_text
-from ecdit.planning.compiler import Target, What
+from ecdit.planning.compiler import DoesNotFit, Target, What
 from ecdit.planning.plan import Plan, make_plan
+from ecdit.runs.checked import code_digest
 from ecdit.system import user_files
 
 _LIBRARIES = ("jax", "jaxlib", "libtpu", "flax", "optax")
+_FLAGS = ("LIBTPU_INIT_ARGS", "XLA_FLAGS")  # variables that change what the compiler makes
+
+
+def plan_phases(experiment: Experiment, target: Target, what: What = "train") -> list[tuple[ResolvedPhase, Plan]]:
+    """Returns each phase of a run with its plan: a later phase may need more memory than the longest.
+
+    Raises:
+      DoesNotFit: a phase needs more memory than the chips have; the message says which.
+      UserError: as `plan.make_plan`.
+    """
+    plans = []
+    for phase in experiment.resolved_phases():
+        try:
+            plans.append((phase, _cached(phase.experiment, target, what)))
+        except DoesNotFit as error:
+            where = f"the phase from step {phase.after + 1} to {phase.last}: " if experiment.phases else ""
+            raise DoesNotFit(f"{where}{error}") from error
+    return plans
+
+
+def longest(plans: Sequence[tuple[ResolvedPhase, Plan]]) -> Plan:
+    """Returns the plan of the phase with the most steps, whose time is that of the run."""
+    return max(plans, key=lambda pair: pair[0].last - pair[0].after)[1]
+
+
+def largest(plans: Sequence[tuple[ResolvedPhase, Plan]]) -> Plan:
+    """Returns the plan of the phase that needs the most memory, which decides whether the run fits."""
+    return max((plan for _, plan in plans), key=lambda plan: plan.hbm_bytes_per_device)
 
 
 def cached_plan(experiment: Experiment, target: Target, what: What = "train") -> Plan:
-    """Returns the plan of a run's longest phase, and makes it only if it is not on disk. Raises as `plan.make_plan`.
+    """Returns the plan of a run's longest phase, after planning all of them. Raises as `plan_phases`."""
+    return longest(plan_phases(experiment, target, what))
+
+
+def _cached(experiment: Experiment, target: Target, what: What) -> Plan:
+    """Returns the plan of an experiment without phases, and makes it only if it is not on disk.
 
     Plans are kept in the directory of the compilation cache. If the config names none, or one in a bucket, every call
     makes the plan.
     """
-    longest = max(experiment.resolved_phases(), key=lambda phase: phase.last - phase.after).experiment
-    path = _path(longest, target, what)
+    path = _path(experiment, target, what)
     if path is not None and path.exists():
         with contextlib.suppress(OSError, json.JSONDecodeError, TypeError):  # a damaged file is replaced
             return Plan(**json.loads(path.read_text()))
-    plan = make_plan(longest, target, what)
+    plan = make_plan(experiment, target, what)
     if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(path, json.dumps(dataclasses.asdict(plan), indent=2) + "\n")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            replace_text(path, json.dumps(dataclasses.asdict(plan), indent=2) + "\n")
+        except (OSError, UserError) as error:  # the plan took minutes, and is not lost
+            print(f"warning: the plan is not kept: {error}", flush=True)
     return plan
 
 
@@ -42,8 +79,8 @@ def _path(experiment: Experiment, target: Target, what: What) -> Path | None:
     directory = experiment.runtime.compilation_cache
     if not directory or is_remote(directory):
         return None
-    versions = {name: _version(name) for name in _LIBRARIES}
-    follows_from = [to_dict(experiment), user_files(experiment.denoiser), target.name, what, versions, _code()]
+    compiler = {name: _version(name) for name in _LIBRARIES} | {name: os.environ.get(name, "") for name in _FLAGS}
+    follows_from = [to_dict(experiment), user_files(experiment.denoiser), target.name, what, compiler, code_digest()]
     digest = hashlib.sha256(json.dumps(follows_from, sort_keys=True).encode()).hexdigest()[:32]
     return Path(os.path.expanduser(directory)) / "plans" / f"{digest}.json"
 
@@ -53,11 +90,3 @@ def _version(name: str) -> str:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return ""
-
-
-def _code() -> str:
-    """Returns a hash of ecdit's sources: a version number does not tell two states of a checkout apart."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(ecdit.__file__).parent.rglob("*.py")):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()

@@ -24,8 +24,9 @@ class Counts:
     denoiser_params: int
     activated_params: int  # of the denoiser, with as many experts as work on a token on average
     text_params: int
-    vae_params: int  # of the autoencoder that makes the latents; 0 without one
+    vae_params: int  # of the autoencoder that made the stored latents; 0 without one
     flops_per_image: dict[str, dict[str, float]]  # by part: flops, and tokens, the rows it sees over all its layers
+    encoding_flops_per_image: float  # of that autoencoder, once, when latents are stored: no step runs it
 
 
 def count(experiment: Experiment) -> Counts:
@@ -34,9 +35,8 @@ def count(experiment: Experiment) -> Counts:
     system = make_system(config)
     abstract = system.shapes()
     denoiser, text = (_size(abstract[name]) for name in ("denoiser", "text"))
-    parts, vae = system.forward_flops("train"), 0
-    if not config.has_images:
-        vae, parts = VAE_PARAMS, (*parts, vae_part(config.image_size))
+    stored, parts = not config.has_images, system.forward_flops("train")
+    vae = VAE_PARAMS if stored else 0
     return Counts(
         total_params=denoiser + text + vae,
         denoiser_params=denoiser,
@@ -44,6 +44,7 @@ def count(experiment: Experiment) -> Counts:
         text_params=text,
         vae_params=vae,
         flops_per_image={part.name: {"flops": part.flops, "tokens": part.tokens} for part in parts},
+        encoding_flops_per_image=vae_part(config.image_size).flops if stored else 0.0,
     )
 
 
@@ -80,7 +81,13 @@ def report(counts: Counts) -> list[str]:
     for name, part in counts.flops_per_image.items():
         share = part["flops"] / total
         lines.append(f"  {name:16} {part['flops'] / 1e9:12.3f} GFLOP {share:7.2%} {part['tokens']:12,.0f} rows")
-    return [*lines, f"  {'total':16} {total / 1e9:12.3f} GFLOP"]
+    lines.append(f"  {'total':16} {total / 1e9:12.3f} GFLOP")
+    if counts.encoding_flops_per_image:
+        lines.append(
+            f"The autoencoder takes {counts.encoding_flops_per_image / 1e9:.3f} GFLOP an image once, when latents are "
+            f"stored; no step runs it."
+        )
+    return lines
 
 
 def _size(tree: Any) -> int:

@@ -48,7 +48,8 @@ def _with_remat(experiment: Experiment, policy: str) -> Experiment:
 
 def _fits(experiment: Experiment, target: Target) -> bool:
     try:
-        compile_step(experiment, target)
+        for phase in experiment.resolved_phases():
+            compile_step(phase.experiment, target)
     except (DoesNotFit, ConfigError, ShardingError):
         return False
     return True

@@ -7,11 +7,12 @@ estimates of other configs, and with that of a model whose speed is known (confi
 import collections
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import jax
 
 from ecdit.components import total_flops
-from ecdit.experiment import Experiment
+from ecdit.experiment import Experiment, ResolvedPhase
 from ecdit.partitioning import TILE_ROWS
 from ecdit.planning.collectives import wire_bytes_by_kind
 from ecdit.planning.compiler import CompiledStep, Target, What, compile_step, shard_bytes
@@ -129,6 +130,17 @@ def report(plan: Plan) -> list[str]:
             f"{plan.save_blocks_seconds:.1f} s",
         ]
     return [*lines, f"dominated by        {advice(plan)}", *(f"warning: {warning}" for warning in plan.warnings)]
+
+
+def report_phases(plans: Sequence[tuple[ResolvedPhase, Plan]]) -> list[str]:
+    """Returns a line for each phase of a run that has several; the first lines of `report` are of the longest."""
+    if len(plans) == 1:
+        return []
+    return [
+        f"steps {phase.after + 1} to {phase.last}: {plan.hbm_bytes_per_device / 1e9:.2f} of "
+        f"{plan.hbm_limit / 1e9:.0f} GB a device, {plan.estimated_step_seconds:.3f} s a step"
+        for phase, plan in plans
+    ]
 
 
 # Which field to change if a part takes most of the step.

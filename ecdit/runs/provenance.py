@@ -16,9 +16,8 @@ import ecdit
 from ecdit.config import flatten
 from ecdit.errors import UserError
 from ecdit.files import replace_text
-from ecdit.runs.trained_run import CONFIG_FILE
+from ecdit.runs.trained_run import CONFIG_FILE, OVERRIDES_FILE
 
-OVERRIDES_FILE = "overrides.json"
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 _PACKAGE = Path(ecdit.__file__).parent
 _GIT_SECONDS = 10.0

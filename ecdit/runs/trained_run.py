@@ -2,24 +2,28 @@
 
 import dataclasses
 import functools
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
+import ecdit
 from ecdit import runtime
 from ecdit.checkpoints.restore import CheckpointError, open_reader, read_meta, restore_ema
 from ecdit.config import ConfigError, require
 from ecdit.data.prepared import tokenize_captions
 from ecdit.experiment import Experiment, make_experiment
-from ecdit.partitioning import make_mesh
-from ecdit.sampling.sampler import SamplingConfig, make_sampler, sample_pictures
+from ecdit.partitioning import MeshConfig, ShardingError, abstract_mesh, make_mesh
+from ecdit.sampling.sampler import SamplingConfig, check_sampling, make_sampler, sample_pictures
 from ecdit.storage import reading
 from ecdit.system import Params, System, make_system, user_files
 
 CONFIG_FILE = "config.json"
+OVERRIDES_FILE = "overrides.json"  # a list of the run's starts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,10 +35,11 @@ class Run:
     mesh: Mesh
     params: Params
     step: int
+    checkpoint: str  # a hash of what the checkpoint says of its arrays: their names, shapes and checksums
 
 
 def open_run(workdir: Path, overrides: Sequence[str] = (), step: int | None = None, draw: bool = True) -> Run:
-    """Opens a checkpoint's EMA weights on the mesh of the run's config.
+    """Opens a checkpoint's EMA weights on the devices that are present, which need not be those of the training.
 
     Args:
       workdir: of the run.
@@ -50,15 +55,44 @@ def open_run(workdir: Path, overrides: Sequence[str] = (), step: int | None = No
     if draw:
         images, name = experiment.system.has_images, experiment.autoencoder
         require(images, "autoencoder", name, "the run has latents alone: it cannot draw images")
-    runtime.configure(experiment.runtime)
-    mesh = make_mesh(experiment.mesh)
+    runtime.configure(dataclasses.replace(experiment.runtime, distributed=False))  # the trainer's alone
     system = make_system(experiment.system)
     _check_files(workdir, step, user_files(experiment.denoiser))
+    mesh = mesh_of_devices(experiment, system, draw)
     params, step = restore_ema(workdir, system, mesh, step)
+    with open_reader(workdir) as manager:
+        arrays = read_meta(manager, step).arrays
     if experiment.phases:  # all have the same parameters
         experiment = experiment.phase_of(step).experiment
         system = make_system(experiment.system)
-    return Run(experiment, system, mesh, params, step)
+    digest = hashlib.sha256(json.dumps(arrays, sort_keys=True).encode()).hexdigest()
+    return Run(experiment, system, mesh, params, step, digest)
+
+
+def mesh_of_devices(experiment: Experiment, system: System, draw: bool) -> Mesh:
+    """Returns a mesh of the devices that are present: the run's own if it fits them, else one with `fsdp` or `data`.
+
+    Args:
+      experiment: of the run.
+      system: its model.
+      draw: whether batches of `experiment.sampling` must divide over the mesh.
+
+    Raises:
+      ConfigError: none of them divides the batch; sampling.batch_size can be set.
+      ShardingError: none of them divides the parameters.
+    """
+    alone = {"slices": 1, "data": 1, "fsdp": 1, "expert": 1, "tensor": 1}
+    count, refused = jax.device_count(), []
+    for mesh in (experiment.mesh, MeshConfig(**alone | {"fsdp": count}), MeshConfig(**alone | {"data": count})):
+        try:
+            laid_out = abstract_mesh(mesh, count)
+            system.shardings(laid_out)
+            if draw:
+                check_sampling(experiment.sampling, system.parts.denoiser, laid_out)
+            return make_mesh(mesh)
+        except (ConfigError, ShardingError) as error:
+            refused.append(error)
+    raise refused[-1]
 
 
 def _check_files(workdir: Path, step: int | None, files: Mapping[str, str]) -> None:
@@ -84,6 +118,13 @@ def saved_experiment(workdir: Path, overrides: Sequence[str] = ()) -> Experiment
         raise CheckpointError(f"{workdir} is no run's workdir: {error}") from None
     if not isinstance(values, dict):
         raise CheckpointError(f"{workdir} is no run's workdir: its {CONFIG_FILE} is no config")
+    try:
+        make_experiment(values)
+    except ConfigError as error:
+        raise CheckpointError(
+            f"{workdir / CONFIG_FILE}, which ecdit {_version(workdir)} wrote, is no config of ecdit "
+            f"{ecdit.__version__}: {error}"
+        ) from None
     for override in overrides:
         key, separator, text = override.partition("=")
         *groups, name = key.split(".")
@@ -103,6 +144,14 @@ def each_image_alone(run: Run) -> Run:
         return run
     model = dataclasses.replace(config.model, sampling_group="image")
     return dataclasses.replace(run, system=make_system(dataclasses.replace(config, model=model)))
+
+
+def _version(workdir: Path) -> str:
+    """Returns the version of ecdit that started the run last, as its record says."""
+    try:
+        return str(json.loads((workdir / OVERRIDES_FILE).read_text())[-1]["versions"]["ecdit"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return "(unknown version)"
 
 
 def sample_run(

@@ -57,6 +57,7 @@ class TrainConfig:
         for key in ("num_steps", "batch_size", "accumulation", "max_bad_steps", "log_every"):
             require(getattr(self, key) >= 1, key, getattr(self, key), "must be 1 or more")
         require(self.slow_host_factor > 1, "slow_host_factor", self.slow_host_factor, "must be above 1")
+        require(self.num_steps < 2**31, "num_steps", self.num_steps, "must be below 2**31: steps are counted in int32")
         for key in ("pictures_every", "profile_steps", "watchdog_seconds", "replay_every"):
             require(getattr(self, key) >= 0, key, getattr(self, key), "must be 0 or more")
         factor = self.spike_factor

@@ -16,7 +16,9 @@ from absl import flags
 from ecdit import __version__
 from ecdit.errors import UserError
 from launch.commands import run, run_all
-from launch.job import RESTART_CODES, Job, LaunchError, describe_restarts, training_environment
+from launch.errors import LaunchError
+from launch.job import RESTART_CODES, Job, describe_restarts, training_environment
+from launch.values import check_characters, check_image, check_secret_names, kubernetes_text
 
 FLAGS = flags.FLAGS
 ACCELERATORS = {  # by `Slice.chip`: the nodes' label cloud.google.com/gke-tpu-accelerator
@@ -28,6 +30,8 @@ ACCELERATORS = {  # by `Slice.chip`: the nodes' label cloud.google.com/gke-tpu-a
 }
 KIND = "jobsets.jobset.x-k8s.io"
 NO_IMAGE = f"image.invalid/ecdit:{__version__}"  # for dry runs without --image: no registry can have this name
+# Chips are memory-mapped devices whose buffers are locked in memory, so the limit of locked memory is lifted first.
+START = ["bash", "-c", 'ulimit -l unlimited && exec "$@"', "ecdit"]  # then runs its arguments
 SLICE, CONTAINER = "slice", "train"
 DATA_MOUNT = "/data"
 MIN_GRACE_SECONDS = 120
@@ -49,6 +53,10 @@ class Options:
     write_rate: float  # bytes a second that a host writes to its bucket, assumed
     data: str  # gs:// path of prepared data, mounted as the run's data.directory; "" for none
     env: tuple[str, ...]  # NAME=VALUE
+    secret_env: tuple[str, ...] = ()  # names of variables that are keys of `secret`
+    secret: str = ""  # a Secret of the namespace
+    unpinned_image: bool = False
+    privileged: bool = False
 
 
 def grace_seconds(job: Job, options: Options) -> int:
@@ -126,20 +134,25 @@ def _fail_unless_restarted() -> dict[str, Any]:
 
 def _pod(job: Job, options: Options) -> dict[str, Any]:
     chips = job.slice.chips_per_host
-    train_flags, annotations = list(job.train_flags), {}
+    train_flags, annotations, changes = list(job.train_flags), {}, {}
     volumes: list[dict[str, Any]] = [{"name": "shared-memory", "emptyDir": {"medium": "Memory"}}]
     mounts: list[dict[str, Any]] = [{"name": "shared-memory", "mountPath": "/dev/shm"}]  # libtpu's and the loader's
     if options.data:
         train_flags.append(_data_flag(job))
+        changes = {"data.directory": DATA_MOUNT}
         annotations["gke-gcsfuse/volumes"] = "true"
-        volumes.append({"name": "data", "csi": bucket_mount(options.data)})
+        volumes.append({"name": "data", "csi": bucket_mount(options.data, job.slices > 1)})
         mounts.append({"name": "data", "mountPath": DATA_MOUNT, "readOnly": True})
     container = {
         "name": CONTAINER,
-        "image": options.image,
-        "command": ["python", "-m", "ecdit.train", *train_flags],
-        "env": [{"name": key, "value": value} for key, value in training_environment(options.env).items()],
-        "securityContext": {"privileged": True},  # the chips are devices of the host
+        "image": options.image if options.image == NO_IMAGE else check_image(options.image, options.unpinned_image),
+        "command": [kubernetes_text(word) for word in START],
+        "args": [
+            kubernetes_text(check_characters("argument", word))
+            for word in ("python", "-m", "ecdit.train", *train_flags, job.checked_flag(changes))
+        ],
+        "env": _environment(options),
+        "securityContext": _privileges(options),
         "resources": {"requests": {"google.com/tpu": chips}, "limits": {"google.com/tpu": chips}},
         "volumeMounts": mounts,
     }
@@ -150,37 +163,69 @@ def _pod(job: Job, options: Options) -> dict[str, Any]:
             "cloud.google.com/gke-tpu-topology": job.slice.topology,
         },
         "tolerations": [{"key": "google.com/tpu", "operator": "Exists"}],
-        "hostNetwork": True,
-        "dnsPolicy": "ClusterFirstWithHostNet",
         "terminationGracePeriodSeconds": grace_seconds(job, options),
         "containers": [container],
         "volumes": volumes,
     }
+    if job.slices > 1:
+        # Slices exchange gradients over the data-centre network, which is faster without the pods' own network between.
+        # The chips of one slice have links of their own.
+        spec |= {"hostNetwork": True, "dnsPolicy": "ClusterFirstWithHostNet"}
     for key, value in (("priorityClassName", options.priority), ("serviceAccountName", options.service_account)):
         if value:
             spec[key] = value
     return {"metadata": {"labels": {"app.kubernetes.io/name": "ecdit"}, "annotations": annotations}, "spec": spec}
 
 
-def bucket_mount(data: str) -> dict[str, Any]:
+def _environment(options: Options) -> list[dict[str, Any]]:
+    """Returns the container's variables: values that anyone may read, and references to keys of a Secret."""
+    given = training_environment(options.env)
+    names = check_secret_names(options.secret_env, tuple(given))
+    if names and not options.secret:
+        raise LaunchError("--secret is missing: the Secret of the namespace that has the variables of --secret-env")
+    return [
+        *({"name": key, "value": kubernetes_text(value)} for key, value in given.items()),
+        *({"name": key, "valueFrom": {"secretKeyRef": {"name": options.secret, "key": key}}} for key in names),
+    ]
+
+
+def _privileges(options: Options) -> dict[str, Any]:
+    """Returns the container's rights: what the chips need, and no more.
+
+    GKE's device plugin gives the chips to a container that is not privileged, from GKE 1.28 on. It runs as root, since
+    their device files belong to root, and may raise its limit of locked memory (SYS_RESOURCE).
+    """
+    if options.privileged:
+        return {"privileged": True}
+    return {
+        "privileged": False,
+        "allowPrivilegeEscalation": False,
+        "capabilities": {"drop": ["ALL"], "add": ["SYS_RESOURCE"]},
+        "seccompProfile": {"type": "RuntimeDefault"},
+    }
+
+
+def bucket_mount(data: str, host_network: bool) -> dict[str, Any]:
     """Returns the ephemeral volume of Cloud Storage FUSE that shows `data`, gs://BUCKET[/PATH], as a directory.
 
     Raises:
-      LaunchError: `data` is not such a path.
+      LaunchError: `data` is not such a path, or has what mount options do not have.
     """
-    matched = re.fullmatch(r"gs://([^/]+)(?:/(.+?))?/?", data)
+    matched = re.fullmatch(r"gs://([a-z0-9][a-z0-9._-]*)(?:/(.+?))?/?", check_characters("--data", data))
     if not matched:
         raise LaunchError(f"--data={data}: must be gs://BUCKET or gs://BUCKET/PATH")
     bucket, path = matched.groups()
-    return {
-        "driver": "gcsfuse.csi.storage.gke.io",
-        "readOnly": True,
-        "volumeAttributes": {
-            "bucketName": bucket,
-            "mountOptions": ",".join(["implicit-dirs", *([f"only-dir={path}"] if path else [])]),
-            "hostNetworkPodKSA": "true",  # otherwise pods on the host's network use the node's service account
-        },
+    for letter in set(path or "") & set(",\"'\\ "):
+        raise LaunchError(
+            f"--data={data}: must have no {letter!r}, which would end the mount option that names the path"
+        )
+    attributes = {
+        "bucketName": bucket,
+        "mountOptions": ",".join(["implicit-dirs", *([f"only-dir={path}"] if path else [])]),
     }
+    if host_network:  # otherwise pods on the host's network use the node's service account
+        attributes["hostNetworkPodKSA"] = "true"
+    return {"driver": "gcsfuse.csi.storage.gke.io", "readOnly": True, "volumeAttributes": attributes}
 
 
 def _data_flag(job: Job) -> str:
@@ -245,6 +290,8 @@ class JobSet:
             "write-rate", 0.5, "jobset: GB/s that a host writes to its bucket, assumed.", lower_bound=1e-3
         )
         flags.DEFINE_string("data", "", "jobset: gs:// path of prepared data, to mount as data.directory.")
+        flags.DEFINE_string("secret", "", "jobset: Secret of the namespace whose keys are the names of --secret-env.")
+        flags.DEFINE_bool("privileged", False, "jobset: for node pools older than GKE 1.28, whose TPUs need it.")
 
     def check(self, job: Job) -> None:
         """Raises LaunchError for slices, a grace period, data or variables that GKE would not take."""
@@ -295,4 +342,8 @@ def _options() -> Options:
         write_rate=FLAGS["write-rate"].value * 1e9,
         data=FLAGS["data"].value,
         env=tuple(FLAGS["env"].value),
+        secret_env=tuple(FLAGS["secret-env"].value),
+        secret=FLAGS["secret"].value,
+        unpinned_image=FLAGS["unpinned-image"].value,
+        privileged=FLAGS["privileged"].value,
     )

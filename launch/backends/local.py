@@ -17,9 +17,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.job import Job, LaunchError
+from absl import flags
+
+from launch.errors import LaunchError
+from launch.job import Job
 from launch.local import launch
 
+FLAGS = flags.FLAGS
 LOGS = Path("runs/local")  # every job has a directory of its name in it
 RECORD = "processes.json"
 MAX_PROCESSES = 16
@@ -122,7 +126,10 @@ class LocalProcesses:
         """Defines nothing."""
 
     def check(self, job: Job) -> None:
-        """Raises LaunchError for slices with more hosts than this machine starts processes for."""
+        """Raises LaunchError for slices with more hosts than this machine starts processes for, or for variables."""
+        for flag in ("env", "secret-env"):
+            if FLAGS[flag].value:
+                raise LaunchError(f"--{flag}: is for pods; processes here have the variables of this shell")
         check(job)
 
     def text(self, job: Job) -> str:

@@ -1,22 +1,37 @@
 """The backend `tpu-vm`: runs a job on TPU VMs without GKE, by queued resources.
 
 One bash script does everything, the same that a dry run writes: it asks for the TPUs, waits for them, copies the code
-(or names a container), and starts a loop on all workers, detached from the connection, which restarts the training.
-If the script is cut off, run it again: it goes on from there. On TPU VMs jax.distributed finds the workers of all
-slices by itself.
+(or names a container), and starts a systemd unit on all workers, which restarts the training, after a reboot too
+(`launch.worker`). Values that a user gave go to the workers encoded. If the script is cut off, run it again: it goes on
+from there. On TPU VMs jax.distributed finds the workers of all slices by itself.
 """
 
 import dataclasses
 import shlex
+import stat
 from collections.abc import Sequence
+from pathlib import Path
 
 from absl import flags
 
 from launch.commands import run, run_all
-from launch.job import RESTART_CODES, ROOT, Job, LaunchError, describe_restarts, training_environment
+from launch.errors import LaunchError
+from launch.job import ROOT, Job, describe_restarts, training_environment
+from launch.values import check_characters, check_image, check_option, check_secret_names
+from launch.worker import (
+    DIRECTORY,
+    REFUSE_RUNNING,
+    SECRETS,
+    START_COMMAND,
+    STOP_COMMAND,
+    UNIT,
+    UNIT_TEXT,
+    restart_loop,
+)
 
 FLAGS = flags.FLAGS
 GCLOUD = ["gcloud", "compute", "tpus"]
+ALPHA = ["gcloud", "alpha", "compute", "tpus"]  # which alone has --autocheckpoint-enabled
 RUNTIMES = {  # by `Slice.chip`: the VMs' images, cloud.google.com/tpu/docs/runtimes; TPU7x has no queued resources
     "v4": "tpu-ubuntu2204-base",
     "v5p": "v2-alpha-tpuv5",
@@ -24,10 +39,8 @@ RUNTIMES = {  # by `Slice.chip`: the VMs' images, cloud.google.com/tpu/docs/runt
     "v6e": "v2-alpha-tpuv6e",
 }
 CODE = ("ecdit", "launch", "configs", "setup.py", "pyproject.toml")
-EXTRAS = "tpu,gcs,wandb"  # of setup.py, as in launch/Dockerfile
+LOCK = "launch/requirements.lock"  # the packages of a worker and of launch/Dockerfile, with hashes
 PYTHON = "3.11"  # the images have an older one
-HOME = "ecdit-run"  # on a worker, in its home directory
-RESTART_PAUSE_SECONDS = 10  # for the other hosts to end as well
 END_STATES = "FAILED|SUSPENDING|SUSPENDED|DELETING"  # of a queued resource from which none becomes active
 
 
@@ -43,6 +56,10 @@ class Options:
     capacity: str  # on-demand | spot | reserved
     max_restarts: int
     env: tuple[str, ...]  # NAME=VALUE
+    secret_env: tuple[str, ...] = ()  # names of variables that `secret_file` has
+    secret_file: str = ""  # on this machine, mode 0600, lines of NAME=VALUE
+    unpinned_image: bool = False
+    autocheckpoint: bool = True  # SIGTERM before a maintenance event, where the project may use the alpha API
 
 
 def check(job: Job) -> None:
@@ -58,23 +75,55 @@ def check(job: Job) -> None:
         )
 
 
+def check_options(options: Options) -> None:
+    """Raises LaunchError for values that Google Cloud or the workers would not take, before any TPU is asked for."""
+    for key in ("project", "zone", "runtime_version", "service_account"):
+        check_option(key.replace("_", "-"), getattr(options, key))
+    check_image(options.image, options.unpinned_image)
+    names = check_secret_names(options.secret_env, tuple(training_environment(options.env)))
+    if names:
+        _check_secret_file(options.secret_file, names)
+    missing = [name for name in (*CODE, LOCK) if not (ROOT / name).exists()]
+    if missing and not options.image:
+        raise LaunchError(
+            f"{ROOT} is no checkout: it has no {', '.join(missing)}. Launch from a checkout (pip install -e), or give "
+            f"--image, which brings the code"
+        )
+
+
+def _check_secret_file(file: str, names: Sequence[str]) -> None:
+    if not file:
+        raise LaunchError("--secret-file is missing: a file of mode 0600 with lines NAME=VALUE for --secret-env")
+    path = Path(check_characters("--secret-file", file))
+    try:
+        mode, lines = stat.S_IMODE(path.stat().st_mode), path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise LaunchError(f"--secret-file={file}: {error}") from None
+    if mode & 0o077:
+        raise LaunchError(f"--secret-file={file}: has mode {mode:04o}, others could read it: must be 0600")
+    for name in names:
+        if sum(line.startswith(f"{name}=") for line in lines) != 1:
+            raise LaunchError(f"--secret-file={file}: must have one line {name}=VALUE")
+
+
 def nodes(name: str, slices: int) -> list[str]:
     """Returns the names of the TPU VMs of a queued resource: each is a slice with all its workers."""
     return [name] if slices == 1 else [f"{name}-{i}" for i in range(slices)]
 
 
-def create_command(job: Job, options: Options) -> list[str]:
-    """Returns the command that asks for the TPUs."""
+def create_command(job: Job, options: Options, autocheckpoint: bool = False) -> list[str]:
+    """Returns the command that asks for the TPUs, with `autocheckpoint` by gcloud's alpha API."""
     count = [f"--node-id={job.name}"]
     if job.slices > 1:
         count = [f"--node-count={job.slices}", f"--node-prefix={job.name}"]
     capacity = {"on-demand": [], "spot": ["--spot"], "reserved": ["--reserved"]}[options.capacity]
     account = [f"--service-account={options.service_account}"] if options.service_account else []
     return [
-        *GCLOUD,
+        *(ALPHA if autocheckpoint else GCLOUD),
         *("queued-resources", "create", job.name),
         f"--accelerator-type={job.slice.accelerator}",
         f"--runtime-version={options.runtime_version or RUNTIMES[job.slice.chip]}",
+        *(["--autocheckpoint-enabled"] if autocheckpoint else []),
         *(*count, *capacity, *account, *_zone_flags(options.project, options.zone), "--quiet"),
     ]
 
@@ -106,7 +155,7 @@ def copy_command(node: str, files: Sequence[str], project: str, zone: str) -> li
 
 def status_commands(name: str, slices: int, project: str, zone: str) -> list[list[str]]:
     """Returns the commands that show the state of the queued resource, and the last line of every worker."""
-    tail = f'echo "$(hostname): $(tail -n 1 {HOME}/log)"'
+    tail = f'echo "$(hostname): $(tail -n 1 {DIRECTORY}/log)"'
     return [
         describe_command(name, project, zone),
         *(ssh_command(node, tail, project, zone) for node in nodes(name, slices)),
@@ -115,109 +164,123 @@ def status_commands(name: str, slices: int, project: str, zone: str) -> list[lis
 
 def stop_commands(name: str, slices: int, project: str, zone: str) -> list[list[str]]:
     """Returns the commands that let every worker save and end, and then give the TPUs back."""
-    end = f"cd {HOME} && kill -TERM $(cat pid) && while kill -0 $(cat pid) 2>/dev/null; do sleep 1; done"
     delete = ["queued-resources", "delete", name, "--force", *_zone_flags(project, zone), "--quiet"]
-    return [*(ssh_command(node, end, project, zone) for node in nodes(name, slices)), [*GCLOUD, *delete]]
-
-
-def restart_loop(job: Job, options: Options) -> str:
-    """Returns the bash script of a worker, which runs training again after each of RESTART_CODES, until SIGTERM."""
-    codes = " || ".join(f"(code >= {first} && code <= {last})" for first, last in _ranges(RESTART_CODES))
-    return f"""#!/usr/bin/env bash
-# Trains on this worker. SIGTERM is passed on, so that training saves, and ends the loop.
-echo $$ > pid
-stopped=0 restarts=0 child=
-trap 'stopped=1; [ -z "$child" ] || kill -TERM "$child" 2>/dev/null' TERM
-while (( ! stopped )); do
-  {_train_command(job, options)} &
-  child=$!
-  wait "$child"; code=$?
-  # SIGTERM interrupts wait: the child is still saving.
-  while kill -0 "$child" 2>/dev/null; do wait "$child"; code=$?; done
-  if (( stopped )); then echo "stopped, exit code $code"; exit "$code"; fi
-  if ! (( {codes} )) || (( restarts >= {options.max_restarts} )); then echo "ended, exit code $code"; exit "$code"; fi
-  restarts=$(( restarts + 1 ))
-  echo "exit code $code: restart $restarts of at most {options.max_restarts}"
-  sleep {RESTART_PAUSE_SECONDS}
-done
-"""
+    return [*(ssh_command(node, STOP_COMMAND, project, zone) for node in nodes(name, slices)), [*GCLOUD, *delete]]
 
 
 def script(job: Job, options: Options) -> str:
-    """Returns the bash script that does everything, from this checkout."""
+    """Returns the bash script that does everything, from this checkout.
+
+    Raises:
+      LaunchError: a value that cannot be used; see `check_options`.
+    """
+    check_options(options)
     location = (options.project, options.zone)
-    create, describe = (shlex.join(c) for c in (create_command(job, options), describe_command(job.name, *location)))
+    describe = shlex.join(describe_command(job.name, *location))
+    loop = restart_loop(
+        _train_command(job, options), options.max_restarts, bool(options.secret_env) and not options.image
+    )
     lines = [
         "#!/usr/bin/env bash",
         "# python -m launch.tpu wrote this: it does what that does without --dry-run.",
         "set -euo pipefail",
-        f"{describe} > /dev/null 2>&1 || {create}",
+        "umask 077",
+        *_secret_check(options),
+        f"{describe} > /dev/null 2>&1 || {_create(job, options)}",
         f'while state=$({describe}); [ "$state" != ACTIVE ]; do',
         f'  case "$state" in {END_STATES}) echo "{job.name} is $state: stop it first" >&2; exit 1 ;; esac',
         f'  echo "{job.name} is $state"; sleep 30',
         "done",
         "scratch=$(mktemp -d)",
         "trap 'rm -rf \"$scratch\"' EXIT",
-        "cat > \"$scratch/run.sh\" <<'END_OF_LOOP'",
-        f"{restart_loop(job, options)}END_OF_LOOP",
-        f'mkdir "$scratch/{HOME}" && mv "$scratch/run.sh" "$scratch/{HOME}"',
+        f'run="$scratch/{DIRECTORY}"',
+        'mkdir "$run"',
+        "cat > \"$run/run.sh\" <<'END_OF_LOOP'",
+        f"{loop}END_OF_LOOP",
+        f"cat > \"$run/{UNIT}\" <<'END_OF_UNIT'",
+        f"{UNIT_TEXT}END_OF_UNIT",
     ]
+    if options.secret_env:
+        chosen = "|".join(options.secret_env)
+        lines.append(f"grep -E '^({chosen})=' {shlex.quote(options.secret_file)} > \"$run/{SECRETS}\"")
     if not options.image:
-        copied = shlex.join(["tar", "-cf", "-", "--exclude=__pycache__", "-C", str(ROOT), *_files(job)])
-        lines.append(f'{copied} | tar -xf - -C "$scratch/{HOME}"')
-    lines.append(f'tar -czf "$scratch/{job.name}.tar.gz" -C "$scratch" {HOME}')
+        copied = shlex.join(["tar", "-cf", "-", "--exclude=__pycache__", "-C", str(ROOT), "--", *_files(job)])
+        lines.append(f'{copied} | tar -xf - -C "$run"')
+    lines.append(f'tar -czf "$scratch/{job.name}.tar.gz" -C "$scratch" {DIRECTORY}')
     for node in nodes(job.name, job.slices):
         copy = shlex.join(copy_command(node, ["ARCHIVE"], *location)).replace(
             "ARCHIVE", f'"$scratch/{job.name}.tar.gz"'
         )
         lines += [copy, *(shlex.join(ssh_command(node, step, *location)) for step in _setup(job, options))]
     # Only now, for all slices: the processes wait for each other.
-    lines += [shlex.join(ssh_command(node, _start(), *location)) for node in nodes(job.name, job.slices)]
+    lines += [shlex.join(ssh_command(node, START_COMMAND, *location)) for node in nodes(job.name, job.slices)]
     return "\n".join([*lines, f'echo "{job.name} runs: python -m launch.status shows it"', ""])
+
+
+def _create(job: Job, options: Options) -> str:
+    """Returns the shell command that asks for the TPUs.
+
+    A project that may not use the alpha API gets TPUs without autocheckpoint: maintenance then ends training without a
+    warning, and it goes on from its newest checkpoint.
+    """
+    plain = shlex.join(create_command(job, options))
+    if not options.autocheckpoint:
+        return plain
+    said = 'echo "not possible with autocheckpoint, so without" >&2'
+    return f"{shlex.join(create_command(job, options, autocheckpoint=True))} || {{ {said}; {plain}; }}"
+
+
+def _secret_check(options: Options) -> list[str]:
+    """Returns lines that look at the file of secrets again, before TPUs are asked for: the script may run later."""
+    if not options.secret_env:
+        return []
+    file = shlex.quote(options.secret_file)
+    lines = [f'[ -z "$(find {file} -perm /077)" ] || {{ echo others can read the file of secrets >&2; exit 1; }}']
+    return [
+        *lines,
+        *(f"grep -q '^{name}=' {file} || {{ echo no {name} in it >&2; exit 1; }}" for name in options.secret_env),
+    ]
 
 
 def _setup(job: Job, options: Options) -> list[str]:
     """Returns shell commands that prepare a worker. The first refuses a worker on which training runs."""
-    alive = f"[ -e {HOME}/pid ] && kill -0 $(cat {HOME}/pid) 2>/dev/null"
-    unpack = f"if {alive}; then echo training runs already; exit 1; fi; tar -xzf {job.name}.tar.gz"
+    unpack = f"{REFUSE_RUNNING}; tar -xzf {job.name}.tar.gz && rm {job.name}.tar.gz"
     if options.image:
         return [unpack, f"sudo docker pull {shlex.quote(options.image)}"]
     install = (
-        f"cd {HOME} && python3 -m pip install --user --quiet uv "
+        f"cd {DIRECTORY} && python3 -m pip install --user --quiet uv "
         f"&& python3 -m uv venv --allow-existing --python {PYTHON} venv "
-        f"&& python3 -m uv pip install --quiet --python venv/bin/python -e '.[{EXTRAS}]'"
+        f"&& python3 -m uv pip install --quiet --python venv/bin/python --require-hashes -r {LOCK} "
+        f"&& python3 -m uv pip install --quiet --python venv/bin/python --no-deps -e ."
     )
     return [unpack, install]
 
 
-def _start() -> str:
-    return f"cd {HOME} && (nohup setsid bash run.sh > log 2>&1 < /dev/null &)"
-
-
-def _train_command(job: Job, options: Options) -> str:
+def _train_command(job: Job, options: Options) -> list[str]:
     pairs = [f"{name}={value}" for name, value in training_environment(options.env).items()]
-    train = ["-m", "ecdit.train", *job.train_flags]
+    train = ["-m", "ecdit.train", *job.train_flags, job.checked_flag()]
     if not options.image:
-        return shlex.join(["env", *pairs, "venv/bin/python", *train])
+        return ["env", *pairs, "venv/bin/python", *train]
     given = [argument for pair in pairs for argument in ("--env", pair)]
-    docker = ["sudo", "docker", "run", "--rm", "--privileged", "--network=host", *given, options.image]
-    return shlex.join([*docker, "python", *train])
+    secrets = ["--env-file", SECRETS] if options.secret_env else []
+    # Google's containers for TPU VMs have the host's devices and network. The VM has no other tenant.
+    docker = ["sudo", "docker", "run", "--rm", "--privileged", "--network=host", *given, *secrets, options.image]
+    return [*docker, "python", *train]
 
 
 def _files(job: Job) -> list[str]:
-    """Returns the files of the checkout that a worker needs, the user's own included."""
+    """Returns the files of the checkout that a worker needs, the user's own included.
+
+    Raises:
+      LaunchError: tar would read a name as something else.
+    """
+    for path in job.files:
+        check_characters("file", path)
+        if "\\" in path or path.startswith("@"):
+            raise LaunchError(
+                f"{path}: must have no backslash, and no @ at its beginning: tar would look for another file"
+            )
     return [*CODE, *(path for path in job.files if path.split("/")[0] not in CODE)]
-
-
-def _ranges(codes: Sequence[int]) -> list[tuple[int, int]]:
-    """Returns ascending codes as ranges, (first, last)."""
-    ranges: list[tuple[int, int]] = []
-    for code in codes:
-        if ranges and ranges[-1][1] == code - 1:
-            ranges[-1] = (ranges[-1][0], code)
-        else:
-            ranges.append((code, code))
-    return ranges
 
 
 def _zone_flags(project: str, zone: str) -> list[str]:
@@ -241,6 +304,8 @@ class TpuVm:
         """Defines the flags that say which TPUs, and with which image of the VMs."""
         flags.DEFINE_enum("capacity", "on-demand", ["on-demand", "spot", "reserved"], "tpu-vm: which TPUs.")
         flags.DEFINE_string("runtime-version", "", "tpu-vm: image of the VMs; empty: the usual one.")
+        flags.DEFINE_string("secret-file", "", "tpu-vm: file of mode 0600, lines NAME=VALUE, for --secret-env.")
+        flags.DEFINE_bool("autocheckpoint", True, "tpu-vm: SIGTERM before maintenance, where gcloud alpha may be used.")
 
     def check(self, job: Job) -> None:
         """Raises LaunchError for slices or variables that a queued resource cannot have."""
@@ -279,4 +344,8 @@ def _options() -> Options:
         capacity=FLAGS["capacity"].value,
         max_restarts=FLAGS["max-restarts"].value,
         env=tuple(FLAGS["env"].value),
+        secret_env=tuple(FLAGS["secret-env"].value),
+        secret_file=FLAGS["secret-file"].value,
+        unpinned_image=FLAGS["unpinned-image"].value,
+        autocheckpoint=FLAGS["autocheckpoint"].value,
     )

@@ -1,7 +1,8 @@
 """The results of a sweep's runs: a table as CSV and markdown, power laws, and plots if matplotlib is installed.
 
 The loss is `flow_loss`, so that the balance loss of token choice does not count. A run's final loss is its mean over
-the last share of the run's steps; a run that has not done all its steps has none, and is in no fit.
+the last share of the run's steps; a run that has not done all its steps has none, and is in no fit. A run whose config
+is not its point's, or whose metrics lack a step, is left out and listed with the reason.
 """
 
 import csv
@@ -9,6 +10,7 @@ import dataclasses
 import importlib.util
 import io
 import itertools
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,10 +18,13 @@ from typing import Any
 
 import numpy as np
 
+from ecdit.checkpoints.compatibility import config_differences
+from ecdit.config import changeable, to_dict
 from ecdit.errors import UserError
 from ecdit.files import replace_text
 from ecdit.reporting.metrics_file import read_lines
-from ecdit.storage import reading
+from ecdit.runs.trained_run import CONFIG_FILE
+from ecdit.storage import children, reading
 from launch.sweeps.fitting import MIN_SIZES, PowerLaw, fit_power_law
 from launch.sweeps.points import SweepPoint
 
@@ -41,12 +46,13 @@ class Result:
     activated_params: int
     denoiser_params: int
     flops: float  # of one image and its caption, forward, activated
+    left_out: str  # why the run does not count; "" if it does
     losses: tuple[tuple[int, float], ...] = dataclasses.field(repr=False)  # (step, loss) of the finite ones
 
     @property
     def finished(self) -> bool:
         """Whether all steps are done."""
-        return self.step >= self.num_steps
+        return self.step >= self.num_steps and not self.left_out
 
 
 Fits = dict[tuple[str, str], PowerLaw]  # by series and the field of Result that is x
@@ -67,7 +73,9 @@ def collect(points: Sequence[SweepPoint], directory: Path, share: float) -> list
     """
     results = [read_result(point, directory / point.name, share) for point in points]
     if not any(result.losses for result in results):
-        raise UserError(f"--workdir={directory}: no point of this sweep has been run there")
+        found = "".join(f"\n  {result.name}: {result.left_out}" for result in results if result.left_out)
+        raise UserError(f"--workdir={directory}: no point of this sweep has been run there{found}")
+    strangers = other_runs(points, directory)
     fits, files = fit_all(results), [directory / CSV_FILE, directory / MARKDOWN_FILE]
     pictures = {}
     if importlib.util.find_spec("matplotlib") is not None:
@@ -75,7 +83,7 @@ def collect(points: Sequence[SweepPoint], directory: Path, share: float) -> list
 
         pictures = plots.draw_all(results, fits, directory)
     replace_text(files[0], csv_text(results))
-    replace_text(files[1], markdown(results, fits, share, pictures))
+    replace_text(files[1], markdown(results, fits, share, pictures, strangers))
     return files + [directory / name for name in pictures]
 
 
@@ -83,6 +91,8 @@ def read_result(point: SweepPoint, workdir: Path, share: float) -> Result:
     """Returns the result of a point's run, from its lines of metrics."""
     with reading(workdir):
         rows = read_lines(workdir)
+        left_out = why_left_out(point, workdir, [row["step"] for row in rows])
+    rows = [] if left_out else rows
     num_steps, counts = point.experiment.train.num_steps, point.counts()
     step = max((row["step"] for row in rows), default=0)
     losses = tuple((row["step"], row[LOSS]) for row in rows if row[LOSS] is not None)
@@ -99,8 +109,41 @@ def read_result(point: SweepPoint, workdir: Path, share: float) -> Result:
         activated_params=counts.activated_params,
         denoiser_params=counts.denoiser_params,
         flops=sum(part["flops"] for part in counts.flops_per_image.values()),
+        left_out=left_out,
         losses=losses,
     )
+
+
+def why_left_out(point: SweepPoint, workdir: Path, steps: Sequence[int]) -> str:
+    """Returns why a run does not count as its point's, or "".
+
+    Args:
+      point: the point.
+      workdir: of the run.
+      steps: of its lines of metrics, in their order.
+    """
+    if not steps:
+        return ""  # not begun
+    config = workdir / CONFIG_FILE
+    if not config.exists():
+        return f"it has no {CONFIG_FILE}"
+    allowed = changeable(point.experiment, "resume")
+    try:
+        differences = config_differences(json.loads(config.read_text()), to_dict(point.experiment), allowed, max(steps))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        return f"its {CONFIG_FILE} cannot be read: {error}"
+    if differences:
+        return f"its config is another: {'; '.join(differences)}"
+    wrong = next((at for at, step in enumerate(steps, 1) if step != at), None)
+    return "" if wrong is None else f"its metrics have step {steps[wrong - 1]} in place of step {wrong}"
+
+
+def other_runs(points: Sequence[SweepPoint], directory: Path) -> list[str]:
+    """Returns the names of runs in the sweep's directory that are none of its points."""
+    names = {point.name for point in points}
+    with reading(directory):
+        found = [path.name for path in children(directory) if (path / CONFIG_FILE).exists()]
+    return sorted(set(found) - names)
 
 
 def by_series(results: Sequence[Result]) -> dict[str, list[Result]]:
@@ -126,7 +169,8 @@ def csv_text(results: Sequence[Result]) -> str:
     """Returns a line for each point; unknown values are empty."""
     keys = list(dict.fromkeys(key for result in results for key in result.settings))
     out = io.StringIO()
-    fields = ("series", "step", "num_steps", "loss", "loss_error", "activated_params", "denoiser_params", "flops")
+    sizes = ("activated_params", "denoiser_params", "flops")
+    fields = ("series", "step", "num_steps", "loss", "loss_error", *sizes, "left_out")
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(["name", *keys, *fields])
     for result in results:
@@ -135,8 +179,18 @@ def csv_text(results: Sequence[Result]) -> str:
     return out.getvalue()
 
 
-def markdown(results: Sequence[Result], fits: Fits, share: float, pictures: Mapping[str, str]) -> str:
-    """Returns the table, the unfinished runs, the fits, and the plots, of which `pictures` has descriptions by file."""
+def markdown(
+    results: Sequence[Result], fits: Fits, share: float, pictures: Mapping[str, str], strangers: Sequence[str]
+) -> str:
+    """Returns the table, the runs that do not count, the fits, and the plots.
+
+    Args:
+      results: of the points.
+      fits: by series.
+      share: of the steps, of the final loss.
+      pictures: descriptions of the plots by file.
+      strangers: names of runs in the directory that are no points of the sweep.
+    """
     lines = [
         f"Loss: mean of `{LOSS}` (squared velocity) over the last {share:.0%} of the steps, ± its standard error, as "
         f"if steps were independent. FLOPs are those of one image and its caption, forward.",
@@ -147,10 +201,17 @@ def markdown(results: Sequence[Result], fits: Fits, share: float, pictures: Mapp
         "",
     ]
     missing = [
-        f"{result.name} ({result.step} of {result.num_steps} steps)" for result in results if not result.finished
+        f"{result.name} ({result.step} of {result.num_steps} steps)"
+        for result in results
+        if not result.finished and not result.left_out
     ]
     if missing:
         lines += [f"Not finished, and in no fit: {', '.join(missing)}.", ""]
+    left_out = [f"- {result.name}: {result.left_out}" for result in results if result.left_out]
+    if left_out:
+        lines += ["Left out, because they are not what the sweep says:", "", *left_out, ""]
+    if strangers:
+        lines += [f"Runs in this directory that are no points of the sweep: {', '.join(strangers)}.", ""]
     lines += [*_fit_lines(fits), ""]
     for file, description in pictures.items():
         lines += [f"![{description}]({file})", "", f"*{description}*", ""]

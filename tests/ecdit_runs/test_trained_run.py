@@ -1,6 +1,7 @@
 """Runs opened to sample from: their config and overrides, and that nothing but the EMA weights is read."""
 
 import json
+import re
 import shutil
 import sys
 
@@ -8,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 
+import ecdit
 from ecdit.checkpoints import restore
 from ecdit.checkpoints.arrays import FORMAT, DamagedError
 from ecdit.checkpoints.compatibility import check_resume
@@ -16,7 +18,7 @@ from ecdit.config import ConfigError, changeable, flatten, to_dict
 from ecdit.errors import UserError
 from ecdit.interop.weights import save_weights
 from ecdit.partitioning import make_mesh
-from ecdit.runs.trained_run import open_run, saved_experiment
+from ecdit.runs.trained_run import mesh_of_devices, open_run, saved_experiment
 from ecdit.runs.training_run import train
 from ecdit.system import make_system
 from tests.checkpoints.damage import flip_array
@@ -148,6 +150,41 @@ def test_only_ema_weights_are_read_and_each_is_where_the_mesh_wants_it(saved):
     assert step == 7
     jax.tree.map(np.testing.assert_array_equal, restored, ema)
     assert jax.tree.map(lambda x: x.sharding, restored) == system.shardings(mesh)
+
+
+def test_a_run_of_a_pod_opens_on_the_devices_that_are_here(saved, tmp_path):
+    """Its mesh had 16 devices, joined by jax.distributed; here are eight in one process."""
+    workdir, ema = shutil.copytree(saved[0], tmp_path / "run"), saved[1]
+    sizes = {"mesh__data": 1, "mesh__fsdp": 4, "mesh__expert": 4, "mesh__tensor": 1, "sampling__batch_size": 16}
+    (workdir / "config.json").write_text(json.dumps(to_dict(tiny(**sizes, runtime__distributed=True))))
+    opened = open_run(workdir)
+    assert dict(opened.mesh.shape) == {"slices": 1, "data": 1, "fsdp": 8, "expert": 1, "tensor": 1}
+    jax.tree.map(np.testing.assert_array_equal, opened.params, ema)
+    assert len(opened.checkpoint) == 64
+
+
+def test_a_run_keeps_its_mesh_where_it_fits_and_takes_another_where_it_does_not():
+    fits = tiny(mesh__data=-1, mesh__expert=2, sampling__batch_size=16)
+    assert mesh_of_devices(fits, make_system(fits.system), True).shape["data"] == 4
+    odd = tiny(mesh__data=3, sampling__batch_size=3)
+    with pytest.raises(ConfigError, match=r"config\.sampling\.batch_size = 3: must be a multiple of the 8 parts"):
+        mesh_of_devices(odd, make_system(odd.system), True)
+    assert mesh_of_devices(odd, make_system(odd.system), False).shape["fsdp"] == 8
+
+
+def test_a_config_of_another_version_is_named_with_its_file_and_version(workdir):
+    values = json.loads((workdir / "config.json").read_text())
+    values["train"]["wandb"] = True
+    (workdir / "config.json").write_text(json.dumps(values))
+    (workdir / "overrides.json").write_text(json.dumps([{"step": 0, "versions": {"ecdit": "0.3.1"}}]))
+    says = (
+        f"{workdir}/config.json, which ecdit 0.3.1 wrote, is no config of ecdit {ecdit.__version__}: config.train.wandb"
+    )
+    with pytest.raises(CheckpointError, match=re.escape(says)):
+        saved_experiment(workdir)
+    (workdir / "overrides.json").unlink()
+    with pytest.raises(CheckpointError, match=re.escape("which ecdit (unknown version) wrote")):
+        saved_experiment(workdir)
 
 
 def test_weights_of_a_step_that_is_named(saved, tmp_path):

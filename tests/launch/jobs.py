@@ -12,6 +12,39 @@ from launch.check import make_job
 from tests.runs import config_file
 
 WORKDIR = "gs://bucket/runs/m-64e"
+IMAGE = f"region-docker.pkg.dev/project/repository/ecdit:1@sha256:{'0123456789abcdef' * 4}"
+# Values that a shell, Kubernetes, YAML or a program's options could read as something else.
+HOSTILE = [
+    *(
+        "a b",
+        "'",
+        '"',
+        'it\'s "quoted"',
+        "$(touch hacked)",
+        "`touch hacked`",
+        "$HOME",
+        "${HOME}",
+        "$$",
+        "$(HOME)",
+        "\\",
+    ),
+    *(
+        "; touch hacked",
+        "&& touch hacked",
+        "| touch hacked",
+        "> hacked",
+        "#",
+        "*",
+        "?",
+        "~",
+        "!!",
+        "{a,b}",
+        "\\n",
+        "%s",
+    ),
+    *("-rf", "--help", "--privileged", "END_OF_LOOP", "- item", "key: value", "null", "yes", "1e3", "&anchor", "!tag"),
+    *("Größe", "\u2028", "😀", "", " ", "=", "a=b"),
+]
 
 
 def experiment(model="XL-32E", **overrides):

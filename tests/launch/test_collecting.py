@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ecdit.config import to_dict
+from ecdit.errors import UserError
 from launch.sweeps.collecting import collect, read_result
 from launch.sweeps.fitting import fit_power_law
 from launch.sweeps.points import SweepPoint
@@ -55,15 +57,18 @@ def points():
     return made
 
 
-def write_run(directory, name, losses, tail=""):
-    (directory / name).mkdir()
+def write_run(directory, point, losses, tail="", **config):
+    """A run of the point, or of one that differs from it in `config`."""
+    (directory / point.name).mkdir()
+    values = dataclasses.replace(point.experiment, **config)
+    (directory / point.name / "config.json").write_text(json.dumps(to_dict(values)))
     # Last the loss with what balances experts, which must not count.
     rows = [{"step": step, "flow_loss": loss, "loss": 99.0} for step, loss in enumerate(losses, 1)]
-    (directory / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + tail)
+    (directory / point.name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + tail)
 
 
 def test_the_final_loss_is_the_mean_over_the_last_steps(tmp_path, points):
-    write_run(tmp_path, points[0].name, [9, 9, 9, 9, 9, 9, 4, None, 1, 2], '{"step": 11, "flo')
+    write_run(tmp_path, points[0], [9, 9, 9, 9, 9, 9, 4, None, 1, 2], '{"step": 11, "flo')
     result = read_result(points[0], tmp_path / points[0].name, share=0.4)
     assert (result.step, result.finished) == (10, True)
     np.testing.assert_allclose([result.loss, result.loss_error], [7 / 3, math.sqrt(7 / 3 / 3)], rtol=1e-12)
@@ -75,9 +80,9 @@ def test_the_final_loss_is_the_mean_over_the_last_steps(tmp_path, points):
 def test_a_part_of_a_sweep_is_collected_with_fits_of_what_is_finished(tmp_path, points):
     counts = [point.counts() for point in points]
     for point, count in zip(points[:3], counts, strict=False):
-        write_run(tmp_path, point.name, [5.0] * 8 + [count.activated_params**-0.5] * 2)
-    write_run(tmp_path, points[3].name, [1.0] * 10)
-    write_run(tmp_path, points[4].name, [1.0] * 7)
+        write_run(tmp_path, point, [5.0] * 8 + [count.activated_params**-0.5] * 2)
+    write_run(tmp_path, points[3], [1.0] * 10)
+    write_run(tmp_path, points[4], [1.0] * 7)
     files = collect(points, tmp_path, share=0.2)
     assert [file.name for file in files] == [
         *("sweep.csv", "sweep.md"),
@@ -101,9 +106,42 @@ def test_a_part_of_a_sweep_is_collected_with_fits_of_what_is_finished(tmp_path, 
     assert "over the last 20% of the steps" in text
 
 
+def test_runs_that_are_not_what_the_sweep_says_are_left_out_and_listed(tmp_path, points):
+    """Runs of another seed, of another width, without a step, with a step twice, without a config, of no point."""
+    write_run(tmp_path, points[0], [1.0] * 10)
+    write_run(tmp_path, points[1], [2.0] * 10, seed=points[1].experiment.seed + 1)
+    write_run(tmp_path, points[2], [3.0] * 10, model=points[0].experiment.model)
+    for point, steps in ((points[3], [1, 2, 3, 4, 6, 7, 8, 9, 10]), (points[4], [1, 2, 2, 3, 4, 5, 6, 7, 8, 9, 10])):
+        write_run(tmp_path, point, [])
+        rows = "".join(json.dumps({"step": step, "flow_loss": 1.0}) + "\n" for step in steps)
+        (tmp_path / point.name / "metrics.jsonl").write_text(rows)
+    write_run(tmp_path, points[5], [1.0] * 10)
+    (tmp_path / points[5].name / "config.json").unlink()
+    (tmp_path / "stranger").mkdir()
+    (tmp_path / "stranger/config.json").write_text("{}")
+    collect(points, tmp_path, share=0.2)
+    rows = list(csv.DictReader((tmp_path / "sweep.csv").read_text().splitlines()))
+    assert [row["loss"] for row in rows] == ["1.0", "", "", "", "", ""]
+    seed = points[1].experiment.seed
+    expected = [
+        "",
+        f"its config is another: config.seed: saved {seed + 1}, now {seed}",
+        "its config is another: config.model.width: saved 32, now 128",
+        "its metrics have step 6 in place of step 5",
+        "its metrics have step 2 in place of step 3",
+        "it has no config.json",
+    ]
+    assert [row["left_out"] for row in rows] == expected
+    text = (tmp_path / "sweep.md").read_text()
+    assert all(f"- {point.name}: {why}\n" in text for point, why in zip(points[1:], expected[1:], strict=True))
+    assert "no points of the sweep: stranger." in text
+    with pytest.raises(UserError, match="no point of this sweep has been run there\n  width-64-dense: its config is"):
+        collect(points[1:2], tmp_path, share=0.2)
+
+
 def test_without_matplotlib_there_are_tables_and_a_word_about_plots(tmp_path, points, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    write_run(tmp_path, points[0].name, [1.0] * 10)
+    write_run(tmp_path, points[0], [1.0] * 10)
     assert [file.name for file in collect(points[:1], tmp_path, share=0.2)] == ["sweep.csv", "sweep.md"]
     text = (tmp_path / "sweep.md").read_text()
     assert "matplotlib is not installed" in text

@@ -11,7 +11,7 @@ import yaml
 
 from ecdit.exit_codes import PREEMPTED
 from launch.job import job_name
-from tests.launch.jobs import WORKDIR, install, wait_for
+from tests.launch.jobs import IMAGE, WORKDIR, install, wait_for
 from tests.runs import ROOT, TINY, base_install
 from tests.system.test_ec_dit import SMALL
 
@@ -64,13 +64,13 @@ def test_a_dry_run_of_a_jobset_takes_no_other_flag_and_a_real_one_creates_what_i
     assert "1531.0 GB, 47.8 GB a host" in dry.stdout
     assert notes(outside) == []
 
-    flags = ["--backend=jobset", "--context=cluster", "--image=repository/ecdit:1"]
+    flags = ["--backend=jobset", "--context=cluster", f"--image={IMAGE}"]
     real = launch("tpu", *REQUEST, *flags, env={**outside, "EXIT_CODE": "3"})
     assert real.returncode == 3
     ((command, text),) = notes(outside)
     assert command == ["create", "--filename=-", "--context=cluster"]
     assert re.sub("image: .*", "", text) == re.sub("image: .*", "", out.read_text())
-    assert "image: repository/ecdit:1\n" in text
+    assert f"image: {IMAGE}\n" in text
 
 
 def test_a_dry_run_on_tpu_vms_writes_the_script(outside, tmp_path):
@@ -81,7 +81,7 @@ def test_a_dry_run_on_tpu_vms_writes_the_script(outside, tmp_path):
     done = launch("tpu", *REQUEST, *flags, "--dry-run", f"--out={out}", env=environment)
     assert (done.returncode, done.stderr) == (0, "")
     assert subprocess.run(["bash", "-n", out]).returncode == 0
-    assert "--config.checkpoint.every=500 --config.mesh.slices=2 &" in out.read_text()
+    assert "--config.checkpoint.every=500 --config.mesh.slices=2\n" in done.stdout
     assert "--zone=us-east5-a" in out.read_text()
     assert notes(outside) == []
 
@@ -92,6 +92,9 @@ def test_a_dry_run_on_tpu_vms_writes_the_script(outside, tmp_path):
         (["--accelerator=v5p-250"], "the nearest: v5p-128 and v5p-256"),
         (["--workdir=runs/m-64e"], "--workdir=runs/m-64e: must be gs://BUCKET/PATH"),
         ([], "--image is missing: build launch/Dockerfile"),
+        (["--image=repository/ecdit:1"], "--image=repository/ecdit:1: must end with @sha256:DIGEST"),
+        (["--config.train.wandb_project=x\nEND_OF_LOOP\ntouch hacked\n"], "must have no control characters"),
+        (["--env=WANDB_API_KEY=sesame"], "--env=WANDB_API_KEY=...: looks like a secret"),
     ],
 )
 def test_what_cannot_run_is_refused_in_one_line_before_anything_is_started(outside, flags, says):
@@ -101,6 +104,15 @@ def test_what_cannot_run_is_refused_in_one_line_before_anything_is_started(outsi
     assert done.stderr.startswith("error: ")
     assert len(done.stderr.splitlines()) == 1
     assert notes(outside) == []
+
+
+def test_a_config_of_another_directory_is_not_taken_for_the_checkouts(outside, tmp_path):
+    """The hosts would get the checkout's file of this name, which is not the one that was checked."""
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs/ec_dit.py").write_text((ROOT / "configs/ec_dit.py").read_text())
+    done = launch("tpu", *REQUEST, "--backend=tpu-vm", "--dry-run", env=outside, cwd=tmp_path)
+    assert done.returncode == 2
+    assert f"--config=configs/ec_dit.py: is {tmp_path}/configs/ec_dit.py here, and the hosts get {ROOT}" in done.stderr
 
 
 def test_a_program_that_is_not_there_is_named(outside):

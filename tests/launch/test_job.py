@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import types
 
 import pytest
 
@@ -111,6 +112,23 @@ def test_the_command_is_the_one_that_one_would_type():
     assert " ".join(made.train_flags) in describe(made)[0]
 
 
+def test_a_faster_mesh_that_is_known_is_told():
+    (line,) = (line for line in describe(job("v5p-256")) if line.startswith("faster "))
+    assert "--config.mesh.expert=16" in line
+    assert not [line for line in describe(job("v5p-256", mesh__expert=16)) if line.startswith("faster ")]
+
+
+def test_the_documents_phases_go_on_xl_32e():
+    """All phases are checked against the slice, as `ecdit.plan` and the launcher do."""
+    (example,) = re.findall(r"```python\n(config\.phases.*?)```", (ROOT / "docs/configs.md").read_text(), re.DOTALL)
+    config = types.SimpleNamespace()
+    exec(example, {"config": config})
+    phased = experiment("XL-32E", phases=config.phases)
+    for accelerator in ("v5p-128", "v5p-256"):
+        check_mesh(phased, abstract_mesh(phased.mesh, find_slice(accelerator).devices))
+    assert [phase.experiment.data.image_size for phase in phased.resolved_phases()] == [256, 256, 512]
+
+
 def test_a_checkpoint_has_16_bytes_a_trained_parameter_and_4_a_frozen_one():
     """Parameters, EMA and two moments, float32; a few counters beside them."""
     counts = count(experiment("XL-32E"))
@@ -160,6 +178,13 @@ def test_a_pod_needs_files_that_its_hosts_have(path):
         check_pod(dataclasses.replace(made, files=(path,)), experiment(), f"{path}:x")
     with pytest.raises(LaunchError, match=f"config.denoiser={path}: must be a path inside the checkout"):
         check_pod(dataclasses.replace(made, files=("configs/ec_dit.py", path)), experiment(), config)
+
+
+@pytest.mark.parametrize("key", ["workdir", "override"])
+def test_a_value_with_a_newline_is_refused(key):
+    values = {"workdir": "gs://bucket/a\nb"} if key == "workdir" else {"train__wandb_project": "a\nb"}
+    with pytest.raises(LaunchError, match="must have no control characters"):
+        job("v5p-256", **values)
 
 
 def test_a_job_has_the_files_that_its_config_names():

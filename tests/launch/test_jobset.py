@@ -1,6 +1,7 @@
 """The JobSet: it is valid, says what the job is, and restarts on the codes that it should."""
 
 import dataclasses
+import json
 import os
 import re
 import subprocess
@@ -11,12 +12,12 @@ import yaml
 
 from ecdit.topology import GENERATIONS, find_slice
 from launch.backends import jobset
-from launch.job import LaunchError
-from tests.launch.jobs import job, placed
+from launch.errors import LaunchError
+from tests.launch.jobs import HOSTILE, IMAGE, install, job, placed
 from tests.runs import ROOT
 
 OPTIONS = jobset.Options(
-    image="region-docker.pkg.dev/project/repository/ecdit:1",
+    image=IMAGE,
     namespace="default",
     queue="multislice-queue",
     priority="medium",
@@ -28,7 +29,12 @@ OPTIONS = jobset.Options(
     env=(),
 )
 EVERYTHING = dataclasses.replace(
-    OPTIONS, data="gs://bucket/data/noise", env=("WANDB_MODE=offline", "A=b=c"), service_account="trainer"
+    OPTIONS,
+    data="gs://bucket/data/noise",
+    env=("WANDB_MODE=offline", "A=b=c"),
+    service_account="trainer",
+    secret_env=("WANDB_API_KEY",),
+    secret="keys",
 )
 SCHEMA = next((p / "shared/schemas/jobset-crd.yaml" for p in ROOT.parents if (p / "shared/schemas").is_dir()), None)
 XPK = os.environ.get("ECDIT_XPK", "")  # an executable of xpk 1.16.0, in an environment of its own
@@ -137,7 +143,7 @@ def test_a_slice_is_a_job_and_a_host_a_pod(chip):
 
 def test_it_restarts_on_the_codes_of_preemption_hangs_and_signals_alone():
     found = manifest()
-    assert {code for code in range(256) if after(found, code) == "restart"} == {42, 43, *range(127, 256)}
+    assert {code for code in range(256) if after(found, code) == "restart"} == {42, 43, 44, *range(127, 256)}
     assert {code for code in range(256) if after(found, code) == "done"} == {0}
     assert found["spec"]["failurePolicy"]["maxRestarts"] == 5 > 0
     assert replicated(found)["template"]["spec"]["backoffLimit"] == 0  # a Job whose pod failed is over
@@ -149,7 +155,91 @@ def test_it_restarts_on_the_codes_of_preemption_hangs_and_signals_alone():
 def test_the_command_is_that_of_the_job():
     made = job("v5p-256", checkpoint__every=500)
     found = yaml.safe_load(jobset.text(made, OPTIONS))
-    assert container(found)["command"] == ["python", "-m", "ecdit.train", *made.train_flags]
+    assert container(found)["args"] == ["python", "-m", "ecdit.train", *made.train_flags, made.checked_flag()]
+
+
+def expanded(text, variables):
+    """What Kubernetes makes of a text in command, args or env (its expand.go): $$ is $, $(NAME) a variable's value."""
+    made, i = "", 0
+    while i < len(text):
+        if text[i] != "$" or i + 1 == len(text):
+            made, i = made + text[i], i + 1
+        elif text[i + 1] == "$":
+            made, i = made + "$", i + 2
+        elif text[i + 1] == "(" and ")" in text[i:]:
+            end = text.index(")", i)
+            name = text[i + 2 : end]
+            made, i = made + variables.get(name, f"$({name})"), end + 1
+        else:
+            made, i = made + text[i : i + 2], i + 2
+    return made
+
+
+def test_kubernetes_expands_as_it_says():
+    assert expanded("$(A) $$(A) $$$(A) $B $", {"A": "x"}) == "x $(A) $x $B $"
+
+
+def test_no_value_is_rewritten_by_kubernetes_or_read_as_yaml_or_by_a_shell(tmp_path):
+    """The container runs here, with a stand-in for python: each value arrives as it was given."""
+    install(
+        tmp_path / "bin",
+        "python",
+        "import json, os, sys; json.dump([sys.argv[1:], dict(os.environ)], open('seen', 'w'))",
+    )
+    flags = tuple(f"--config.key{i}={value}" for i, value in enumerate(HOSTILE))
+    env = tuple(f"V{i}={value}" for i, value in enumerate(HOSTILE))
+    made = dataclasses.replace(placed("v5p-256"), train_flags=(*flags, *HOSTILE))
+    found = container(yaml.safe_load(jobset.text(made, dataclasses.replace(OPTIONS, env=env))))
+    variables = {}
+    for variable in found["env"]:
+        variables[variable["name"]] = expanded(variable["value"], {"HOME": "WRONG"} | variables)
+    command = [expanded(word, {"HOME": "WRONG"} | variables) for word in [*found["command"], *found["args"]]]
+    # The test may not raise its limit of locked memory.
+    assert command[2].startswith("ulimit -l unlimited && ")
+    command[2] = command[2].removeprefix("ulimit -l unlimited && ")
+    place = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "LC_ALL": "C.UTF-8"}
+    subprocess.run(command, cwd=tmp_path, env=variables | place, check=True, timeout=20)
+    arguments, seen = json.loads((tmp_path / "seen").read_text())
+    assert arguments[2:-1] == [*flags, *HOSTILE]
+    assert [seen[f"V{i}"] for i in range(len(HOSTILE))] == HOSTILE
+    assert not (tmp_path / "hacked").exists()
+
+
+def test_a_secret_is_named_and_stands_nowhere():
+    found = container(manifest(options=EVERYTHING))
+    (secret,) = (variable for variable in found["env"] if "value" not in variable)
+    assert secret == {"name": "WANDB_API_KEY", "valueFrom": {"secretKeyRef": {"name": "keys", "key": "WANDB_API_KEY"}}}
+    for key in ("WANDB_API_KEY", "HF_TOKEN", "a_secret", "DB_PASSWORD"):
+        with pytest.raises(LaunchError, match=f"--env={key}=...: looks like a secret") as caught:
+            manifest(options=dataclasses.replace(OPTIONS, env=(f"{key}=sesame",)))
+        assert "sesame" not in str(caught.value)
+    with pytest.raises(LaunchError) as caught:
+        manifest(options=dataclasses.replace(OPTIONS, secret_env=("WANDB_API_KEY=sesame",)))
+    assert "sesame" not in str(caught.value)
+    with pytest.raises(LaunchError, match="--secret is missing"):
+        manifest(options=dataclasses.replace(EVERYTHING, secret=""))
+
+
+def test_a_container_has_the_rights_that_the_chips_need_and_no_more():
+    """Of capabilities the one that raises the limit of locked memory; the host's network for several slices alone."""
+    found = container(manifest())
+    assert found["securityContext"] == {
+        "privileged": False,
+        "allowPrivilegeEscalation": False,
+        "capabilities": {"drop": ["ALL"], "add": ["SYS_RESOURCE"]},
+        "seccompProfile": {"type": "RuntimeDefault"},
+    }
+    older = container(manifest(options=dataclasses.replace(OPTIONS, privileged=True)))
+    assert older["securityContext"] == {"privileged": True}
+    assert "hostNetwork" not in pod(manifest())["spec"]
+    assert pod(manifest(slices=2))["spec"]["hostNetwork"] is True
+
+
+def test_an_image_without_a_digest_is_refused_unless_told():
+    tagged = dataclasses.replace(OPTIONS, image="repository/ecdit:1")
+    with pytest.raises(LaunchError, match="must end with @sha256:DIGEST"):
+        manifest(options=tagged)
+    assert container(manifest(options=dataclasses.replace(tagged, unpinned_image=True)))["image"] == tagged.image
 
 
 def test_prepared_data_is_mounted_from_its_bucket():
@@ -161,7 +251,7 @@ def test_prepared_data_is_mounted_from_its_bucket():
     assert attributes["bucketName"] == "bucket"
     assert "only-dir=data/noise" in attributes["mountOptions"].split(",")
     (mount,) = (mount for mount in container(found)["volumeMounts"] if mount["name"] == volume["name"])
-    assert f"--config.data.directory={mount['mountPath']}" in container(found)["command"]
+    assert f"--config.data.directory={mount['mountPath']}" in container(found)["args"]
     assert pod(manifest())["metadata"]["annotations"] == {}
 
 
@@ -174,7 +264,8 @@ def test_every_mount_has_its_volume_and_shared_memory_is_one():
 
 
 def test_the_environment_is_what_was_asked_for_on_top_of_the_fixed():
-    given = {variable["name"]: variable["value"] for variable in container(manifest(options=EVERYTHING))["env"]}
+    variables = container(manifest(options=dataclasses.replace(EVERYTHING, secret_env=())))["env"]
+    given = {variable["name"]: variable["value"] for variable in variables}
     assert given == {"JAX_PLATFORMS": "tpu,cpu", "PYTHONUNBUFFERED": "1", "WANDB_MODE": "offline", "A": "b=c"}
 
 
@@ -199,6 +290,9 @@ def test_a_grace_period_that_is_too_short_is_refused_with_what_it_takes():
     [
         ("v4-8", 2, {}, "--slices=2: GKE joins slices of several hosts only, and v4-8 has one"),
         ("v5p-256", 1, {"data": "/mnt/data"}, "--data=/mnt/data: must be gs://BUCKET or gs://BUCKET/PATH"),
+        ("v5p-256", 1, {"data": "gs://b/p,uid=0"}, "--data=gs://b/p,uid=0: must have no ','"),
+        ("v5p-256", 1, {"data": "gs://b/p\nq"}, "must have no control characters"),
+        ("v5p-256", 1, {"env": ("A=b\nc",)}, "must have no control characters"),
         ("v5p-256", 1, {"env": ("NAME",)}, "--env=NAME: must be NAME=VALUE"),
     ],
 )
@@ -227,7 +321,7 @@ def meaning(found):
         "hosts": (replicated(found)["replicas"], spec["parallelism"], spec["completions"], spec["backoffLimit"]),
         "nodes": template["nodeSelector"],
         "tolerations": [sorted(toleration.items()) for toleration in template["tolerations"]],
-        "network": (template["hostNetwork"], template["dnsPolicy"]),
+        "network": (template.get("hostNetwork", False), template.get("dnsPolicy", "ClusterFirst")),
         "priority": template["priorityClassName"],
         "pod": (template["restartPolicy"], template["terminationGracePeriodSeconds"]),
         "scheduler": template.get("schedulerName", "default-scheduler"),
@@ -300,14 +394,22 @@ def xpk_manifest(made, options, out: Path):
         *(("tpu7x-8", 1), ("tpu7x-128", 1), ("tpu7x-128", 2), ("tpu7x-2048", 1)),
     ],
 )
-def test_it_means_the_same_as_xpk_for_the_same_request_but_for_code_43(tmp_path, accelerator, slices):
+def test_it_means_the_same_as_xpk_for_the_same_request_but_for_two_codes_and_fewer_rights(
+    tmp_path, accelerator, slices
+):
     made = placed(accelerator, slices)
     ours = meaning(yaml.safe_load(jobset.text(made, OPTIONS)))
     theirs_raw = xpk_manifest(made, OPTIONS, tmp_path / "xpk.yaml")
     theirs = meaning(theirs_raw)
     (script,) = (part for part in container(theirs_raw)["command"] if "ecdit.train" in part)
     assert "python -m ecdit.train " + " ".join(made.train_flags) in script
-    assert (ours["after exit codes"].pop(43), theirs["after exit codes"].pop(43)) == ("restart", "fail")
+    for code in (43, 44):
+        assert (ours["after exit codes"].pop(code), theirs["after exit codes"].pop(code)) == ("restart", "fail")
+    assert theirs.pop("privileged") == {"privileged": True}
+    assert ours.pop("privileged")["privileged"] is False
+    network = (True, "ClusterFirstWithHostNet")
+    assert theirs.pop("network") == network
+    assert ours.pop("network") == (network if slices > 1 else (False, "ClusterFirst"))
     # A pool of several hosts of TPU7x has a workload policy. xpk makes one of this name; other pools have others.
     policy = theirs["nodes"].pop("cloud.google.com/placement-policy-name", None)
     named = accelerator.startswith("tpu7x") and made.slice.hosts > 1

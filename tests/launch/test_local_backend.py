@@ -1,5 +1,6 @@
 """Jobs on this machine: they are found, and stopped, by what the launcher noted of its processes."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 from ecdit.exit_codes import PREEMPTED
 from launch.backends import local
 from launch.job import LaunchError
-from tests.launch.jobs import placed, wait_for
+from tests.launch.jobs import HOSTILE, install, placed, wait_for
 from tests.runs import ROOT
 
 NAME = "m-1"
@@ -86,6 +87,16 @@ def test_every_host_is_a_process_with_the_devices_of_its_chips(monkeypatch, acce
     assert shown.startswith(
         f"python -m launch.local --processes=4 --devices={devices} --log_dir=runs/local/{made.name} -- --config="
     )
+
+
+def test_no_value_is_read_as_code_by_the_shell_that_runs_the_command(tmp_path):
+    install(tmp_path / "bin", "python", "import json, sys; json.dump(sys.argv[1:], open('seen', 'w'))")
+    made = dataclasses.replace(placed("v4-16"), train_flags=tuple(HOSTILE))
+    environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "LC_ALL": "C.UTF-8"}
+    subprocess.run(["bash", "-c", local.command_line(made)], cwd=tmp_path, env=environment, check=True, timeout=20)
+    arguments = json.loads((tmp_path / "seen").read_text())
+    assert arguments[arguments.index("--") + 1 :] == HOSTILE
+    assert not (tmp_path / "hacked").exists()
 
 
 def test_a_pod_that_this_machine_would_not_bear_is_refused():

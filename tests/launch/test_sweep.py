@@ -184,7 +184,7 @@ def test_a_dry_run_for_pods_writes_a_manifest_for_each_point(tmp_path):
     found = written["width-64-ffn-token-choice"]
     assert found["metadata"]["name"] == job_name("gs://bucket/sizes/width-64-ffn-token-choice")
     (job,) = found["spec"]["replicatedJobs"]
-    command = job["template"]["spec"]["template"]["spec"]["containers"][0]["command"]
+    command = job["template"]["spec"]["template"]["spec"]["containers"][0]["args"]
     assert command[:4] == ["python", "-m", "ecdit.train", "--config=configs/emoji.py"]
     changes = {"--config.model.width=64", "--config.model.ffn=token_choice", "--config.runtime.distributed=True"}
     assert changes <= set(command)

@@ -10,11 +10,12 @@ import pytest
 from PIL import Image
 
 from ecdit.config import to_dict
+from ecdit.experiment import make_experiment
 from launch.job import job_name
 from tests.forking import run_forked
 from tests.gcs_server import serving
-from tests.launch.jobs import install
-from tests.runs import ROOT, run, tiny
+from tests.launch.jobs import IMAGE, install
+from tests.runs import ROOT, emoji_config, run, tiny
 from tests.system.test_gcs import SAVE
 
 pytest.importorskip("gcsfs", reason="needs the extra gcs")
@@ -33,7 +34,7 @@ text = sys.stdin.read() if "kubectl" in sys.argv[0] else ""
 with open(os.environ["NOTES"], "a") as file: print(sys.argv, text, file=file)
 print("ACTIVE")
 """
-BACKENDS = {"jobset": "--image=image", "tpu-vm": "--zone=us-east5-a"}
+BACKENDS = {"jobset": f"--image={IMAGE}", "tpu-vm": "--zone=us-east5-a"}
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +105,10 @@ def test_metrics_are_collected_from_the_bucket_into_it(bucket, sweep):
         for steps in parts:
             lines = "".join(json.dumps({"step": step, "flow_loss": 10.0 * step}) + "\n" for step in steps)
             store.put(f"sizes/{name}/metrics/{steps[0]:08d}.jsonl", lines.encode())
+        values = emoji_config()
+        values.train.num_steps, values.runtime.distributed = 3, True
+        values.model.ffn = {DENSE: "dense", TOKEN: "token_choice"}[name]
+        store.put(f"sizes/{name}/config.json", json.dumps(to_dict(make_experiment(values))).encode())
     result, _ = sweep("--collect")
     assert result.returncode == 0, result.stderr
     assert f"wrote {WORKDIR}/sweep.csv\n" in result.stdout

@@ -31,7 +31,10 @@ def _sampling(old: str, new: str, test: str) -> Mutant:
 
 
 def _plan_follows_from(new: str, test: str) -> Mutant:
-    old = "follows_from = [to_dict(experiment), user_files(experiment.denoiser), target.name, what, versions, _code()]"
+    old = (
+        "follows_from = [to_dict(experiment), user_files(experiment.denoiser), "
+        "target.name, what, compiler, code_digest()]"
+    )
     return Mutant(
         "ecdit/planning/cache.py", old, f"follows_from = [{new}]", (test,), "an old plan is told as a new one"
     )
@@ -220,9 +223,9 @@ MUTANTS = (
         (f"{_PICTURES}::test_what_the_sample_command_writes_belongs_together",),
     ),
     # What a plan that is kept follows from.
-    _plan_follows_from("to_dict(experiment) | {'mesh': 0}, {}, target.name, what, versions, _code()", _CACHE),
-    _plan_follows_from("to_dict(experiment), {}, what, versions, _code()", _CACHE),
-    _plan_follows_from("to_dict(experiment), {}, target.name, versions, _code()", _CACHE),
-    _plan_follows_from("to_dict(experiment), {}, target.name, what, _code()", _VERSIONS),
-    _plan_follows_from("to_dict(experiment), {}, target.name, what, versions", _VERSIONS),
+    _plan_follows_from("to_dict(experiment) | {'mesh': 0}, {}, target.name, what, compiler, code_digest()", _CACHE),
+    _plan_follows_from("to_dict(experiment), {}, what, compiler, code_digest()", _CACHE),
+    _plan_follows_from("to_dict(experiment), {}, target.name, compiler, code_digest()", _CACHE),
+    _plan_follows_from("to_dict(experiment), {}, target.name, what, code_digest()", _VERSIONS),
+    _plan_follows_from("to_dict(experiment), {}, target.name, what, compiler", _VERSIONS),
 )

@@ -6,7 +6,7 @@ import pytest
 
 from ecdit.planning import cache
 from ecdit.planning.cache import cached_plan
-from ecdit.planning.compiler import find_target
+from ecdit.planning.compiler import DoesNotFit, find_target
 from ecdit.planning.plan import Plan
 from tests.runs import tiny
 
@@ -28,6 +28,8 @@ def planned(tmp_path, monkeypatch):
         return len(made) > before, plan
 
     monkeypatch.setattr(cache, "make_plan", make_plan)
+    for name in ("LIBTPU_INIT_ARGS", "XLA_FLAGS"):
+        monkeypatch.delenv(name, raising=False)
     return planned
 
 
@@ -68,21 +70,26 @@ def test_another_version_of_a_library_or_of_this_code_makes_plans_anew(planned, 
         patched.setattr(cache, "_version", lambda name: "1.2.3" if name == "libtpu" else "")
         assert planned()[0]
     with monkeypatch.context() as patched:
-        patched.setattr(cache, "_code", lambda: "another")
+        patched.setattr(cache, "code_digest", lambda: "another")
         assert planned()[0]
     assert not planned()[0]
 
 
-def test_the_code_is_all_of_its_files(tmp_path, monkeypatch):
-    """A file that changes, however deep, changes the digest."""
-    monkeypatch.setattr(cache.ecdit, "__file__", str(tmp_path / "__init__.py"))
-    for name in ("__init__.py", "training/step.py"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text("x = 1\n")
-    before = cache._code()
-    assert cache._code() == before
-    (tmp_path / "training/step.py").write_text("x = 2\n")
-    assert cache._code() != before
+@pytest.mark.parametrize("name", ["LIBTPU_INIT_ARGS", "XLA_FLAGS"])
+def test_flags_that_the_environment_gives_the_compiler_make_plans_anew(planned, monkeypatch, name):
+    planned()
+    with monkeypatch.context() as patched:
+        patched.setenv(name, "--xla_tpu_scoped_vmem_limit_kib=1024")
+        assert planned()[0]
+    assert not planned()[0]
+
+
+def test_a_plan_that_cannot_be_kept_is_returned_with_a_warning(planned, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    made, plan = planned(runtime__compilation_cache=str(tmp_path / "file"))
+    assert made
+    assert plan.topology == "v5p:2x2x1"
+    assert "warning: the plan is not kept: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"topology": "v5p:2x2x1"}'])
@@ -105,3 +112,27 @@ def test_the_longest_phase_is_planned(planned):
     phases = [{"after": 4, "changes": {"train.batch_size": 8}}, {"after": 9, "changes": {"train.batch_size": 24}}]
     assert planned(train__num_steps=10, phases=phases)[1].batch_size == 8
     assert planned(train__num_steps=18, phases=phases)[1].batch_size == 24
+
+
+def test_every_phase_is_planned_and_the_largest_decides(planned, monkeypatch):
+    """In the stand-in each plan needs one byte more than the one before it: the last phase is the largest."""
+    phases = [{"after": 4, "changes": {"train.batch_size": 8}}, {"after": 9, "changes": {"train.batch_size": 24}}]
+    experiment = tiny(train__num_steps=10, phases=phases)
+    plans = cache.plan_phases(experiment, find_target("v5p:2x2x1"))
+    assert [plan.batch_size for _, plan in plans] == [16, 8, 24]
+    assert (cache.longest(plans).batch_size, cache.largest(plans).batch_size) == (8, 24)
+
+
+def test_a_short_phase_that_does_not_fit_is_named(planned, monkeypatch):
+    """As a phase without a mask, whose memory nobody looked at when the longest alone was planned."""
+    make_plan = cache.make_plan
+
+    def full(experiment, target, what):
+        if experiment.model.mask_ratio == 0:
+            raise DoesNotFit("40 of 32 GB")
+        return make_plan(experiment, target, what)
+
+    monkeypatch.setattr(cache, "make_plan", full)
+    phases = [{"after": 9, "changes": {"model.mask_ratio": 0.0}}]
+    with pytest.raises(DoesNotFit, match=r"^the phase from step 10 to 10: 40 of 32 GB$"):
+        planned(train__num_steps=10, phases=phases, model__mask_ratio=0.5)

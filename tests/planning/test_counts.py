@@ -75,6 +75,7 @@ def test_parameters_of_a_tiny_model_by_hand():
     assert counts.denoiser_params - counts.activated_params == 2 * 4 * ffn // 2
     assert counts.vae_params == 0
     assert "vae" not in counts.flops_per_image
+    assert counts.encoding_flops_per_image == 0
 
 
 def test_token_choice_activates_two_experts():
@@ -130,8 +131,12 @@ def test_the_command_writes_what_it_counts(tmp_path, cpu_env):
     assert (found["total_params"], found["activated_params"]) == (expected.total_params, expected.activated_params)
     assert set(found["flops_per_image"]) == {
         *("self_attention", "cross_attention", "ffn", "experts", "router", "conditioning", "head"),
-        *("text_tower", "vae"),
+        "text_tower",
     }
+    # Stored latents: the autoencoder has made them once, and no step runs it.
+    assert found["encoding_flops_per_image"] == vae_part(256).flops
+    (line,) = (line for line in result.stdout.splitlines() if "autoencoder takes" in line)
+    assert line.endswith("once, when latents are stored; no step runs it.")
     assert found["flops_per_image"]["experts"]["tokens"] == 14 * 128 * 2
     assert result.stdout.splitlines() == report(expected)
     result = run(command("plan", *arguments, "--table-parity"), env)

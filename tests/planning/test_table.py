@@ -1,9 +1,13 @@
 """The table of plans in a markdown file."""
 
+import re
+
 import pytest
 
 from ecdit.errors import UserError
-from ecdit.planning.table import BEGIN, END, row, write_rows
+from ecdit.planning.table import BEGIN, END, known_better, row, write_rows
+from ecdit.topology import find_slice
+from tests.launch.jobs import experiment
 from tests.runs import ROOT, config_file
 
 VALUES = {
@@ -56,3 +60,58 @@ def test_the_family_s_plans_are_configs_and_their_table_has_a_place():
     text = (ROOT / "configs" / "README.md").read_text()
     assert BEGIN in text
     assert END in text
+
+
+TABLE = f"""{BEGIN}
+| config | slice | libtpu | GB a device | s a step | if all, no communication hidden | MFU | images/s | days |
+|---|---|---|---|---|---|---|---|---|
+| XL-32E, mesh.expert=16 | v5p:4x4x4 | 0.0.9 | 1 of 95 | 0.900 | | | | |
+| XL-32E | v5p:4x4x4 | 0.0.9 | 1 of 95 | 0.100 | | | | |
+| XL-32E | v5p:4x4x4 | 0.0.10 | 1 of 95 | 0.300 | | | | |
+| XL-32E, mesh.expert=16 | v5p:4x4x4 | 0.0.10 | 1 of 95 | 0.250 | | | | |
+| XL-32E, mesh.expert=2 | v5p:4x4x4 | 0.0.10 | does not fit | | | | | |
+| XL-16E, mesh.expert=8 | v5p:4x4x4 | 0.0.10 | 1 of 95 | 0.200 | | | | |
+| XL-32E, mesh.expert=2 | v4:4x4x4 | 0.0.10 | 1 of 95 | 0.100 | | | | |
+{END}
+"""
+
+
+@pytest.mark.parametrize(
+    ("slice_", "overrides", "told"),
+    [
+        ("v5p:4x4x4", {}, True),
+        ("v5p:4x4x8", {}, True),  # the table has no row of this slice, but of its chips
+        ("v5p:4x4x4", {"mesh.expert": 16}, False),  # it is the best known
+        ("v5p:4x4x4", {"mesh.expert": 8}, False),  # how long this takes is not known
+        ("v5p:2x2x2", {}, False),  # eight devices have no axis of 16
+        ("v5p:8x8x8", {}, False),  # a width of 1152 does not divide over 32 x 16
+        ("v6e:4x4", {}, False),
+    ],
+)
+def test_a_layout_that_the_table_knows_to_be_faster_is_told(tmp_path, slice_, overrides, told):
+    """Of the newest compiler's rows (0.0.10 is newer than 0.0.9), of the same config and chips."""
+    (tmp_path / "README.md").write_text(TABLE)
+    origin = {"config": f"{tmp_path}/ec_dit.py:XL-32E", "overrides": overrides}
+    found = known_better(
+        origin,
+        experiment("XL-32E", **{key.replace(".", "__"): value for key, value in overrides.items()}),
+        find_slice(slice_),
+    )
+    expected = f"--config.mesh.expert=16: {tmp_path}/README.md has 0.250 s a step on v5p:4x4x4, and 0.300 s as asked"
+    assert found == (expected if told else "")
+
+
+def test_nothing_is_known_without_a_table(tmp_path):
+    origin = {"config": f"{tmp_path}/ec_dit.py:XL-32E", "overrides": {}}
+    assert known_better(origin, experiment("XL-32E"), find_slice("v5p:4x4x4")) == ""
+
+
+def test_the_readmes_own_launch_is_the_fastest_that_its_table_knows():
+    text = (ROOT / "README.md").read_text()
+    (line,) = re.findall(r"python -m launch.tpu --config=configs/ec_dit.py:XL-32E (.*)", text)
+    overrides = {key: int(value) for key, value in re.findall(r"--config\.(mesh\.\w+)=(\d+)", line)}
+    origin = {"config": "configs/ec_dit.py:XL-32E", "overrides": overrides}
+    where = find_slice(re.search(r"--accelerator=(\S+)", line).group(1))
+    asked = experiment("XL-32E", **{key.replace(".", "__"): value for key, value in overrides.items()})
+    assert known_better(origin, asked, where) == ""
+    assert "mesh.expert=16" in known_better(origin | {"overrides": {}}, experiment("XL-32E"), where)

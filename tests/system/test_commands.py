@@ -11,7 +11,7 @@ from safetensors import safe_open
 from ecdit.config import ConfigError, build, flatten, to_dict
 from ecdit.experiment import Experiment, make_experiment
 from ecdit.interop.weights import flat_names
-from ecdit.runs.trained_run import open_run
+from ecdit.runs.trained_run import open_run, saved_experiment
 from launch.local import cpu_environment
 from tests.forking import run_forked
 from tests.runs import ROOT, TINY, base_install, command, emoji_config, run, tiny_values, train_command
@@ -90,12 +90,28 @@ def test_sample_writes_pictures_grid_and_manifest_in_order(workdir, tmp_path, en
     assert {picture.shape for picture in pictures} == {(32, 32, 3)}
     assert read_png(out / "grid.png").shape[1] > 200
     # The same picture alone, by --prompt; and another seed gives another.
-    again = tmp_path / "again"
-    one = [f"--workdir={workdir}", "--prompt=tiger", f"--out={again}"]
-    assert run_forked(command("sample", *one), env).returncode == 0
+    again, other = tmp_path / "again", tmp_path / "other"
+    one = [f"--workdir={workdir}", "--prompt=tiger"]
+    assert run_forked(command("sample", *one, f"--out={again}"), env).returncode == 0
     np.testing.assert_array_equal(read_png(again / "00000.png"), pictures[2])
-    assert run_forked(command("sample", *one, "--set=sampling.seed=7"), env).returncode == 0
-    assert (read_png(again / "00000.png") != pictures[2]).mean() > 0.5
+    seeded = run_forked(command("sample", *one, f"--out={other}", "--set=sampling.seed=7"), env)
+    assert seeded.returncode == 0
+    assert (read_png(other / "00000.png") != pictures[2]).mean() > 0.5
+    # The manifest says what they follow from.
+    first, second = (json.loads((folder / "manifest.json").read_text()) for folder in (again, other))
+    assert (first["sampling"]["solver"], first["sampling"]["num_steps"]) == ("euler", 2)
+    assert first["sampling"]["guidance"]["scale"] == opened_sampling(workdir).guidance.scale
+    assert (first["group"], first["set"], second["set"]) == ("image", [], ["sampling.seed=7"])
+    assert (first["seed"], second["seed"]) == (opened_sampling(workdir).seed, 7)
+    assert first["checkpoint"] == second["checkpoint"] == manifest["checkpoint"]
+    assert len(first["checkpoint"]) == 64
+    # Pictures of two calls are not mixed.
+    refused(command("sample", *one, f"--out={again}"), env, f"--out={again}: holds the pictures of another call")
+    assert json.loads((again / "manifest.json").read_text()) == first
+
+
+def opened_sampling(workdir):
+    return saved_experiment(workdir).sampling
 
 
 def test_export_writes_the_ema_weights(workdir, tmp_path, env):
@@ -112,6 +128,10 @@ def test_export_writes_the_ema_weights(workdir, tmp_path, env):
         assert file.metadata()["step"] == "3"
         assert json.loads(file.metadata()["config"])["model"]["num_experts"] == 4
     assert [path.name for path in tmp_path.iterdir()] == [out.name]
+    before = out.read_bytes()
+    again = run_forked(command("checkpoint", "export", f"--workdir={workdir}", f"--out={out}"), env)
+    assert (again.returncode, out.read_bytes() == before) == (2, True)
+    assert f"--out={out}: exists already" in again.stderr
 
 
 def test_retrieval_prints_and_writes_what_it_measured(workdir, tmp_path, env):
@@ -169,6 +189,8 @@ def test_train_refuses_an_unknown_argument_and_a_missing_file(tmp_path, env):
         (["--prompt=a", "--prompts={tmp}/gap.txt"], ["give one of --prompt and --prompts"]),
         (["--prompt=a", "--set=sampling.steps=3"], ["config.sampling.steps", "no such key"]),
         (["--prompt=a", "--set=sampling.num_steps=0"], ["config.sampling.num_steps = 0"]),
+        (["--prompt=a", "--set=model.capacity_factor=1.0"], ["--set=model.capacity_factor=1.0", "key of sampling"]),
+        (["--prompt=\u200b"], ["vocabulary has nothing of it; it would be the empty caption"]),
         (["--prompt=a", "--step=1000"], ["no checkpoint of step 1000; there are 3"]),
     ],
 )
@@ -178,6 +200,16 @@ def test_sample_refuses_bad_input(flags, said, workdir, tmp_path, env):
     flags = [flag.format(tmp=tmp_path) for flag in flags]
     refused(command("sample", f"--workdir={workdir}", f"--out={tmp_path}/out", *flags), env, *said)
     assert not (tmp_path / "out").exists()
+
+
+def test_sample_refuses_a_bucket_and_a_folder_of_other_files(workdir, tmp_path, env):
+    flags = [f"--workdir={workdir}", "--prompt=a"]
+    refused(
+        command("sample", *flags, "--out=gs://bucket/out"), env, "--out=gs://bucket/out: must be a directory of this"
+    )
+    (tmp_path / "notes.txt").write_text("mine")
+    refused(command("sample", *flags, f"--out={tmp_path}"), env, f"--out={tmp_path}: holds other files")
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
 def test_commands_refuse_a_workdir_without_a_run(tmp_path, env):

@@ -5,6 +5,7 @@ import json
 import signal
 import subprocess
 import sys
+import types
 import urllib.request
 from pathlib import Path
 from urllib.parse import quote
@@ -182,6 +183,71 @@ def test_parts_are_written_when_they_are_old_or_a_save_comes(tmp_path, monkeypat
     assert written() == {"a": b"a1a2a3", "b": b"b1"}
     parts.close()
     assert written() == {"a": b"a1a2a3", "b": b"b1", "c": b"c1"}
+
+
+class Away:
+    """A bucket that cannot be reached for some seconds, and a clock."""
+
+    def __init__(self, until, error=ConnectionError):
+        self.now, self.until, self.error, self.objects = 0.0, until, error, {}
+
+    def monotonic(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+    def name(self, data):
+        """By the first line, as metrics are."""
+        return types.SimpleNamespace(write_bytes=lambda data: self.write(data.split()[0], data))
+
+    def write(self, name, data):
+        if self.now < self.until:
+            raise UserError("away") from self.error("no route")
+        self.objects[name] = data
+
+
+def test_data_is_kept_and_tried_again_in_an_outage(monkeypatch, capsys):
+    """Ten minutes without a bucket: nothing raises, nothing is lost, and it is said once."""
+    away = Away(600)
+    monkeypatch.setattr(storage, "time", away)
+    parts = storage.AppendedObjects(away.name)
+    for second in range(800):
+        away.now = float(second)
+        parts.write(f"a{second} ".encode())
+        parts.flush()
+        if second == 300:
+            parts.save()  # of a checkpoint
+    parts.close()
+    assert b"".join(away.objects.values()).split() == [f"a{second}".encode() for second in range(800)]
+    assert capsys.readouterr().out.count("is kept and tried again") == 1
+
+
+def test_an_outage_that_lasts_is_an_error_which_restarts(monkeypatch):
+    away = Away(1e9)
+    monkeypatch.setattr(storage, "time", away)
+    parts = storage.AppendedObjects(away.name)
+    parts.write(b"a")
+    parts.save()
+    away.now = storage.OUTAGE_SECONDS - 1
+    parts.save()
+    away.now = storage.OUTAGE_SECONDS
+    with pytest.raises(UserError) as caught:
+        parts.save()
+    assert storage.is_temporary(caught.value)
+    began = away.now
+    with pytest.raises(UserError):
+        parts.close()
+    assert storage.CLOSE_SECONDS <= away.now - began < 2 * storage.CLOSE_SECONDS
+
+
+def test_missing_rights_are_an_error_at_once(monkeypatch):
+    away = Away(1e9, PermissionError)
+    monkeypatch.setattr(storage, "time", away)
+    parts = storage.AppendedObjects(away.name)
+    parts.write(b"a")
+    with pytest.raises(UserError):
+        parts.save()
 
 
 @pytest.mark.slow

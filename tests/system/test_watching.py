@@ -147,7 +147,10 @@ def test_sample_draws_the_experts_of_given_prompts(starts, tmp_path, env):
 
 
 def test_sample_refuses_to_draw_the_experts_of_a_dense_model(starts, tmp_path, env):
-    flags = [f"--workdir={starts[0]}", "--prompt=tiger", f"--out={tmp_path}/out", "--experts", "--set=model.ffn=dense"]
+    values = json.loads((starts[0] / "config.json").read_text())
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json").write_text(json.dumps(values | {"model": values["model"] | {"ffn": "dense"}}))
+    flags = [f"--workdir={tmp_path}/run", "--prompt=tiger", f"--out={tmp_path}/out", "--experts"]
     result = run_forked(command("sample", *flags), env)
     assert result.returncode == 2
     assert "is dense, it has no experts to count" in result.stderr
