@@ -36,7 +36,7 @@ class AsyncSaver:
         self.workdir, self.config, self.say = workdir, config, say
         self.directory = checkpoint_directory(workdir)
         self.managers = 0
-        self.manager = self._open()
+        self.manager: ocp.CheckpointManager | None = self._open()  # None between a failed save and the next one
         self.running: int | None = None  # step whose save has not ended yet
         self.failed_in_row, self.failed_step, self.failure = 0, -1, ""
 
@@ -68,7 +68,7 @@ class AsyncSaver:
 
     def check(self) -> None:
         """Reports a save that has failed since the last call. Call it every step. Raises as `save`."""
-        if self.running is not None and not self.manager.is_saving_in_progress():
+        if self.running is not None and self.manager is not None and not self.manager.is_saving_in_progress():
             self._wait()
 
     def finish(self, step: int) -> None:
@@ -97,7 +97,7 @@ class AsyncSaver:
         return open_manager(self.workdir, self.config, **options)
 
     def _wait(self) -> None:
-        if self.running is None:
+        if self.running is None or self.manager is None:
             return
         step, self.running = self.running, None
         try:

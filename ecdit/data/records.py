@@ -125,7 +125,7 @@ def read_manifest(config: DataConfig) -> Manifest:
     return manifest
 
 
-class Records(Sequence):
+class Records(Sequence[dict[str, Any]]):
     """The records of a prepared directory, in stored order, for any number of threads; their arrays are read-only.
 
     Raises:
@@ -138,7 +138,7 @@ class Records(Sequence):
             raise DataError(f"{self._directory} has no records")
         with self._readable():
             paths = [str(self._directory / name) for name in manifest.shards]
-            self._source = grain.sources.ArrayRecordDataSource(paths)
+            self._source: Any = grain.sources.ArrayRecordDataSource(paths)
         if len(self) != manifest.num_records:
             found = f"{len(self)} records, but its {MANIFEST} says {manifest.num_records}"
             raise DataError(f"{self._directory} has {found}: delete it and prepare again")
@@ -146,11 +146,14 @@ class Records(Sequence):
     def __len__(self) -> int:
         return len(self._source)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(  # pyright: ignore[reportIncompatibleMethodOverride]  # slices are of no use
+        self, index: int
+    ) -> dict[str, Any]:
         if not 0 <= index < len(self):
             raise IndexError(index)
         with self._readable():
-            return serialization.msgpack_restore(self._source[index])
+            record: Any = serialization.msgpack_restore(self._source[index])
+            return record
 
     def __repr__(self) -> str:
         return f"Records({self._directory})"

@@ -40,7 +40,9 @@ class SelfAttention(nnx.Module):
         kind: Kind = "plain",
         projections: Projections = "plain",
     ):
-        self.heads, self.kv_heads, self.kind, self.projections = heads, kv_heads, kind, projections
+        self.heads, self.kv_heads = heads, kv_heads
+        self.kind: Kind = kind
+        self.projections: Projections = projections
         head_dim = width // heads
         self.query = param(rngs, xavier, (width, width), ("embed", "joined_kv"))
         self.key = param(rngs, xavier, (width, kv_heads * head_dim), ("embed", "joined_kv"))
@@ -69,7 +71,9 @@ class CrossAttention(nnx.Module):
         kind: Kind = "plain",
         projections: Projections = "plain",
     ):
-        self.heads, self.kind, self.projections = heads, kind, projections
+        self.heads = heads
+        self.kind: Kind = kind
+        self.projections: Projections = projections
         head_dim = width // heads
         self.query = param(rngs, xavier, (width, width), ("embed", "joined_kv"))
         self.key = param(rngs, xavier, (text_width, width), ("features", "embed"))
@@ -93,7 +97,8 @@ class CausalAttention(nnx.Module):
     """A text tower's attention: with biases, no norm, every token sees itself and those before it."""
 
     def __init__(self, width: int, heads: int, rngs: nnx.Rngs, projections: Projections = "plain"):
-        self.heads, self.projections = heads, projections
+        self.heads = heads
+        self.projections: Projections = projections
         for name in ("query", "key", "value"):
             setattr(self, name, param(rngs, xavier, (width, width), ("embed", "joined_kv")))
             setattr(self, f"{name}_bias", param(rngs, zeros, (width,), ("joined_kv",)))

@@ -67,6 +67,7 @@ def run_workload(workload: Workload, experiment: Experiment, workdir: Path, orig
         for left in half_written(workdir):
             say(f"a save was cut short: {left} is removed")
         saver = stack.enter_context(contextlib.closing(AsyncSaver(workdir, experiment.checkpoint, say)))
+        assert saver.manager is not None  # it has not saved yet
         state, check_restored = _resumed_or_first(workload, experiment, saver.manager, fingerprints)
         start = int(state.step)
         record_start(config, workdir, start, origin)

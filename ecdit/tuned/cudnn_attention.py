@@ -37,10 +37,12 @@ def cudnn_attention(
     return _on_shards(functools.partial(_attend, implementation=implementation))(query, key, value, lengths)
 
 
-def _attend(query: Array, key: Array, value: Array, lengths: Int[Array, " B"] | None, implementation: str) -> Array:
+def _attend(
+    query: Array, key: Array, value: Array, lengths: Int[Array, " B"] | None, implementation: Literal["cudnn", "xla"]
+) -> Array:
     """cuDNN's own order of axes is [B, N, H, k]."""
-    rows = (jnp.transpose(x, (0, 3, 1, 2)) for x in (query, key, value))
-    out = jax.nn.dot_product_attention(*rows, key_value_seq_lengths=lengths, implementation=implementation)
+    query, key, value = (jnp.transpose(x, (0, 3, 1, 2)) for x in (query, key, value))
+    out = jax.nn.dot_product_attention(query, key, value, key_value_seq_lengths=lengths, implementation=implementation)
     return jnp.transpose(out, (0, 2, 3, 1))
 
 

@@ -130,7 +130,7 @@ def _forward(query: Array, key: Array, value: Array, *rest: Any) -> Array:
 
 def _backward(
     query: Array, key: Array, value: Array, scales: Any, turn: Any, bias: Any, gradient: Array
-) -> tuple[Array, Array, Array, Array, Array]:
+) -> tuple[Array, ...]:
     images, chunks = query.shape[0], key.shape[1] // chunk_heads(query, key)
 
     def forward(query: Array, key: Array, value: Array, scales: Any) -> Array:
@@ -153,7 +153,7 @@ def forward_kernel(*inputs: Any, interpret: bool = False) -> Array:
     return _call(_forward_body, inputs, inputs[:1], 2, interpret)[0]
 
 
-def backward_kernel(*inputs: Any, interpret: bool = False) -> tuple[Array, Array, Array, Array, Array]:
+def backward_kernel(*inputs: Any, interpret: bool = False) -> tuple[Array, ...]:
     """Gradients of query, key and value, and of the norms' scales for each chunk of heads: [B, C, k, 1].
 
     The last input is the gradient of the output.

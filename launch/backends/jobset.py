@@ -18,7 +18,7 @@ from ecdit.errors import UserError
 from launch.commands import run, run_all
 from launch.job import RESTART_CODES, Job, LaunchError, describe_restarts, training_environment
 
-FLAGS = flags.FLAGS
+FLAGS: Any = flags.FLAGS  # absl types every value as perhaps None
 ACCELERATORS = {  # by `Slice.chip`: the nodes' label cloud.google.com/gke-tpu-accelerator
     "v4": "tpu-v4-podslice",
     "v5p": "tpu-v5p-slice",

@@ -9,13 +9,14 @@ slices by itself.
 import dataclasses
 import shlex
 from collections.abc import Sequence
+from typing import Any
 
 from absl import flags
 
 from launch.commands import run, run_all
 from launch.job import RESTART_CODES, ROOT, Job, LaunchError, describe_restarts, training_environment
 
-FLAGS = flags.FLAGS
+FLAGS: Any = flags.FLAGS  # absl types every value as perhaps None
 GCLOUD = ["gcloud", "compute", "tpus"]
 RUNTIMES = {  # by `Slice.chip`: the VMs' images, cloud.google.com/tpu/docs/runtimes; TPU7x has no queued resources
     "v4": "tpu-ubuntu2204-base",
