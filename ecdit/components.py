@@ -16,8 +16,6 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from ecdit.config import Dataclass
-
 Mode = Literal["train", "sample"]
 Metrics = dict[str, Array]
 
@@ -57,8 +55,10 @@ def total_flops(parts: Iterable[PartFlops]) -> float:
     return sum(part.flops for part in parts)
 
 
-class DenoiserConfig(Dataclass, Protocol):
+class DenoiserConfig(Protocol):
     """The fields that every denoiser's config has; it is a frozen dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
     def latent_size(self) -> int:

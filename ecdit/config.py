@@ -12,18 +12,11 @@ import dataclasses
 import types
 import typing
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, Literal, Protocol, TypeVar
+from typing import Any, Literal, TypeVar
 
 from ecdit.errors import UserError
 
-
-class Dataclass(Protocol):
-    """Any dataclass."""
-
-    __dataclass_fields__: ClassVar[dict[str, Any]]
-
-
-T = TypeVar("T", bound=Dataclass)
+T = TypeVar("T")
 
 
 class ConfigError(UserError, ValueError):
@@ -50,7 +43,7 @@ def build(cls: type[T], values: Mapping[str, Any]) -> T:
     Raises:
       ConfigError: unknown key, missing key, wrong type, or a value that the dataclass refuses.
     """
-    known = {field.name for field in dataclasses.fields(cls)}
+    known = {field.name for field in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]  # a dataclass
     hints = typing.get_type_hints(cls)
     field_types = getattr(cls, "field_types", None)  # types that depend on another field's value
     if field_types is not None:

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
 
 from ecdit.config import ConfigError, require
 from ecdit.errors import UserError
@@ -218,7 +219,7 @@ def axis_size(axis: str) -> int:
     return 1 if mesh.empty else mesh.shape[axis]
 
 
-def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+def constrain(x: Array, *axes: str | None) -> Array:
     """Asks the compiler to shard an activation by its logical axes. Does nothing without a mesh."""
     if jax.sharding.get_abstract_mesh().empty:
         return x

@@ -45,7 +45,7 @@ class Block(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B N d"],
-        angles: Float[Array, "B N k/2"],
+        angles: Float[Array, "B N pairs"],
         modulation: Float[Array, "B 6 d"],
         time: Float[Array, "B d"],
         text: TextStates,

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
 
 from ecdit.config import PHASE, require
 
@@ -74,7 +75,7 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
 def _kept_as(update: optax.GradientTransformation, dtype: jnp.dtype) -> optax.GradientTransformation:
     """Returns `update` with the arrays of its state stored in `dtype` between steps; counters keep their type."""
 
-    def cast(state: optax.OptState, to: jnp.dtype) -> optax.OptState:
+    def cast(state: optax.OptState, to: DTypeLike) -> optax.OptState:
         def one(x: Any) -> Any:
             moment = isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jnp.floating)
             return x.astype(to) if moment and x.ndim > 0 else x
