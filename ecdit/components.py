@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
+from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
 
@@ -57,17 +58,22 @@ def total_flops(parts: Iterable[PartFlops]) -> float:
 class DenoiserConfig(Protocol):
     """The fields that every denoiser's config has; it is a frozen dataclass."""
 
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
     @property
     def latent_size(self) -> int:
         """Side of the square latent, in latent pixels."""
+        ...
 
     @property
     def latent_channels(self) -> int:
         """Channels of the latent."""
+        ...
 
     @property
     def dtype(self) -> Literal["float32", "bfloat16"]:
         """The dtype of activations."""
+        ...
 
 
 class Denoiser(Protocol):
@@ -78,6 +84,8 @@ class Denoiser(Protocol):
     """
 
     Config: ClassVar[type]  # its DenoiserConfig, as which the group `model` of the config file is read
+
+    def __init__(self, config: Any, text_width: int, rngs: nnx.Rngs): ...
 
     def __call__(
         self,
@@ -98,24 +106,31 @@ class Denoiser(Protocol):
           mask_keys: of each image, for dropping tokens at random; None to drop none.
           mode: whether images compete for experts as in training or as in sampling.
         """
+        ...
 
     def images_together(self, mode: Mode) -> int:
         """Returns how many consecutive images must stay on one device, because they compete for experts."""
+        ...
 
     def check_layout(self, mesh: Mesh | AbstractMesh, images: int, mode: Mode) -> None:
         """Raises ConfigError if it cannot run on the mesh with so many images a device."""
+        ...
 
     def flops(self, mode: Mode, text_width: int, text_length: int) -> tuple[PartFlops, ...]:
         """Returns what one forward pass does for one image, part by part; in training with tokens dropped."""
+        ...
 
     def idle_params(self) -> int:
         """Returns how many parameters do not work on a token, on average over tokens."""
+        ...
 
     def counts_experts(self) -> bool:
         """Returns whether `Prediction.metrics` has `experts_per_token` in sampling."""
+        ...
 
     def gradient_metrics(self, gradients: dict[str, Any]) -> Metrics:
         """Returns what to report of its parameters' gradients, nested as the parameters are."""
+        ...
 
 
 class WithoutExperts:
@@ -146,12 +161,15 @@ class TextEncoder(Protocol):
 
     def __call__(self, tokens: Int[Array, "B L"]) -> TextStates:
         """Encodes captions: int32 ids, padded at the end."""
+        ...
 
     def check_layout(self, mesh: Mesh | AbstractMesh) -> None:
         """Raises ConfigError if it cannot run on the mesh."""
+        ...
 
     def flops(self, length: int) -> PartFlops:
         """Returns its work on one caption of `length` tokens, padding included, forward."""
+        ...
 
 
 class Autoencoder(Protocol):
@@ -162,12 +180,15 @@ class Autoencoder(Protocol):
 
     def latent_shape(self, image_size: int) -> tuple[int, int, int]:
         """Returns height, width and channels of the latents of square images of `image_size` pixels."""
+        ...
 
     def encode(self, content: Float[Array, "B H W k"], keys: Key[Array, " B"]) -> Float[Array, "B h w c"]:
         """Encodes images, float32[B, H, W, 3]; `keys` are for latents that are drawn from a posterior.
 
         Without images `content` is what the data holds in their place: the latents' means and log variances.
         """
+        ...
 
     def decode(self, latents: Float[Array, "B h w c"]) -> Float[Array, "B H W 3"]:
         """Decodes latents."""
+        ...

@@ -51,10 +51,11 @@ def build(cls: type[T], values: Mapping[str, Any]) -> T:
     Raises:
       ConfigError: unknown key, missing key, wrong type, or a value that the dataclass refuses.
     """
-    known = {field.name for field in dataclasses.fields(cls)}
+    known = {field.name for field in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]  # a dataclass
     hints = typing.get_type_hints(cls)
-    if hasattr(cls, "field_types"):  # types that depend on another field's value
-        hints |= cls.field_types(values)
+    field_types = getattr(cls, "field_types", None)  # types that depend on another field's value
+    if field_types is not None:
+        hints |= field_types(values)
     for key in values:
         if key not in known:
             raise ConfigError(key, values[key], f"unknown key; {cls.__name__} has {', '.join(sorted(known))}")
@@ -131,7 +132,7 @@ def _typed(hint: Any, key: str, value: Any) -> Any:
         if isinstance(value, str) or not isinstance(value, Sequence):
             raise wrong
         return tuple(_typed(typing.get_args(hint)[0], f"{key}[{i}]", item) for i, item in enumerate(value))
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         # A ConfigDict is no Mapping.
         require(hasattr(value, "items"), key, value, "must be a group of keys")
         try:

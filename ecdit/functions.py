@@ -1,6 +1,6 @@
 """Functions without parameters that `models` and `tuned` share.
 
-Axes: B batch, N tokens, f hidden width, k head width.
+Axes: B batch, N tokens, f hidden width, k head width, pairs k / 2.
 """
 
 import math
@@ -20,7 +20,7 @@ def gelu(x: Float[Array, "*b f"]) -> Float[Array, "*b f"]:
     return x * jax.nn.sigmoid(2 * u)
 
 
-def rotate(x: Float[Array, "B heads k N"], angles: Float[Array, "B N k/2"]) -> Float[Array, "B heads k N"]:
+def rotate(x: Float[Array, "B heads k N"], angles: Float[Array, "B N pairs"]) -> Float[Array, "B heads k N"]:
     """Turns the pairs (x_i, x_{i + k/2}) by `angles` (RoFormer, arXiv 2104.09864), in float32."""
     angles = angles.swapaxes(1, 2)[:, None]
     cos, sin = jnp.cos(angles), jnp.sin(angles)

@@ -17,12 +17,14 @@ import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
 
 from ecdit.config import ConfigError, require
 from ecdit.errors import UserError
 
 MESH_AXES = ("slices", "data", "fsdp", "expert", "tensor")
 BATCH_AXES = ("slices", "data", "fsdp", "expert")
+Devices = Sequence[jax.Device]  # named, because jax declares Device as a variable, which no signature may have
 TILE_ROWS = 16  # of a TPU's tile of bfloat16
 
 
@@ -86,7 +88,7 @@ def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: Devices | None = None) -> Mesh:
     """Makes the mesh over `devices` (default: all), laid out so that neighbours on the last axes are nearest."""
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(config, len(devices))
@@ -104,7 +106,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
-def devices_text(devices: Sequence[jax.Device]) -> str:
+def devices_text(devices: Devices) -> str:
     """Returns the number and kind of devices as text: '8 TPU v4 devices'."""
     kind = "CPU" if devices[0].platform == "cpu" else devices[0].device_kind
     return f"{len(devices)} {kind} device{'s' if len(devices) > 1 else ''}"
@@ -217,7 +219,7 @@ def axis_size(axis: str) -> int:
     return 1 if mesh.empty else mesh.shape[axis]
 
 
-def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+def constrain(x: Array, *axes: str | None) -> Array:
     """Asks the compiler to shard an activation by its logical axes. Does nothing without a mesh."""
     if jax.sharding.get_abstract_mesh().empty:
         return x

@@ -63,7 +63,7 @@ def main(argv: list[str]) -> None:
         return
     use_compiler()
     try:
-        plans = plan_phases(experiment, target, WHAT.value)
+        plans = plan_phases(experiment, target, "sample" if WHAT.value == "sample" else "train")
     except DoesNotFit as error:
         write(values | {"fits": False, "topology": target.name, "error": str(error)})
         print(f"{target.name}: does not fit. {error}", flush=True)

@@ -46,6 +46,7 @@ def read_prompts(prompt: str | None, file: str | None) -> list[str]:
         if not prompt.strip():
             raise UserError(f"--prompt={prompt!r} is empty")
         return [prompt]
+    assert file is not None  # as one of them is given
     try:
         text = Path(file).read_text(encoding="utf-8-sig")  # an editor's byte order mark is no part of a prompt
     except (OSError, UnicodeDecodeError) as error:

@@ -46,11 +46,11 @@ def as_path(text: str, name: str = "--workdir") -> Path:
         raise UserError(f"{name}={text}: must be a directory, or gs://BUCKET/PATH")
     if importlib.util.find_spec("gcsfs") is None:
         raise UserError(f"{name}={text}: needs the package gcsfs: pip install -e '.[gcs]'")
-    import fsspec
+    import fsspec.config
 
     # Its cache of listings does not notice what tensorstore or another process writes.
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
-    return epath.Path(text)
+    return epath.Path(text)  # pyright: ignore[reportReturnType]  # it has all that a pathlib.Path has
 
 
 def check_workdir(workdir: Path) -> None:

@@ -93,7 +93,7 @@ def _users_class(name: str) -> tuple[type[Denoiser], str]:
     module.__file__ = path
     sys.modules[module.__name__] = module  # dataclasses look up their annotations there
     exec(compile(source, path, "exec"), module.__dict__)
-    found = getattr(module, attribute, None)
+    found: Any = getattr(module, attribute, None)
     require(isinstance(found, type), "denoiser", name, f"{path} has no class {attribute}")
     config = getattr(found, "Config", None)
     require(dataclasses.is_dataclass(config), "denoiser", name, f"{attribute} needs a dataclass as its `Config`")

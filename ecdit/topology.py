@@ -130,7 +130,8 @@ def usual_shapes(chip: str) -> dict[int, tuple[int, ...]]:
             if cubes % (a * b) == 0 and CUBE * cubes // (a * b) <= MAX_SIDE
         ]
         if sides:
-            shapes[cubes * CUBE**3] = tuple(CUBE * side for side in min(sides, key=sum))
+            a, b, c = min(sides, key=sum)
+            shapes[cubes * CUBE**3] = CUBE * a, CUBE * b, CUBE * c
     return shapes
 
 

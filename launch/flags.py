@@ -40,6 +40,6 @@ def define_location_flags(backend: str | None = None) -> Callable[[], JobLocatio
         if not workdir.value and not name.value:
             raise UserError("--workdir is missing: the run's workdir, or --name=NAME of its job")
         job = check_name(name.value) if name.value else job_name(workdir.value)
-        return JobLocation(BACKENDS[chosen.value], workdir.value, job, slices.value)
+        return JobLocation(BACKENDS[str(chosen.value)], workdir.value, job, slices.value)
 
     return location

@@ -175,7 +175,7 @@ def _positive(text: str) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parses the command line and launches `python -m ecdit.train` with the flags that follow `--`."""
-    parser = argparse.ArgumentParser(prog="launch.local", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="launch.local", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--processes", type=_positive, default=2, help="how many processes (default 2)")
     parser.add_argument("--devices", type=_positive, default=1, help="CPU devices of each process (default 1)")
     parser.add_argument("--log_dir", default="runs/local", help="where process_i.log go (default runs/local)")

@@ -24,6 +24,10 @@ os.environ["TPU_WORKER_HOSTNAMES"] = "localhost"
 os.environ["TPU_ACCELERATOR_TYPE"] = "v5p-8"
 os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
 
+from tests.checked_calls import check_calls  # noqa: E402  # it imports jax
+
+check_calls()
+
 
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory):

@@ -15,13 +15,13 @@ from ecdit.models.dit import kept_tokens
 from ecdit.models.moe import RoutingReport
 from ecdit.models.routing_metrics import coverage, routing_losses
 from ecdit.partitioning import replicated
-from ecdit.system import make_system
+from ecdit.system import System, make_system
 
 PIXEL = 51  # of every picture, in all three channels
 DATA = PIXEL / 127.5 - 1
 
 
-class KnowingSystem:
+class KnowingSystem(System):
     """Predicts the velocity (x_t - DATA) / t, which is noise - DATA exactly if the time it is told is that of x_t.
 
     To the velocity of kept tokens it adds `error` t, to that of dropped ones 2 `error` t; `error` is its parameter.
@@ -30,8 +30,8 @@ class KnowingSystem:
     """
 
     def __init__(self, experiment):
-        self.config, self.given = experiment.system, []
-        self.parts = SimpleNamespace(denoiser=make_system(self.config).parts.denoiser)
+        parts = SimpleNamespace(denoiser=make_system(experiment.system).parts.denoiser)
+        self.__dict__.update(config=experiment.system, given=[], parts=parts)  # a System is frozen
 
     def params(self, error=0.0):
         return {"denoiser": {"pairs": {"even": {}}, "error": np.float32(error)}}

@@ -50,7 +50,7 @@ class AsyncSaver:
         self.workdir, self.config, self.say, self.saved = workdir, config, say, saved
         self.directory = checkpoint_directory(workdir)
         self.managers = 0
-        self.manager = self._open()
+        self.manager: ocp.CheckpointManager | None = self._open()  # None between a failed save and the next one
         self.running: int | None = None  # step whose save has not ended yet
         self.failed_in_row, self.failed_step, self.failure = 0, -1, ""
 
@@ -82,7 +82,7 @@ class AsyncSaver:
 
     def check(self) -> None:
         """Reports a save that has failed since the last call. Call it every step. Raises as `save`."""
-        if self.running is not None and not self.manager.is_saving_in_progress():
+        if self.running is not None and self.manager is not None and not self.manager.is_saving_in_progress():
             self._wait()
 
     def settle(self) -> None:
@@ -122,7 +122,7 @@ class AsyncSaver:
             sync_tree(path)
 
     def _wait(self) -> None:
-        if self.running is None:
+        if self.running is None or self.manager is None:
             return
         step, self.running = self.running, None
         try:

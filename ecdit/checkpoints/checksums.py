@@ -10,7 +10,7 @@ is 0 modulo 2^32.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -30,10 +30,10 @@ def start_checksums(arrays: Mapping[str, jax.Array]) -> UInt32[Array, "arrays 2"
     No array leaves its device or is copied on it. The arrays may be donated once this returns.
     """
     ordered = [arrays[name] for name in sorted(arrays)]
-    return _program(ordered[0].sharding.mesh)(ordered)
+    return _program(ordered[0].sharding.mesh)(ordered)  # pyright: ignore[reportAttributeAccessIssue]  # NamedSharding
 
 
-def finish_checksums(names: Mapping[str, object], sums: UInt32[Array, "arrays 2"]) -> dict[str, str]:
+def finish_checksums(names: Iterable[str], sums: UInt32[Array, "arrays 2"]) -> dict[str, str]:
     """Waits for the sums that `start_checksums` started for arrays of these names; each is 16 hexadecimal digits."""
     rows = np.asarray(sums).tolist()
     return {name: f"{first:08x}{second:08x}" for name, (first, second) in zip(sorted(names), rows, strict=True)}

@@ -47,8 +47,9 @@ def open_manager(workdir: Path, config: CheckpointConfig | None, **options: Any)
         options["preservation_policy"] = _kept(config)
         options["cleanup_tmp_directories"] = True  # of killed saves
     handlers = {"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
-    options = ocp.CheckpointManagerOptions(**options)
-    return ocp.CheckpointManager(checkpoint_directory(workdir), options=options, item_handlers=handlers)
+    return ocp.CheckpointManager(
+        checkpoint_directory(workdir), options=ocp.CheckpointManagerOptions(**options), item_handlers=handlers
+    )
 
 
 def _kept(config: CheckpointConfig) -> ocp.checkpoint_managers.PreservationPolicy:

@@ -21,7 +21,7 @@ def run(values: flags.FlagValues) -> None:
     """Measures, prints and writes the result."""
     out = Path(values.json) if values.json else None
     check_results(out)
-    sets = {name: read_features(values[name].value, f"--{name}") for name in ("features", "reference")}
+    sets = {name: read_features(getattr(values, name), f"--{name}") for name in ("features", "reference")}
     for name, found in sets.items():
         check_lengths(found, f"--{name}")
     result = {

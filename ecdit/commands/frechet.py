@@ -26,7 +26,7 @@ def run(values: flags.FlagValues) -> None:
     check_results(out, save)
     if save and save.suffix != ".npz":
         raise UserError(f"--save={save}: must end in .npz")
-    sets = {name: read_moments_or_features(values[name].value, f"--{name}") for name in ("features", "reference")}
+    sets = {name: read_moments_or_features(getattr(values, name), f"--{name}") for name in ("features", "reference")}
     if not values.allow_few_samples:
         for name, found in sets.items():
             check_samples(found, name)

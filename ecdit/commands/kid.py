@@ -22,8 +22,8 @@ def run(values: flags.FlagValues) -> None:
     """Measures, prints and writes the result."""
     out = Path(values.json) if values.json else None
     check_results(out)
-    sets = [read_features(values[name].value, f"--{name}") for name in ("features", "reference")]
-    mean, deviation = kernel_inception_distance(*sets, values.subsets, values.subset_size, values.seed)
+    sets = [read_features(getattr(values, name), f"--{name}") for name in ("features", "reference")]
+    mean, deviation = kernel_inception_distance(sets[0], sets[1], values.subsets, values.subset_size, values.seed)
     result = {
         "kid": mean,
         "std": deviation,

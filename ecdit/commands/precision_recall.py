@@ -20,8 +20,8 @@ def run(values: flags.FlagValues) -> None:
     """Measures, prints and writes the result."""
     out = Path(values.json) if values.json else None
     check_results(out)
-    sets = [read_features(values[name].value, f"--{name}") for name in ("features", "reference")]
-    precision, recall = precision_recall(*sets, values.neighbours)
+    sets = [read_features(getattr(values, name), f"--{name}") for name in ("features", "reference")]
+    precision, recall = precision_recall(sets[0], sets[1], values.neighbours)
     result = {
         "precision": precision,
         "recall": recall,

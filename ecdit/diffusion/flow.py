@@ -135,7 +135,7 @@ def sample_keys(seed: int, prompts: Sequence[str], repeats: Sequence[int]) -> Ke
     def fold(words: Array, repeat: Array) -> Array:
         return jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(root, words[0]), words[1]), repeat)
 
-    return jax.vmap(fold)(words, np.array(repeats, np.uint32))
+    return jax.vmap(fold)(jnp.asarray(words), jnp.asarray(np.array(repeats, np.uint32)))
 
 
 def sample_noise(keys: Key[Array, " B"], shape: tuple[int, ...]) -> Float32[Array, "B ..."]:

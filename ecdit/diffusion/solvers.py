@@ -42,7 +42,7 @@ def heun(velocity: Velocity, x: Float[Array, "B ..."], num_steps: int, has_aux: 
     return _integrate(slope, x, num_steps, has_aux)
 
 
-def _with_aux(velocity: Velocity, has_aux: bool) -> Callable[[Array, Array], tuple[Array, Any]]:
+def _with_aux(velocity: Callable[..., Any], has_aux: bool) -> Callable[[Array, Array], tuple[Array, Any]]:
     return velocity if has_aux else lambda x, time: (velocity(x, time), None)
 
 

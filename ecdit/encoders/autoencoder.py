@@ -43,9 +43,9 @@ class StoredLatents(nnx.Module):
         side = image_size // self.downsampling
         return side, side, self.latent_channels
 
-    def encode(self, moments: Float[Array, "B h w 2c"], keys: Key[Array, " B"]) -> Float[Array, "B h w c"]:
+    def encode(self, content: Float[Array, "B h w k"], keys: Key[Array, " B"]) -> Float[Array, "B h w c"]:
         """Draws latents from their stored posteriors: mean and log variance, side by side in the last dimension."""
-        mean, log_variance = jnp.split(moments, 2, axis=-1)
+        mean, log_variance = jnp.split(content, 2, axis=-1)
         noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:], jnp.float32))(keys)
         return mean + jnp.exp(0.5 * log_variance) * noise
 

@@ -33,7 +33,7 @@ def cascade(
     """
     scores, row = own.copy(), {question.number: i for i, question in enumerate(questions)}
     for i, question in enumerate(questions):
-        for parent in question.parents:
+        for parent in question.parents or ():
             scores[i] = np.where(scores[row[parent]] == 0, 0, scores[i])
     return scores
 

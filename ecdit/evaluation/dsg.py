@@ -25,7 +25,7 @@ def share(item: Item) -> float | None:
         return float(np.mean(list(own.values())))
     if item.unknown_parents():
         return None
-    asked = [(question.number, *question.parents) for question in item.questions]
+    asked = [(question.number, *(question.parents or ())) for question in item.questions]
     return float(np.mean([min(own[number] for number in numbers) for numbers in asked]))
 
 

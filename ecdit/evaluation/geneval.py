@@ -147,10 +147,11 @@ def _wrong_position(clause: Clause, found: Float32[np.ndarray, "k 5"], groups: S
     """The reason why a box is not where the clause asks for, of the first pair of box and target that fails; or ""."""
     if clause.relation is None:
         return ""
-    if groups[clause.target] is None:
+    targets = groups[clause.target]
+    if targets is None:
         return f"no target for {clause.name} to be {clause.relation}"
     for box in found:
-        for target in groups[clause.target]:
+        for target in targets:
             held = relations(box, target)
             if clause.relation not in held:
                 return f"expected {clause.name} {clause.relation} target, found {' and '.join(held)} target"

@@ -6,6 +6,7 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -36,9 +37,9 @@ def moments(shards: Iterable[Float[np.ndarray, "n D"]]) -> Moments:
     Raises:
       UserError: there are fewer than two rows, a shard is no matrix or has other dimensions, or a value is not finite.
     """
-    count, shift, total, products = 0, None, None, None
+    count, shift, total, products = 0, np.zeros(0), np.zeros(0), np.zeros((0, 0))
     for block in blocks(shards, BLOCK):
-        if shift is None:
+        if count == 0:
             shift = block.mean(axis=0)
             total, products = np.zeros_like(shift), np.zeros((len(shift), len(shift)))
         block -= shift[None]
@@ -126,6 +127,6 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
 def write_moments(path: Path, values: Moments) -> None:
     """Writes an npz file that pytorch-fid reads too, whole or not at all."""
     buffer = io.BytesIO()
-    extra = {} if values.count is None else {"count": values.count}
+    extra: dict[str, Any] = {} if values.count is None else {"count": values.count}
     np.savez(buffer, mu=values.mean, sigma=values.covariance, **extra)
     replace_bytes(path, buffer.getvalue())

@@ -4,8 +4,8 @@ This is the plain reference. Config fields replace two parts of it by functions 
 to rounding: `ATTENTIONS` is the attention between its projections, `PROJECTIONS` the products around it. All of them
 hold heads as [B, H, k, N], tokens last, and a kernel holds its heads side by side.
 
-Axes: B batch, N tokens, M tokens attended to, L text tokens, H heads, K key-value heads, k head width, d width, f heads
-side by side.
+Axes: B batch, N tokens, M tokens attended to, L text tokens, H heads, K key-value heads, k head width, pairs k / 2, d
+width, f heads side by side.
 """
 
 from typing import Literal
@@ -40,7 +40,9 @@ class SelfAttention(nnx.Module):
         kind: Kind = "plain",
         projections: Projections = "plain",
     ):
-        self.heads, self.kv_heads, self.kind, self.projections = heads, kv_heads, kind, projections
+        self.heads, self.kv_heads = heads, kv_heads
+        self.kind: Kind = kind
+        self.projections: Projections = projections
         head_dim = width // heads
         self.query = param(rngs, xavier, (width, width), ("embed", "joined_kv"))
         self.key = param(rngs, xavier, (width, kv_heads * head_dim), ("embed", "joined_kv"))
@@ -49,7 +51,7 @@ class SelfAttention(nnx.Module):
         self.key_scale = param(rngs, ones, (head_dim,), ("norm",))
         self.out = param(rngs, xavier, (width, width), ("joined_kv", "embed"))
 
-    def __call__(self, x: Float[Array, "B N d"], angles: Float[Array, "B N k/2"]) -> Float[Array, "B N d"]:
+    def __call__(self, x: Float[Array, "B N d"], angles: Float[Array, "B N pairs"]) -> Float[Array, "B N d"]:
         """Attends within each image; `angles` are the tokens' positions (see embeddings.rope_angles)."""
         norms = self.query_scale[...], self.key_scale[...]
         query = _project(x, self.query, self.heads, self.projections)
@@ -69,7 +71,9 @@ class CrossAttention(nnx.Module):
         kind: Kind = "plain",
         projections: Projections = "plain",
     ):
-        self.heads, self.kind, self.projections = heads, kind, projections
+        self.heads = heads
+        self.kind: Kind = kind
+        self.projections: Projections = projections
         head_dim = width // heads
         self.query = param(rngs, xavier, (width, width), ("embed", "joined_kv"))
         self.key = param(rngs, xavier, (text_width, width), ("features", "embed"))
@@ -93,7 +97,8 @@ class CausalAttention(nnx.Module):
     """A text tower's attention: with biases, no norm, every token sees itself and those before it."""
 
     def __init__(self, width: int, heads: int, rngs: nnx.Rngs, projections: Projections = "plain"):
-        self.heads, self.projections = heads, projections
+        self.heads = heads
+        self.projections: Projections = projections
         for name in ("query", "key", "value"):
             setattr(self, name, param(rngs, xavier, (width, width), ("embed", "joined_kv")))
             setattr(self, f"{name}_bias", param(rngs, zeros, (width,), ("joined_kv",)))
@@ -116,7 +121,7 @@ def normed_attention(
     key: Float[Array, "B K k M"],
     value: Float[Array, "B K k M"],
     norms: tuple[Float[Array, " k"], Float[Array, " k"]],
-    angles: Float[Array, "B N k/2"] | None = None,
+    angles: Float[Array, "B N pairs"] | None = None,
     mask: Bool[Array, "B 1 M"] | None = None,
 ) -> Float[Array, "B H k N"]:
     """`attend` with queries and keys RMS-normed over each head, and rotated where there are angles.
@@ -145,7 +150,7 @@ def attend(
     key: Float[Array, "B K k M"],
     value: Float[Array, "B K k M"],
     scales: tuple[Float[Array, "B H N"], Float[Array, "B K M"]] | None = None,
-    mask: Bool[Array, "B|1 N|1 M"] | None = None,
+    mask: Bool[Array, "#B #N M"] | None = None,
 ) -> Float[Array, "B H k N"]:
     """softmax(query key / sqrt(k)) value, scores and softmax in float32; query head h reads key head h // (H / K).
 

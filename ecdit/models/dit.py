@@ -3,7 +3,8 @@
 Axes: B batch, N tokens of an image, M kept tokens, L text tokens, d width, p numbers in a patch.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -31,9 +32,9 @@ class Block(nnx.Module):
         """With an FFN of `ffn_multiplier` times the width, or with experts if that is None."""
         sparse = ffn_multiplier is None
         self.moe_output_norm = config.moe_output_norm if sparse else "sandwich"
-        width, kinds = config.width, (config.attention, config.projections)
-        self.attention = SelfAttention(width, config.heads, config.kv_heads, rngs, *kinds)
-        self.cross_attention = CrossAttention(width, text_width, config.heads, rngs, *kinds)
+        width, heads, kind = config.width, config.heads, config.attention
+        self.attention = SelfAttention(width, heads, config.kv_heads, rngs, kind, config.projections)
+        self.cross_attention = CrossAttention(width, text_width, heads, rngs, kind, config.projections)
         if sparse:
             self.experts = MixtureOfExperts(config, rngs)
         else:
@@ -44,7 +45,7 @@ class Block(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B N d"],
-        angles: Float[Array, "B N k/2"],
+        angles: Float[Array, "B N pairs"],
         modulation: Float[Array, "B 6 d"],
         time: Float[Array, "B d"],
         text: TextStates,
@@ -82,7 +83,7 @@ class Pair(nnx.Module):
 class DiT(nnx.Module):
     """The paper's denoiser: the velocity of a noisy latent, given time, caption and micro-conditions."""
 
-    Config = DiTConfig
+    Config: ClassVar[type] = DiTConfig
 
     def __init__(self, config: DiTConfig, text_width: int, rngs: nnx.Rngs):
         self.config = config
@@ -219,7 +220,7 @@ class DiT(nnx.Module):
             x = constrain(put_tokens(x, kept, gaps), "batch", None, None)
         if config.extra_blocks:
 
-            def run_block(block: Block, x: Array) -> tuple[Array, None]:
+            def run_block(block: Block, x: Array) -> tuple[Array, RoutingReport | None]:
                 return block(x, all_angles, modulation, time_state, text, group_size)
 
             x, _ = scan_stack(self.extra, run_block, x, config.remat)
@@ -259,7 +260,7 @@ def kept_tokens(key: Key[Array, ""], config: DiTConfig) -> Int[Array, " M"]:
 def _block_table(config: DiTConfig, rngs: nnx.Rngs) -> nnx.Param:
     """(shift, scale, gate) x 2 that a block adds to the shared modulation: 0, and `gate_init` for the gates."""
 
-    def init(_: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+    def init(_: jax.Array, shape: Sequence[int], dtype: Any) -> jax.Array:
         return jnp.broadcast_to(jnp.array([0.0, 0.0, config.gate_init] * 2, dtype)[:, None], shape)
 
     return param(rngs, init, (6, config.width), ("modulation", "small_embed"))

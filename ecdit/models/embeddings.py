@@ -2,12 +2,12 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Real
 
 SINUSOID_WIDTH = 256  # of the embeddings of times, sizes and crops
 
 
-def sinusoid(x: Float[Array, " B"], width: int, max_period: float = 10_000.0) -> Float[Array, "B width"]:
+def sinusoid(x: Real[Array, " B"], width: int, max_period: float = 10_000.0) -> Float[Array, "B {width}"]:
     """Cosines, then sines, of x at width / 2 frequencies from 1 to about 1 / max_period (DiT, arXiv 2212.09748)."""
     half = width // 2
     frequencies = jnp.exp(-jnp.log(max_period) * jnp.arange(half, dtype=jnp.float32) / half)
@@ -15,13 +15,13 @@ def sinusoid(x: Float[Array, " B"], width: int, max_period: float = 10_000.0) ->
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-def grid_positions(grid: int, width: int) -> Float[Array, "N d"]:
+def grid_positions(grid: int, width: int) -> Float[Array, "{grid**2} {width}"]:
     """Sine-cosine embedding of each patch's place: half of the width for its row, half for its column (ViT, DiT)."""
     position = jnp.arange(grid * grid)
     return jnp.concatenate([sinusoid(position // grid, width // 2), sinusoid(position % grid, width // 2)], axis=-1)
 
 
-def rope_angles(grid: int, head_dim: int, theta: float) -> Float[Array, "N k/2"]:
+def rope_angles(grid: int, head_dim: int, theta: float) -> Float[Array, "{grid**2} {head_dim//2}"]:
     """Angles of 2D rotary positions: the first half of the pairs turns with the row, the second with the column."""
     pairs = head_dim // 4
     frequencies = theta ** (-jnp.arange(pairs, dtype=jnp.float32) / pairs)

@@ -129,6 +129,7 @@ class MixtureOfExperts(nnx.Module):
         """Of the router, float32; where it is decoupled, a map of (time, tokens) (arXiv 2604.12163)."""
         if self.config.router_input == "modulated":
             return _project_float32(x, self.router)
+        assert decoupled is not None  # or the router would be "modulated"
         tokens, time = decoupled
         return _project_float32(tokens, self.router) + _project_float32(time[:, None], self.time_router)
 

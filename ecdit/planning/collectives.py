@@ -20,6 +20,7 @@ from ecdit.planning.hlo import HloError, Instruction, replica_groups, source_tar
 
 Kind = Literal["all_reduce", "reduce_scatter", "all_gather", "all_to_all", "permute"]
 KINDS: tuple[Kind, ...] = ("all_reduce", "reduce_scatter", "all_gather", "all_to_all", "permute")
+_TRANSFERS: dict[str, Kind] = {kind: kind for kind in KINDS}
 HOP_SECONDS = 1e-6  # from a chip to its neighbour, whatever the size
 
 _OPCODES: dict[str, Kind] = {
@@ -105,7 +106,7 @@ def between_slices(send: Instruction, torus: Torus) -> Collective:
     """Returns the cost of a `send` to other slices: its part of a collective over all slices."""
     found = re.search(r'_xla_megascale_transfer_type="(\w+)"', send.attributes)
     name = found.group(1).lower() if found else ""
-    kind: Kind = next((kind for kind in KINDS if kind == name), "permute")
+    kind = _TRANSFERS.get(name, "permute")
     slices, size = len({place.slice for place in torus.places}), float(send.shapes[0].bytes)
     dcn = size if kind == "permute" else _bytes(kind, size, slices)
     return Collective(kind, "slices", 0.0, dcn, dcn / torus.chip.dcn_bandwidth, rendezvous(send))
@@ -119,7 +120,7 @@ def rendezvous(transfer: Instruction) -> str:
 
 def wire_bytes_by_kind(collectives: Mapping[Collective, float]) -> dict[str, float]:
     """Returns the bytes that a device sends inside its slice in a step, by kind, always all five."""
-    total = dict.fromkeys(KINDS, 0.0)
+    total: dict[str, float] = dict.fromkeys(KINDS, 0.0)
     for one, times in collectives.items():
         total[one.kind] += one.wire_bytes * times
     return total

@@ -74,7 +74,9 @@ def find_target(name: str) -> Target:
     if count < 1:
         raise UserError(f"topology {name!r}: needs a slice at least")
     found = find_slice(single)
-    return Target(name, found, count, chip_named(found.chip))
+    chip = chip_named(found.chip)
+    assert chip is not None  # the tables of slices and of chips have the same names
+    return Target(name, found, count, chip)
 
 
 def use_compiler() -> None:
@@ -135,7 +137,7 @@ def compile_step(experiment: Experiment, target: Target, what: What = "train") -
             )
             raise UserError(message) from error
         raise DoesNotFit(_shortened(str(error))) from error
-    return CompiledStep(compiled.as_text(), compiled.memory_analysis(), state, make_torus(mesh, target.chip))
+    return CompiledStep(compiled.as_text() or "", compiled.memory_analysis(), state, make_torus(mesh, target.chip))
 
 
 def make_torus(mesh: Mesh, chip: Chip) -> Torus:

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from ecdit.config import require
+from ecdit.config import ConfigError, require
 from ecdit.encoders.vae_flops import VAE_PARAMS, vae_part
 from ecdit.experiment import Experiment
 from ecdit.models.config import DiTConfig
@@ -57,7 +57,8 @@ def table_params(system: SystemConfig) -> int:
       ConfigError: an option beyond the paper, which the table does not have.
     """
     model = system.model
-    require(isinstance(model, DiTConfig), "denoiser", system.denoiser, "the table has the paper's denoiser alone")
+    if not isinstance(model, DiTConfig):
+        raise ConfigError("denoiser", system.denoiser, "the table has the paper's denoiser alone")
     options = {"expert_width": 0, "num_shared_experts": 0, "router_input": "modulated", "extra_blocks": 2}
     for key, wanted in (options | {"ffn_multiplier": 4, "even_ffn_multiplier": 4}).items():
         require(getattr(model, key) == wanted, f"model.{key}", getattr(model, key), f"Table 1 has {wanted}")

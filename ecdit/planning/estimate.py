@@ -84,9 +84,9 @@ class Estimator:
     def _step(self, one: Instruction, known: dict[str, Instruction], engines: _Engines, times: int) -> None:
         if one.opcode == "while":
             trips = self.module.trip_count(one)
-            engines.now += trips * self._run(one.attribute("body"), times * trips)
+            engines.now += trips * self._run(one.attribute("body") or "", times * trips)
         elif one.opcode == "call":
-            engines.now += self._run(one.attribute("to_apply"), times)
+            engines.now += self._run(one.attribute("to_apply") or "", times)
         elif one.opcode == "conditional":
             raise HloError(f"{one.name}: a conditional's cost depends on its data")
         elif one.opcode.endswith("-update") and one.opcode != "dynamic-update-slice":
@@ -108,11 +108,11 @@ class Estimator:
         elif (collective := self._synchronous(one)) is not None:
             self._synchronous_wait(collective, engines, times)
         elif (marker := self._marker(one)) == "AsyncCollectiveStart":
-            collective = self._inside(one)
+            collective = self._continued(one)
             self._count(collective, times)
             engines.start(collective.channel, "network", collective.seconds)
         elif marker == "AsyncCollectiveDone":
-            self._waited(engines.wait(self._inside(one).channel), times)
+            self._waited(engines.wait(self._continued(one).channel), times)
         else:
             engines.now += self._compute(one, known, times)
             self._alone(one, engines, times)
@@ -168,6 +168,12 @@ class Estimator:
         scattered = "all-reduce-scatter" in (one.called or "")
         return next((found for i in body if (found := collective_of(i, self.torus, scattered))), None)
 
+    def _continued(self, one: Instruction) -> Collective:
+        """Returns the collective of a fusion that begins or ends one."""
+        found = self._inside(one)
+        assert found is not None  # the marker stands beside it
+        return found
+
     def _marker(self, one: Instruction) -> str | None:
         """Returns whether a fusion begins or ends a collective that the fusions between them continue."""
         body = self.module.computations.get(one.attribute("calls") or "", ()) if one.opcode == "fusion" else ()
@@ -181,10 +187,10 @@ class Estimator:
             seconds = one.cycles / self.chip.clock
         else:
             seconds = self._sort(one) if one.opcode == "sort" else self._by_bytes(one, known)
-            self.estimate.priced[_target(one) or one.opcode] += seconds * times
+            self.estimate.priced[_target(one) or one.opcode] += seconds * times  # pyright: ignore[reportArgumentType]  # not of ints
         self.estimate.compute_seconds += seconds * times
-        self.estimate.parts[part_of(one.op_name)] += seconds * times
-        self.estimate.instructions[f"{one.name} {one.op_name}"] += seconds * times
+        self.estimate.parts[part_of(one.op_name)] += seconds * times  # pyright: ignore[reportArgumentType]  # not of ints
+        self.estimate.instructions[f"{one.name} {one.op_name}"] += seconds * times  # pyright: ignore[reportArgumentType]  # not of ints
         return seconds
 
     def _by_bytes(self, one: Instruction, known: dict[str, Instruction]) -> float:

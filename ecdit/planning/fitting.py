@@ -18,9 +18,9 @@ def what_fits(experiment: Experiment, target: Target) -> str:
     Compiles one after another until one fits, each in minutes. Skips slices that the config's mesh does not divide
     over.
     """
-    if not hasattr(experiment.model, "remat"):
+    remat = getattr(experiment.model, "remat", None)
+    if remat is None:
         return f"the denoiser {experiment.denoiser} has no remat policies to try; shard more by mesh.fsdp"
-    remat = experiment.model.remat
     policies = SPARING[1 + SPARING.index("minimal" if remat == "offload" else remat) :] if remat != "none" else SPARING
     for policy in policies:
         if _fits(_with_remat(experiment, policy), target):

@@ -118,7 +118,7 @@ class Module:
         known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
         if known:
             return int(known.group(1))
-        condition = self.computations[loop.attribute("condition")]
+        condition = self.computations[loop.attribute("condition") or ""]
         bounds = [int(i.literal) for i in self.reachable(condition) if i.opcode == "constant" and _is_int(i)]
         compares = [i for i in self.reachable(condition) if i.opcode == "compare"]
         if len(bounds) != 1 or len(compares) != 1 or "direction=LT" not in compares[0].attributes:
@@ -129,8 +129,8 @@ class Module:
         """Yields its instructions, and those of the fusions and calls in it."""
         for instruction in computation:
             yield instruction
-            if instruction.called in self.computations:
-                yield from self.reachable(self.computations[instruction.called])
+            if (called := instruction.called) is not None and called in self.computations:
+                yield from self.reachable(self.computations[called])
 
 
 def parse(text: str) -> Module:
@@ -202,12 +202,13 @@ def _mesh_groups(axes: str, device_ids: str | None, over: str) -> tuple[tuple[in
 def _iota(text: str) -> list[list[int]]:
     """Expands lists in the form `[2,64]<=[128]`, `[2,64]<=[64,2]T(1,0)` or `[2,64]T(1,0)` (of the rows' own shape)."""
     pattern = r"\[([\d,]+)\](?:<=\[([\d,]+)\])?(?:T\(([\d,]+)\))?"
-    shape, source, order = (
-        tuple(map(int, part.split(","))) if part else None for part in re.fullmatch(pattern, text).groups()
-    )
-    grid = np.arange(math.prod(shape)).reshape(source or shape)
+    found = re.fullmatch(pattern, text)
+    if found is None:
+        raise HloError(f"list {text!r}: not in a form that this reader knows")
+    shape, source, order = (tuple(map(int, part.split(","))) if part else None for part in found.groups())
+    grid = np.arange(math.prod(shape or ())).reshape(source or shape or ())
     grid = grid if order is None else grid.transpose(order)
-    return grid.reshape(shape if source else grid.shape).tolist()
+    return grid.reshape(shape or () if source else grid.shape).tolist()
 
 
 def _instruction(line: str) -> Instruction:

@@ -165,8 +165,8 @@ def advice(plan: Plan) -> str:
     shares = collections.Counter(plan.compute_seconds_by_part)
     hidden = plan.exposed_communication_seconds / max(sum(plan.collective_seconds.values()), 1e-12)
     for name, seconds in plan.collective_seconds.items():
-        shares[name.split(" over ")[0]] += seconds * hidden
-    shares["copies"] = plan.memory_wait_seconds
+        shares[name.split(" over ")[0]] += seconds * hidden  # pyright: ignore[reportArgumentType]  # a Counter of floats
+    shares["copies"] = plan.memory_wait_seconds  # pyright: ignore[reportArgumentType]  # a Counter of floats
     name, seconds = shares.most_common(1)[0]
     return f"{_FIELDS.get(name, name)} ({seconds / plan.estimated_step_seconds:.0%} of the step)"
 

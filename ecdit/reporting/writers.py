@@ -28,15 +28,19 @@ class Writer(Protocol):
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Writes values by name."""
+        ...
 
     def picture(self, step: int, name: str, path: Path) -> None:
         """Writes a PNG."""
+        ...
 
     def save(self) -> None:
         """Flushes buffered data, so that it precedes the checkpoint."""
+        ...
 
     def close(self) -> None:
         """Ends the writing."""
+        ...
 
 
 class TensorBoard:
@@ -48,8 +52,8 @@ class TensorBoard:
 
     def __init__(self, workdir: Path, start_step: int):
         # Imported here, because it imports torch where torch is installed.
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
-        from tensorboardX.proto.summary_pb2 import Summary
+        from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]  # made at run time
+        from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]  # made at run time
 
         self.event, self.summary, self.directory = Event, Summary, workdir / TENSORBOARD
         # TensorBoard finds files by "tfevents", and reads them in the order of their names.

@@ -96,7 +96,8 @@ def devices(experiment: Experiment | None) -> Found:
     """The devices that JAX finds, and whether the config's mesh and batch divide over them."""
     found = jax.devices()
     text = devices_text(found)
-    if found[0].platform == "cpu" and importlib.util.find_spec("libtpu") and not jax.config.jax_platforms:
+    wanted = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]  # jax adds options at run time
+    if found[0].platform == "cpu" and importlib.util.find_spec("libtpu") and not wanted:
         return (
             "warn",
             f"{text}, though libtpu is installed: without a TPU set JAX_PLATFORMS=cpu, with one see who holds it",

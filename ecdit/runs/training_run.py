@@ -118,6 +118,7 @@ def run_workload(
             say(f"a save was cut short: {left} is removed")
         saved = functools.partial(_note_save, workdir)
         saver = stack.enter_context(contextlib.closing(AsyncSaver(workdir, experiment.checkpoint, say, saved)))
+        assert saver.manager is not None  # it has not saved yet
         found = _resumed(workload, experiment, saver.manager, fingerprints, accepted)
         state, check_restored = found or (_first_state(workload, experiment, workdir, accepted), lambda: None)
         start = int(state.step)

@@ -5,7 +5,7 @@ import functools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -35,6 +35,7 @@ class ImageWriter(Protocol):
 
     def write(self, params: Params, step: int) -> Mapping[str, Path]:
         """Writes them, and returns the files by name; all processes call it."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +125,7 @@ def device_batches(experiment: Experiment, mesh: Mesh, start_row: int) -> Iterat
     rows = np.unique(np.concatenate([np.arange(size)[index] for index in slices]))
 
     def put(local: np.ndarray) -> jax.Array:
-        def part(index: tuple[slice, ...]) -> np.ndarray:
+        def part(index: Any) -> np.ndarray:  # a tuple of slices
             wanted = np.arange(size)[index[0]]
             return local[np.searchsorted(rows, wanted)]
 

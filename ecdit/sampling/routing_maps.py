@@ -76,7 +76,7 @@ def draw_maps(
         for column, cell in enumerate(cells):
             enlarged = Image.fromarray(cell).resize((shown, shown), Image.Resampling.NEAREST)
             page.paste(enlarged, (_GAP + column * step, y))
-        lines = textwrap.wrap(captions[record], max(8, shown // 6))[:CAPTION_LINES]
+        lines = textwrap.wrap(captions[int(record)], max(8, shown // 6))[:CAPTION_LINES]
         draw.multiline_text((_GAP, y + shown + 1), "\n".join(lines), fill="black", font=font, spacing=1)
     _draw_legend(page, header + len(chosen) * row_height, top)
     return page

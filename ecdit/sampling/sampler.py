@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
-from jaxtyping import Array, Float, Int, Key, UInt32
+from jaxtyping import Array, ArrayLike, Float, Int, Key
 
 from ecdit.components import Denoiser, TextStates
 from ecdit.config import PHASE, require
@@ -22,7 +22,7 @@ from ecdit.partitioning import batch_sharding, batch_shards
 from ecdit.system import Params, System, TextToImage
 
 # (params, tokens[B, L], null tokens[1, L], keys[B]) -> images uint8[B, H, W, 3], or images and counts: `make_sampler`.
-Sampler = Callable[[Params, Int[Array, "B L"], Int[Array, "1 L"], Key[Array, " B"]], Any]
+Sampler = Callable[[Params, Int[ArrayLike, "B L"], Int[ArrayLike, "1 L"], Key[Array, " B"]], Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,12 +66,12 @@ def make_sampler(system: System, config: SamplingConfig, mesh: Mesh, with_expert
     """
     jitted, rows = make_sample_step(system, config, mesh, with_experts), batch_sharding(mesh)
 
-    def split(x: Array) -> Array:
+    def split(x: ArrayLike) -> Array:
         """Puts the rows of an array that every host has whole on the devices where the batch's sharding wants them."""
         host = np.asarray(x)
         return jax.make_array_from_callback(host.shape, rows, lambda index: host[index])
 
-    def run(params: Params, tokens: Array, null_tokens: Array, keys: Array) -> Any:
+    def run(params: Params, tokens: ArrayLike, null_tokens: ArrayLike, keys: Array) -> Any:
         with jax.set_mesh(mesh):
             return jitted(params, split(tokens), null_tokens, split(jax.random.key_data(keys)))
 
@@ -80,8 +80,8 @@ def make_sampler(system: System, config: SamplingConfig, mesh: Mesh, with_expert
 
 def make_sample_step(
     system: System, config: SamplingConfig, mesh: Mesh, with_experts: bool = False
-) -> Callable[[Params, Int[Array, "B L"], Int[Array, "1 L"], UInt32[Array, "B K"]], Any]:
-    """Returns the jitted function of `make_sampler`. It takes arrays on the mesh, and the data of the keys."""
+) -> jax.stages.Wrapped:
+    """Returns the jitted function of `make_sampler`. It takes arrays on the mesh, and the data of the keys, [B, K]."""
     check_sampling(config, system.parts.denoiser, mesh)
     if with_experts and not system.parts.denoiser.counts_experts():
         raise ValueError("with_experts: a dense model has no experts to count")
@@ -123,7 +123,7 @@ def _velocity(
         counts = prediction.metrics["experts_per_token"] if with_experts else None
         if not guided:
             return prediction.velocity, counts
-        counts = counts[:, 0::2] if with_experts else None
+        counts = None if counts is None else counts[:, 0::2]
         return combine(prediction.velocity[0::2], prediction.velocity[1::2], config.guidance), counts
 
     return velocity

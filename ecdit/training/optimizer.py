@@ -7,6 +7,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
 
 from ecdit.config import PHASE, require
 
@@ -74,15 +75,15 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
 def _kept_as(update: optax.GradientTransformation, dtype: jnp.dtype) -> optax.GradientTransformation:
     """Returns `update` with the arrays of its state stored in `dtype` between steps; counters keep their type."""
 
-    def cast(state: optax.OptState, to: jnp.dtype) -> optax.OptState:
+    def cast(state: optax.OptState, to: DTypeLike) -> optax.OptState:
         def one(x: Any) -> Any:
-            moment = isinstance(x, jax.Array | jax.ShapeDtypeStruct) and jnp.issubdtype(x.dtype, jnp.floating)
+            moment = isinstance(x, jax.Array) and jnp.issubdtype(x.dtype, jnp.floating)
             return x.astype(to) if moment and x.ndim > 0 else x
 
         return jax.tree.map(one, state)
 
-    def next_update(grads: Any, state: optax.OptState, params: Any = None) -> tuple[Any, optax.OptState]:
-        updates, state = update.update(grads, cast(state, jnp.float32), params)
+    def next_update(updates: Any, state: optax.OptState, params: Any = None) -> tuple[Any, optax.OptState]:
+        updates, state = update.update(updates, cast(state, jnp.float32), params)
         return updates, cast(state, dtype)
 
     return optax.GradientTransformation(lambda params: cast(update.init(params), dtype), next_update)

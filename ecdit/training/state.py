@@ -45,7 +45,7 @@ def state_shardings(system: System, optimizer: optax.GradientTransformation, mes
       ShardingError: as `partitioning.param_shardings`.
     """
     params, frozen = system.split(system.shardings(mesh))
-    whole = replicated(mesh)
+    whole: Any = replicated(mesh)  # a TrainState has shardings here where it has arrays otherwise
     abstract_params, _ = system.split(system.shapes())
     abstract = jax.eval_shape(optimizer.init, abstract_params)
 

@@ -3,7 +3,6 @@
 Axes: B batch, h w c a latent's height, width and channels, H W an image's height and width.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -39,8 +38,10 @@ SPIKE = -2  # the metric bad_leaf of a step that was skipped because its loss, t
 
 def make_train_step(
     config: StepConfig, system: System, mesh: Mesh, compiler_options: dict[str, str] | None = None
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """Returns the jitted step on `mesh`; it donates the state. Call it with the mesh set.
+) -> jax.stages.Wrapped:
+    """Returns the jitted step on `mesh`, (state, batch) -> (state, metrics); it donates the state.
+
+    Call it with the mesh set.
 
     `compiler_options` are jax.jit's: see `runtime.compiler_options`.
     """
@@ -74,7 +75,7 @@ def make_gradients(
     )
 
 
-def abstract_batch(config: SystemConfig, batch_size: int, mesh: Mesh) -> Batch:
+def abstract_batch(config: SystemConfig, batch_size: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns shapes, dtypes and shardings of a batch; allocates nothing."""
     shapes: dict[str, tuple[tuple[int, ...], Any]] = {
         "tokens": ((config.caption_length,), jnp.int32),
@@ -107,8 +108,8 @@ def _loss(
 
     tokens = predicted.loss_weights.shape[1]
     patch = latents.shape[1] // round(tokens**0.5)
-    errors = (patchify(x, patch) for x in (predicted.velocity, velocity_target(latents, noise)))
-    flow_loss = loss_per_example(*errors, predicted.loss_weights, flow.dropped_token_weight).mean()
+    velocity, target = (patchify(x, patch) for x in (predicted.velocity, velocity_target(latents, noise)))
+    flow_loss = loss_per_example(velocity, target, predicted.loss_weights, flow.dropped_token_weight).mean()
     return flow_loss + predicted.auxiliary_loss, {"flow_loss": flow_loss, **predicted.metrics}
 
 

@@ -1,6 +1,6 @@
 """Normed and rotated attention by cuDNN's kernel: on NVIDIA GPUs no scores go to the GPU's main memory.
 
-Axes: B batch, H heads, K key-value heads, k head width, N tokens, M tokens attended to.
+Axes: B batch, H heads, K key-value heads, k head width, pairs k / 2, N tokens, M tokens attended to.
 """
 
 import functools
@@ -21,7 +21,7 @@ def cudnn_attention(
     key: Float[Array, "B K k M"],
     value: Float[Array, "B K k M"],
     norms: tuple[Float[Array, " k"], Float[Array, " k"]],
-    angles: Float[Array, "B N k/2"] | None = None,
+    angles: Float[Array, "B N pairs"] | None = None,
     mask: Bool[Array, "B 1 M"] | None = None,
     implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> Float[Array, "B H k N"]:
@@ -37,10 +37,12 @@ def cudnn_attention(
     return _on_shards(functools.partial(_attend, implementation=implementation))(query, key, value, lengths)
 
 
-def _attend(query: Array, key: Array, value: Array, lengths: Int[Array, " B"] | None, implementation: str) -> Array:
+def _attend(
+    query: Array, key: Array, value: Array, lengths: Int[Array, " B"] | None, implementation: Literal["cudnn", "xla"]
+) -> Array:
     """cuDNN's own order of axes is [B, N, H, k]."""
-    rows = (jnp.transpose(x, (0, 3, 1, 2)) for x in (query, key, value))
-    out = jax.nn.dot_product_attention(*rows, key_value_seq_lengths=lengths, implementation=implementation)
+    query, key, value = (jnp.transpose(x, (0, 3, 1, 2)) for x in (query, key, value))
+    out = jax.nn.dot_product_attention(query, key, value, key_value_seq_lengths=lengths, implementation=implementation)
     return jnp.transpose(out, (0, 2, 3, 1))
 
 

@@ -6,6 +6,8 @@ Both do what `moe.expert_products` does; `model.expert_products` chooses. They s
 Axes: E experts, T slots of an expert (of all groups and places), d width, f hidden width, i inputs, o outputs.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -26,7 +28,7 @@ def scattered(
 ) -> Float[Array, "E T d"]:
     """The compiler gathers the matrices over `fsdp`; their gradients are reduce-scattered by hand."""
     saved = named(slots, "expert_in")
-    hidden = saved_product(slots, saved, up, ("etd,edf->etf", "etf,edf->etd"), up_gradient)
+    hidden: Any = saved_product(slots, saved, up, ("etd,edf->etf", "etf,edf->etd"), up_gradient)
     hidden = constrain(gelu(named(hidden, "expert_hidden")), *_HIDDEN)
     return saved_product(hidden, hidden, down, ("etf,efd->etd", "etd,efd->etf"), down_gradient)
 
@@ -45,7 +47,7 @@ def halves(
         up, down = (jax.lax.pcast(kernel, ("slices", "data"), to="varying") for kernel in (up, down))
         outputs = []
         for half in ((up, down), jax.lax.ppermute((up, down), "fsdp", [(0, 1), (1, 0)])):
-            hidden = saved_product(slots, saved, half[0], ("etd,edf->etf", "etf,edf->etd"), _local_gradient)
+            hidden: Any = saved_product(slots, saved, half[0], ("etd,edf->etf", "etf,edf->etd"), _local_gradient)
             outputs.append(jnp.einsum("etf,efd->etd", gelu(named(hidden, "expert_hidden")), half[1]))
         return jax.lax.psum(sum(outputs), "tensor")
 

@@ -4,12 +4,13 @@ A step of the kernel's grid is some heads of an image. The function of one key-v
 plain JAX: the backward kernel computes it again and differentiates it where it is, and on other platforms than TPUs it
 is mapped over images and heads. (A program is for TPUs or for others: JAX lowers no kernel for both at once.)
 
-Axes: B batch, H heads, K key-value heads, G = H / K, k head width, N tokens, M tokens attended to, C chunks of heads.
+Axes: B batch, H heads, K key-value heads, G = H / K, k head width, pairs k / 2, N tokens, M tokens attended
+to, C chunks of heads.
 """
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -37,7 +38,7 @@ def fused_attention(
     key: Float[Array, "B K k M"],
     value: Float[Array, "B K k M"],
     norms: tuple[Float[Array, " k"], Float[Array, " k"]],
-    angles: Float[Array, "B N k/2"] | None = None,
+    angles: Float[Array, "B N pairs"] | None = None,
     mask: Bool[Array, "B 1 M"] | None = None,
 ) -> Float[Array, "B H k N"]:
     """As `attention.normed_attention`; queries and keys are rounded to their dtype after norm and rotation.
@@ -89,7 +90,7 @@ def _tile(
     key: Float[Array, "k M"],
     value: Float[Array, "k M"],
     scales: tuple[Float[Array, "k 1"], Float[Array, "k 1"]],
-    turn: tuple[Float[Array, "k/2 N"], Float[Array, "k/2 N"]] | None,
+    turn: tuple[Float[Array, "pairs N"], Float[Array, "pairs N"]] | None,
     bias: Float[Array, "1 M"] | None,
 ) -> Float[Array, "G k N"]:
     """The heads of one key-value head: in products that a TPU has, of two dimensions."""
@@ -130,7 +131,7 @@ def _forward(query: Array, key: Array, value: Array, *rest: Any) -> Array:
 
 def _backward(
     query: Array, key: Array, value: Array, scales: Any, turn: Any, bias: Any, gradient: Array
-) -> tuple[Array, Array, Array, Array, Array]:
+) -> tuple[Array, ...]:
     images, chunks = query.shape[0], key.shape[1] // chunk_heads(query, key)
 
     def forward(query: Array, key: Array, value: Array, scales: Any) -> Array:
@@ -153,7 +154,7 @@ def forward_kernel(*inputs: Any, interpret: bool = False) -> Array:
     return _call(_forward_body, inputs, inputs[:1], 2, interpret)[0]
 
 
-def backward_kernel(*inputs: Any, interpret: bool = False) -> tuple[Array, Array, Array, Array, Array]:
+def backward_kernel(*inputs: Any, interpret: bool = False) -> tuple[Array, ...]:
     """Gradients of query, key and value, and of the norms' scales for each chunk of heads: [B, C, k, 1].
 
     The last input is the gradient of the output.
@@ -222,12 +223,12 @@ def _read(scales: Any, turn: Any, bias: Any) -> tuple[Any, Any, Any]:
     return jax.tree.map(lambda x: x[...], scales), *jax.tree.map(lambda x: x[0], (turn, bias))
 
 
-def _call(body: Callable[..., None], inputs: Any, outputs: Any, products: int, interpret: bool) -> list[Array]:
+def _call(body: Callable[..., None], inputs: Any, outputs: Any, products: int, interpret: bool) -> Sequence[Array]:
     """The kernel on a grid of images and chunks of heads; `products` are the matrix products of a head."""
     query, key = inputs[:2]
     images, chunks = query.shape[0], key.shape[1] // chunk_heads(query, key)
 
-    def part(x: Array) -> pl.BlockSpec:
+    def part(x: Array | jax.ShapeDtypeStruct) -> pl.BlockSpec:
         """Of an array of images and heads, those of a step; of one of images, all; of the scales, [k, 1], all."""
         if x.ndim == 4:
             return pl.BlockSpec((1, x.shape[1] // chunks, *x.shape[2:]), lambda image, chunk: (image, chunk, 0, 0))

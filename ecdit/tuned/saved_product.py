@@ -10,6 +10,7 @@ from jaxtyping import Array
 KernelGradient = Callable[[Array, Array], tuple[Array, Array]]
 
 
+# Type checkers take its result for an object: jax's stubs do not follow a custom_vjp through `functools.partial`.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def saved_product(
     x: Array, saved: Array, kernel: Array, forms: tuple[str, str], kernel_gradient: KernelGradient

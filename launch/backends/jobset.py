@@ -20,7 +20,7 @@ from launch.errors import LaunchError
 from launch.job import RESTART_CODES, Job, describe_restarts, training_environment
 from launch.values import check_characters, check_image, check_secret_names, kubernetes_text
 
-FLAGS = flags.FLAGS
+FLAGS: Any = flags.FLAGS  # absl types every value as perhaps None
 ACCELERATORS = {  # by `Slice.chip`: the nodes' label cloud.google.com/gke-tpu-accelerator
     "v4": "tpu-v4-podslice",
     "v5p": "tpu-v5p-slice",

@@ -20,21 +20,26 @@ class Backend(Protocol):
 
     def define_location_flags(self) -> None:
         """Defines the flags that say where the backend keeps its jobs. Every command has them."""
+        ...
 
     def define_launch_flags(self) -> None:
         """Defines the backend's other flags, for the commands that start jobs.
 
         Flags of several backends are defined in `launch.starting`.
         """
+        ...
 
     def check(self, job: Job) -> None:
         """Raises LaunchError for a job that this backend cannot run. Needs no network."""
+        ...
 
     def text(self, job: Job) -> str:
         """Returns the manifest, script or command line that `start` runs, as a dry run writes it. Needs no network."""
+        ...
 
     def summary(self, job: Job) -> str:
         """Returns half a line for people: how the backend runs the job."""
+        ...
 
     def start(self, job: Job) -> int:
         """Starts the job, and returns the exit code of the command that did.
@@ -42,9 +47,12 @@ class Backend(Protocol):
         Raises:
           UserError: a flag is missing that a dry run does not need.
         """
+        ...
 
     def status(self, name: str, slices: int) -> int:
         """Prints the state of the job of this name and number of slices. Returns an exit code."""
+        ...
 
     def stop(self, name: str, slices: int) -> int:
         """Lets the job save, and ends it. Returns an exit code."""
+        ...

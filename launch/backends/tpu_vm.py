@@ -11,6 +11,7 @@ import shlex
 import stat
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -29,7 +30,7 @@ from launch.worker import (
     restart_loop,
 )
 
-FLAGS = flags.FLAGS
+FLAGS: Any = flags.FLAGS  # absl types every value as perhaps None
 GCLOUD = ["gcloud", "compute", "tpus"]
 ALPHA = ["gcloud", "alpha", "compute", "tpus"]  # which alone has --autocheckpoint-enabled
 RUNTIMES = {  # by `Slice.chip`: the VMs' images, cloud.google.com/tpu/docs/runtimes; TPU7x has no queued resources

@@ -74,7 +74,8 @@ def _draw_sizes(axes: "Axes", results: Sequence[Result], fits: Fits, x: str) -> 
         if law is not None:
             label += f": b = {law.b:.3f} ± {law.b_error:.3f}"
             _draw_law(axes, law, min(sizes), max(sizes), f"C{color}")
-        axes.plot(sizes, [result.loss for result in finished], "o", color=f"C{color}", markersize=4, label=label)
+        losses = [result.loss for result in finished if result.loss is not None]
+        axes.plot(sizes, losses, "o", color=f"C{color}", markersize=4, label=label)
     axes.set(xlabel=X_NAMES[x], ylabel="final loss", xscale="log", yscale="log")
 
 

@@ -16,13 +16,13 @@ def test_all_bytes_survive_the_round_trip():
 
 
 def test_bytes_span_minus_one_to_one():
-    unit = to_unit(np.array([0, 51, 204, 255], np.uint8).reshape(1, 2, 2, 1))
-    np.testing.assert_allclose(np.ravel(unit), [-1, -0.6, 0.6, 1], atol=1e-6)
+    unit = to_unit(np.array([[[[0, 51, 204]], [[255, 255, 0]]]], np.uint8))
+    np.testing.assert_allclose(np.ravel(unit), [-1, -0.6, 0.6, 1, 1, -1], atol=1e-6)
 
 
 def test_bytes_are_rounded_and_clipped():
     pictures = np.array([-7, -1.001, 1.001, 7, 0.4 / 127.5 - 1, 0.6 / 127.5 - 1], np.float32)
-    np.testing.assert_array_equal(to_bytes(pictures.reshape(1, 2, 3, 1)).reshape(6), [0, 0, 255, 255, 0, 1])
+    np.testing.assert_array_equal(to_bytes(pictures.reshape(1, 1, 2, 3)).reshape(6), [0, 0, 255, 255, 0, 1])
 
 
 def test_identity_is_an_autoencoder():
@@ -38,7 +38,7 @@ def test_stored_latents_have_the_shape_that_was_stored_and_no_images():
     latents = AUTOENCODERS["latents"](8)
     assert latents.latent_shape(256) == (32, 32, 8)
     with pytest.raises(NotImplementedError, match="the data holds latents"):
-        latents.decode(None)
+        latents.decode(np.zeros((1, 2, 2, 8), np.float32))
 
 
 def test_stored_latents_are_drawn_from_their_posterior():

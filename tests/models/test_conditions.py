@@ -30,7 +30,7 @@ def test_conditions_are_of_a_thousand_times_the_time_the_pooled_caption_and_four
     data = inputs(CONFIG, BATCH)
     data = data._replace(time=np.array([0.0, 0.25, 1.0], np.float32))
     model = dit(CONFIG)
-    condition = jit(lambda params: model(params).condition(data.time, data.text, data.size_crop, np.float32))
+    condition = jit(lambda params: model(params).condition(data.time, data.text, data.size_crop, np.dtype(np.float32)))
     params = jax.tree.map(np.float64, model.params)
     height, width, top, left = np.float64(data.size_crop).T
     time = embedded(params["time"], sinusoid(1000 * np.float64(data.time)))

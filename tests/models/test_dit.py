@@ -432,7 +432,9 @@ def test_the_head_computes_in_float32():
 def gradients(remat, unroll=1):
     values = config(extra_blocks=0, mask_ratio=0.0, remat=remat, scan_unroll=unroll)
     model, data = dit(values), inputs(values, 2, masked=False)
-    return jit(jax.value_and_grad(lambda params: jnp.square(model(params)(*data, ALL)[0] - 1).mean()))(model.params)
+    return jit(jax.value_and_grad(lambda params: jnp.square(model(params).forward(*data, ALL)[0] - 1).mean()))(
+        model.params
+    )
 
 
 @pytest.mark.parametrize("remat", sorted(set(REMAT_POLICIES) - {"none"}))

@@ -90,8 +90,8 @@ MUTANTS = (
     ),
     Mutant(
         _ESTIMATE,
-        'engines.now += trips * self._run(one.attribute("body"), times * trips)',
-        'engines.now += trips * self._run(one.attribute("body"), trips)',
+        'engines.now += trips * self._run(one.attribute("body") or "", times * trips)',
+        'engines.now += trips * self._run(one.attribute("body") or "", trips)',
         _estimate("test_loops_in_loops_are_multiplied_out"),
     ),
     Mutant(

@@ -55,8 +55,8 @@ MUTANTS = (
     ),
     Mutant(
         _SAMPLING,
-        "counts = counts[:, 0::2] if with_experts else None",
-        "counts = counts[:, 1::2] if with_experts else None",
+        "counts = None if counts is None else counts[:, 0::2]",
+        "counts = None if counts is None else counts[:, 1::2]",
         _passes("test_the_guided_velocity_of_each_image_by_hand"),
         "maps of experts are those of the null caption",
     ),

@@ -212,7 +212,7 @@ MUTANTS = (
     ),
     Mutant(
         "ecdit/sampling/routing_maps.py",
-        "textwrap.wrap(captions[record], ",
+        "textwrap.wrap(captions[int(record)], ",
         "textwrap.wrap(captions[record - 1], ",
         (f"{_PICTURES}::test_every_row_of_the_maps_has_its_own_picture_counts_and_caption",),
     ),

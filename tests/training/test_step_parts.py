@@ -11,6 +11,7 @@ import pytest
 from ecdit.components import WithoutExperts
 from ecdit.models.moe import RoutingReport
 from ecdit.models.routing_metrics import coverage
+from ecdit.system import System
 from ecdit.training import step
 from ecdit.training.state import TrainState
 from tests.runs import tiny
@@ -34,8 +35,9 @@ def test_gradients_are_means_over_microbatches(monkeypatch):
     monkeypatch.setattr(
         step, "_loss", lambda params, frozen, flow, system, batch, keys: ((params["w"] * batch["x"]).mean(), {})
     )
-    state = SimpleNamespace(params={"w": jnp.float32(2)}, frozen={}, step=jnp.int32(0))
-    system = SimpleNamespace(parts=SimpleNamespace(denoiser=WithoutExperts()))
+    state = TrainState(jnp.int32(0), {"w": jnp.float32(2)}, {}, {}, (), *[jnp.int32(0)] * 3)
+    system = System(None, None, None)
+    system.__dict__["parts"] = SimpleNamespace(denoiser=WithoutExperts())
     batch = {"x": jnp.arange(16, dtype=jnp.float32)}
     for count in (1, 2, 4, 16):
         config = tiny(train__accumulation=count).step_config
