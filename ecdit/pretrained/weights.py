@@ -20,7 +20,7 @@ from ecdit.pretrained.config_json import CONFIG, WeightsError, read_json
 from ecdit.pretrained.layout import Layout, tensor_axes
 from ecdit.pretrained.safetensors_folder import SafetensorsFolder
 
-PIECE_BYTES = 8 * 2**20  # read at once: small beside a tensor, large beside a disk's block
+PIECE_BYTES = 4 * 2**20  # read at once: small beside a tensor, large beside a disk's block
 SHOWN = 10  # names of each kind in an error
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 
@@ -74,7 +74,7 @@ class _Parameter(NamedTuple):
 def load(abstract: nnx.State, layout: Layout, tensors: Tensors, mesh: Mesh | None) -> Loaded:
     """Reads a network's parameters, converted to the network's dtype and laid out on the mesh.
 
-    Beyond the parameters themselves the process holds at most one tensor in memory, or its shards of it. NaNs are
+    Beyond the parameters themselves the process holds one part of a tensor in memory, a device's. NaNs are
     warned of and counted.
 
     Args:
@@ -210,21 +210,19 @@ def _read_tensor(
 ) -> jax.Array:
     """Reads a parameter, or a layer of one, from its tensor."""
     shape, axes = parameter.layer_shape, parameter.axes
-    read: dict[tuple[slice, ...], np.ndarray] = {}  # devices that hold the same part share it
-
-    def part(index: tuple[slice, ...]) -> np.ndarray:
-        bounds = tuple(slice(*one.indices(size)[:2]) for one, size in zip(index, shape, strict=True))
-        key = tuple((bound.start, bound.stop) for bound in bounds)
-        if key not in read:
-            values = np.empty([bound.stop - bound.start for bound in bounds], parameter.dtype)
-            counts[name] = counts.get(name, 0) + _fill(values, tensors, name, bounds, axes)
-            read[key] = values
-        return read[key]
-
-    array = jax.make_array_from_callback(shape, sharding, part)
-    if not counts.get(name):  # it is missing where this process has no part of the tensor
-        counts.pop(name, None)
-    return jax.block_until_ready(array)
+    holders: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}  # of each part: several may have the same
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        bounds = tuple(one.indices(size)[:2] for one, size in zip(index, shape, strict=True))
+        holders.setdefault(bounds, []).append(device)
+    arrays = []
+    for bounds, devices in holders.items():
+        values = np.empty([stop - start for start, stop in bounds], parameter.dtype)
+        nans = _fill(values, tensors, name, tuple(slice(*bound) for bound in bounds), axes)
+        if nans:
+            counts[name] = counts.get(name, 0) + nans
+        # Waits, so that one part after the other is in this process's memory.
+        arrays += jax.block_until_ready([jax.device_put(values, device) for device in devices])
+    return jax.make_array_from_single_device_arrays(shape, sharding, arrays, dtype=parameter.dtype)
 
 
 def _fill(values: np.ndarray, tensors: Tensors, name: str, bounds: tuple[slice, ...], axes: tuple[int, ...]) -> int:
