@@ -19,6 +19,7 @@ LAYERS = [
     "models",
     "diffusion",
     "encoders",
+    "pretrained",
     "system",
     "interop",
     "data",

@@ -1,0 +1,287 @@
+"""The autoencoder of latent diffusion (arXiv 2112.10752), with the weights of SD, SDXL, SD3 and Flux.
+
+Modules have the names of diffusers' AutoencoderKL. Axes: B batch, H W pixels, h w c a latent's height, width, channels.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Key
+
+from ecdit.config import require
+from ecdit.pretrained.config_json import read_config
+from ecdit.pretrained.layers import Conv, Dtype, GroupNorm, Linear, attention
+from ecdit.pretrained.layout import Layout
+
+EPSILON = 1e-6
+LOG_VARIANCES = (-30.0, 20.0)  # log variances are clipped to these
+# Of diffusers' AutoencoderKL.
+DEFAULTS = {
+    "in_channels": 3,
+    "out_channels": 3,
+    "block_out_channels": [64],
+    "layers_per_block": 1,
+    "act_fn": "silu",
+    "latent_channels": 4,
+    "norm_num_groups": 32,
+    "scaling_factor": 0.18215,
+    "shift_factor": None,
+    "latents_mean": None,
+    "latents_std": None,
+    "use_quant_conv": True,
+    "use_post_quant_conv": True,
+    "mid_block_add_attention": True,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoencoderConfig:
+    """Sizes of an autoencoder, and how its latents are scaled."""
+
+    widths: tuple[int, ...]  # of the levels, from the full resolution down
+    resnets: int  # a level, of the encoder; the decoder has one more
+    latent_channels: int  # c
+    norm_groups: int
+    quant_convs: bool  # SD and SDXL: a 1x1 convolution after the encoder and one before the decoder
+    shift: float  # latents are (z - shift) scale
+    scale: float
+    posterior: Literal["sample", "mode"]  # what `encode` gives of the encoder's normal distribution
+    dtype: Dtype
+
+    def __post_init__(self):
+        for width in self.widths:
+            allowed = f"must be multiples of norm_groups, {self.norm_groups}"
+            require(width % self.norm_groups == 0, "widths", self.widths, allowed)
+
+
+def read_autoencoder(folder: Path, posterior: Literal["sample", "mode"], dtype: Dtype) -> AutoencoderConfig:
+    """Returns the config in a folder of diffusers' AutoencoderKL.
+
+    Raises:
+      WeightsError: it cannot be read, or is another architecture's.
+    """
+    config = read_config(folder, ("AutoencoderKL",), "_class_name", DEFAULTS)
+    widths = config.values["block_out_channels"]
+    for key, block in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
+        config.choose(key, [[block] * len(widths)])
+    for key in ("in_channels", "out_channels"):
+        config.choose(key, (3,))
+    config.choose("act_fn", ("silu", "swish"))
+    config.choose("mid_block_add_attention", (True,))
+    for key in ("latents_mean", "latents_std"):
+        config.choose(key, (None,))
+    quant_convs = config.choose("use_quant_conv", (True, False))
+    config.choose("use_post_quant_conv", (quant_convs,))
+    shifted = config.values["shift_factor"] is not None
+    return AutoencoderConfig(
+        widths=tuple(widths),
+        resnets=config.number("layers_per_block"),
+        latent_channels=config.number("latent_channels"),
+        norm_groups=config.number("norm_num_groups"),
+        quant_convs=quant_convs,
+        shift=config.number("shift_factor", float, float("-inf")) if shifted else 0.0,
+        scale=config.number("scaling_factor", float, 1e-6),
+        posterior=posterior,
+        dtype=dtype,
+    )
+
+
+class Resnet(nnx.Module):
+    """Two normed convolutions and a way around them."""
+
+    def __init__(self, inputs: int, outputs: int, config: AutoencoderConfig, rngs: nnx.Rngs):
+        groups, dtype = config.norm_groups, config.dtype
+        self.norm1 = GroupNorm(inputs, groups, EPSILON, rngs, dtype)
+        self.conv1 = Conv(inputs, outputs, 3, rngs, dtype, padding=1)
+        self.norm2 = GroupNorm(outputs, groups, EPSILON, rngs, dtype)
+        self.conv2 = Conv(outputs, outputs, 3, rngs, dtype, padding=1)
+        self.conv_shortcut = Conv(inputs, outputs, 1, rngs, dtype) if inputs != outputs else None
+
+    def __call__(self, x: Float[Array, "B h w i"]) -> Float[Array, "B h w o"]:
+        """The block's output."""
+        y = self.conv1(jax.nn.silu(self.norm1(x)))
+        y = self.conv2(jax.nn.silu(self.norm2(y)))
+        return y + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class PixelAttention(nnx.Module):
+    """Attention of one head between all pixels."""
+
+    def __init__(self, width: int, config: AutoencoderConfig, rngs: nnx.Rngs):
+        self.group_norm = GroupNorm(width, config.norm_groups, EPSILON, rngs, config.dtype)
+        for name in ("to_q", "to_k", "to_v", "to_out"):
+            setattr(self, name, Linear(width, width, ("features", "features"), rngs, config.dtype))
+
+    def __call__(self, x: Float[Array, "B h w i"]) -> Float[Array, "B h w i"]:
+        """The attention's output, added to its input."""
+        batch, height, width, channels = x.shape
+        pixels = self.group_norm(x).reshape(batch, height * width, channels)
+        query, key, value = (project(pixels)[:, :, None] for project in (self.to_q, self.to_k, self.to_v))
+        return x + self.to_out(attention(query, key, value, None, scale=channels**-0.5)).reshape(x.shape)
+
+
+class Middle(nnx.Module):
+    """A resnet, attention and a resnet at the lowest resolution."""
+
+    def __init__(self, config: AutoencoderConfig, rngs: nnx.Rngs):
+        width = config.widths[-1]
+        self.resnets = nnx.List([Resnet(width, width, config, rngs) for _ in range(2)])
+        self.attentions = nnx.List([PixelAttention(width, config, rngs)])
+
+    def __call__(self, x: Float[Array, "B h w i"]) -> Float[Array, "B h w i"]:
+        """The blocks' output."""
+        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+
+
+class Down(nnx.Module):
+    """A level of the encoder; all but the last halve the resolution."""
+
+    def __init__(self, inputs: int, outputs: int, halve: bool, config: AutoencoderConfig, rngs: nnx.Rngs):
+        widths = [inputs] + [outputs] * (config.resnets - 1)
+        self.resnets = nnx.List([Resnet(width, outputs, config, rngs) for width in widths])
+        # Padded below and to the right only.
+        halving = Conv(outputs, outputs, 3, rngs, config.dtype, stride=2, padding=((0, 1), (0, 1))) if halve else None
+        self.downsampler = halving
+
+    def __call__(self, x: Float[Array, "B h w i"]) -> Float[Array, "B y x o"]:
+        """The level's output."""
+        for resnet in self.resnets:
+            x = resnet(x)
+        return x if self.downsampler is None else self.downsampler(x)
+
+
+class Up(nnx.Module):
+    """A level of the decoder; all but the last double the resolution."""
+
+    def __init__(self, inputs: int, outputs: int, double: bool, config: AutoencoderConfig, rngs: nnx.Rngs):
+        widths = [inputs] + [outputs] * config.resnets
+        self.resnets = nnx.List([Resnet(width, outputs, config, rngs) for width in widths])
+        self.upsampler = Conv(outputs, outputs, 3, rngs, config.dtype, padding=1) if double else None
+
+    def __call__(self, x: Float[Array, "B h w i"]) -> Float[Array, "B y x o"]:
+        """The level's output."""
+        for resnet in self.resnets:
+            x = resnet(x)
+        if self.upsampler is None:
+            return x
+        return self.upsampler(x.repeat(2, axis=1).repeat(2, axis=2))
+
+
+class Encoder(nnx.Module):
+    """Images to mean and log variance."""
+
+    def __init__(self, config: AutoencoderConfig, rngs: nnx.Rngs):
+        widths, dtype = config.widths, config.dtype
+        self.conv_in = Conv(3, widths[0], 3, rngs, dtype, padding=1)
+        self.down_blocks = nnx.List(
+            [
+                Down(widths[max(level - 1, 0)], width, level < len(widths) - 1, config, rngs)
+                for level, width in enumerate(widths)
+            ]
+        )
+        self.mid_block = Middle(config, rngs)
+        self.conv_norm_out = GroupNorm(widths[-1], config.norm_groups, EPSILON, rngs, dtype)
+        self.conv_out = Conv(widths[-1], 2 * config.latent_channels, 3, rngs, dtype, padding=1)
+
+    def __call__(self, x: Float[Array, "B H W 3"]) -> Float[Array, "B h w 2*c"]:
+        """Encodes."""
+        x = self.conv_in(x)
+        for block in self.down_blocks:
+            x = block(x)
+        return self.conv_out(jax.nn.silu(self.conv_norm_out(self.mid_block(x))))
+
+
+class Decoder(nnx.Module):
+    """Latents to images."""
+
+    def __init__(self, config: AutoencoderConfig, rngs: nnx.Rngs):
+        widths, dtype = config.widths[::-1], config.dtype
+        self.conv_in = Conv(config.latent_channels, widths[0], 3, rngs, dtype, padding=1)
+        self.mid_block = Middle(config, rngs)
+        self.up_blocks = nnx.List(
+            [
+                Up(widths[max(level - 1, 0)], width, level < len(widths) - 1, config, rngs)
+                for level, width in enumerate(widths)
+            ]
+        )
+        self.conv_norm_out = GroupNorm(widths[-1], config.norm_groups, EPSILON, rngs, dtype)
+        self.conv_out = Conv(widths[-1], 3, 3, rngs, dtype, padding=1)
+
+    def __call__(self, x: Float[Array, "B h w c"]) -> Float[Array, "B H W 3"]:
+        """Decodes."""
+        x = self.mid_block(self.conv_in(x))
+        for block in self.up_blocks:
+            x = block(x)
+        return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
+
+
+class AutoencoderKL(nnx.Module):
+    """Images to latents and back; a `components.Autoencoder`. All that it gives is float32."""
+
+    Config = AutoencoderConfig
+    has_images = True
+
+    def __init__(self, config: AutoencoderConfig, rngs: nnx.Rngs):
+        self.config = config
+        self.downsampling = 2 ** (len(config.widths) - 1)
+        self.encoder, self.decoder = Encoder(config, rngs), Decoder(config, rngs)
+        channels = config.latent_channels
+        quant_convs = config.quant_convs
+        self.quant_conv = Conv(2 * channels, 2 * channels, 1, rngs, config.dtype) if quant_convs else None
+        self.post_quant_conv = Conv(channels, channels, 1, rngs, config.dtype) if quant_convs else None
+
+    def latent_shape(self, image_size: int) -> tuple[int, int, int]:
+        """Returns height, width and channels of the latents of square images of `image_size` pixels."""
+        side = image_size // self.downsampling
+        return side, side, self.config.latent_channels
+
+    @jax.named_scope("vae_encoder")
+    def moments(self, images: Float[Array, "B H W 3"]) -> tuple[Float[Array, "B h w c"], Float[Array, "B h w c"]]:
+        """Returns mean and log variance of the latents, neither shifted nor scaled."""
+        y = self.encoder(images.astype(self.config.dtype))
+        if self.quant_conv is not None:
+            y = self.quant_conv(y)
+        mean, log_variance = jnp.split(y.astype(jnp.float32), 2, axis=-1)
+        return mean, jnp.clip(log_variance, *LOG_VARIANCES)
+
+    def latents(
+        self, mean: Float[Array, "B h w c"], log_variance: Float[Array, "B h w c"], keys: Key[Array, " B"]
+    ) -> Float[Array, "B h w c"]:
+        """Returns latents of `moments`: drawn with each image's key, or the mean, as `config.posterior` says."""
+        z = mean
+        if self.config.posterior == "sample":
+            noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(keys)
+            z = mean + jnp.exp(0.5 * log_variance) * noise
+        return (z - self.config.shift) * self.config.scale
+
+    def encode(self, images: Float[Array, "B H W 3"], keys: Key[Array, " B"]) -> Float[Array, "B h w c"]:
+        """Encodes images; see `latents`."""
+        return self.latents(*self.moments(images), keys)
+
+    @jax.named_scope("vae_decoder")
+    def decode(self, latents: Float[Array, "B h w c"]) -> Float[Array, "B H W 3"]:
+        """Decodes latents."""
+        z = (latents / self.config.scale + self.config.shift).astype(self.config.dtype)
+        if self.post_quant_conv is not None:
+            z = self.post_quant_conv(z)
+        return self.decoder(z).astype(jnp.float32)
+
+
+AUTOENCODER_LAYOUT = Layout(
+    names=(
+        (r"\.(down|up)sampler\.", r".\1samplers.0.conv."),
+        (r"\.to_out\.", ".to_out.0."),
+    ),
+    # diffusers before 0.18.
+    renamed=(
+        (r"\.query\.", ".to_q."),
+        (r"\.key\.", ".to_k."),
+        (r"\.value\.", ".to_v."),
+        (r"\.proj_attn\.", ".to_out.0."),
+    ),
+    unused=(),
+)

@@ -1,0 +1,199 @@
+"""CLIP's text encoder (arXiv 2103.00020), of OpenAI's and OpenCLIP's weights. Axes: B batch, L tokens, t width."""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import AbstractMesh, Mesh
+from jaxtyping import Array, Float, Int
+
+from ecdit.components import PartFlops, TextStates
+from ecdit.config import require
+from ecdit.models.layers import scan_stack, stack
+from ecdit.partitioning import constrain
+from ecdit.pretrained.config_json import read_config
+from ecdit.pretrained.layers import ACTIVATIONS, Dtype, LayerNorm, Linear, attention, param
+from ecdit.pretrained.layout import Layout
+
+# Of transformers' CLIPTextConfig, which leaves out of config.json what equals them.
+DEFAULTS = {
+    "vocab_size": 49408,
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 8,
+    "max_position_embeddings": 77,
+    "projection_dim": 512,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipTextConfig:
+    """Sizes of a text encoder, and which of its states are given."""
+
+    vocab_size: int
+    width: int  # t
+    mlp_width: int
+    layers: int
+    heads: int
+    positions: int  # the most tokens that a caption may have
+    projection_width: int  # of the pooled state; 0: it is not projected
+    activation: Literal["gelu", "quick_gelu"]
+    epsilon: float  # of norms
+    states: Literal["last", "penultimate"]  # penultimate: the input of the last block, not normed, as SDXL and SD3 use
+    dtype: Dtype
+
+    def __post_init__(self):
+        require(self.width % self.heads == 0, "heads", self.heads, f"must divide the width, {self.width}")
+
+
+def read_clip_text(
+    folder: Path, projection: bool, states: Literal["last", "penultimate"], dtype: Dtype
+) -> ClipTextConfig:
+    """Returns the config in a folder of a text encoder, or of a whole CLIP.
+
+    Args:
+      folder: with config.json.
+      projection: whether the pooled state is projected; the folder must then have the projection's weights.
+      states: which states to give.
+      dtype: of parameters and activations.
+
+    Raises:
+      WeightsError: it cannot be read, or is another architecture's.
+    """
+    config = read_config(folder, ("clip_text_model", "clip"), "model_type", DEFAULTS)
+    text = config
+    if config.values["model_type"] == "clip":
+        # The projection's width stands beside the two networks, and in old files among the text's values too.
+        text = config.group("text_config", DEFAULTS | {"projection_dim": config.number("projection_dim")})
+    return ClipTextConfig(
+        vocab_size=text.number("vocab_size"),
+        width=text.number("hidden_size"),
+        mlp_width=text.number("intermediate_size"),
+        layers=text.number("num_hidden_layers"),
+        heads=text.number("num_attention_heads"),
+        positions=text.number("max_position_embeddings"),
+        projection_width=(config if text is not config else text).number("projection_dim") if projection else 0,
+        activation=text.choose("hidden_act", ACTIVATIONS),
+        epsilon=text.number("layer_norm_eps", float, 0),
+        states=states,
+        dtype=dtype,
+    )
+
+
+class ClipAttention(nnx.Module):
+    """Multi-head attention with biases."""
+
+    def __init__(self, width: int, heads: int, rngs: nnx.Rngs, dtype: Dtype):
+        self.heads = heads
+        self.q_proj = Linear(width, width, ("embed", "joined_kv"), rngs, dtype)
+        self.k_proj = Linear(width, width, ("embed", "joined_kv"), rngs, dtype)
+        self.v_proj = Linear(width, width, ("embed", "joined_kv"), rngs, dtype)
+        self.out_proj = Linear(width, width, ("joined_kv", "embed"), rngs, dtype)
+
+    def __call__(self, x: Float[Array, "B L t"], bias: Float[Array, "1 1 L L"] | None) -> Float[Array, "B L t"]:
+        """Attends; `bias` is added to the scores."""
+        query, key, value = (
+            constrain(project(x).reshape(*x.shape[:2], self.heads, -1), "batch", None, "heads", None)
+            for project in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return self.out_proj(attention(query, key, value, bias, scale=query.shape[-1] ** -0.5))
+
+
+class ClipMlp(nnx.Module):
+    """Two linear maps with an activation between."""
+
+    def __init__(self, width: int, mlp_width: int, activation: str, rngs: nnx.Rngs, dtype: Dtype):
+        self.activation = activation
+        self.fc1 = Linear(width, mlp_width, ("embed", "mlp"), rngs, dtype)
+        self.fc2 = Linear(mlp_width, width, ("mlp", "embed"), rngs, dtype)
+
+    def __call__(self, x: Float[Array, "B L t"]) -> Float[Array, "B L t"]:
+        """Maps each token."""
+        return self.fc2(ACTIVATIONS[self.activation](self.fc1(x)))
+
+
+class ClipBlock(nnx.Module):
+    """Pre-norm attention and MLP, of CLIP's text and of its image encoder."""
+
+    def __init__(
+        self, width: int, mlp_width: int, heads: int, activation: str, epsilon: float, rngs: nnx.Rngs, dtype: Dtype
+    ):
+        self.layer_norm1, self.layer_norm2 = (LayerNorm(width, epsilon, rngs, dtype) for _ in range(2))
+        self.self_attn = ClipAttention(width, heads, rngs, dtype)
+        self.mlp = ClipMlp(width, mlp_width, activation, rngs, dtype)
+
+    def __call__(self, x: Float[Array, "B L t"], bias: Float[Array, "1 1 L L"] | None) -> Float[Array, "B L t"]:
+        """The block's output; `bias` is added to the scores of the attention."""
+        x = x + self.self_attn(self.layer_norm1(x), bias)
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class ClipText(nnx.Module):
+    """Tokens to states, and to the state of the end of the text; a `components.TextEncoder`."""
+
+    Config = ClipTextConfig
+
+    def __init__(self, config: ClipTextConfig, max_length: int, rngs: nnx.Rngs):
+        allowed = f"the text encoder's weights have {config.positions} positions"
+        require(max_length <= config.positions, "caption_length", max_length, allowed)
+        self.config = config
+        width, dtype = config.width, config.dtype
+        self.token_embedding = param(rngs, (config.vocab_size, width), ("vocab", "embed"), dtype)
+        self.position_embedding = param(rngs, (config.positions, width), ("length", "embed"), dtype)
+        sizes = (width, config.mlp_width, config.heads, config.activation, config.epsilon)
+        self.layers = stack(lambda rngs: ClipBlock(*sizes, rngs, dtype), config.layers, rngs)
+        self.final_layer_norm = LayerNorm(width, config.epsilon, rngs, dtype)
+        projected = config.projection_width
+        self.text_projection = (
+            Linear(width, projected, ("embed", "mlp"), rngs, dtype, bias=False) if projected else None
+        )
+
+    @jax.named_scope("clip_text")
+    def __call__(self, tokens: Int[Array, "B L"]) -> TextStates:
+        """Encodes captions; what comes after a caption's end changes nothing, as attention is causal.
+
+        Args:
+          tokens: int32, each row with its end of text, whose id is the largest of all. Files disagree about that id
+            and about padding, so that neither is read: the end is where the largest id first stands.
+        """
+        length = tokens.shape[1]
+        x = self.token_embedding[...][tokens] + self.position_embedding[...][None, :length]
+        seen = jnp.tril(jnp.ones((length, length), bool))[None, None]
+        bias = jnp.where(seen, 0.0, jnp.finfo(jnp.float32).min)
+        (x, before), _ = scan_stack(self.layers, lambda block, xs: ((block(xs[0], bias), xs[0]), None), (x, x), "none")
+        states = self.final_layer_norm(x)
+        end = jnp.argmax(tokens, axis=1)
+        pooled = jax.vmap(lambda row, i: row[i])(states, end)
+        if self.text_projection is not None:
+            pooled = self.text_projection(pooled)
+        mask = jnp.arange(length)[None] <= end[:, None]
+        return TextStates(states if self.config.states == "last" else before, mask, pooled)
+
+    def check_layout(self, mesh: Mesh | AbstractMesh) -> None:
+        """Raises ConfigError if the heads do not divide over the mesh."""
+        heads, tensor = self.config.heads, mesh.shape["tensor"]
+        require(heads % tensor == 0, "text.heads", heads, f"must be a multiple of mesh.tensor, {tensor}")
+
+    def flops(self, length: int) -> PartFlops:
+        """Returns the work on one caption, padding included; causal attention counts as a full one."""
+        config = self.config
+        layer = length * (4 * config.width**2 + 2 * config.width * config.mlp_width) + 2 * length**2 * config.width
+        return PartFlops("clip_text", float(config.layers * length), 2.0 * config.layers * layer)
+
+
+# transformers 5 writes a CLIPTextModel without the prefix text_model. A whole CLIP has the image encoder too.
+CLIP_TEXT_LAYOUT = Layout(
+    names=(
+        (r"^layers\.", "encoder.layers.{layer}."),
+        (r"^(token|position)_embedding$", r"embeddings.\1_embedding.weight"),
+        (r"^(?!text_projection)", "text_model."),
+    ),
+    renamed=((r"^(embeddings|encoder|final_layer_norm)\.", r"text_model.\1."),),
+    unused=(r"\.position_ids$", r"^vision_model\.", r"^visual_projection\.", r"^logit_scale$", r"^text_projection\."),
+)

@@ -1,0 +1,80 @@
+"""Reads the config.json of a folder of public weights, and refuses an architecture that is not the network's."""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ecdit.errors import UserError
+
+CONFIG = "config.json"
+
+
+class WeightsError(UserError):
+    """A folder of public weights, or of a tokenizer, cannot be used."""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Returns the object in a JSON file.
+
+    Raises:
+      WeightsError: the file is missing, or is no JSON object.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise WeightsError(f"{path}: there is no such file") from None
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise WeightsError(f"{path}: must hold a JSON object, it holds {type(values).__name__}")
+    return values
+
+
+class ConfigJson:
+    """The values of a config.json, with the defaults of the library that writes it; errors name the file."""
+
+    def __init__(self, path: Path, values: Mapping[str, Any], defaults: Mapping[str, Any]):
+        self.path, self.values = path, {**defaults, **values}
+
+    def choose(self, key: str, allowed: Iterable[Any]) -> Any:
+        """Returns the value of `key`.
+
+        Raises:
+          WeightsError: it is not one of `allowed`.
+        """
+        value, allowed = self.values.get(key), list(allowed)
+        if value not in allowed:
+            raise WeightsError(f"{self.path}: {key} = {value!r}: must be {' or '.join(map(repr, allowed))}")
+        return value
+
+    def number(self, key: str, kind: type = int, least: float = 1) -> Any:
+        """Returns the value of `key`, an int or, with `kind` float, a number.
+
+        Raises:
+          WeightsError: it is none, or is below `least`.
+        """
+        value = self.values.get(key)
+        fits = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
+        if not fits or value < least:
+            raise WeightsError(f"{self.path}: {key} = {value!r}: must be {kind.__name__}, at least {least}")
+        return kind(value)
+
+    def group(self, key: str, defaults: Mapping[str, Any]) -> "ConfigJson":
+        """Returns the values below `key`, empty where it is missing."""
+        values = self.values.get(key) or {}
+        if not isinstance(values, dict):
+            raise WeightsError(f"{self.path}: {key} = {values!r}: must be an object")
+        return ConfigJson(self.path, values, defaults)
+
+
+def read_config(folder: Path, model_types: Iterable[str], key: str, defaults: Mapping[str, Any]) -> ConfigJson:
+    """Reads `folder`/config.json, whose `key` (model_type or _class_name) must be one of `model_types`.
+
+    Raises:
+      WeightsError: it cannot be read, or is another architecture's.
+    """
+    path = Path(folder) / CONFIG
+    config = ConfigJson(path, read_json(path), defaults)
+    config.choose(key, model_types)
+    return config

@@ -1,0 +1,129 @@
+"""The tensors in a folder of safetensors files, as diffusers and transformers write it; reads slices of them."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from ecdit.pretrained.config_json import WeightsError, read_json
+
+STEMS = ("model", "diffusion_pytorch_model")  # of transformers' and of diffusers' files
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+DTYPES: Mapping[str, Any] = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "I64": np.int64,
+    "I32": np.int32,
+}
+# A pickle can run any code when it is loaded. PyTorch's restricted reader loads tensors alone.
+CONVERSION = """python - <<'EOF'
+import torch
+from safetensors.torch import save_file
+weights = torch.load({source!r}, map_location="cpu", weights_only=True)
+weights = weights.get("state_dict", weights)
+save_file({{name: w.clone().contiguous() for name, w in weights.items() if hasattr(w, "shape")}}, {target!r})
+EOF"""
+
+
+class SafetensorsFolder:
+    """Tensors by the names that they have in the files. Nothing is read but headers until `read` is called.
+
+    Raises, when it is made:
+      WeightsError: there are no safetensors files, or one is missing, truncated or damaged.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = Path(folder)
+        self._files: dict[str, Any] = {}  # of each tensor
+        for path in weight_files(self.folder):
+            file = _open(path)
+            for name in file.keys():  # noqa: SIM118 (it is no dict)
+                if name in self._files:
+                    raise WeightsError(f"{path}: the tensor {name} is in another file of {self.folder} too")
+                self._files[name] = file
+
+    def __str__(self) -> str:
+        return str(self.folder)
+
+    def names(self) -> list[str]:
+        """Returns the names of all tensors, sorted."""
+        return sorted(self._files)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Returns the shape of a tensor."""
+        return tuple(self._files[name].get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> np.dtype:
+        """Returns the dtype of a tensor; of one that this reader does not know, object."""
+        return np.dtype(DTYPES.get(self._files[name].get_slice(name).get_dtype(), object))
+
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """Returns a slice of a tensor; only its bytes are read."""
+        return self._files[name].get_slice(name)[index]
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Returns the safetensors files in a folder: those that an index names, or the one that is there.
+
+    Raises:
+      WeightsError: there is none, or the choice is not clear, or the index names a file that is missing.
+    """
+    if not folder.is_dir():
+        raise WeightsError(f"{folder}: there is no such folder")
+    for stem in STEMS:
+        if (folder / f"{stem}.safetensors.index.json").exists():
+            return list(_indexed(folder / f"{stem}.safetensors.index.json"))
+    for stem in STEMS:
+        if (folder / f"{stem}.safetensors").exists():
+            return [folder / f"{stem}.safetensors"]
+    found = sorted(folder.glob("*.safetensors"))
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found)
+        raise WeightsError(f"{folder} has several files and no index: {names}. Keep one, named {STEMS[0]}.safetensors")
+    if not found:
+        raise WeightsError(_no_weights(folder))
+    return found
+
+
+def _no_weights(folder: Path) -> str:
+    pickles = sorted(path for path in folder.iterdir() if path.suffix in PICKLES)
+    if not pickles:
+        return f"{folder}: there are no *.safetensors files"
+    target = folder / f"{STEMS[0]}.safetensors"
+    command = CONVERSION.format(source=str(pickles[0]), target=str(target))
+    return (
+        f"{folder} has weights in {pickles[0].name} only. That is a pickle, which can run any code, so it is not "
+        f"loaded. With PyTorch and safetensors installed this converts it:\n{command}"
+    )
+
+
+def _indexed(path: Path) -> Iterator[Path]:
+    """Yields the files that an index names."""
+    files = read_json(path).get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
+        raise WeightsError(f"{path}: weight_map must be an object from tensors to file names")
+    names = sorted(set(files.values()))
+    outside = [name for name in names if Path(name).name != name]
+    if outside:
+        raise WeightsError(f"{path} names files outside the folder: {', '.join(outside)}")
+    missing = [name for name in names if not (path.parent / name).is_file()]
+    if missing:
+        raise WeightsError(f"{path} names files that are not there: {', '.join(missing)}")
+    for name in names:
+        held = set(_open(path.parent / name).keys())
+        absent = [tensor for tensor, file in files.items() if file == name and tensor not in held]
+        if absent:
+            raise WeightsError(f"{path}: {name} does not hold {', '.join(absent[:8])}")
+        yield path.parent / name
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="numpy")
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path} is no whole safetensors file: {error}") from None

@@ -1,0 +1,250 @@
+"""Fills a network's parameters from tensors in files. Each process reads only the slices that its devices hold."""
+
+import functools
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+
+from ecdit.partitioning import param_shardings
+from ecdit.pretrained.config_json import CONFIG, WeightsError, read_json
+from ecdit.pretrained.layout import Layout, tensor_axes
+from ecdit.pretrained.safetensors_folder import SafetensorsFolder
+
+PIECE_BYTES = 4 * 2**20  # read at once: small beside a tensor, large beside a disk's block
+SHOWN = 10  # names of each kind in an error
+FLOATS = ("float64", "float32", "float16", "bfloat16")
+
+
+class Tensors(Protocol):
+    """Tensors in files; `str` gives their place."""
+
+    def names(self) -> list[str]:
+        """Returns the names of all tensors, sorted."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Returns the shape of a tensor."""
+
+    def dtype(self, name: str) -> np.dtype:
+        """Returns the dtype of a tensor."""
+
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """Returns a slice of a tensor; only its bytes are read."""
+
+
+class Loaded(NamedTuple):
+    """A network's parameters."""
+
+    params: dict[str, Any]  # nested, as nnx.State takes it
+    not_numbers: dict[str, int]  # how many NaNs each tensor has in what this process read, where there are any
+
+
+class _Parameter(NamedTuple):
+    """A parameter and its tensors: one, or one a layer along its first axis."""
+
+    path: tuple[Any, ...]
+    shape: tuple[int, ...]
+    dtype: Any
+    tensors: tuple[str, ...]
+    stacked: bool
+
+    @property
+    def layer_shape(self) -> tuple[int, ...]:
+        return self.shape[1:] if self.stacked else self.shape
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """Which axis of a tensor each axis of the parameter is."""
+        return tensor_axes(self.path, len(self.layer_shape))
+
+    @property
+    def tensor_shape(self) -> tuple[int, ...]:
+        return tuple(self.layer_shape[self.axes.index(axis)] for axis in range(len(self.axes)))
+
+
+def load(abstract: nnx.State, layout: Layout, tensors: Tensors, mesh: Mesh | None) -> Loaded:
+    """Reads a network's parameters, converted to the network's dtype and laid out on the mesh.
+
+    Beyond the parameters themselves the process holds one part of a tensor in memory, a device's. NaNs are
+    warned of and counted.
+
+    Args:
+      abstract: the network's Params, which name their logical axes; arrays or shapes.
+      layout: the names of its tensors.
+      tensors: the files.
+      mesh: the devices; None for the first one alone.
+
+    Raises:
+      WeightsError: tensors are missing, unknown, misshapen or not of floats; the message lists them.
+    """
+    parameters = [_parameter(path, variable, layout) for path, variable in nnx.to_flat_state(abstract)]
+    found = _check(parameters, layout, tensors)
+    shardings = (
+        dict(nnx.traversals.flatten_mapping(param_shardings(abstract, mesh)))
+        if mesh is not None
+        else {parameter.path: SingleDeviceSharding(jax.devices()[0]) for parameter in parameters}
+    )
+    params, counts = {}, {}
+    for parameter in parameters:
+        params[parameter.path] = _read_parameter(parameter, found, tensors, shardings[parameter.path], counts)
+    if counts:
+        shown = _listed([f"{name} ({count})" for name, count in sorted(counts.items())])
+        logging.warning("%s: %d weights are NaN, in %s", tensors, sum(counts.values()), shown)
+    return Loaded(nnx.traversals.unflatten_mapping(params), counts)
+
+
+def load_folder(abstract: nnx.State, layout: Layout, folder: Path, mesh: Mesh | None) -> Loaded:
+    """Reads a network's parameters from a folder of safetensors files: see `load`."""
+    return load(abstract, layout, SafetensorsFolder(folder), mesh)
+
+
+def fingerprint(folder: Path) -> str:
+    """Returns the sha256 over a folder's config and tensors: names, dtypes, shapes and bytes, however split in files.
+
+    Raises:
+      WeightsError: the folder cannot be read.
+    """
+    return tensors_fingerprint(SafetensorsFolder(folder), read_json(Path(folder) / CONFIG))
+
+
+def tensors_fingerprint(tensors: Tensors, config: dict[str, Any]) -> str:
+    """Returns the sha256 over tensors and the values of a config; reads everything, piece by piece."""
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for name in tensors.names():
+        shape, dtype = tensors.shape(name), tensors.dtype(name)
+        digest.update(json.dumps([name, str(dtype), shape]).encode())
+        whole = tuple(slice(0, size) for size in shape)
+        for index in _pieces(whole, dtype.itemsize):
+            digest.update(np.ascontiguousarray(tensors.read(name, index)).tobytes())
+    return digest.hexdigest()
+
+
+def _parameter(path: tuple[Any, ...], variable: nnx.Variable, layout: Layout) -> _Parameter:
+    value = variable.get_value()
+    axes = variable.get_metadata().get("out_sharding") or ()
+    stacked, name = axes[:1] == ("layers",), layout.tensor_name(path)
+    names = tuple(name.format(layer=layer) for layer in range(value.shape[0])) if stacked else (name,)
+    return _Parameter(path, tuple(value.shape), value.dtype, names, stacked)
+
+
+def _check(parameters: Sequence[_Parameter], layout: Layout, tensors: Tensors) -> dict[str, str]:
+    """Returns the files' name of each tensor by its present name."""
+    found: dict[str, str] = {}
+    for name in tensors.names():
+        present = layout.present_name(name)
+        # A matrix that two names share may be stored under both.
+        if present not in found or name == present:
+            found[present] = name
+    needed = {name: parameter for parameter in parameters for name in parameter.tensors}
+    present = {name: parameter for name, parameter in needed.items() if name in found}
+    misshapen = [
+        f"{found[name]} {tensors.shape(found[name])} instead of {parameter.tensor_shape}"
+        for name, parameter in present.items()
+        if tensors.shape(found[name]) != parameter.tensor_shape
+    ]
+    mistyped = [
+        f"{found[name]} {tensors.dtype(found[name])}"
+        for name in present
+        if str(tensors.dtype(found[name])) not in FLOATS
+    ]
+    problems = {
+        "missing": [name for name in needed if name not in found],
+        "unknown": [found[name] for name in found if name not in needed and not layout.is_unused(name)],
+        "misshapen": misshapen,
+        "not of floating-point numbers": mistyped,
+    }
+    if any(problems.values()):
+        lines = [f"  {kind} ({len(names)}): {_listed(names)}" for kind, names in problems.items() if names]
+        raise WeightsError("\n".join([f"{tensors}: the tensors are not this network's.", *lines]))
+    return found
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(names[:SHOWN]) + more
+
+
+def _read_parameter(
+    parameter: _Parameter, found: dict[str, str], tensors: Tensors, sharding: Sharding, counts: dict[str, int]
+) -> jax.Array:
+    read = functools.partial(_read_tensor, parameter, tensors, counts=counts)
+    if not parameter.stacked:
+        return read(found[parameter.tensors[0]], sharding)
+    layer_sharding, (zeros, set_layer) = _of_a_layer(sharding), _stacking(parameter.shape, parameter.dtype, sharding)
+    stacked = zeros()
+    for layer, name in enumerate(parameter.tensors):
+        # Waits, so that one layer after the other is in this process's memory.
+        stacked = jax.block_until_ready(set_layer(stacked, read(found[name], layer_sharding), layer))
+    return stacked
+
+
+def _of_a_layer(sharding: Sharding) -> Sharding:
+    """Returns the sharding of one layer of a stacked parameter."""
+    if isinstance(sharding, NamedSharding):
+        return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    return sharding
+
+
+@functools.lru_cache(maxsize=64)  # layers have a few shapes
+def _stacking(shape: tuple[int, ...], dtype: Any, sharding: Sharding) -> tuple[Any, Any]:
+    """Returns functions that make a stacked parameter and that set one layer of it in place."""
+
+    def set_layer(stacked: jax.Array, layer: jax.Array, number: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_index_in_dim(stacked, layer, number, 0)
+
+    zeros = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)
+    return zeros, jax.jit(set_layer, donate_argnums=0, out_shardings=sharding)
+
+
+def _read_tensor(
+    parameter: _Parameter, tensors: Tensors, name: str, sharding: Sharding, counts: dict[str, int]
+) -> jax.Array:
+    """Reads a parameter, or a layer of one, from its tensor."""
+    shape, axes = parameter.layer_shape, parameter.axes
+    holders: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}  # of each part: several may have the same
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        bounds = tuple(one.indices(size)[:2] for one, size in zip(index, shape, strict=True))
+        holders.setdefault(bounds, []).append(device)
+    arrays = []
+    for bounds, devices in holders.items():
+        values = np.empty([stop - start for start, stop in bounds], parameter.dtype)
+        nans = _fill(values, tensors, name, tuple(slice(*bound) for bound in bounds), axes)
+        if nans:
+            counts[name] = counts.get(name, 0) + nans
+        # Waits, so that one part after the other is in this process's memory.
+        arrays += jax.block_until_ready([jax.device_put(values, device) for device in devices])
+    return jax.make_array_from_single_device_arrays(shape, sharding, arrays, dtype=parameter.dtype)
+
+
+def _fill(values: np.ndarray, tensors: Tensors, name: str, bounds: tuple[slice, ...], axes: tuple[int, ...]) -> int:
+    """Writes a slice of a tensor into `values`, whose axis i is the tensor's axes[i]; returns its number of NaNs."""
+    inverse = tuple(axes.index(axis) for axis in range(len(axes)))
+    as_in_file, wanted, nans = values.transpose(inverse), tuple(bounds[axis] for axis in inverse), 0
+    for index in _pieces(wanted, tensors.dtype(name).itemsize):
+        piece = tensors.read(name, index)
+        nans += int(np.isnan(piece).sum())
+        first = wanted[0].start
+        as_in_file[index[0].start - first : index[0].stop - first] = piece
+    return nans
+
+
+def _pieces(index: tuple[slice, ...], itemsize: int) -> Iterator[tuple[slice, ...]]:
+    """Splits a slice of a tensor by rows into pieces of about PIECE_BYTES."""
+    if not index:
+        yield index
+        return
+    row = itemsize
+    for bound in index[1:]:
+        row *= bound.stop - bound.start
+    step = max(PIECE_BYTES // max(row, 1), 1)
+    for first, last in itertools.pairwise([*range(index[0].start, index[0].stop, step), index[0].stop]):
+        yield slice(first, last), *index[1:]

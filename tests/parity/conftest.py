@@ -1,0 +1,52 @@
+"""The libraries that the project is compared with; without them these tests skip. `tests/parity/run` installs them."""
+
+import warnings
+
+import pytest
+
+REASON = "needs the extra parity"
+
+
+@pytest.fixture(scope="session")
+def torch():
+    """PyTorch, beside which torchvision can be imported.
+
+    torchvision's wheel does not find its compiled operators beside PyTorch's CPU build, and then its import fails where
+    it describes them. They are not used here: to be known by name is enough.
+    """
+    torch = pytest.importorskip("torch", reason=REASON)
+    operators = torch.library.Library("torchvision", "FRAGMENT")
+    for operator in ("nms", "qnms"):
+        if not hasattr(torch.ops.torchvision, operator):
+            operators.define(f"{operator}() -> Tensor")
+    torch.torchvision_operators = operators  # they are gone with the object
+    return torch
+
+
+@pytest.fixture(scope="session")
+def transformers(torch):
+    return library("transformers")
+
+
+@pytest.fixture(scope="session")
+def diffusers(transformers):
+    return library("diffusers")
+
+
+@pytest.fixture(scope="session")
+def open_clip(torch):
+    return library("open_clip")
+
+
+def library(name):
+    """A library, whose warnings at import are not ours."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return pytest.importorskip(name, reason=REASON)
+
+
+def pytest_collection_modifyitems(items):
+    """The libraries warn of their own future."""
+    for item in items:
+        if "tests/parity/" in item.nodeid:
+            item.add_marker(pytest.mark.filterwarnings("default"))
