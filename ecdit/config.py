@@ -35,7 +35,7 @@ class ConfigError(UserError, ValueError):
 class FrozenMapping(dict[str, Any]):
     """A mapping of a config: hashable, as the frozen dataclasses around it are. Nothing may change it."""
 
-    def __hash__(self) -> int:
+    def __hash__(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride] - dict says that it has none
         return hash(json.dumps(self, sort_keys=True))
 
 

@@ -8,6 +8,8 @@ Marks of certainty: [P] the paper (arXiv 2410.02098), [N] notes of it by a third
 base model (arXiv 2412.07730, 2503.10618), [A] arithmetic or inference, [?] unknown there, chosen here.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from ecdit.tuned.compiler_options import TPU_OPTIONS
@@ -30,7 +32,7 @@ def small_recipe(image_size: int) -> ConfigDict:
 
     The data, the number of steps and what goes with it are a config file's own.
     """
-    config = paper_recipe()
+    config: Any = paper_recipe()  # ml_collections types a group of keys as any value
 
     model = config.model
     model.latent_size = image_size  # pixels here, as the autoencoder is the identity

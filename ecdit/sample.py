@@ -13,7 +13,7 @@ from numpy import ndarray
 import ecdit
 from ecdit.command_line import run_command
 from ecdit.config import to_dict
-from ecdit.data.records import tokenize_captions
+from ecdit.data.prepared import tokenize_captions
 from ecdit.errors import UserError
 from ecdit.files import check_writable, is_remote, replace_text
 from ecdit.runs.trained_run import Run, open_run, sample_run, saved_experiment

@@ -9,7 +9,7 @@ from typing import Any
 from absl import flags
 
 from ecdit.config import require, to_dict
-from ecdit.data.generated import GENERATED, Shapes
+from ecdit.data.generated import GENERATED, Ground, Shapes, Split
 from ecdit.data.shape_scenes import KINDS, KINDS_HELD_OUT, ShapesConfig
 from ecdit.data.shapes import example
 from ecdit.evaluation.json_lines import check_results, json_text, write_results
@@ -18,6 +18,7 @@ from ecdit.evaluation.shapes_judge import judge
 from ecdit.runs.trained_run import each_image_alone, open_run, sample_run
 from ecdit.storage import as_path
 
+SPLITS: dict[str, Split] = {"train": "train", "held_out": "held_out"}
 SEED = 0x5EED  # of the captions: those of rows that a run of another seed does not read
 
 
@@ -27,7 +28,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("step", None, "Of the checkpoint; by default the newest.", flag_values=values)
     flags.DEFINE_integer("captions", 50, "How many captions of each kind, always the same ones.", 1, flag_values=values)
     split = "Captions of combinations that training has, or of those that it never has."
-    flags.DEFINE_enum("split", "train", ["train", "held_out"], split, flag_values=values)
+    flags.DEFINE_enum("split", "train", list(SPLITS), split, flag_values=values)
     flags.DEFINE_integer("seed", 0, "Of the samples' noise.", flag_values=values)
     flags.DEFINE_string("json", None, "File for the result.", flag_values=values)
 
@@ -36,12 +37,12 @@ def run(values: flags.FlagValues) -> None:
     """Evaluates, prints the result and writes it."""
     out = Path(values.json) if values.json else None
     check_results(out)
-    result = shapes(as_path(values.workdir), values.step, values.captions, values.split, values.seed)
+    result = shapes(as_path(values.workdir), values.step, values.captions, SPLITS[values.split], values.seed)
     if out:
         write_results(out, json_text(result))
 
 
-def shapes(workdir: Path, step: int | None, captions: int, split: str, seed: int) -> dict[str, Any]:
+def shapes(workdir: Path, step: int | None, captions: int, split: Split, seed: int) -> dict[str, Any]:
     """Samples `captions` captions of each kind; prints and returns the share of images that the judge accepts."""
     start = time.monotonic()
     run = each_image_alone(open_run(workdir, step=step))
@@ -71,7 +72,9 @@ def shapes(workdir: Path, step: int | None, captions: int, split: str, seed: int
     return result
 
 
-def wanted(image_size: int, ground: str, split: str, count: int) -> list[tuple[str, tuple[str, Mapping[str, Any]]]]:
+def wanted(
+    image_size: int, ground: Ground, split: Split, count: int
+) -> list[tuple[str, tuple[str, Mapping[str, Any]]]]:
     """Returns the kind, caption and metadata of `count` rows of each kind: the same for every run."""
     kinds = KINDS if split == "train" else KINDS_HELD_OUT
     found = []

@@ -27,11 +27,19 @@ Say = Callable[[str], None]
 class ColumnMaker(Protocol):
     """Computes a column; it is pickled, so that several processes can."""
 
-    name: str  # of the column
-    made_by: str  # sha256 of what computes it
+    @property
+    def name(self) -> str:
+        """The column's name."""
+        ...
+
+    @property
+    def made_by(self) -> str:
+        """The sha256 of what computes it."""
+        ...
 
     def values(self, records: Iterable[Record]) -> Iterator[tuple[bytes, Mapping[str, int]]]:
         """Yields for each record, in order, what is stored, and numbers whose histograms the column's details keep."""
+        ...
 
 
 def column_directory(task: Path, name: str) -> Path:

@@ -18,6 +18,7 @@ from ecdit.data.shape_scenes import KINDS, KINDS_HELD_OUT, ShapesConfig
 from ecdit.encoders.autoencoder import StoredLatents
 
 Split = Literal["train", "held_out"]
+Ground = Literal["plain", "textured"]
 
 
 class Example(NamedTuple):
@@ -36,16 +37,18 @@ class Generated(Protocol):
 
     def example(self, config: DataConfig, split: Split, seed: int, row: int) -> Example:
         """Returns a row, the same on every host."""
+        ...
 
     def fingerprint(self, config: DataConfig) -> str:
         """Returns a sha256 of all that decides the rows."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Shapes:
     """Coloured shapes with captions that a judge can check: docs/shapes.md."""
 
-    ground: Literal["plain", "textured"]
+    ground: Ground
     attribution = "made by rule"
 
     def example(self, config: DataConfig, split: Split, seed: int, row: int) -> Example:

@@ -160,7 +160,7 @@ def _check_header(file: Image.Image, max_pixels: int) -> None:
         raise ImageRejected("too many pixels", f"{file.width} x {file.height} px, more than {max_pixels}")
     # The further pictures of an MPO, a JPEG of many cameras, are previews and depth maps of the first.
     if file.format in ("PNG", "WEBP") and getattr(file, "n_frames", 1) > 1:
-        raise ImageRejected("animated", f"{file.n_frames} frames")
+        raise ImageRejected("animated", f"{getattr(file, 'n_frames', 1)} frames")
     if file.mode not in CONVERTED_MODES:
         raise ImageRejected("colour mode", f"{file.mode}; converted are {', '.join(CONVERTED_MODES)}")
 

@@ -8,14 +8,16 @@ it holds and no others, and resuming at a row costs the same anywhere. Grain shu
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Any
 
 import grain
 import numpy as np
+from grain.sources import RandomAccessDataSource
 
 from ecdit.config import require
 from ecdit.data import DataError
 from ecdit.data.config import DataConfig, rate_of
+from ecdit.data.generated import Split
 from ecdit.data.mixing import Mixing, mixing
 from ecdit.data.prepared import GeneratedRows, Prepared, Row, StoredRows, open_prepared
 from ecdit.data.text import EOS, fit
@@ -63,7 +65,7 @@ def make_loader(
     return iter(grain.MapDataset.range(sys.maxsize).map(read).to_iter_dataset(options).batch(len(positions)))
 
 
-def row_reader(prepared: Prepared, seed: int, split: Literal["train", "held_out"] = "train") -> ReadRow:
+def row_reader(prepared: Prepared, seed: int, split: Split = "train") -> ReadRow:
     """Returns the function from a global row to the row as it is stored or generated; it reads one record a row.
 
     Raises:
@@ -79,12 +81,18 @@ def row_reader(prepared: Prepared, seed: int, split: Literal["train", "held_out"
     return mixed(mixing([Fraction(component.rate) for component in prepared.composition.components]), readers)
 
 
-def shuffled(rows: Sequence[Row], seed: int, name: str) -> ReadRow:
+def shuffled(rows: RandomAccessDataSource[Row], seed: int, name: str) -> ReadRow:
     """Returns the function from an index to a row, epoch after epoch, each in another order."""
     if not len(rows):
         raise DataError(f"{name}: there are no records")
     dataset = grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
-    return lambda index: dataset[index]
+
+    def read(index: int) -> Row:
+        row = dataset[index]
+        assert row is not None  # Grain leaves out what is filtered, and nothing is
+        return row
+
+    return read
 
 
 def mixed(rates: Mixing, readers: Sequence[ReadRow]) -> ReadRow:
@@ -131,20 +139,19 @@ def draw_field(captions: Mapping[str, Any], fields: Sequence[str], chance: float
     Raises:
       DataError: the row has none of them.
     """
-    groups = {}
+    groups: dict[str, list[str]] = {}
     for field in sorted(fields):
         if (rate := rate_of(captions, field)) is not None:
             groups.setdefault(rate, []).append(field)
     if not groups:
         wanted = ", ".join(captions)
         raise DataError(f"data.captions has rates for {wanted}, and a record has captions {', '.join(fields)} alone")
-    left = chance * sum(captions[rate] for rate in groups)
-    for rate in sorted(groups):
-        if left < captions[rate]:
-            break
-        left -= captions[rate]
-    chosen = groups[rate]
-    return chosen[min(int(left / captions[rate] * len(chosen)), len(chosen) - 1)]
+    names = sorted(groups)
+    ends = np.cumsum([captions[name] for name in names])
+    place = min(int(np.searchsorted(ends, chance * ends[-1], side="right")), len(names) - 1)
+    rate, chosen = captions[names[place]], groups[names[place]]
+    within = (chance * ends[-1] - (ends[place] - rate)) / rate
+    return chosen[min(max(int(within * len(chosen)), 0), len(chosen) - 1)]
 
 
 def _crop(image: np.ndarray, padding: int, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

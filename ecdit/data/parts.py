@@ -135,7 +135,8 @@ def read_summary(place: Path) -> PartSummary | None:
         stored: dict[str, Any] = json.loads((place / SUMMARY).read_text())
     except FileNotFoundError:
         return None
-    return PartSummary(**stored | {"shards": tuple(Shard(**shard) for shard in stored["shards"])})
+    shards = tuple(Shard(**shard) for shard in stored.pop("shards"))
+    return PartSummary(shards=shards, **stored)
 
 
 def part_name(index: int) -> str:

@@ -5,7 +5,6 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from jaxtyping import Int
@@ -13,7 +12,7 @@ from jaxtyping import Int
 from ecdit.data import DataError, images
 from ecdit.data.columns import make_column, read_column
 from ecdit.data.config import DataConfig, rate_of
-from ecdit.data.generated import GENERATED
+from ecdit.data.generated import GENERATED, Split
 from ecdit.data.manifest import (
     Column,
     Component,
@@ -164,14 +163,14 @@ class Row:
     crop: Int[np.ndarray, "2"]
 
 
-class StoredRows(Sequence[Row]):
+class StoredRows:
     """The rows of a part's split, by record; for any number of threads.
 
     Raises:
       DataError: shards are missing, or latents of another shape; on reading one, it is damaged.
     """
 
-    def __init__(self, part: StoredPart, config: DataConfig, split: Literal["train", "held_out"]):
+    def __init__(self, part: StoredPart, config: DataConfig, split: Split):
         self._tokens = ShardReader(part.directory / "columns" / part.tokens.name, shards_of(part.tokens, split))
         latents = part.latents
         self._latents = latents and ShardReader(part.directory / "columns" / latents.name, shards_of(latents, split))
@@ -185,10 +184,11 @@ class StoredRows(Sequence[Row]):
 
     def __getitem__(self, index: int) -> Row:
         tokens = unpack(self._tokens[index])
-        if self._records is None:
+        if self._latents is not None:
             stored = unpack(self._latents[index])
             content, size, crop = stored["latents"], stored["original_size"], stored["crop"]
         else:
+            assert self._records is not None
             record = decode_record(self._records[index])
             content, size, crop = images.decode_stored(record.image), record.original_size, record.crop
         if content.shape != self._shape:
@@ -199,8 +199,9 @@ class StoredRows(Sequence[Row]):
 class GeneratedRows:
     """The rows of a part that is generated."""
 
-    def __init__(self, task: str, config: DataConfig, split: Literal["train", "held_out"], tokenizer: Path):
-        self._source, self._config, self._split = GENERATED[task], config, split
+    def __init__(self, task: str, config: DataConfig, split: Split, tokenizer: Path):
+        self._source, self._config = GENERATED[task], config
+        self._split: Split = split
         self._encode = load_vocabulary(tokenizer).encode
 
     def row(self, seed: int, index: int) -> Row:
@@ -210,7 +211,7 @@ class GeneratedRows:
         return Row(made.content, tokens, made.original_size, made.crop)
 
 
-def stored_records(prepared: Prepared, split: Literal["train", "held_out"]) -> Iterator[Record]:
+def stored_records(prepared: Prepared, split: Split) -> Iterator[Record]:
     """Yields the records of all stored parts, in order."""
     for part in filter(None, prepared.stored):
         reader = ShardReader(part.directory, shards_of(part.manifest, split))

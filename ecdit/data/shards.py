@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import grain
 
@@ -103,7 +104,7 @@ def check_shards(directory: Path, shards: Sequence[Shard]) -> None:
         raise DataError(f"{directory} is not whole: {some} of {len(shards)} shards missing or cut; prepare again")
 
 
-class ShardReader(Sequence[bytes]):
+class ShardReader:
     """The records of shards in order. Opens a shard when it is first read.
 
     Raises:
@@ -116,7 +117,7 @@ class ShardReader(Sequence[bytes]):
         filled = [shard for shard in shards if shard.records]
         with self._readable():
             # Each shard's length is known from the manifest, so a start opens none of them.
-            paths = [_Whole(str(directory / one.name), 0, one.records, one.records) for one in filled]
+            paths: Any = [_Whole(str(directory / one.name), 0, one.records, one.records) for one in filled]
             self._source = grain.sources.ArrayRecordDataSource(paths, _index(self._length)) if paths else ()
 
     def __len__(self) -> int:

@@ -23,7 +23,7 @@ def add_task(name: str, source: Source, preprocessors: Sequence[Callable[..., An
       source: of `ecdit.data.sources`, or any of its protocol.
       preprocessors: of seqio, over `tensorflow_pairs.SIGNATURE`; without any, pairs never pass through TensorFlow.
     """
-    seqio.TaskRegistry.add(name, source=PairsSource(source), preprocessors=list(preprocessors), output_features={})
+    _register(name, PairsSource(source), preprocessors)
 
 
 def add_mixture(name: str, rates: Sequence[tuple[str, float]]) -> None:
@@ -31,8 +31,12 @@ def add_mixture(name: str, rates: Sequence[tuple[str, float]]) -> None:
     seqio.MixtureRegistry.add(name, list(rates))
 
 
+def _register(name: str, source: Any, preprocessors: Sequence[Callable[..., Any]] = ()) -> None:
+    seqio.TaskRegistry.add(name, source=source, preprocessors=list(preprocessors), output_features={})
+
+
 add_task("emoji", Emoji())
 # All five captions of an image are kept, and each is drawn equally often.
 add_task("coco", TfdsBuilder("coco_captions", image="image", captions=("captions/text",), key="image/filename"))
 for _name in GENERATED:
-    seqio.TaskRegistry.add(_name, source=MadeWhenRead(), preprocessors=[], output_features={})
+    _register(_name, MadeWhenRead())

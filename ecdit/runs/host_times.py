@@ -86,6 +86,7 @@ class HostTimes:
         self.before = now
 
     def _read(self, step: int) -> None:
+        assert self.client is not None  # or nobody would call it
         found = self.client.key_value_dir_get(f"{_PREFIX}/{step}/")
         if len(found) < jax.process_count():
             return

@@ -8,6 +8,7 @@ devices these may be all that share it). Parameters that several devices hold mu
 import functools
 from collections import Counter
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from jax.sharding import Mesh, PartitionSpec
 from ecdit.checkpoints.checksums import shard_sums
 from ecdit.config import require
 from ecdit.errors import UserError
+from ecdit.partitioning import Devices
 from ecdit.system import Params
 from ecdit.training.state import TrainState
 from ecdit.training.step import Batch, Metrics
@@ -73,7 +75,7 @@ def replay(gradients: Gradients, state: TrainState, batch: Batch) -> str:
     return "; ".join(problems)
 
 
-def device_sums(tree: Params) -> dict[jax.Device, np.ndarray]:
+def device_sums(tree: Params) -> dict[Any, np.ndarray]:
     """Returns the checksums of the shards that each device holds, uint32[arrays, 2]. Collective."""
     arrays = jax.tree.leaves(tree)
     mesh = arrays[0].sharding.mesh
@@ -85,11 +87,11 @@ def device_sums(tree: Params) -> dict[jax.Device, np.ndarray]:
     return dict(zip(mesh.devices.flatten().tolist(), np.asarray(sums), strict=True))
 
 
-def unequal_copies(tree: Params) -> list[jax.Device]:
+def unequal_copies(tree: Params) -> Devices:
     """Returns the devices whose copies of arrays are not those of most devices that hold the same. Collective."""
     wrong, found = set(), device_sums(tree)
     for n, array in enumerate(jax.tree.leaves(tree)):
-        groups: dict[str, list[jax.Device]] = {}
+        groups: dict[str, list[Any]] = {}
         for device, index in array.sharding.devices_indices_map(array.shape).items():
             groups.setdefault(str(index), []).append(device)
         for devices in groups.values():
@@ -108,5 +110,5 @@ def _program(mesh: Mesh, specs: tuple[PartitionSpec, ...]) -> Callable[[list[jax
     return jax.jit(jax.shard_map(sums, mesh=mesh, in_specs=(list(specs),), out_specs=each_device, check_vma=False))
 
 
-def _names(devices: Sequence[jax.Device]) -> str:
+def _names(devices: Devices) -> str:
     return ", ".join(f"device {device.id} ({device.device_kind}, process {device.process_index})" for device in devices)

@@ -85,7 +85,8 @@ class TrainConfig:
             "save": self.watchdog.save,
             "draw": self.watchdog.draw,
         }
-        return {"step": seconds, "data": seconds} | {p: limit or PATIENCE * seconds for p, limit in others.items()}
+        limits: dict[Phase, float] = {"step": seconds, "data": seconds}
+        return limits | {phase: limit or PATIENCE * seconds for phase, limit in others.items()}
 
 
 @dataclasses.dataclass(frozen=True)

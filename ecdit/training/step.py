@@ -64,7 +64,7 @@ def make_train_step(
 
 def make_gradients(
     config: StepConfig, system: System, mesh: Mesh, compiler_options: dict[str, str] | None = None
-) -> Callable[[TrainState, Batch], Params]:
+) -> jax.stages.Wrapped:
     """Returns a jitted function for the gradients of a step alone, laid out as the parameters; it donates nothing."""
     shardings = state_shardings(system, make_optimizer(config.optimizer), mesh)
     return jax.jit(
