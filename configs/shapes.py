@@ -22,7 +22,7 @@ def get_config(ground: str = "plain") -> ConfigDict:
 
     data = config.data
     data.task = TASKS[ground]
-    data.caption_length = 20
+    data.caption_length = 16
     data.vocab_size = 512
     config.text.vocab_size = 512
 

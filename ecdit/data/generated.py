@@ -33,10 +33,22 @@ class Example(NamedTuple):
 class Generated(Protocol):
     """A source of endless rows."""
 
-    attribution: str
+    @property
+    def attribution(self) -> str:
+        """Who made it, and under which licence."""
+        ...
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """All words of its captions, if these are few: a tokenizer that is trained has a piece for each."""
+        ...
 
     def example(self, config: DataConfig, split: Split, seed: int, row: int) -> Example:
         """Returns a row, the same on every host."""
+        ...
+
+    def captions(self, config: DataConfig, split: Split, seed: int, row: int) -> dict[str, str]:
+        """Returns the captions of a row, without what makes its image."""
         ...
 
     def fingerprint(self, config: DataConfig) -> str:
@@ -50,12 +62,17 @@ class Shapes:
 
     ground: Ground
     attribution = "made by rule"
+    words = shapes.VOCABULARY
 
     def example(self, config: DataConfig, split: Split, seed: int, row: int) -> Example:
         """Returns a row's image and caption."""
         made = shapes.example(self._config(config, split), seed, row)
         side = np.full(2, config.image_size, np.int32)
         return Example(made.image, {"caption": made.caption}, side, np.zeros(2, np.int32))
+
+    def captions(self, config: DataConfig, split: Split, seed: int, row: int) -> dict[str, str]:
+        """Returns a row's caption."""
+        return {"caption": shapes.scene_and_caption(self._config(config, split), seed, row)[1]}
 
     def fingerprint(self, config: DataConfig) -> str:
         """Returns that of the scenes, the captions and the pixels."""
@@ -76,24 +93,35 @@ class RandomLatents:
     """Noise with captions of random words: to time and try a run of latents before there are any."""
 
     attribution = "random numbers"
+    words = ()
 
     def example(self, config: DataConfig, split: Split, seed: int, row: int) -> Example:
         """Returns a row's mean latents, with a variance that is next to none, and its caption."""
-        random = np.random.Generator(np.random.Philox(key=[seed, 32 + (split == "held_out")], counter=[0, row, 0, 0]))
-        side = self._side(config)
+        side, random = self._side(config), self._random(split, seed, row)
+        caption = self._caption(random)
         mean = random.standard_normal((side, side, config.latent_channels), np.float32)
-        words = random.integers(0, 26, (int(random.integers(1, 16)), 4))
-        caption = " ".join("".join(chr(ord("a") + letter) for letter in word) for word in words)
         log_variance = np.full_like(mean, LOG_VARIANCES[0])
         moments = np.concatenate([mean, log_variance], axis=-1).astype(np.float16)
         size = np.full(2, config.image_size, np.int32)
         return Example(moments, {"caption": caption}, size, np.zeros(2, np.int32))
+
+    def captions(self, config: DataConfig, split: Split, seed: int, row: int) -> dict[str, str]:
+        """Returns a row's caption."""
+        return {"caption": self._caption(self._random(split, seed, row))}
 
     def fingerprint(self, config: DataConfig) -> str:
         """Returns that of the shape and of the rows that NumPy makes here."""
         first = self.example(config, "train", 0, 0)
         text = f"{config.image_size} {config.latent_channels} {first.captions}"
         return hashlib.sha256(text.encode() + first.content.tobytes()).hexdigest()
+
+    def _random(self, split: Split, seed: int, row: int) -> np.random.Generator:
+        key, counter = np.array([seed, 32 + (split == "held_out")], np.uint64), np.array([0, row, 0, 0], np.uint64)
+        return np.random.Generator(np.random.Philox(key=key, counter=counter))
+
+    def _caption(self, random: np.random.Generator) -> str:
+        words = random.integers(0, 26, (int(random.integers(1, 16)), 4))
+        return " ".join("".join(chr(ord("a") + letter) for letter in word) for word in words)
 
     def _side(self, config: DataConfig) -> int:
         channels = config.latent_channels

@@ -233,7 +233,7 @@ def sample_captions(prepared: Prepared, count: int) -> list[str]:
         reader = readers[part]
         if reader is None:
             name = prepared.composition.components[part].task
-            captions = GENERATED[name].example(config, "train", 0, index).captions
+            captions = GENERATED[name].captions(config, "train", 0, index)
         else:
             captions = decode_record(reader[index % len(reader)]).captions
         found.append(caption_of(config, captions))

@@ -12,12 +12,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from ecdit.data import DataError
 from ecdit.data import shape_scenes as scenes
 from ecdit.data.shape_captions import VOCABULARY, caption_of, metadata_of
 from ecdit.data.shape_rendering import render
-from ecdit.data.shape_scenes import Draws, ShapesConfig, scene_of
-from ecdit.data.text import EOS, UNKNOWN
+from ecdit.data.shape_scenes import Draws, Scene, ShapesConfig, scene_of
 
 VERSION = 1  # raise it when a change makes other pictures or captions of the same rows
 _ROWS = 64  # that the fingerprint covers
@@ -38,24 +36,14 @@ def example(config: ShapesConfig, seed: int, row: int) -> Example:
     Raises:
       ConfigError: a seed that is no uint32, or a row that is no uint64.
     """
-    scene = scene_of(config, seed, row)
-    caption = caption_of(scene, Draws(seed, row, "caption"))
+    scene, caption = scene_and_caption(config, seed, row)
     return Example(render(scene, config.image_size), caption, metadata_of(scene, caption))
 
 
-def tokens_of(caption: str) -> list[int]:
-    """The tokens of a caption, EOS at the end: a word's is its place in VOCABULARY, after the three special ones.
-
-    Raises:
-      DataError: a word that no caption of this data has.
-    """
-    words = caption.split()
-    if unknown := [word for word in words if word not in _TOKENS]:
-        raise DataError(f"caption {caption!r} has {unknown[0]!r}; the words of shapes are {', '.join(VOCABULARY)}")
-    return [*(_TOKENS[word] for word in words), EOS]
-
-
-_TOKENS = {word: UNKNOWN + 1 + place for place, word in enumerate(VOCABULARY)}
+def scene_and_caption(config: ShapesConfig, seed: int, row: int) -> tuple[Scene, str]:
+    """Returns what a row shows and its caption, without drawing it. Raises as `example`."""
+    scene = scene_of(config, seed, row)
+    return scene, caption_of(scene, Draws(seed, row, "caption"))
 
 
 def fingerprint(config: ShapesConfig) -> str:

@@ -4,6 +4,7 @@ Needs the `sentencepiece` package only, so that sampling never imports TensorFlo
 """
 
 import io
+import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,8 +20,10 @@ if TYPE_CHECKING:
 PAD, EOS, UNKNOWN = 0, 1, 2
 
 
-def train_vocabulary(captions: Iterable[str], vocab_size: int, path: Path) -> None:
+def train_vocabulary(captions: Iterable[str], vocab_size: int, path: Path, words: Sequence[str] = ()) -> None:
     """Trains a unigram vocabulary of at most `vocab_size` pieces, with byte fallback, and writes it to `path`.
+
+    Each of `words` is a piece of its own.
 
     Raises:
       DataError: the captions have more distinct characters than `vocab_size` has room for.
@@ -30,12 +33,14 @@ def train_vocabulary(captions: Iterable[str], vocab_size: int, path: Path) -> No
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(captions),
+            # Letters by themselves: where all captions are made of `words`, the trainer would find none.
+            sentence_iterator=itertools.chain(captions, sorted(set("".join(words)))),
             model_writer=model,
             vocab_size=vocab_size,
             model_type="unigram",
             byte_fallback=True,
             hard_vocab_limit=False,  # few captions give fewer pieces
+            user_defined_symbols=[f"\u2581{word}" for word in words],  # with the mark of a word's beginning
             num_threads=1,  # the order of its sums decides the pieces
             minloglevel=2,
             pad_id=PAD,

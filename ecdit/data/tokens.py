@@ -55,7 +55,9 @@ def make_tokenizer(config: DataConfig, composition: Composition) -> Path:
         load_vocabulary(Path(config.tokenizer))
         shutil.copyfile(config.tokenizer, scratch)
     else:
-        train_vocabulary(_captions(config, composition), config.vocab_size, scratch)
+        names = [one.task for one in composition.components if one.generated]
+        words = dict.fromkeys(word for name in names for word in GENERATED[name].words)
+        train_vocabulary(_captions(config, composition), config.vocab_size, scratch, list(words))
     scratch.rename(path)
     return path
 
@@ -80,7 +82,7 @@ def _captions(config: DataConfig, composition: Composition) -> Iterator[str]:
         part, place = rates.locate(row)
         name, reader = composition.components[part].task, readers[part]
         if reader is None:
-            captions = GENERATED[name].example(config, "train", 0, place).captions
+            captions = GENERATED[name].captions(config, "train", 0, place)
         else:
             count = max(int(rows * rates.rates[part]), 1)
             captions = decode_record(reader[place * len(reader) // max(count, 1) % len(reader)]).captions

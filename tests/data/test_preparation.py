@@ -18,6 +18,7 @@ from PIL import Image
 
 from ecdit.config import ConfigError
 from ecdit.data import DataError, parts, prepared
+from ecdit.data.columns import make_column
 from ecdit.data.config import rate_of
 from ecdit.data.emoji import Emoji, names
 from ecdit.data.first_look import first_look
@@ -28,6 +29,7 @@ from ecdit.data.prepared import open_prepared, prepare, stored_records, tokenize
 from ecdit.data.quarantine import read
 from ecdit.data.shards import ShardReader, combined, file_sha256
 from ecdit.data.text import EOS, PAD, fit, tokenize, train_vocabulary
+from ecdit.data.tokens import truncated_captions
 from ecdit.data.verification import verify
 from tests.data.example import make_config, module, png
 from tests.runs import tiny
@@ -458,6 +460,57 @@ def test_two_tokenizers_stand_side_by_side(counted, tmp_path):
         f"tokens-mine-{file_sha256(tmp_path / 'mine.model')[:8]}",
     }
     assert (tokenize_captions(copy, ["image 7"]) != tokenize_captions(other, ["image 7"])).any()
+
+
+def test_captions_that_are_cut_are_counted(counted):
+    """By the histogram of a column: two captions of 5 tokens and one of 7."""
+    histograms = {"caption": {"5": 2, "7": 1}, "other": {"6": 4}}
+    assert [truncated_captions(histograms, length) for length in (4, 5, 6, 7)] == [7, 5, 1, 0]
+
+
+def test_a_tokenizer_with_other_special_tokens_is_refused(tmp_path):
+    import sentencepiece
+
+    options = {"vocab_size": 300, "byte_fallback": True, "hard_vocab_limit": False, "minloglevel": 2}
+    prefix = str(tmp_path / "other")
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(["a b"]), model_prefix=prefix, **options)
+    with pytest.raises(DataError, match=r"other\.model pads with -1 and ends captions with 2: these must be 0 and 1"):
+        tokenize(tmp_path / "other.model", ["a"], 4)
+
+
+def test_a_column_with_a_row_too_few_is_an_error(counted):
+    @dataclasses.dataclass(frozen=True)
+    class Short:
+        name: str = "latents-short"
+        made_by: str = ""
+
+        def values(self, records):
+            yield from ((b"", {}) for record in list(records)[1:])
+
+    task, manifest = task_directory(counted), read_records_manifest(counted, "counted")
+    second = dataclasses.replace(manifest, train=manifest.train[1:])
+    with pytest.raises(DataError, match=r"latents-short of .*: 9 rows for 10 records of 000001/train"):
+        make_column(task, second, Short(), 1, lambda _: None)
+    shutil.rmtree(task / "columns/.latents-short.preparing")
+
+
+def test_the_fingerprint_of_a_run_s_data_follows_its_tokenizer_and_rates(tmp_path):
+    """Of generated rows, which have no records and no column that could tell."""
+    found = set()
+    for name, rates in (("a", "0.5"), ("b", "0.25"), ("c", "0.5")):
+        more = f'add_mixture("two_shapes_{name}", [("shapes", {rates}), ("shapes_textured", 1 - {rates})])'
+        where = module(tmp_path, f"nothing_{name}", "1", more)
+        for size in (300, 290):
+            config = make_config(
+                tmp_path / name,
+                module=where,
+                task=f"two_shapes_{name}",
+                vocab_size=size,
+                crop_padding=0,
+                flip_probability=0,
+            )
+            found.add(prepare(config, say=lambda _: None).fingerprint)
+    assert len(found) == 4  # two rates with two tokenizers; the names of tasks change nothing
 
 
 def test_a_first_look_reports_and_draws_and_writes_no_records(counted, tmp_path, monkeypatch, capsys):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ecdit.config import ConfigError, build
-from ecdit.data import DataError, shape_captions, shape_rendering, shapes
+from ecdit.data import shape_captions, shape_rendering, shapes
 from ecdit.data.shape_captions import NUMBERS, OPENINGS, PLURALS, VOCABULARY, WORDINGS, metadata_of
 from ecdit.data.shape_rendering import coverage, render
 from ecdit.data.shape_scenes import (
@@ -35,7 +35,7 @@ from ecdit.data.shape_scenes import (
     relations,
     scene_of,
 )
-from ecdit.data.shapes import example, fingerprint, tokens_of
+from ecdit.data.shapes import example, fingerprint
 
 TRAIN = ShapesConfig(image_size=32, ground="textured", split="train", kinds=KINDS)
 HELD_OUT = ShapesConfig(image_size=32, ground="textured", split="held_out", kinds=KINDS_HELD_OUT)
@@ -370,16 +370,6 @@ def test_the_vocabulary_is_the_words_of_the_captions():
     words = {word for row in range(1000) for word in example(TRAIN, 0, row).caption.split()}
     assert words == set(VOCABULARY)
     assert len(set(VOCABULARY)) == len(VOCABULARY)
-
-
-def test_tokens_are_words_and_an_end():
-    """0 pads, 1 ends, 2 is the unknown word."""
-    assert tokens_of("") == [1]
-    assert tokens_of("a a an") == [3, 3, 3 + VOCABULARY.index("an"), 1]
-    ids = [tokens_of(word)[0] for word in VOCABULARY]
-    assert sorted(ids) == list(range(3, 3 + len(VOCABULARY)))
-    with pytest.raises(DataError, match=r"'hexagon'.*circle"):
-        tokens_of("a red hexagon")
 
 
 def test_a_target_comes_before_what_refers_to_it():

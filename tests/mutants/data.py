@@ -2,15 +2,20 @@
 
 from tests.mutants.mutant import Mutant
 
-_LOADER, _RECORDS, _TEXT = (f"ecdit/data/{name}.py" for name in ("loader", "records", "text"))
+_LOADER, _TEXT, _PARTS, _PREPARED = (f"ecdit/data/{name}.py" for name in ("loader", "text", "parts", "prepared"))
+_SHARDS, _COLUMNS, _MIXING = (f"ecdit/data/{name}.py" for name in ("shards", "columns", "mixing"))
 
 
 def _loader(*names: str) -> tuple[str, ...]:
     return tuple(f"tests/data/test_loader.py::{name}" for name in names)
 
 
-def _records(*names: str) -> tuple[str, ...]:
-    return tuple(f"tests/data/test_records.py::{name}" for name in names)
+def _preparation(*names: str) -> tuple[str, ...]:
+    return tuple(f"tests/data/test_preparation.py::{name}" for name in names)
+
+
+def _mixing(*names: str) -> tuple[str, ...]:
+    return tuple(f"tests/data/test_mixing.py::{name}" for name in names)
 
 
 MUTANTS = (
@@ -59,7 +64,7 @@ MUTANTS = (
         'if _random(seed, row, "flip").random() < config.flip_probability:',
         'if _random(seed, row, "caption").random() < config.flip_probability:',
         _loader("test_chances_do_not_touch_each_other"),
-        "pictures without a caption are flipped, always",
+        "images without a caption are flipped, always",
     ),
     Mutant(
         _LOADER,
@@ -70,14 +75,14 @@ MUTANTS = (
     ),
     Mutant(
         _LOADER,
-        "image = image[:, ::-1]",
-        "image = image[::-1]",
-        _loader("test_pictures_flip_at_their_rate_and_by_row"),
+        "content = content[:, ::-1]",
+        "content = content[::-1]",
+        _loader("test_images_flip_at_their_rate_and_by_row"),
     ),
     Mutant(
         _LOADER,
-        "counter=[0, row, 0, 0]",
-        "counter=[row, 0, 0, 0]",
+        "np.array([0, row, 0, 0], np.uint64)",
+        "np.array([row, 0, 0, 0], np.uint64)",
         _loader("test_streams_never_meet"),
         "what chance does to neighbouring rows is alike",
     ),
@@ -85,20 +90,20 @@ MUTANTS = (
         _LOADER,
         "image.shape[1]], np.array([top, left])",
         "image.shape[1]], np.array([left, top])",
-        _loader("test_crop_offsets_are_those_of_the_pixels"),
+        _loader("test_crop_offsets_are_those_of_the_pixels_beside_the_stored_crop"),
     ),
     Mutant(
         _LOADER,
         "(0, 0)), constant_values=255)",
         "(0, 0)), constant_values=0)",
-        _loader("test_crop_offsets_are_those_of_the_pixels"),
-        "crops have a black edge on white pictures",
+        _loader("test_crop_offsets_are_those_of_the_pixels_beside_the_stored_crop"),
+        "crops have a black edge on white images",
     ),
     Mutant(
         _LOADER,
-        'size_crop = np.concatenate([record["original_size"], corner])',
-        'size_crop = np.concatenate([corner, record["original_size"]])',
-        _loader("test_crop_offsets_are_those_of_the_pixels"),
+        "size_crop = np.concatenate([found.original_size, crop])",
+        "size_crop = np.concatenate([crop, found.original_size])",
+        _loader("test_crop_offsets_are_those_of_the_pixels_beside_the_stored_crop"),
     ),
     Mutant(
         "ecdit/runs/workload.py",
@@ -125,57 +130,153 @@ MUTANTS = (
         _TEXT,
         "kept = tokens if len(tokens) <= caption_length else [*tokens[: caption_length - 1], EOS]",
         "kept = tokens[:caption_length]",
-        _records("test_fit_pads_or_cuts_before_the_eos"),
+        _preparation("test_fit_pads_or_cuts_before_the_eos"),
         "a caption that is cut has no end, and its pooled state is that of a word",
     ),
     Mutant(
         _TEXT,
         "row = np.full(caption_length, PAD, np.int32)",
         "row = np.full(caption_length, EOS, np.int32)",
-        _records("test_fit_pads_or_cuts_before_the_eos"),
+        _preparation("test_fit_pads_or_cuts_before_the_eos"),
     ),
     Mutant(
         _TEXT,
         "rows = [fit([*encode(caption), EOS], caption_length) for caption in captions]",
         "rows = [fit([*encode(caption.strip()), EOS], caption_length) for caption in map(str.lower, captions)]",
-        _records("test_sampling_tokenizes_as_seqio_did"),
+        _preparation("test_captions_are_tokenized_as_seqio_does"),
         "prompts are not the tokens that training saw",
     ),
     Mutant(
-        _RECORDS,
-        'truncated += len(example["tokens"]) > config.caption_length',
-        'truncated += len(example["tokens"]) >= config.caption_length',
-        _records("test_tokens_end_in_eos_and_truncated_captions_are_counted"),
+        _LOADER,
+        "tokens = fit(found.tokens[field], config.caption_length)",
+        "tokens = fit(next(iter(found.tokens.values())), config.caption_length)",
+        _loader("test_caption_fields_are_drawn_at_their_rates_and_by_row"),
+        "of several captions only the first is ever read",
     ),
     Mutant(
-        _RECORDS,
-        "key=lambda item: item[0] // _SHARD_RECORDS",
-        "key=lambda item: item[0] % _SHARD_RECORDS",
-        _records("test_shards_are_read_in_order"),
+        _LOADER,
+        '_random(seed, row, "field")',
+        '_random(seed, row, "caption")',
+        _loader("test_chances_do_not_touch_each_other"),
+        "captions that are dropped are always those of one field",
     ),
     Mutant(
-        _RECORDS,
-        "paths = [str(self._directory / name) for name in manifest.shards]",
-        "paths = [str(self._directory / name) for name in reversed(manifest.shards)]",
-        _records("test_shards_are_read_in_order"),
+        _LOADER,
+        'example, crop = {"image": np.ascontiguousarray(content)}, crop + corner',
+        'example, crop = {"image": np.ascontiguousarray(content)}, corner',
+        _loader("test_crop_offsets_are_those_of_the_pixels_beside_the_stored_crop"),
+        "the micro-condition knows nothing of the crop at preparation",
     ),
     Mutant(
-        _RECORDS,
-        "digest.update((directory / VOCABULARY).read_bytes())",
-        'digest.update(b"")',
-        _records("test_the_fingerprint_is_of_records_and_vocabulary"),
-        "a run resumes on the same records with another vocabulary",
+        _LOADER,
+        "return readers[part](index)",
+        "return readers[part](row)",
+        _loader("test_a_mixture_reads_each_part_shuffled_by_itself"),
+        "parts of a mixture skip records",
     ),
     Mutant(
-        _RECORDS,
+        _MIXING,
+        "eligible = counts * period < shares * (row + 1)",
+        "eligible = counts * period <= shares * (row + 1)",
+        _mixing("test_no_part_is_ever_a_row_ahead_or_behind"),
+        "a part may be a whole row ahead of its share",
+    ),
+    Mutant(
+        _MIXING,
+        "return part, rounds * int(self.rates[part] * period) + int(self._places[within])",
+        "return part, rounds * period + int(self._places[within])",
+        _mixing("test_each_part_is_read_in_its_own_order_without_gaps"),
+        "records of a part are skipped after each period",
+    ),
+    Mutant(
+        _TEXT,
+        "if (vocabulary.pad_id(), vocabulary.eos_id()) != (PAD, EOS):",
+        "if False:",
+        _preparation("test_a_tokenizer_with_other_special_tokens_is_refused"),
+    ),
+    Mutant(
+        "ecdit/data/tokens.py",
+        "return sum(count for length, count in lengths if int(length) > caption_length)",
+        "return sum(count for length, count in lengths if int(length) >= caption_length)",
+        _preparation("test_captions_that_are_cut_are_counted"),
+    ),
+    Mutant(
+        _PARTS,
+        'return "held_out" if place < prepare.held_out else "train"',
+        'return "held_out" if place > 1 - prepare.held_out and len(key) % 2 else "train"',
+        _preparation("test_held_out_keys_stay_held_out_as_the_data_grows"),
+    ),
+    Mutant(
+        _PARTS,
+        "writers[split_of(record.key, config.prepare)].write(encode_record(record))",
+        'writers["train"].write(encode_record(record))',
+        _preparation("test_held_out_keys_stay_held_out_as_the_data_grows"),
+        "training reads what it should be measured on",
+    ),
+    Mutant(
+        _PARTS,
+        "if reason := column_reason(prepare.filters, pair.columns):",
+        "if False:",
+        _preparation("test_filters_leave_out_by_size_caption_and_column"),
+    ),
+    Mutant(
+        _PARTS,
+        "quarantine.add(record)",
+        "pass",
+        _preparation("test_what_is_left_out_is_counted_and_named"),
+    ),
+    Mutant(
+        _SHARDS,
+        "return (directory / shard.name).stat().st_size == shard.size",
+        "return (directory / shard.name).exists()",
+        _preparation("test_missing_and_short_shards_are_named_at_the_start"),
+        "a shard that was copied in part stops a run hours later",
+    ),
+    Mutant(
+        _COLUMNS,
+        '("records", column.records, manifest.fingerprint),',
+        '("records", column.records, column.records),',
+        _preparation("test_a_column_of_other_records_or_another_tokenizer_is_refused"),
+        "captions of other records are trained on",
+    ),
+    Mutant(
+        _COLUMNS,
+        '("tokenizer or weights", column.made_by, made_by or column.made_by),',
+        '("tokenizer or weights", column.made_by, column.made_by),',
+        _preparation("test_a_column_of_other_records_or_another_tokenizer_is_refused"),
+    ),
+    Mutant(
+        _COLUMNS,
+        "if written.records != shard.records:",
+        "if False:",
+        _preparation("test_a_column_with_a_row_too_few_is_an_error"),
+        "every caption after it belongs to the image before",
+    ),
+    Mutant(
+        _PREPARED,
+        "fingerprint = combined([*decides, *rates, column.made_by])",
+        "fingerprint = combined([*decides, *rates])",
+        _preparation("test_the_fingerprint_of_a_run_s_data_follows_its_tokenizer_and_rates"),
+        "a run of generated rows resumes with another tokenizer",
+    ),
+    Mutant(
+        _PREPARED,
+        "fingerprint = combined([*decides, *rates, column.made_by])",
+        "fingerprint = combined([*decides, column.made_by])",
+        _preparation("test_the_fingerprint_of_a_run_s_data_follows_its_tokenizer_and_rates"),
+        "a run resumes on a mixture with other rates",
+    ),
+    Mutant(
+        "ecdit/data/manifest.py",
         "if asked != made:",
-        'if asked != made and key != "caption_length":',
-        _records("test_other_settings_are_refused_by_name"),
+        'if asked != made and key != "held_out":',
+        _preparation("test_other_settings_are_refused_by_name"),
     ),
     Mutant(
-        "ecdit/data/emoji.py",
-        'white = Image.new("RGBA", picture.size, "white")',
-        'white = Image.new("RGBA", picture.size, "black")',
-        _records("test_transparent_pixels_are_white_and_the_picture_has_its_caption"),
+        "ecdit/data/preparation.py",
+        "if done is not None and done.stamp != task.stamp(index):",
+        "if False:",
+        _preparation("test_a_preparation_of_other_settings_or_input_does_not_go_on"),
+        "half of the records are from before the input changed",
     ),
 )

@@ -29,7 +29,7 @@ def _local(*names: str) -> tuple[str, ...]:
 MUTANTS = (
     Mutant(
         _JOB,
-        "RESTART_CODES = (PREEMPTED, HUNG, *SIGNAL_CODES)",
+        "RESTART_CODES = (PREEMPTED, HUNG, OUTAGE, *SIGNAL_CODES)",
         "RESTART_CODES = (HUNG, *SIGNAL_CODES)",
         _job("test_what_training_ends_with_after_a_save_is_restarted"),
         "a preempted run is not started again",

@@ -108,7 +108,7 @@ MUTANTS = (
     ),
     Mutant(
         _RETRIEVAL,
-        'return dataclasses.replace(config, solver="euler", num_steps=25, guidance=guidance, seed=0)',
+        'return dataclasses.replace(config, solver="euler", num_steps=25, guidance=guidance, seed=seed)',
         'return dataclasses.replace(config, solver="euler", num_steps=25, seed=0)',
         _samples("test_the_protocol_is_the_same_for_every_run"),
         "scores of runs with other guidance are compared",
