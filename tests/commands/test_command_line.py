@@ -50,10 +50,10 @@ def test_missing_rights_are_no_outage():
 
 
 @pytest.mark.parametrize("module", ["train", "sample", "plan", "prepare", "doctor"])
-def test_words_without_dashes_are_refused(module, cpu_env):
+def test_words_without_dashes_are_refused(module, tmp_path, cpu_env):
     """`train.num_steps=5` was once ignored, and 2000 steps began."""
     needed = {
-        "train": ["--config=configs/emoji.py", "--workdir=/nonexistent/run"],
+        "train": ["--config=configs/emoji.py", f"--workdir={tmp_path}/run"],
         "sample": ["--workdir=x", "--out=y"],
     }
     done = run_forked(command(module, "train.num_steps=5", *needed.get(module, [])), cpu_env())

@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from ecdit.errors import UserError
+from ecdit.runs.checked import refuse_other
 from ecdit.topology import GENERATIONS, find_slice
 from launch.backends import jobset
 from launch.errors import LaunchError
-from tests.launch.jobs import HOSTILE, IMAGE, install, job, placed
+from tests.launch.jobs import HOSTILE, IMAGE, experiment, install, job, placed
 from tests.runs import ROOT
 
 OPTIONS = jobset.Options(
@@ -253,6 +255,16 @@ def test_prepared_data_is_mounted_from_its_bucket():
     (mount,) = (mount for mount in container(found)["volumeMounts"] if mount["name"] == volume["name"])
     assert f"--config.data.directory={mount['mountPath']}" in container(found)["args"]
     assert pod(manifest())["metadata"]["annotations"] == {}
+
+
+def test_mounted_data_is_part_of_what_the_trainer_compares():
+    """The flag that the backend adds, with what it does to the config that was checked."""
+    found = container(manifest(options=EVERYTHING))
+    values, there = found["args"], experiment("XL-32E", data__directory="/data")
+    (checked,) = (word for word in values if word.startswith("--checked="))
+    refuse_other(checked.removeprefix("--checked="), there)
+    with pytest.raises(UserError, match=r"config\.data\.directory: checked '/data', here "):
+        refuse_other(checked.removeprefix("--checked="), experiment("XL-32E"))
 
 
 def test_every_mount_has_its_volume_and_shared_memory_is_one():

@@ -3,6 +3,8 @@
 from tests.mutants.mutant import Mutant
 
 _JOB, _LOCAL, _CHECK, _STARTING = (f"launch/{name}.py" for name in ("job", "local", "check", "starting"))
+_VALUES, _WORKER = "launch/values.py", "launch/worker.py"
+_COLLECTING = "tests/launch/test_collecting.py::test_runs_that_are_not_what_the_sweep_says_are_left_out_and_listed"
 _JOBSET, _TPU_VM, _LOCAL_BACKEND = (f"launch/backends/{name}.py" for name in ("jobset", "tpu_vm", "local"))
 
 
@@ -30,7 +32,7 @@ MUTANTS = (
     Mutant(
         _JOB,
         "RESTART_CODES = (PREEMPTED, HUNG, OUTAGE, *SIGNAL_CODES)",
-        "RESTART_CODES = (HUNG, *SIGNAL_CODES)",
+        "RESTART_CODES = (HUNG, OUTAGE, *SIGNAL_CODES)",
         _job("test_what_training_ends_with_after_a_save_is_restarted"),
         "a preempted run is not started again",
     ),
@@ -133,14 +135,14 @@ MUTANTS = (
         "one host is started again, alone, and waits for the others for ever",
     ),
     Mutant(
-        _TPU_VM,
+        _WORKER,
         "if ranges and ranges[-1][1] == code - 1:",
         "if ranges:",
-        _tpu_vm("test_the_loop_restarts_on_the_same_codes_as_the_other_backend[44]"),
+        _tpu_vm("test_the_loop_restarts_on_the_same_codes_as_the_other_backend[126]"),
         "all errors above 42 are tried again for ever",
     ),
     Mutant(
-        _TPU_VM,
+        _WORKER,
         '  while kill -0 "$child" 2>/dev/null; do wait "$child"; code=$?; done\n',
         "\n",
         _tpu_vm("test_sigterm_lets_training_save_and_ends_the_loop"),
@@ -262,5 +264,161 @@ MUTANTS = (
         "if job.slice.chip not in RUNTIMES:",
         "if not RUNTIMES:",
         _tpu_vm("test_a_tpu7x_is_refused_for_it_has_no_queued_resources"),
+    ),
+    # Values that are read as code, secrets that are shown, jobs that are not what was checked.
+    Mutant(
+        _VALUES,
+        'if unicodedata.category(letter) in ("Cc", "Cs")',
+        'if unicodedata.category(letter) in ("Cs",)',
+        _tpu_vm("test_control_characters_are_refused_wherever_they_could_end_a_line"),
+        "a newline ends a line of a script, and the next one runs",
+    ),
+    Mutant(
+        _VALUES,
+        'return value.replace("$", "$$")',
+        "return value",
+        _jobset("test_no_value_is_rewritten_by_kubernetes_or_read_as_yaml_or_by_a_shell"),
+    ),
+    Mutant(
+        _VALUES,
+        "if name.upper().endswith(_SECRET_ENDS):",
+        "if name.endswith(_SECRET_ENDS):",
+        _jobset("test_a_secret_is_named_and_stands_nowhere"),
+    ),
+    Mutant(
+        _VALUES,
+        "and not unpinned and not re.fullmatch(_DIGEST, image)",
+        "and unpinned and not re.fullmatch(_DIGEST, image)",
+        _tpu_vm("test_an_image_without_a_digest_is_refused_unless_told"),
+    ),
+    Mutant(
+        _WORKER,
+        '  "${{command[@]}}" &\n',
+        "  ${{command[*]}} &\n",
+        _tpu_vm("test_no_value_is_read_as_code_on_a_worker"),
+    ),
+    Mutant(
+        _WORKER,
+        "    touch {ENDED}\n",
+        "",
+        _tpu_vm("test_training_goes_on_after_a_reboot_and_an_ended_run_does_not"),
+        "a run that failed starts again at every boot",
+    ),
+    Mutant(
+        _WORKER,
+        "sudo systemctl enable --now {UNIT}",
+        "sudo systemctl start --now {UNIT}",
+        _tpu_vm("test_training_goes_on_after_a_reboot_and_an_ended_run_does_not"),
+        "a reboot ends the run",
+    ),
+    Mutant(
+        _TPU_VM,
+        '"umask 077",',
+        '"umask 022",',
+        _tpu_vm("test_no_value_is_read_as_code_where_the_script_runs"),
+        "others can read the secrets on a worker",
+    ),
+    Mutant(
+        _TPU_VM,
+        "if mode & 0o077:",
+        "if mode & 0o007:",
+        _tpu_vm("test_a_file_of_secrets_that_others_can_read_or_that_lacks_one_is_refused"),
+    ),
+    Mutant(
+        _TPU_VM,
+        "for name in (*CODE, LOCK) if not (ROOT / name).exists()",
+        "for name in () if not (ROOT / name).exists()",
+        _tpu_vm("test_an_installed_package_is_no_checkout_and_is_refused_before_tpus_are_asked_for"),
+    ),
+    Mutant(
+        _JOBSET,
+        """for letter in set(path or "") & set(""",
+        """for letter in set(path or "") - set(""",
+        _jobset("test_what_gke_would_not_run_is_refused", "test_prepared_data_is_mounted_from_its_bucket"),
+        "a comma in --data adds a mount option",
+    ),
+    Mutant(
+        _JOBSET,
+        'changes = {"data.directory": DATA_MOUNT}',
+        "changes = {}",
+        _jobset("test_mounted_data_is_part_of_what_the_trainer_compares"),
+        "every job with --data is refused by its trainer",
+    ),
+    Mutant(
+        _CHECK,
+        "if path.resolve() != (ROOT / path).resolve():",
+        "if not (ROOT / path).exists():",
+        ("tests/launch/test_commands.py::test_a_config_of_another_directory_is_not_taken_for_the_checkouts",),
+    ),
+    Mutant(
+        "ecdit/runs/checked.py",
+        'if wanted["code"] != here["code"]:',
+        'if not wanted["code"]:',
+        ("tests/ecdit_runs/test_checked.py::test_other_sources_are_refused",),
+    ),
+    Mutant(
+        "ecdit/train.py",
+        "    if CHECKED.value:\n",
+        "    if not CHECKED.value:\n",
+        ("tests/ecdit_runs/test_checked.py::test_the_trainer_refuses_before_it_makes_anything",),
+    ),
+    Mutant(
+        "ecdit/command_line.py",
+        "return OUTAGE if is_temporary(error) else 2",
+        "return 2",
+        ("tests/commands/test_command_line.py::test_an_outage_ends_with_the_code_that_launchers_restart",),
+    ),
+    Mutant(
+        "ecdit/storage.py",
+        "            else:\n                self.buffer, self.failing_since = [], None\n",
+        "            self.buffer, self.failing_since = [], None\n",
+        ("tests/system/test_gcs.py::test_data_is_kept_and_tried_again_in_an_outage",),
+        "metrics of an outage are lost",
+    ),
+    Mutant(
+        "launch/sweeps/collecting.py",
+        "    rows = [] if left_out else rows\n",
+        "",
+        (_COLLECTING,),
+        "a run of another seed is in the table",
+    ),
+    Mutant(
+        "launch/sweeps/collecting.py",
+        "for at, step in enumerate(steps, 1) if step != at",
+        "for at, step in enumerate(steps, 1) if step < at",
+        (_COLLECTING,),
+        "missing steps are not noticed",
+    ),
+    Mutant(
+        "ecdit/planning/cache.py",
+        "for phase in experiment.resolved_phases():",
+        "for phase in experiment.resolved_phases()[:1]:",
+        ("tests/planning/test_cache.py::test_a_short_phase_that_does_not_fit_is_named",),
+    ),
+    Mutant(
+        "ecdit/planning/cache.py",
+        ' | {name: os.environ.get(name, "") for name in _FLAGS}',
+        "",
+        ("tests/planning/test_cache.py::test_flags_that_the_environment_gives_the_compiler_make_plans_anew",),
+    ),
+    Mutant(
+        "ecdit/runs/trained_run.py",
+        "dataclasses.replace(experiment.runtime, distributed=False)",
+        "experiment.runtime",
+        ("tests/ecdit_runs/test_trained_run.py::test_a_run_of_a_pod_opens_on_the_devices_that_are_here",),
+        "a pod's run waits for its hosts when it is sampled from",
+    ),
+    Mutant(
+        "ecdit/sampling/prompts.py",
+        "        if np.array_equal(row, null):\n",
+        "        if not row.any():\n",
+        ("tests/sampling/test_prompts.py::test_a_prompt_of_which_nothing_is_left_is_refused",),
+    ),
+    Mutant(
+        "ecdit/sample.py",
+        "    if finished:\n",
+        "    if not finished:\n",
+        ("tests/sampling/test_prompts.py::test_an_unfinished_folder_is_gone_on_with_by_the_same_call_alone",),
+        "pictures of two calls are mixed",
     ),
 )
