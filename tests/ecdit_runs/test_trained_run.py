@@ -231,6 +231,7 @@ def test_weights_that_mean_something_else_are_not_trained_on(saved, tmp_path, em
     with pytest.raises(CheckpointError) as error:
         train(experiment, tmp_path / "run")
     first, theta, vocabulary, last = str(error.value).splitlines()
+    assert first.startswith("checkpoint.init_from names a run whose weights mean something else")
     assert theta == "  config.model.rope_theta: there 50.0, here 10000.0"
     assert vocabulary.startswith("  vocabulary: there , here ")
     assert "--accept_init_differences" in last
