@@ -169,7 +169,7 @@ def test_in_a_bucket_a_trainer_that_lost_its_lease_stops(bucket):
     other = dataclasses.replace(lock._own(), host="host-7", token="other")
     with locked(workdir, print) as check:
         store.put(NAME, lock._text(other).encode())
-        wait_for(lambda: was_lost(check))
+        wait_for(lambda: was_lost(check), seconds=20)
     assert json.loads(store.objects[NAME][0])["token"] == "other"
 
 

@@ -269,7 +269,8 @@ def test_weights_that_mean_something_else_are_not_trained_on(saved, tmp_path, em
     experiment = tiny(data__directory=str(emoji_data), checkpoint__init_from=str(tmp_path / "source"))
     with pytest.raises(CheckpointError) as error:
         train(experiment, tmp_path / "run")
-    _, theta, vocabulary, last = str(error.value).splitlines()
+    first, theta, vocabulary, last = str(error.value).splitlines()
+    assert first.startswith("checkpoint.init_from names a run whose weights mean something else")
     assert theta == "  config.model.rope_theta: there 50.0, here 10000.0"
     assert vocabulary.startswith("  vocabulary: there , here ")
     assert "--accept_init_differences" in last

@@ -96,13 +96,6 @@ MUTANTS = (
     ),
     Mutant(
         _SHAPES,
-        "UNKNOWN + 1 + place",
-        "UNKNOWN + place",
-        _data("test_tokens_are_words_and_an_end"),
-        "the first word is the unknown word",
-    ),
-    Mutant(
-        _SHAPES,
         "        digest.update(json.dumps(made.metadata).encode())\n",
         "",
         _data("test_the_fingerprint_changes_with_what_defines_the_rows"),
