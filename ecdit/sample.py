@@ -1,4 +1,4 @@
-"""Samples a run's EMA weights: `python -m ecdit.sample --workdir=runs/emoji --prompt="a red heart" --out=pictures`."""
+"""Samples a run's EMA weights: `python -m ecdit.sample --workdir=runs/emoji --prompt="a red heart" --out=images`."""
 
 import json
 from pathlib import Path
@@ -18,11 +18,11 @@ from ecdit.storage import as_path
 from ecdit.system import make_system
 
 WORKDIR = flags.DEFINE_string("workdir", None, "The run to sample from.", required=True)
-OUT = flags.DEFINE_string("out", None, "Directory for the pictures, grid.png and manifest.json.", required=True)
+OUT = flags.DEFINE_string("out", None, "Directory for the images, grid.png and manifest.json.", required=True)
 PROMPT = flags.DEFINE_string("prompt", None, "One prompt.")
 PROMPTS = flags.DEFINE_string("prompts", None, "A UTF-8 file with one prompt a line.")
 STEP = flags.DEFINE_integer("step", None, "Of the checkpoint; by default the newest.")
-REPEATS = flags.DEFINE_integer("repeats", 1, "Pictures of each prompt.", lower_bound=1)
+REPEATS = flags.DEFINE_integer("repeats", 1, "Images of each prompt.", lower_bound=1)
 EXPERTS = flags.DEFINE_bool("experts", False, "Draw experts.png too: how many experts took each token.")
 SET = flags.DEFINE_multi_string("set", [], "KEY=VALUE for a key of the run's config, such as sampling.num_steps=25.")
 
@@ -71,7 +71,7 @@ def main(argv: list[str]) -> None:
     write_pictures(out, pictures, prompts, repeats, source)
     if counts is not None:
         draw_maps(pictures, prompts, counts).save(out / "experts.png")
-    print(f"{len(prompts)} pictures of step {run.step} in {out}")
+    print(f"{len(prompts)} images of step {run.step} in {out}")
 
 
 def write_pictures(
