@@ -200,7 +200,7 @@ class DiT(nnx.Module):
         modulation = _modulate(condition, self.modulation, self.modulation_bias)
         text = text._replace(states=text.states.astype(dtype))
 
-        places = grid_positions(config.grid, config.width) * config.absolute_positions
+        places = grid_positions(config.grid, config.width) * float(config.absolute_positions)
         places = places.astype(dtype)[None]
         with jax.named_scope("head"):
             x = self.patches(patchify(latents, config.patch_size).astype(dtype)) + places

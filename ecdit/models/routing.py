@@ -72,6 +72,7 @@ def token_choice(
     if not 1 <= num_choices <= num_experts:
         raise ValueError(f"num_choices = {num_choices}: must be in 1..{num_experts}, the number of experts")
     mask = jnp.ones((num_groups, group_size), bool) if token_mask is None else token_mask
+    mask = mask.astype(jnp.float32)
     affinity = jax.nn.softmax(router_logits.astype(jnp.float32), axis=-1)
     chosen_affinity, chosen = jax.lax.top_k(affinity, num_choices)  # (G, S, K)
     chosen_gate = chosen_affinity / chosen_affinity.sum(axis=-1, keepdims=True)
@@ -85,11 +86,11 @@ def token_choice(
     gates = jnp.einsum("gsk,gske->ges", chosen_gate, choice)
     gate = jnp.where(taken, jnp.take_along_axis(gates, index, axis=2), 0.0)
 
-    tokens = jnp.maximum(mask.sum(axis=1).astype(jnp.float32), 1.0)  # (G,)
+    tokens = jnp.maximum(mask.sum(axis=1), 1.0)  # (G,)
     first_share = choice[:, :, 0].sum(axis=1) / tokens[:, None]
     mean_affinity = (affinity * mask[..., None]).sum(axis=1) / tokens[:, None]
     balance_loss = num_experts * (first_share * mean_affinity).sum(axis=-1)
-    drop_rate = 1.0 - taken.sum(axis=(1, 2)) / (tokens * num_choices)
+    drop_rate = 1.0 - taken.sum(axis=(1, 2)).astype(jnp.float32) / (tokens * num_choices)
     return Routing(jnp.where(taken, index, 0), gate, taken, balance_loss, drop_rate)
 
 
