@@ -12,7 +12,7 @@ from ecdit.errors import UserError
 from ecdit.recipe import small_recipe
 
 LENGTHS = {
-    # steps, warm-up steps, EMA decay, steps between pictures
+    # steps, warm-up steps, EMA decay, steps between images
     "quick": (2000, 100, 0.995, 500),
     "long": (6000, 300, 0.998, 1000),
 }

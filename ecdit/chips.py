@@ -6,8 +6,9 @@ is what jax.devices() lists: a chip from v4 to v6e, of which v4 and v5p join the
 TPU7x.
 
 A TPU7x has 2307 TFLOP/s in bfloat16, 192 GB of memory at 7380 GB/s, and 100 Gb/s of the data-centre network
-(cloud.google.com/tpu/docs/tpu7x); each of its links carries 90 GB/s one way (the scaling book). Its dies share all of
-that in halves, here. That they exchange six times as much as a link carries is second-hand: others quote Google's page.
+(cloud.google.com/tpu/docs/tpu7x); each of its links carries 90 GB/s one way (the scaling book). Here each die
+has half of all that. That they send each other six times as much as a link carries is second-hand: others quote
+Google's page.
 What is not published of it: the clock is derived, as that at which its peak is 16 arrays of 128 x 128 multipliers (the
 compiler counts 13 of them for a large product, so eight are too few); the vector unit is assumed to have as many lanes
 as the others', which JAX's pltpu.get_tpu_info says too; the way to the host is assumed to be theirs, shared by two.

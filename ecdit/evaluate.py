@@ -1,6 +1,6 @@
-"""Evaluates a run, pictures or features: `python -m ecdit.evaluate NAME --flags`; docs/evaluation.md has the names.
+"""Evaluates a run, images or features: `python -m ecdit.evaluate NAME --flags`; docs/evaluation.md has the names.
 
-`python -m ecdit.evaluate retrieval --workdir=runs/emoji` samples captions and looks the pictures up.
+`python -m ecdit.evaluate retrieval --workdir=runs/emoji` samples captions and looks the images up.
 """
 
 import importlib

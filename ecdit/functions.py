@@ -13,9 +13,9 @@ from jaxtyping import Array, Float
 NORM_EPSILON = 1e-6  # of LayerNorms and RMSNorms
 
 
-@jax.checkpoint  # the backward pass computes it again from x, instead of reading four saved intermediates
+@jax.checkpoint  # the backward pass recomputes it from x instead of reading four saved intermediates
 def gelu(x: Float[Array, "*b f"]) -> Float[Array, "*b f"]:
-    """GELU by its tanh approximation (arXiv 1606.08415), as x sigmoid(2 u): the same function in fewer operations."""
+    """Applies GELU by its tanh approximation (arXiv 1606.08415), as x sigmoid(2 u), which takes fewer operations."""
     u = math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)
     return x * jax.nn.sigmoid(2 * u)
 

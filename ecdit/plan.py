@@ -1,7 +1,7 @@
 """Plans a run without running it.
 
     python -m ecdit.plan --config=configs/ec_dit.py:M-64E                          # counts parameters and FLOPs
-    python -m ecdit.plan --config=configs/ec_dit.py:M-64E --topology=v5p:4x4x8     # memory, wire, estimated time
+    python -m ecdit.plan --config=configs/ec_dit.py:M-64E --topology=v5p:4x4x8     # memory, bytes sent, time
     python -m ecdit.plan --config=configs/ec_dit.py --table                        # the table of configs/README.md
 
 With --topology it compiles the trainer's own step for that slice by the real TPU compiler, which needs libtpu and no

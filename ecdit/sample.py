@@ -1,4 +1,4 @@
-"""Samples a run's EMA weights: `python -m ecdit.sample --workdir=runs/emoji --prompt="a red heart" --out=pictures`."""
+"""Samples a run's EMA weights: `python -m ecdit.sample --workdir=runs/emoji --prompt="a red heart" --out=images`."""
 
 import functools
 import json
@@ -24,11 +24,11 @@ from ecdit.storage import as_path
 from ecdit.system import make_system
 
 WORKDIR = flags.DEFINE_string("workdir", None, "The run to sample from.", required=True)
-OUT = flags.DEFINE_string("out", None, "Directory for the pictures, grid.png and manifest.json.", required=True)
+OUT = flags.DEFINE_string("out", None, "Directory for the images, grid.png and manifest.json.", required=True)
 PROMPT = flags.DEFINE_string("prompt", None, "One prompt.")
 PROMPTS = flags.DEFINE_string("prompts", None, "A UTF-8 file with one prompt a line.")
 STEP = flags.DEFINE_integer("step", None, "Of the checkpoint; by default the newest.")
-REPEATS = flags.DEFINE_integer("repeats", 1, "Pictures of each prompt.", lower_bound=1)
+REPEATS = flags.DEFINE_integer("repeats", 1, "Images of each prompt.", lower_bound=1)
 EXPERTS = flags.DEFINE_bool("experts", False, "Draw experts.png too: how many experts took each token.")
 SET = flags.DEFINE_multi_string("set", [], "KEY=VALUE of the run's sampling, such as sampling.num_steps=25.")
 MANIFEST = "manifest.json"

@@ -28,6 +28,19 @@ from tests.checked_calls import check_calls  # noqa: E402  # it imports jax
 
 check_calls()
 
+# The folders whose tests refuse silent promotion of dtypes. It cannot be refused where optax updates parameters, because
+# Adam's bias correction raises a Python number to the power of an int32.
+STRICT_DTYPES = ("tests/models/", "tests/diffusion/")
+
+
+@pytest.fixture(autouse=True)
+def dtype_promotion(request):
+    """Makes implicit promotion of dtypes an error in the folders STRICT_DTYPES."""
+    import jax
+
+    with jax.numpy_dtype_promotion("strict" if request.node.nodeid.startswith(STRICT_DTYPES) else "standard"):
+        yield
+
 
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory):

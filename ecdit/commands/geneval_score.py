@@ -1,4 +1,4 @@
-"""`geneval-score --detections=F.jsonl --out=R.jsonl` judges pictures by GenEval's rules."""
+"""`geneval-score --detections=F.jsonl --out=R.jsonl` judges images by GenEval's rules."""
 
 import dataclasses
 import json
@@ -32,7 +32,5 @@ def run(values: flags.FlagValues) -> None:
     for tag, share in summary["tasks"].items():
         print(f"{tag:<16} {share:.2%}")
     missing = [task for task in TASKS if task not in summary["tasks"]]
-    note = f"; not GenEval's whole: there are no pictures of {', '.join(missing)}" if missing else ""
-    print(
-        f"overall {summary['overall']:.5f}, the mean of {len(summary['tasks'])} tasks, {len(verdicts)} pictures{note}"
-    )
+    note = f"; not GenEval's whole: there are no images of {', '.join(missing)}" if missing else ""
+    print(f"overall {summary['overall']:.5f}, the mean of {len(summary['tasks'])} tasks, {len(verdicts)} images{note}")

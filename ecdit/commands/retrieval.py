@@ -1,4 +1,4 @@
-"""`retrieval --workdir=runs/emoji` samples captions of a run and looks the pictures up among its data."""
+"""`retrieval --workdir=runs/emoji` samples captions of a run and looks the images up among its data."""
 
 import time
 from pathlib import Path
@@ -34,7 +34,7 @@ def run(values: flags.FlagValues) -> None:
 
 
 def retrieval(workdir: Path, step: int | None, count: int) -> dict:
-    """Samples `count` training captions, 0 for all; prints and returns how often their pictures are the nearest."""
+    """Samples `count` training captions, 0 for all; prints and returns how often their images are the nearest."""
     start = time.monotonic()
     run = each_image_alone(open_run(workdir, step=step))
     data = run.experiment.data
@@ -52,7 +52,7 @@ def retrieval(workdir: Path, step: int | None, count: int) -> dict:
         "seconds": round(time.monotonic() - start, 1),
         "protocol": {
             "weights": "ema",
-            "distance": "RMS over pixels, identical pictures count as right",
+            "distance": "RMS over pixels, identical images count as right",
             "group": "image",
             **to_dict(sampling),
         },
@@ -60,7 +60,7 @@ def retrieval(workdir: Path, step: int | None, count: int) -> dict:
     print(
         f"step {run.step}: R@1 {result['r_at_1']:.2%}, R@5 {result['r_at_5']:.2%} "
         f"(chance {1 / len(records):.2%} and {5 / len(records):.2%}) over {len(chosen)} training captions, "
-        f"the nearest of {len(records)} pictures; {sampling.solver}, {sampling.num_steps} steps, guidance "
+        f"the nearest of {len(records)} images; {sampling.solver}, {sampling.num_steps} steps, guidance "
         f"{sampling.guidance.scale}, seed {sampling.seed}, EMA weights; {result['seconds']} s. "
         "This measures fit to the training captions, not generality."
     )

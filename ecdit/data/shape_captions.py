@@ -26,7 +26,7 @@ VOCABULARY = _vocabulary()  # every word that a caption can have
 
 
 def caption_of(scene: Scene, draws: Draws) -> str:
-    """The caption of a scene; `draws` chooses among the wordings of its kind."""
+    """Returns the caption of a scene; `draws` chooses among the wordings of its kind."""
     colors = [placed.color if scene.states_colors else "" for placed in scene.objects]
     shapes = [placed.shape for placed in scene.objects]
     if scene.kind == "counting":
@@ -38,7 +38,7 @@ def caption_of(scene: Scene, draws: Draws) -> str:
 
 
 def metadata_of(scene: Scene, caption: str) -> dict[str, Any]:
-    """What the caption says, as GenEval's metadata: tag, include, exclude (counting only) and prompt.
+    """Returns what the caption says, as GenEval's metadata: tag, include, exclude (counting only) and prompt.
 
     An item of `include` is {"class", "count", "color" if it is stated, "position": [relation, index of its target]}.
     """

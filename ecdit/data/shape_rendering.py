@@ -17,7 +17,7 @@ Coordinate = Float[np.ndarray, "..."]
 
 
 def _star(x: Coordinate, y: Coordinate) -> Bool[np.ndarray, "..."]:
-    """A point of a pentagram is on the inner side of at least four of its five lines."""
+    """Returns whether points are in a pentagram: on the inner side of at least four of its five lines."""
     inner = np.zeros(np.broadcast_shapes(x.shape, y.shape), np.int64)
     for i, (x0, y0) in enumerate(STAR_TIPS):
         x1, y1 = STAR_TIPS[(i + 2) % 5]
@@ -43,7 +43,7 @@ INSIDE: dict[str, Callable[[Coordinate, Coordinate], Bool[np.ndarray, "..."]]] =
 
 
 def render(scene: Scene, image_size: int) -> UInt8[np.ndarray, "H W 3"]:
-    """The picture of a scene, square, with antialiased edges."""
+    """Returns the image of a scene, square, with antialiased edges."""
     image = _ground(scene.ground, image_size)
     for placed in scene.objects:
         rows, columns, share = coverage(placed.shape, placed.box, image_size)
@@ -53,7 +53,7 @@ def render(scene: Scene, image_size: int) -> UInt8[np.ndarray, "H W 3"]:
 
 
 def coverage(shape: str, box: Box, image_size: int) -> tuple[slice, slice, Float[np.ndarray, "h w"]]:
-    """The rows and columns of the picture that a shape in `box` touches, and its share of each of their pixels."""
+    """Returns the rows and columns of the image that a shape in `box` touches, and its share of each pixel."""
     columns, x = _samples(box.x, box.half, image_size)
     rows, y = _samples(box.y, box.half, image_size)
     inside = INSIDE[shape](x[None, :], y[:, None])
@@ -62,7 +62,7 @@ def coverage(shape: str, box: Box, image_size: int) -> tuple[slice, slice, Float
 
 
 def _samples(center: float, half: float, image_size: int) -> tuple[slice, Float[np.ndarray, " n"]]:
-    """The pixels that [center - half, center + half] touches, and their sample points in units of the box."""
+    """Returns the pixels that [center - half, center + half] touches, and their sample points in units of the box."""
     first = max(int(np.floor((center - half) * image_size)), 0)
     last = min(int(np.ceil((center + half) * image_size)), image_size)
     pixels = slice(first, max(last, first))
@@ -76,7 +76,7 @@ def _ground(ground: Ground, image_size: int) -> Float[np.ndarray, "H W 3"]:
 
 
 def _pattern(ground: Ground, centers: Float[np.ndarray, " n"]) -> Float[np.ndarray, "n n"]:
-    """The ground's pattern, between -1 and 1, at the centres of pixels."""
+    """Returns the ground's pattern, between -1 and 1, at the centres of pixels."""
     x, y = centers[None, :], centers[:, None]
     if ground.texture == "stripes":
         across, down = ground.direction

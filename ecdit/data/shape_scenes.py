@@ -1,6 +1,6 @@
 """Scenes of the `shapes` data: which coloured shapes a row has, where they are, and what ground they are on.
 
-A scene is a function of (config, seed, row) and knows no pixels: positions and sizes are shares of the picture's side,
+A scene is a function of (config, seed, row) and knows no pixels: positions and sizes are shares of the image's side,
 x to the right and y down. So a row shows the same scene at every resolution. Boxes of two shapes never overlap.
 
 Two kinds of combinations are held out. Training rows contain neither; every row of the split `held_out` has one, and
@@ -70,7 +70,7 @@ _PURPOSES = {"scene": 16, "ground": 17, "caption": 18}
 class ShapesConfig:
     """Which scenes are drawn, and how large."""
 
-    image_size: int  # px, side of the square picture
+    image_size: int  # px, side of the square image
     ground: Literal["plain", "textured"]
     split: Literal["train", "held_out"]
     kinds: tuple[str, ...]  # of captions, equally often; from KINDS
@@ -85,7 +85,7 @@ class ShapesConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Box:
-    """A square by its centre and half its side, in shares of the side of the picture."""
+    """A square by its centre and half its side, in shares of the side of the image."""
 
     x: float
     y: float
@@ -109,7 +109,7 @@ class Ground:
     rgb: Color
     texture: str  # "plain" or one of TEXTURES
     contrast: int
-    period: float  # of stripes and checks, as a share of the picture's side
+    period: float  # of stripes and checks, as a share of the image's side
     direction: tuple[int, int]  # of stripes: (1, 0) across, (0, 1) down, (1, 1) and (1, -1) diagonal
     phase: float
     lattice: tuple[float, ...]  # of clouds, LATTICE x LATTICE values by rows
@@ -139,25 +139,25 @@ class Draws:
         self._philox = np.random.Philox(key=key, counter=counter)
 
     def uniform(self, low: float, high: float) -> float:
-        """A number in [low, high)."""
+        """Draws a number in [low, high)."""
         return low + (high - low) * ((int(self._philox.random_raw()) >> 11) * 2.0**-53)
 
     def integer(self, low: int, high: int) -> int:
-        """An integer from low to high, both included."""
+        """Draws an integer from low to high, both included."""
         return low + ((int(self._philox.random_raw()) >> 32) * (high - low + 1) >> 32)
 
     def choice(self, options: Sequence[T]) -> T:
-        """One of `options`."""
+        """Draws one of `options`."""
         return options[self.integer(0, len(options) - 1)]
 
     def jittered(self, color: Color) -> Color:
-        """A colour with every channel moved by up to JITTER levels."""
+        """Draws a colour with every channel moved by up to JITTER levels."""
         red, green, blue = (min(max(level + self.integer(-JITTER, JITTER), 0), 255) for level in color)
         return red, green, blue
 
 
 def scene_of(config: ShapesConfig, seed: int, row: int) -> Scene:
-    """The scene of a row: a pure function, in bounded time, the same at every `image_size` and on every host.
+    """Returns the scene of a row: a pure function, in bounded time, the same at every `image_size` and on every host.
 
     Raises:
       ConfigError: a seed that is no uint32, or a row that is no uint64.
@@ -191,7 +191,7 @@ def scene_of(config: ShapesConfig, seed: int, row: int) -> Scene:
 
 
 def relations(a: Box, b: Box) -> tuple[str, ...]:
-    """Which of RELATIONS hold of box a to box b, by GenEval's rule: none, one, or two on a diagonal.
+    """Returns which of RELATIONS hold of box a to box b, by GenEval's rule: none, one, or two on a diagonal.
 
     The offset of the centres is shortened, in each direction, by a tenth of the sum of the boxes' sides. A relation
     holds if what is left is more than half of the whole offset's length.
@@ -227,7 +227,7 @@ def _distinct(draws: Draws, options: Sequence[str], count: int) -> list[str]:
 
 
 def _related_shapes(draws: Draws, held_out: bool) -> tuple[list[str], str]:
-    """Two shapes and the relation of the first to the second."""
+    """Returns two shapes and the relation of the first to the second."""
     if held_out:
         shape, relation, other = draws.choice(HELD_OUT_RELATIONS)
         if draws.choice((True, False)):
@@ -238,7 +238,7 @@ def _related_shapes(draws: Draws, held_out: bool) -> tuple[list[str], str]:
 
 
 def _colors(draws: Draws, kind: str, shapes: Sequence[str], states_colors: bool, held_out: bool) -> list[str]:
-    """A colour for each shape: shapes of one stated count share it, and those of color_attr differ."""
+    """Returns a colour for each shape: shapes of one stated count share it, and those of color_attr differ."""
     allowed = {shape: [color for color in COLORS if color != HELD_OUT_COLORS[shape]] for shape in shapes}
     if held_out and kind != "position":
         chosen = draws.choice(shapes)
@@ -255,7 +255,7 @@ def _colors(draws: Draws, kind: str, shapes: Sequence[str], states_colors: bool,
 
 
 def _boxes(draws: Draws, count: int) -> list[Box]:
-    """Boxes of 1 to 4 shapes, each in a cell of its own: the picture, halved again and again at a random place."""
+    """Returns boxes of 1 to 4 shapes, each in its own cell: the image, halved again and again at a random place."""
     cells = [(0.0, 0.0, 1.0, 1.0)]  # left, top, right, bottom
     while len(cells) < count:
         left, top, right, bottom = cell = max(cells, key=lambda cell: (cell[2] - cell[0]) * (cell[3] - cell[1]))
@@ -283,7 +283,7 @@ def _box_in(draws: Draws, left: float, top: float, right: float, bottom: float) 
 
 
 def _related_boxes(draws: Draws, relation: str) -> list[Box]:
-    """Two boxes, the first `relation` the second, and in no other relation."""
+    """Returns two boxes, the first `relation` the second, and in no other relation."""
     middle = draws.uniform(0.46, 0.54)
     near, far = _box_in(draws, 0, 0, middle, 1), _box_in(draws, middle, 0, 1, 1)
     # A box far up or down beside the other would be above or below it as well.

@@ -1,6 +1,6 @@
-"""The `shapes` data: pictures of coloured shapes with captions, made from (seed, row) when they are read.
+"""The `shapes` data: images of coloured shapes with captions, made from (seed, row) when they are read.
 
-There is nothing to prepare or store, and no last row. Every caption is exactly true of its picture, and
+There is nothing to prepare or store, and no last row. Every caption is exactly true of its image, and
 `ecdit.evaluation.shapes_judge` decides from pixels alone whether a caption is true. docs/shapes.md describes it.
 """
 
@@ -17,7 +17,7 @@ from ecdit.data.shape_captions import VOCABULARY, caption_of, metadata_of
 from ecdit.data.shape_rendering import render
 from ecdit.data.shape_scenes import Draws, Scene, ShapesConfig, scene_of
 
-VERSION = 1  # raise it when a change makes other pictures or captions of the same rows
+VERSION = 1  # raise it when a change makes other images or captions of the same rows
 _ROWS = 64  # that the fingerprint covers
 
 
@@ -31,7 +31,7 @@ class Example:
 
 
 def example(config: ShapesConfig, seed: int, row: int) -> Example:
-    """The example of a row: a pure function, the same on every host, as fast at row 10^9 as at row 0.
+    """Returns the example of a row: a pure function, the same on every host, as fast at row 10^9 as at row 0.
 
     Raises:
       ConfigError: a seed that is no uint32, or a row that is no uint64.
@@ -47,7 +47,7 @@ def scene_and_caption(config: ShapesConfig, seed: int, row: int) -> tuple[Scene,
 
 
 def fingerprint(config: ShapesConfig) -> str:
-    """sha256 of what decides the rows: VERSION, config, held-out combinations, vocabulary, and the first rows.
+    """Returns the sha256 of all that decides rows: VERSION, config, held-out combinations, vocabulary, first rows.
 
     The rows make it change with the code even where VERSION was not raised.
     """

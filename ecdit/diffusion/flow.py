@@ -6,15 +6,15 @@ Time: t = 0 is data, t = 1 is noise. Rectified flow (arXiv 2209.03003, with its 
     v   = d x_t / dt = noise - data                 (2)  what the network predicts
     t   = sigmoid(z),  z ~ N(time_mean, time_std^2) (3)  arXiv 2403.03206, section 3.1
 
-A sampler integrates v from t = 1 down to t = 0. Path and velocity are float32, whatever comes in.
+A sampler integrates v from t = 1 down to t = 0. Path and velocity are float32, whatever the dtype of their inputs.
 
-Keys: nothing random is stored, all of it is rebuilt from numbers a run already has.
+Keys: nothing random is stored; keys are rebuilt from numbers that a run already has.
 
     training   fold_in(fold_in(fold_in(key, step), row), use)   row: index in the global batch; use: ExampleKeys' order
     sampling   fold_in(fold_in(fold_in(key(seed), word_0), word_1), repeat)
                word_0, word_1: the first 8 bytes of sha256(prompt in UTF-8) as two big-endian uint32
 
-So an example's noise depends neither on how many hosts share the batch nor on its neighbours, and a picture depends
+So an example's noise depends neither on how many hosts share the batch nor on its neighbours, and an image depends
 only on (seed, prompt, repeat). A new use of randomness goes to the end of ExampleKeys and leaves the others unchanged.
 
 Axes: B batch, N tokens, D channels of a token (patch^2 * channels); `...` any shape of one example.
@@ -57,20 +57,20 @@ class FlowConfig:
 
 
 def sample_time(key: Key[Array, ""], config: FlowConfig) -> Float32[Array, ""]:
-    """One example's time, equation (3)."""
+    """Draws one example's time, equation (3)."""
     return jax.nn.sigmoid(config.time_mean + config.time_std * jax.random.normal(key, (), jnp.float32))
 
 
 def interpolate(
     data: Float[Array, "B ..."], noise: Float[Array, "B ..."], time: Float[Array, " B"]
 ) -> Float32[Array, "B ..."]:
-    """x_t, equation (1)."""
+    """Returns x_t, equation (1)."""
     time = time.astype(jnp.float32).reshape(time.shape + (1,) * (data.ndim - time.ndim))
     return time * noise.astype(jnp.float32) + (1 - time) * data.astype(jnp.float32)
 
 
 def velocity_target(data: Float[Array, "B ..."], noise: Float[Array, "B ..."]) -> Float32[Array, "B ..."]:
-    """v, equation (2)."""
+    """Returns v, equation (2)."""
     return noise.astype(jnp.float32) - data.astype(jnp.float32)
 
 
@@ -111,23 +111,26 @@ class ExampleKeys(NamedTuple):
 
 
 def example_key(key: Key[Array, ""], step: int | Int[Array, ""], row: int | Int[Array, ""]) -> Key[Array, ""]:
-    """The key of one example: `row` counts from 0 in the global batch of `step`."""
+    """Returns the key of one example: `row` counts from 0 in the global batch of `step`."""
     return jax.random.fold_in(jax.random.fold_in(key, step), row)
 
 
 def example_keys(key: Key[Array, ""], step: int | Int[Array, ""], row: int | Int[Array, ""]) -> ExampleKeys:
-    """`example_key`, split by use. For a batch: `jax.vmap(example_keys, (None, None, 0))(key, step, rows)`."""
+    """Returns `example_key`, split by use. For a batch: `jax.vmap(example_keys, (None, None, 0))(key, step, rows)`."""
     key = example_key(key, step, row)
     return ExampleKeys(*(jax.random.fold_in(key, use) for use in range(len(ExampleKeys._fields))))
 
 
 def sample_key(seed: int, prompt: str, repeat: int) -> Key[Array, ""]:
-    """The key of picture number `repeat` of `prompt`. On the host: it hashes text."""
+    """Returns the key of image number `repeat` of `prompt`. Runs on the host, because it hashes text."""
     return sample_keys(seed, [prompt], [repeat])[0]
 
 
 def sample_keys(seed: int, prompts: Sequence[str], repeats: Sequence[int]) -> Key[Array, " B"]:
-    """`sample_key` of each (prompt, repeat), stacked. `prompts` and `repeats` are equally long, repeats at least 0."""
+    """Returns `sample_key` of each (prompt, repeat), stacked.
+
+    `prompts` and `repeats` are equally long, repeats at least 0.
+    """
     digests = b"".join(hashlib.sha256(prompt.encode("utf-8")).digest()[:8] for prompt in prompts)
     words = np.frombuffer(digests, dtype=">u4").astype(np.uint32).reshape(len(prompts), 2)
     root = jax.random.key(seed, impl=SAMPLE_KEY_IMPL)
@@ -139,5 +142,5 @@ def sample_keys(seed: int, prompts: Sequence[str], repeats: Sequence[int]) -> Ke
 
 
 def sample_noise(keys: Key[Array, " B"], shape: tuple[int, ...]) -> Float32[Array, "B ..."]:
-    """Standard normal noise of `shape` (of one example) for each key: x at t = 1."""
+    """Returns standard normal noise of `shape` (of one example) for each key: x at t = 1."""
     return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)

@@ -32,7 +32,7 @@ class GuidanceConfig:
 def guide(
     conditional: Float[Array, "B ..."], unconditional: Float[Array, "B ..."], scale: float
 ) -> Float32[Array, "B ..."]:
-    """Equation (1). `scale` is a Python number."""
+    """Applies equation (1). `scale` is a Python number."""
     conditional = conditional.astype(jnp.float32)
     if scale == 1:  # u + (c - u) rounds: it is not c
         return conditional
@@ -41,14 +41,14 @@ def guide(
 
 
 def renormalize(velocity: Float[Array, "B ..."], conditional: Float[Array, "B ..."]) -> Float32[Array, "B ..."]:
-    """Equation (2). A velocity of norm 0 stays 0."""
+    """Applies equation (2). A velocity of norm 0 stays 0."""
     norm = _norm(velocity)
     ratio = _norm(conditional) / jnp.where(norm > 0, norm, 1)
     return velocity.astype(jnp.float32) * ratio
 
 
 def _norm(velocity: Float[Array, "B ..."]) -> Float32[Array, "B ..."]:
-    """[B, 1, ..., 1]: each image's Euclidean norm."""
+    """Returns each image's Euclidean norm, [B, 1, ..., 1]."""
     axes = tuple(range(1, velocity.ndim))
     return jnp.sqrt(jnp.sum(jnp.square(velocity.astype(jnp.float32)), axis=axes, keepdims=True))
 
@@ -56,7 +56,7 @@ def _norm(velocity: Float[Array, "B ..."]) -> Float32[Array, "B ..."]:
 def combine(
     conditional: Float[Array, "B ..."], unconditional: Float[Array, "B ..."], config: GuidanceConfig
 ) -> Float32[Array, "B ..."]:
-    """The guided velocity from both passes; at scale 1 it is the conditional pass, and nobody needs the other."""
+    """Returns the guided velocity from both passes; at scale 1 it is the conditional one."""
     velocity = guide(conditional, unconditional, config.scale)
     if config.mode == "plain" or config.scale == 1:  # at scale 1 the norms agree already; dividing them could round
         return velocity

@@ -20,13 +20,13 @@ Solver = Callable[..., Any]  # (velocity, x[B, ...], num_steps, has_aux = False)
 
 
 def euler(velocity: Velocity, x: Float[Array, "B ..."], num_steps: int, has_aux: bool = False) -> Any:
-    """First order, one call of `velocity` a step. `x` is at t = 1, the result at t = 0."""
+    """Integrates to first order, with one call of `velocity` a step. `x` is at t = 1, the result at t = 0."""
     call = _with_aux(velocity, has_aux)
     return _integrate(lambda x, start, end: call(x, start), x, num_steps, has_aux)
 
 
 def heun(velocity: Velocity, x: Float[Array, "B ..."], num_steps: int, has_aux: bool = False) -> Any:
-    """Second order, two calls of `velocity` a step. `x` is at t = 1, the result at t = 0.
+    """Integrates to second order, with two calls of `velocity` a step. `x` is at t = 1, the result at t = 0.
 
     The last step is a full one as well: it calls `velocity` at t = 0, where a flow is regular. (Solvers for
     parametrisations that divide by the noise level, as arXiv 2206.00364, must end with an Euler step.)
@@ -51,7 +51,7 @@ def _step(x: Array, slope: Array, num_steps: int) -> Array:
 
 
 def _integrate(slope: Callable[..., tuple[Array, Any]], x: Array, num_steps: int, has_aux: bool) -> Any:
-    """`num_steps` steps of x -= slope(x, start, end) / num_steps; times are float32[B]."""
+    """Does `num_steps` steps of x -= slope(x, start, end) / num_steps; times are float32[B]."""
     if num_steps < 1:
         raise ValueError(f"num_steps = {num_steps}: must be at least 1")
 

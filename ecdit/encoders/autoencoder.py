@@ -58,10 +58,10 @@ AUTOENCODERS = {"identity": IdentityAutoencoder, "latents": StoredLatents}
 
 
 def to_unit(images: UInt8[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
-    """0..255 to [-1, 1], float32."""
+    """Maps 0..255 to [-1, 1], float32."""
     return images.astype(jnp.float32) / 127.5 - 1.0
 
 
 def to_bytes(images: Float[Array, "B H W 3"]) -> UInt8[Array, "B H W 3"]:
-    """[-1, 1] to 0..255, rounded and clipped."""
+    """Maps [-1, 1] to 0..255, rounded and clipped."""
     return jnp.clip(jnp.round((images + 1.0) * 127.5), 0, 255).astype(jnp.uint8)

@@ -63,7 +63,7 @@ class TextBlock(nnx.Module):
         self.down = Linear(4 * config.width, config.width, ("mlp", "embed"), rngs)
 
     def __call__(self, x: Float[Array, "B L t"]) -> Float[Array, "B L t"]:
-        """The block's output, in the dtype of x."""
+        """Returns the block's output, in the dtype of x."""
         x = x + self.attention(self.attention_norm(x))
         hidden = self.up(self.ffn_norm(x))
         hidden = (

@@ -13,7 +13,7 @@ class _Conv(NamedTuple):
     kernel: int
     inputs: int
     outputs: int
-    shrink: int  # side of the picture / side of its output
+    shrink: int  # side of the image / side of its output
     norm: bool = False
 
     @property
@@ -75,7 +75,7 @@ VAE_PARAMS = sum(conv.params for conv in itertools.chain(_encoder(), _decoder())
 
 
 def vae_part(image_size: int) -> PartFlops:
-    """The encoder of Stable Diffusion's autoencoder on one picture; its tokens are pixels of the latent."""
+    """Returns the work of Stable Diffusion's encoder on one image; its tokens are the latent's pixels."""
     pixels = (image_size // _VAE_SHRINK) ** 2
     attention = 4.0 * pixels**2 * _VAE_WIDTHS[-1]
     return PartFlops("vae", float(pixels), sum(conv.flops(image_size) for conv in _encoder()) + attention)

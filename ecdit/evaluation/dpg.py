@@ -19,14 +19,14 @@ from ecdit.evaluation.questions import Item, Question
 
 
 def own_scores(item: Item) -> Float[np.ndarray, "questions images"]:
-    """1 for an answer that is exactly "yes", else 0."""
+    """Returns 1 for an answer that is exactly "yes", and 0 otherwise."""
     return np.array([question.scores() for question in item.questions])
 
 
 def cascade(
     own: Float[np.ndarray, "questions images"], questions: Sequence[Question]
 ) -> Float[np.ndarray, "questions images"]:
-    """The scores after dependencies: a question is 0 if one of its parents is 0 when its turn comes.
+    """Returns the scores after dependencies: a question is 0 if one of its parents is 0 when its turn comes.
 
     Turns follow the order of the file, so zeros cascade to later questions, and a parent that comes later counts with
     its own answer.
@@ -39,7 +39,7 @@ def cascade(
 
 
 def score(item: Item) -> float | None:
-    """The mean over an item's images of the share of its questions, from 0 to 100; None if a parent does not exist.
+    """Returns the mean over an item's images of the share of its questions, 0 to 100; None if a parent does not exist.
 
     Raises:
       UserError: a dependency is no list of integers.
@@ -53,12 +53,12 @@ def score(item: Item) -> float | None:
 
 
 def category(question: Question) -> str:
-    """The level-2 category: the literal text before the bracket. "attribute-color" is not "attribute - color"."""
+    """Returns the level-2 category: the literal text before the bracket, spaces included."""
     return question.description.split("(")[0].strip()
 
 
 def summarize(items: Sequence[Item], scores: Mapping[str, float | None]) -> dict:
-    """`overall`, the mean over items; `items`; `l1` and `l2`, means over the questions of each category; 0 to 100.
+    """Returns `items`, `overall` (their mean), and `l1` and `l2` (means over each category's questions), 0 to 100.
 
     Categories count answers before dependencies. Level 1 is the text before the first "-" of level 2. An item that is
     null counts nowhere; `overall` is null if all are.

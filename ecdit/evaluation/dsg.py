@@ -15,7 +15,7 @@ from ecdit.evaluation.questions import Item
 
 
 def share(item: Item) -> float | None:
-    """The share of questions answered with exactly "yes" whose parents all were; None if a parent does not exist.
+    """Returns the share of questions answered "yes" whose parents all were too; None if a parent does not exist.
 
     Parents count with their own answers, whatever their parents': zeros do not cascade. One malformed cell drops the
     dependencies of the whole item, as in the original.
@@ -30,6 +30,6 @@ def share(item: Item) -> float | None:
 
 
 def summarize(shares: Mapping[str, float | None]) -> dict:
-    """`items`, and `overall`: the mean over those that are not null; null if all are."""
+    """Returns `items`, and `overall`: the mean over those that are not null, or null if all are."""
     scored = [share for share in shares.values() if share is not None]
     return {"items": dict(shares), "overall": float(np.mean(scored)) if scored else None}

@@ -11,7 +11,7 @@ from ecdit.evaluation.moments import BLOCK, Moments, blocks, moments, read_momen
 
 
 def shard_paths(text: str, name: str) -> list[Path]:
-    """The .npy files that `text` names: paths with commas between them, or directories of such files, sorted by name.
+    """Returns the .npy files that `text` names: paths separated by commas, or directories of them, sorted by name.
 
     Raises:
       UserError: there is none, or one is no .npy file; `name` is what the message calls `text`.
@@ -40,7 +40,7 @@ def read_shards(paths: list[Path]) -> Iterator[Float[np.ndarray, "n D"]]:
 
 
 def read_features(text: str, name: str) -> Float[np.ndarray, "N D"]:
-    """All features that `text` names (see `shard_paths`), in float64.
+    """Returns all features that `text` names (see `shard_paths`), in float64.
 
     Raises:
       UserError: there are none, or a value is not finite.
@@ -56,7 +56,7 @@ def read_features(text: str, name: str) -> Float[np.ndarray, "N D"]:
 
 
 def read_moments_or_features(text: str, name: str) -> Moments:
-    """The moments in an .npz file, or those of the features that `text` names (see `shard_paths`).
+    """Returns the moments in an .npz file, or those of the features that `text` names (see `shard_paths`).
 
     Raises:
       UserError: there are none, or a value is not finite.

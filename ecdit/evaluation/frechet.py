@@ -24,7 +24,7 @@ from ecdit.evaluation.moments import Moments, moments
 
 
 def frechet_distance(features_a: Float[np.ndarray, "N D"], features_b: Float[np.ndarray, "M D"]) -> float:
-    """The squared Fréchet distance of the normal distributions that fit two sets of features; rows are samples.
+    """Returns the squared Fréchet distance of the normal distributions that fit two sets of features; rows are samples.
 
     It is biased: fewer samples give a larger distance, so only equal numbers compare.
 
@@ -35,7 +35,7 @@ def frechet_distance(features_a: Float[np.ndarray, "N D"], features_b: Float[np.
 
 
 def distance_of_moments(a: Moments, b: Moments) -> float:
-    """The squared Fréchet distance of two normal distributions.
+    """Returns the squared Fréchet distance of two normal distributions.
 
     Raises:
       UserError: the dimensions differ.
@@ -49,7 +49,7 @@ def distance_of_moments(a: Moments, b: Moments) -> float:
 
 
 def _trace_of_root(a: Float[np.ndarray, "D D"], b: Float[np.ndarray, "D D"]) -> float:
-    """tr sqrt(A B), the sum of the roots of the eigenvalues of A B."""
+    """Returns tr sqrt(A B), the sum of the roots of the eigenvalues of A B."""
     factor_a, factor = (_cholesky(covariance, _rounding(covariance)) for covariance in (a, b))
     if factor is not None and factor_a is not None:
         product = factor.T @ a @ factor
@@ -61,7 +61,7 @@ def _trace_of_root(a: Float[np.ndarray, "D D"], b: Float[np.ndarray, "D D"]) -> 
 
 
 def _product_in_range(a: Float[np.ndarray, "D D"], b: Float[np.ndarray, "D D"]) -> Float[np.ndarray, "r r"]:
-    """A positive definite matrix with the eigenvalues of A B other than 0, where A is singular.
+    """Returns a positive definite matrix with the eigenvalues of A B other than 0, where A is singular.
 
     With the axes U in which A is not empty, A = U diag(values) U^T. The matrix U^T B U = R R^T can have empty axes of
     its own, which R leaves out; then R^T diag(values) R has none.
@@ -76,7 +76,7 @@ def _product_in_range(a: Float[np.ndarray, "D D"], b: Float[np.ndarray, "D D"]) 
 
 
 def _cholesky(matrix: Float[np.ndarray, "n n"], rounding: float) -> Float[np.ndarray, "n n"] | None:
-    """The lower factor L with L L^T = matrix, or None if the matrix is singular up to `rounding`."""
+    """Returns the lower factor L with L L^T = matrix, or None if the matrix is singular up to `rounding`."""
     try:
         factor = np.linalg.cholesky(matrix)
     except np.linalg.LinAlgError:
@@ -87,12 +87,12 @@ def _cholesky(matrix: Float[np.ndarray, "n n"], rounding: float) -> Float[np.nda
 def _spectrum(
     matrix: Float[np.ndarray, "n n"], rounding: float
 ) -> tuple[Float[np.ndarray, " r"], Float[np.ndarray, "n r"]]:
-    """The eigenvalues above `rounding` and their vectors."""
+    """Returns the eigenvalues above `rounding` and their vectors."""
     values, vectors = np.linalg.eigh(matrix)
     kept = values > rounding
     return values[kept], vectors[:, kept]
 
 
 def _rounding(matrix: Float[np.ndarray, "D D"]) -> float:
-    """What an eigenvalue can be by rounding alone: from sqrt(D) to D times the largest one's relative error."""
+    """Returns the size up to which an eigenvalue may be rounding: sqrt(D) to D times the largest one's error."""
     return float(np.finfo(np.float64).eps * np.sqrt(len(matrix)) * np.linalg.norm(matrix))

@@ -1,4 +1,4 @@
-"""GenEval: does a picture show the objects, counts, colours and positions that its prompt names?
+"""GenEval: does an image show the objects, counts, colours and positions that its prompt names?
 
 Ghosh, Hajishirzi, Schmidt: GenEval (arXiv 2310.11513). The rules are those of evaluation/evaluate_images.py and
 evaluation/summary_scores.py of github.com/djghosh13/geneval at commit af4902f, with its default options. They are
@@ -49,7 +49,7 @@ class Clause:
 
 @dataclasses.dataclass(frozen=True)
 class Picture:
-    """A picture's prompt and detections. Boxes are rows (x1, y1, x2, y2, score), in any order."""
+    """An image's prompt and detections. Boxes are rows (x1, y1, x2, y2, score), in any order."""
 
     filename: str
     tag: str
@@ -62,7 +62,7 @@ class Picture:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """Whether a picture is right, and each way in which it is not, joined by newlines."""
+    """Whether an image is right, and each way in which it is not, joined by newlines."""
 
     filename: str
     tag: str
@@ -72,7 +72,7 @@ class Verdict:
 
 
 def confident(scores: Float32[np.ndarray, " n"], tag: str) -> Int[np.ndarray, " k"]:
-    """The detections of a class that count: highest score first, above the threshold, at most MAX_OBJECTS.
+    """Returns the detections of a class that count: highest score first, above the threshold, at most MAX_OBJECTS.
 
     Boxes that overlap, even exact duplicates, all count: the original's suppression is off by default. Equal scores
     come in the order of the original's call, which NumPy does not define: the last one first in short lists on most
@@ -84,7 +84,7 @@ def confident(scores: Float32[np.ndarray, " n"], tag: str) -> Int[np.ndarray, " 
 
 
 def relations(box: Float32[np.ndarray, "5"], target: Float32[np.ndarray, "5"]) -> list[str]:
-    """The relations of RELATIONS that hold of a box to a target: none, one or two.
+    """Returns the relations of RELATIONS that hold of a box to a target: none, one or two.
 
     With o the offset of the centres, r = sign(o) max(|o| - 0.1 (size + target size), 0). Nothing holds if |r| < 1e-3 on
     both axes; otherwise a relation holds where r / |o| is beyond 0.5 on its axis. y grows downwards.
@@ -125,12 +125,12 @@ def judge(picture: Picture) -> Verdict:
 
 
 def _wrong_number(clause: Clause, number: int) -> str:
-    """The reason why `number` objects are too few, or "". More than the count are right."""
+    """Returns why `number` objects are too few, or "". More than the count are correct."""
     return f"expected {clause.name}>={clause.count}, found {number}" if number < clause.count else ""
 
 
 def _wrong_colour(clause: Clause, picture: Picture, best: Int[np.ndarray, " k"]) -> str:
-    """The reason why the best boxes have not the colour that the clause asks for, or ""."""
+    """Returns why the best boxes do not have the colour that the clause asks for, or ""."""
     if clause.colour is None:
         return ""
     if clause.name not in picture.colours:
@@ -144,7 +144,7 @@ def _wrong_colour(clause: Clause, picture: Picture, best: Int[np.ndarray, " k"])
 
 
 def _wrong_position(clause: Clause, found: Float32[np.ndarray, "k 5"], groups: Sequence[np.ndarray | None]) -> str:
-    """The reason why a box is not where the clause asks for, of the first pair of box and target that fails; or ""."""
+    """Returns why the first pair of box and target that fails does not stand as the clause asks for; or ""."""
     if clause.relation is None:
         return ""
     targets = groups[clause.target]
@@ -159,7 +159,7 @@ def _wrong_position(clause: Clause, found: Float32[np.ndarray, "k 5"], groups: S
 
 
 def summarize(verdicts: Iterable[Verdict]) -> dict:
-    """The share of right pictures of each task, and `overall`: the mean of those shares, whatever the tasks' sizes."""
+    """Returns the share of correct images of each task, and `overall`, their mean, not weighted by tasks' sizes."""
     tasks: dict[str, list[bool]] = {}
     for verdict in verdicts:
         tasks.setdefault(verdict.tag, []).append(verdict.correct)

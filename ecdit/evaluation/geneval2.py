@@ -31,7 +31,7 @@ class Prompt:
 
 
 def read_benchmark(path: Path) -> list[Prompt]:
-    """The prompts of geneval2_data.jsonl: lines {"prompt", "atom_count", "vqa_list", "skills"}.
+    """Returns the prompts of geneval2_data.jsonl: lines {"prompt", "atom_count", "vqa_list", "skills"}.
 
     Raises:
       UserError: a line is unreadable, lacks a key or has a value that is not allowed; or a prompt stands twice.
@@ -52,7 +52,7 @@ def read_benchmark(path: Path) -> list[Prompt]:
 
 
 def read_answers(path: Path, benchmark: Sequence[Prompt]) -> dict[str, list[float]]:
-    """The scores of each prompt: lines {"prompt", "scores"} in any order.
+    """Returns the scores of each prompt: lines {"prompt", "scores"} in any order.
 
     Raises:
       UserError: a line is unreadable, lacks a key or has a value that is not allowed; a prompt is not the benchmark's,
@@ -78,14 +78,14 @@ def read_answers(path: Path, benchmark: Sequence[Prompt]) -> dict[str, list[floa
 
 
 def geometric_mean(scores: Sequence[float]) -> float:
-    """The geometric mean, by logarithms in float64: the product of ten scores of 1e-34 would underflow to 0."""
+    """Returns the geometric mean, by logarithms in float64: the product of ten scores of 1e-34 would underflow to 0."""
     if min(scores) == 0:
         return 0.0
     return float(np.exp(np.mean(np.log(np.asarray(scores, np.float64)))))
 
 
 def summarize(benchmark: Sequence[Prompt], answers: Mapping[str, Sequence[float]]) -> dict:
-    """`am` and `gm`, `skills` and `atomicity`, from 0 to 100.
+    """Returns `am` and `gm`, `skills` and `atomicity`, from 0 to 100.
 
     `am` and `gm` are means over prompts of the arithmetic and the geometric mean of a prompt's scores. `skills` has the
     mean over all questions of a skill, and `atomicity` the mean of the geometric means by atom count.

@@ -1,4 +1,4 @@
-"""The lines that GenEval's scorer reads: a picture's metadata and what a detector found in it."""
+"""The lines that GenEval's scorer reads: an image's metadata and what a detector found in it."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from ecdit.evaluation.json_lines import at_line, is_number, read_lines, require,
 
 
 def judge_lines(path: Path) -> list[Verdict]:
-    """The verdict on each line {"filename", "metadata", "detections", "colors"} of a file, in its order.
+    """Returns the verdict on each line {"filename", "metadata", "detections", "colors"} of a file, in its order.
 
     Raises:
       UserError: a line is unreadable, lacks a key or has a value that is not allowed; or a filename stands twice.
@@ -29,7 +29,7 @@ def judge_lines(path: Path) -> list[Verdict]:
 
 
 def picture_of(values: dict[str, Any]) -> Picture:
-    """The picture that a line's object describes.
+    """Returns the image that a line's object describes.
 
     Raises:
       UserError: a key is missing, or has a value that is not allowed.
@@ -62,7 +62,7 @@ def _clauses(metadata: dict[str, Any], key: str, known: tuple[str, ...]) -> tupl
     for i, values in enumerate(take(metadata, key, list, "metadata.")):
         name = f"metadata.{key}[{i}]"
         require(isinstance(values, dict), name, values, "must be an object")
-        for unknown in set(values) - set(known):  # it would be ignored, and the picture pass
+        for unknown in set(values) - set(known):  # it would be ignored, and the image pass
             raise UserError(f"{name}.{unknown} = {values[unknown]!r}: unknown key; there are {', '.join(known)}")
         _require_class(f"{name}.class", take(values, "class", str, f"{name}."))
         count = take(values, "count", int, f"{name}.")
@@ -77,7 +77,7 @@ def _clauses(metadata: dict[str, Any], key: str, known: tuple[str, ...]) -> tupl
 
 
 def _position(name: str, value: Any, index: int) -> tuple[str, int]:
-    """The relation and the number of the clause that it refers to, which must come before clause `index`."""
+    """Returns the relation and the number of the clause that it refers to, which must come before clause `index`."""
     valid = isinstance(value, list) and len(value) == 2 and value[0] in RELATIONS
     valid = valid and type(value[1]) is int and 0 <= value[1] < index
     allowed = f"must be [relation, number of an earlier clause]; relations: {', '.join(RELATIONS)}"

@@ -65,7 +65,7 @@ def _refuse_constant(constant: str) -> None:
 
 
 def shown(value: Any) -> str:
-    """`value` for a message, cut where it is long."""
+    """Returns `value` for a message, shortened if it is long."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
@@ -77,7 +77,9 @@ def require(condition: bool, key: str, value: Any, allowed: str) -> None:
 
 
 def take(values: dict[str, Any], key: str, kind: type, inside: str = "") -> Any:
-    """`values[key]`, which must be of `kind`; `inside` is the path of `values` for messages, such as "metadata.".
+    """Returns `values[key]`, which must be of `kind`.
+
+    `inside` is the path of `values` for messages, such as "metadata.".
 
     Raises:
       UserError: it is missing, or of another kind. A boolean is no integer.
@@ -110,7 +112,7 @@ def write_results(path: Path, text: str) -> None:
 
 
 def json_text(values: dict[str, Any]) -> str:
-    """`values` as an indented JSON file. JSON has no NaN: a result that has no value is null.
+    """Returns `values` as the text of an indented JSON file. JSON has no NaN: a missing result is null.
 
     Raises:
       ValueError: a number is not finite.

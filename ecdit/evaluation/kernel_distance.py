@@ -17,7 +17,9 @@ def kernel_inception_distance(
     subset_size: int = 1000,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """KID: mean and standard deviation over random subsets of the unbiased squared discrepancy. It can be negative.
+    """Returns KID: mean and standard deviation of the unbiased squared discrepancy of random subsets.
+
+    It can be negative.
 
     Binkowski et al.: Demystifying MMD GANs (arXiv 1801.01401). The kernel is (x . y / D + 1)^3. Each subset takes
     `subset_size` rows of each set without replacement; the choice depends on `seed` alone, and is not that of other
@@ -42,7 +44,7 @@ def kernel_inception_distance(
 
 
 def unbiased_discrepancy(a: Float[np.ndarray, "n D"], b: Float[np.ndarray, "n D"]) -> float:
-    """The squared discrepancy under KID's kernel. A row is not compared with itself, which makes it unbiased."""
+    """Returns the squared discrepancy under KID's kernel, unbiased because no row is compared with itself."""
 
     def kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         return (x @ y.T / x.shape[1] + 1) ** 3
@@ -55,7 +57,9 @@ def unbiased_discrepancy(a: Float[np.ndarray, "n D"], b: Float[np.ndarray, "n D"
 
 
 def clip_discrepancy(features_a: Float[np.ndarray, "N D"], features_b: Float[np.ndarray, "M D"]) -> float:
-    """CMMD: 1000 times the squared discrepancy under a Gaussian kernel of sigma 10, rows compared with themselves too.
+    """Returns CMMD: 1000 times the squared discrepancy under a Gaussian kernel of sigma 10.
+
+    Rows are compared with themselves too.
 
     Jayasumana et al.: Rethinking FID (arXiv 2401.09603). It is defined for CLIP ViT-L/14-336 embeddings of length 1.
 
@@ -68,7 +72,7 @@ def clip_discrepancy(features_a: Float[np.ndarray, "N D"], features_b: Float[np.
 
 
 def _gaussian_mean(x: Float[np.ndarray, "N D"], y: Float[np.ndarray, "M D"]) -> float:
-    """The mean of exp(-|x - y|^2 / (2 sigma^2)) over all pairs."""
+    """Returns the mean of exp(-|x - y|^2 / (2 sigma^2)) over all pairs."""
     squares = np.square(y).sum(axis=1)
     total = 0.0
     for start in range(0, len(x), CHUNK):

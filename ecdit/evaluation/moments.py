@@ -28,7 +28,7 @@ class Moments:
 
 
 def moments(shards: Iterable[Float[np.ndarray, "n D"]]) -> Moments:
-    """The moments of all rows of the shards, of any real dtype, in float64.
+    """Returns the moments of all rows of the shards, of any real dtype, in float64.
 
     Rows are regrouped into blocks of BLOCK, so the result is the same to the last bit however they are split. They are
     shifted by the first block's mean, because sums of squares would lose the digits of a spread that is small beside
@@ -93,7 +93,7 @@ def _check_finite(part: Float[np.ndarray, "m D"], first_row: int) -> None:
 
 
 def read_moments(path: Path) -> Moments:
-    """The moments in an npz file with `mu` and `sigma`, as pytorch-fid writes it; `count` where ours says it.
+    """Returns the moments in an npz file with `mu` and `sigma`, as pytorch-fid writes it; `count` where ours says it.
 
     Raises:
       UserError: it is no such file, or its arrays have the wrong shape, are not finite or not symmetric.

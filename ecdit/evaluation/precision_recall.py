@@ -16,7 +16,7 @@ CHUNK = 1024  # rows of a distance matrix that are computed at once
 def precision_recall(
     generated: Float[np.ndarray, "N D"], real: Float[np.ndarray, "M D"], neighbours: int = NEIGHBOURS
 ) -> tuple[float, float]:
-    """(precision, recall): the shares of generated features in a ball of a real one, and the other way round.
+    """Returns (precision, recall): the shares of generated features in a ball of a real one, and vice versa.
 
     A feature at the radius itself is inside. Distances are Euclidean, in float64.
 
@@ -35,7 +35,7 @@ def precision_recall(
 
 
 def squared_radii(features: Float[np.ndarray, "N D"], neighbours: int) -> Float[np.ndarray, " N"]:
-    """The squared distance of each row to its nearest neighbour number `neighbours`, itself not counted."""
+    """Returns the squared distance of each row to its nearest neighbour number `neighbours`, itself not counted."""
     radii = []
     for start in range(0, len(features), CHUNK):
         distances = _squared_distances(features[start : start + CHUNK], features)
@@ -54,7 +54,7 @@ def _share_inside(
 
 
 def _squared_distances(x: Float[np.ndarray, "n D"], y: Float[np.ndarray, "M D"]) -> Float[np.ndarray, "n M"]:
-    """|x - y|^2 of all pairs; 0 up to rounding is 0, as balls around a row that stands four times have radius 0."""
+    """Returns |x - y|^2 of all pairs, with 0 up to rounding made 0: balls around repeated rows have radius 0."""
     sums = np.square(x).sum(axis=1)[:, None] + np.square(y).sum(axis=1)[None]
     distances = sums - 2 * x @ y.T
     distances[distances < 1e-13 * sums] = 0

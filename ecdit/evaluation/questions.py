@@ -1,4 +1,4 @@
-"""Questions about a picture that depend on each other, as DSG's and DPG-Bench's tables give them, with answers."""
+"""Questions about an image that depend on each other, as DSG's and DPG-Bench's tables give them, with answers."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ class Question:
     description: str = ""  # the table's `tuple`, such as "entity - whole (rubix cube)"
 
     def scores(self) -> list[float]:
-        """1 for each answer that is exactly "yes", 0 for every other one."""
+        """Returns 1 for each answer that is exactly "yes", and 0 for every other one."""
         return [float(answer == "yes") for answer in self.answers]
 
 
@@ -31,13 +31,13 @@ class Item:
     questions: tuple[Question, ...]
 
     def unknown_parents(self) -> list[int]:
-        """The parents that are no question of this item."""
+        """Returns the parents that are not among the questions of this item."""
         known = {question.number for question in self.questions}
         return [parent for question in self.questions for parent in question.parents or () if parent not in known]
 
 
 def parse_parents(cell: str | int) -> tuple[int, ...] | None:
-    """The ids in a cell such as "1,2" of the column `dependency`, or None if one of its parts is no integer.
+    """Returns the ids in a cell such as "1,2" of the column `dependency`, or None if one of its parts is no integer.
 
     0 means that there is no parent, and says nothing beside other ids.
     """
@@ -67,7 +67,7 @@ def read_items(path: Path, answers: str, with_tuple: bool) -> Iterator[tuple[int
 
 
 def item_of(values: dict[str, Any], answers: str, with_tuple: bool) -> Item:
-    """The item that a line's object describes; see `read_items`."""
+    """Returns the item that a line's object describes; see `read_items`."""
     item_id = _text_or_integer(values, "item_id", "")
     listed = take(values, "questions", list)
     require(bool(listed), "questions", listed, "must have one question or more")
@@ -100,5 +100,5 @@ def _question(values: dict[str, Any], answers: str, with_tuple: bool, inside: st
 
 
 def _text_or_integer(values: dict[str, Any], key: str, inside: str) -> str:
-    """`values[key]` as text: tables turned into JSON have integers where the original has text, and the other way."""
+    """Returns `values[key]` as text, because tables turned into JSON may have integers instead of text."""
     return str(values[key]) if type(values.get(key)) is int else take(values, key, str, inside)

@@ -1,8 +1,8 @@
-"""Judges pictures of the `shapes` data from pixels alone: is a caption true of a picture?
+"""Judges images of the `shapes` data from pixels alone: is a caption true of an image?
 
-    picture -> ground -> connected regions that differ from it -> colour, shape and box of each -> GenEval's rules
+    image -> ground -> connected regions that differ from it -> colour, shape and box of each -> GenEval's rules
 
-The judge knows the data's shapes and colours, never the scene that a picture was made from. So samples of a model are
+The judge knows the data's shapes and colours, never the scene that an image was made from. So samples of a model are
 judged as rows of the data are. Its error rates, and how much blur, noise and shift it bears, are in docs/shapes.md.
 """
 
@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from ecdit.data.shape_rendering import coverage
 from ecdit.data.shape_scenes import COLORS, SHAPES, Box, relations
 
-_SMALLEST_AREA = 0.008  # of the picture; the smallest shape of the data, a star, has 0.026
+_SMALLEST_AREA = 0.008  # of the image; the smallest shape of the data, a star, has 0.026
 _GROUND_RADIUS = 60  # levels from the median: textures are within, shapes not
 _BLURS = (0, 1, 2, 4)  # how often a template is blurred: edges may be sharper or softer than the data's
 _WORST_FIT = 0.7  # a region that fits no shape better is none
@@ -37,19 +37,19 @@ class Found:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """Whether a caption is true of a picture, and if not why, one reason a line."""
+    """Whether a caption is true of an image, and if not why, one reason a line."""
 
     correct: bool
     reason: str
 
 
 def judge(image: UInt8[np.ndarray, "H W 3"], metadata: Mapping[str, Any]) -> Verdict:
-    """The verdict on a picture whose caption says what `metadata` does (see `shape_captions.metadata_of`)."""
+    """Returns the verdict on an image whose caption says what `metadata` does (see `shape_captions.metadata_of`)."""
     return verdict(find_objects(image), metadata)
 
 
 def verdict(objects: list[Found], metadata: Mapping[str, Any]) -> Verdict:
-    """GenEval's rules over objects that were found.
+    """Applies GenEval's rules to objects that were found.
 
     An item of `include` asks for `count` shapes of its class: of its colour, if it states one, and all of them in its
     relation to all shapes of its target. An item of `exclude` allows fewer than `count`. Different from GenEval, whose
@@ -88,7 +88,7 @@ def _position_reasons(shape: str, chosen: list[Found], relation: str, targets: l
 
 
 def find_objects(image: UInt8[np.ndarray, "H W 3"]) -> list[Found]:
-    """The shapes of a square picture, largest region first."""
+    """Returns the shapes of a square image, largest region first."""
     pixels = image.astype(np.float64)
     ground = _ground(pixels)
     regions = _regions(_nearest(pixels, ground), _SMALLEST_AREA * pixels.shape[0] * pixels.shape[1])
@@ -110,7 +110,7 @@ def find_objects(image: UInt8[np.ndarray, "H W 3"]) -> list[Found]:
 
 
 def _ground(pixels: Float[np.ndarray, "H W 3"]) -> Float[np.ndarray, "3"]:
-    """The ground's mean colour, by the outermost pixels: shapes leave them free or cover fewer than half."""
+    """Returns the ground's mean colour, by the outermost pixels: shapes leave them free or cover fewer than half."""
     width = max(1, pixels.shape[0] // 32)
     edge = np.ones(pixels.shape[:2], bool)
     edge[width:-width, width:-width] = False
@@ -127,7 +127,7 @@ def _nearest(pixels: Float[np.ndarray, "H W 3"], ground: Float[np.ndarray, "3"])
 
 
 def _regions(mask: Bool[np.ndarray, "H W"], smallest: float) -> list[Bool[np.ndarray, "H W"]]:
-    """The connected regions of a mask, diagonals included, of at least `smallest` pixels, largest first."""
+    """Returns the connected regions of a mask, diagonals included, of at least `smallest` pixels, largest first."""
     labels = _components(mask)
     names, counts = np.unique(labels[mask], return_counts=True)
     order = np.argsort(-counts, kind="stable")
@@ -135,7 +135,7 @@ def _regions(mask: Bool[np.ndarray, "H W"], smallest: float) -> list[Bool[np.nda
 
 
 def _components(mask: Bool[np.ndarray, "H W"]) -> Int[np.ndarray, "H W"]:
-    """A number for each pixel, the same within a connected region: the least index of its pixels."""
+    """Returns a number for each pixel, the same within a connected region: the least index of its pixels."""
     none = mask.size
     labels = np.where(mask, np.arange(mask.size).reshape(mask.shape), none)
     while True:
@@ -148,7 +148,7 @@ def _components(mask: Bool[np.ndarray, "H W"]) -> Int[np.ndarray, "H W"]:
 
 
 def _neighbours(values: np.ndarray, outside: Any) -> list[np.ndarray]:
-    """`values` shifted by each of the nine offsets of up to one pixel."""
+    """Returns `values` shifted by each of the nine offsets of up to one pixel."""
     height, width = values.shape
     padded = np.pad(values, 1, constant_values=outside)
     return [padded[y : y + height, x : x + width] for y in range(3) for x in range(3)]
@@ -161,7 +161,7 @@ def _dilated(mask: Bool[np.ndarray, "H W"]) -> Bool[np.ndarray, "H W"]:
 def _core_color(
     pixels: Float[np.ndarray, "H W 3"], region: Bool[np.ndarray, "H W"], ground: Float[np.ndarray, "3"]
 ) -> Float[np.ndarray, "3"]:
-    """The colour of a region's inside, where no edge mixes it with the ground."""
+    """Returns the colour of a region's inside, where no edge mixes it with the ground."""
     inside = np.all(_neighbours(region, False), axis=0)
     if inside.sum() < 4:  # a thin shape has no inside
         distance = np.where(region, np.square(pixels - ground[None, None]).sum(axis=-1), -1)
@@ -170,7 +170,7 @@ def _core_color(
 
 
 def _color(core: Float[np.ndarray, "3"], ground: Float[np.ndarray, "3"]) -> tuple[str, float]:
-    """Which of COLORS a region's inside has, and its share there: blur mixes a thin shape with up to half ground."""
+    """Returns which of COLORS a region's inside has, and its share there: blur mixes ground into thin shapes."""
     best = ("", 1.0, np.inf)
     for name, color in COLORS.items():
         direction = np.array(color) - ground
@@ -181,7 +181,7 @@ def _color(core: Float[np.ndarray, "3"], ground: Float[np.ndarray, "3"]) -> tupl
 
 
 def _best_shape(share: Float[np.ndarray, "H W"]) -> tuple[str, Box, float]:
-    """The shape whose template fits best, drawn with the region's own area and centre of gravity.
+    """Returns the shape whose template fits best, drawn with the region's own area and centre of gravity.
 
     Both survive blur and noise, where a bounding box would not. Templates are antialiased, or have every pixel filled
     that the shape touches, as some rasterisers do.
@@ -211,7 +211,7 @@ def _best_shape(share: Float[np.ndarray, "H W"]) -> tuple[str, Box, float]:
 
 
 def _extent(mask: Bool[np.ndarray, "H W"], axis: int) -> slice:
-    """The rows (axis 1) or columns (axis 0) of a mask, with two more on either side."""
+    """Returns the rows (axis 1) or columns (axis 0) of a mask, with two more on either side."""
     places = np.flatnonzero(mask.any(axis=axis))
     return slice(max(int(places[0]) - 2, 0), int(places[-1]) + 3) if len(places) else slice(0, 0)
 
@@ -239,7 +239,7 @@ def _unit(shape: str) -> _Unit:
 
 
 def _blurred(values: Float[np.ndarray, "H W"]) -> Float[np.ndarray, "H W"]:
-    """`values` under the 3 x 3 binomial filter; there is nothing outside."""
+    """Returns `values` after a 3 x 3 binomial filter, with zeros outside."""
     rows = values / 2
     rows[1:] += values[:-1] / 4
     rows[:-1] += values[1:] / 4

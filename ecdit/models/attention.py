@@ -124,7 +124,7 @@ def normed_attention(
     angles: Float[Array, "B N pairs"] | None = None,
     mask: Bool[Array, "B 1 M"] | None = None,
 ) -> Float[Array, "B H k N"]:
-    """`attend` with queries and keys RMS-normed over each head, and rotated where there are angles.
+    """Attends with queries and keys RMS-normed over each head, and rotated where there are angles; see `attend`.
 
     Args:
       query: its heads.
@@ -152,7 +152,9 @@ def attend(
     scales: tuple[Float[Array, "B H N"], Float[Array, "B K M"]] | None = None,
     mask: Bool[Array, "#B #N M"] | None = None,
 ) -> Float[Array, "B H k N"]:
-    """softmax(query key / sqrt(k)) value, scores and softmax in float32; query head h reads key head h // (H / K).
+    """Returns softmax(query key / sqrt(k)) value, scores and softmax in float32.
+
+    Query head h reads key head h // (H / K).
 
     Args:
       query: its heads.
@@ -175,13 +177,13 @@ def attend(
 
 
 def to_heads(x: Float[Array, "B N d"], kernel: Float[Array, "d f"]) -> Float[Array, "B f N"]:
-    """x @ kernel, tokens last: one product of all rows, then transposed."""
+    """Returns x @ kernel with tokens last: one product of all rows, then transposed."""
     batch, tokens, width = x.shape
     return (x.reshape(batch * tokens, width) @ kernel).reshape(batch, tokens, -1).swapaxes(1, 2)
 
 
 def from_heads(heads: Float[Array, "B f N"], kernel: Float[Array, "f d"]) -> Float[Array, "B N d"]:
-    """The heads' rows @ kernel."""
+    """Returns the heads' rows @ kernel."""
     batch, width, tokens = heads.shape
     rows = named(heads, "attention_out").swapaxes(1, 2).reshape(batch * tokens, width)
     return (rows @ kernel).reshape(batch, tokens, -1)
@@ -207,10 +209,10 @@ def _join(attended: Float[Array, "B H k N"], kernel: nnx.Param, projections: Pro
 
 
 def _inverse_rms(x: Float[Array, "B H k N"], epsilon: float = NORM_EPSILON) -> Float[Array, "B H N"]:
-    """The factor of an RMSNorm over each head, float32."""
+    """Returns the factor of an RMSNorm over each head, float32."""
     return jax.lax.rsqrt(jnp.square(x.astype(jnp.float32)).mean(axis=2) + epsilon)
 
 
 def _scaled(x: Float[Array, "B H k N"], scale: Float[Array, " k"]) -> Float[Array, "B H k N"]:
-    """The learned scale of an RMSNorm."""
+    """Multiplies by the learned scale of an RMSNorm."""
     return (x.astype(jnp.float32) * scale.astype(jnp.float32)[None, None, :, None]).astype(x.dtype)

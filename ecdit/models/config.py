@@ -49,7 +49,7 @@ class DiTConfig:
     # one_hot: by matrix products, a second opinion on gather
     dispatch: Literal["gather", "one_hot"] = field(metadata=RESUME)
     # The experts' matrices over mesh.fsdp. plain: left to the compiler; scattered: gradients are reduce-scattered by
-    # hand; halves: two chips (mesh.fsdp = 2) exchange halves of matrices behind products with their own. For TPUs.
+    # hand; halves: two chips (mesh.fsdp = 2) send each other their halves while they multiply by their own. For TPUs.
     expert_products: Literal["plain", "scattered", "halves"] = field(metadata=RESUME_OR_PHASE)
     moe_output_norm: Literal["sandwich", "none", "expert"]
     mask_ratio: float = field(metadata=PHASE)  # share of tokens dropped in training
@@ -181,5 +181,5 @@ def check_tuned(config: DiTConfig, mesh: Mesh | AbstractMesh) -> None:
 
 
 def group_size(group: str, num_tokens: int) -> int:
-    """S: the tokens of a group, where an image has `num_tokens`."""
+    """Returns S, the tokens of a group, if an image has `num_tokens`."""
     return num_tokens if group == "image" else int(group)

@@ -29,7 +29,7 @@ class Block(nnx.Module):
     """x + gate norm(f(norm(x) (1 + scale) + shift)) for self-attention and FFN, with cross-attention between them."""
 
     def __init__(self, config: DiTConfig, text_width: int, ffn_multiplier: int | None, rngs: nnx.Rngs):
-        """With an FFN of `ffn_multiplier` times the width, or with experts if that is None."""
+        """Makes a block with an FFN of `ffn_multiplier` times the width, or with experts if that is None."""
         sparse = ffn_multiplier is None
         self.moe_output_norm = config.moe_output_norm if sparse else "sandwich"
         width, heads, kind = config.width, config.heads, config.attention
@@ -51,7 +51,7 @@ class Block(nnx.Module):
         text: TextStates,
         group_size: int,
     ) -> tuple[Float[Array, "B N d"], RoutingReport | None]:
-        """The block's output, and how its tokens were routed if it is sparse; `time` is for decoupled routers alone."""
+        """Returns the output and, from a sparse block, its tokens' routing; only decoupled routers use `time`."""
         if self.table is not None:
             modulation = modulation + self.table[...][None]
         modulation = modulation.astype(x.dtype)
@@ -166,7 +166,7 @@ class DiT(nnx.Module):
         return {"router_grad_norm": router_grad_norm(gradients)}
 
     def _tokens_and_group(self, mode: Mode) -> tuple[int, str]:
-        """The tokens of an image that the first blocks see, and how many compete for experts."""
+        """Returns the tokens of an image that the first blocks see, and how many compete for experts."""
         if mode == "train":
             return self.config.num_kept, self.config.group
         return self.config.num_tokens, self.config.sampling_group
@@ -200,7 +200,7 @@ class DiT(nnx.Module):
         modulation = _modulate(condition, self.modulation, self.modulation_bias)
         text = text._replace(states=text.states.astype(dtype))
 
-        places = grid_positions(config.grid, config.width) * config.absolute_positions
+        places = grid_positions(config.grid, config.width) * float(config.absolute_positions)
         places = places.astype(dtype)[None]
         with jax.named_scope("head"):
             x = self.patches(patchify(latents, config.patch_size).astype(dtype)) + places
@@ -230,7 +230,7 @@ class DiT(nnx.Module):
     def condition(
         self, time: Float[Array, " B"], text: TextStates, size_crop: Float[Array, "B 4"], dtype: jnp.dtype
     ) -> tuple[Float[Array, "B d"], Float[Array, "B d"]]:
-        """The time's normed embedding, and SiLU of its sum with those of pooled caption and micro-conditions.
+        """Returns the time's normed embedding, and SiLU of its sum with those of pooled caption and micro-conditions.
 
         Source: arXiv 2412.07730.
         """
@@ -245,9 +245,9 @@ class DiT(nnx.Module):
 
     @jax.named_scope("head")
     def velocity(self, x: Float[Array, "B N d"], condition: Float[Array, "B d"]) -> Float[Array, "B N p"]:
-        """The head: a modulated norm and a linear map, zero at the start."""
+        """Applies the head, a modulated norm and a linear map; the result is zero at initialisation."""
         shift, scale = jnp.split(_modulate(condition, self.head_modulation, self.head_modulation_bias), 2, axis=1)
-        # In float32: guidance takes differences of velocities, which bfloat16 would have rounded away.
+        # In float32, because guidance takes differences of velocities, and bfloat16 would round them away.
         return self.head(layer_norm(x.astype(jnp.float32)) * (1 + scale) + shift)
 
 
@@ -258,7 +258,7 @@ def kept_tokens(key: Key[Array, ""], config: DiTConfig) -> Int[Array, " M"]:
 
 
 def _block_table(config: DiTConfig, rngs: nnx.Rngs) -> nnx.Param:
-    """(shift, scale, gate) x 2 that a block adds to the shared modulation: 0, and `gate_init` for the gates."""
+    """Makes the (shift, scale, gate) x 2 that a block adds to the modulation: 0, and `gate_init` for the gates."""
 
     def init(_: jax.Array, shape: Sequence[int], dtype: Any) -> jax.Array:
         return jnp.broadcast_to(jnp.array([0.0, 0.0, config.gate_init] * 2, dtype)[:, None], shape)
@@ -267,7 +267,7 @@ def _block_table(config: DiTConfig, rngs: nnx.Rngs) -> nnx.Param:
 
 
 def _modulate(condition: Float[Array, "B d"], kernel: nnx.Param, bias: nnx.Param) -> Float[Array, "B rows d"]:
-    """In float32, as its gradient is a sum over all blocks."""
+    """Returns `rows` modulation vectors in float32, because their gradient is a sum over all blocks."""
     modulation = jnp.einsum("bd,dre->bre", condition, kernel[...].astype(condition.dtype)).astype(jnp.float32)
-    modulation = constrain(modulation, "batch", None, None)  # small: every use of it would gather tokens instead
+    modulation = constrain(modulation, "batch", None, None)  # small, whereas each use of it would gather tokens instead
     return modulation + bias[...].astype(jnp.float32)[None]

@@ -1,7 +1,7 @@
 """Counts the floating-point operations of the denoiser, part by part, from its config alone.
 
-A multiply-add counts as two operations, and only matrix products and attention count: what is left (norms, softmax,
-GELU, gates, positions) is a few per cent. Nor do the products of dispatch = "one_hot", which only move tokens.
+A multiply-add counts as two operations, and only matrix products and attention count: the rest (norms, softmax,
+GELU, gates, positions) is a few per cent. The products of dispatch = "one_hot" do not count: they only move tokens.
 Axes: N tokens of an image, M kept tokens, L text tokens, t text width, d width, f hidden width, E experts, C capacity.
 """
 
@@ -14,7 +14,7 @@ from ecdit.models.moe import TOKEN_CHOICES, capacity
 def denoiser_parts(
     config: DiTConfig, text_width: int, text_length: int, tokens: int, group: str
 ) -> tuple[PartFlops, ...]:
-    """What one forward pass of the DiT does for one image.
+    """Returns the work of one forward pass of the DiT on one image.
 
     Args:
       config: the denoiser's.

@@ -15,11 +15,12 @@ Initializer = Callable[[jax.Array, Sequence[int], Any], jax.Array]
 
 zeros = jax.nn.initializers.zeros
 xavier = jax.nn.initializers.xavier_uniform()
-# For [E, in, out]: every expert is drawn as if it were alone.
+# For [E, in, out]: draws every expert as if it were alone.
 xavier_experts = jax.nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", in_axis=-2, out_axis=-1, batch_axis=0)
 
-# What the backward pass finds saved; the rest it computes again. All save "routing": see moe.MixtureOfExperts.
-# Products with a batch dimension (the expert, or image and head) are not saved as such, but by name.
+# What the forward pass saves for the backward pass, which recomputes the rest. Every policy saves "routing": see
+# moe.MixtureOfExperts.
+# Products with a batch dimension (the expert, or image and head) are saved by name only.
 SAVED_NAMES = ("routing", "norm", "attention_out", "expert_in", "expert_hidden", "expert_out", "expert_sum")
 ON_CHIP = ("routing", "norm")  # where the others are offloaded to the host
 REMAT_POLICIES = {
@@ -40,7 +41,7 @@ REMAT_POLICIES = {
 
 
 def param(rngs: nnx.Rngs, init: Initializer, shape: Sequence[int], axes: Sequence[str]) -> nnx.Param:
-    """A float32 parameter whose dimensions have the logical `axes` (see partitioning.AXIS_RULES)."""
+    """Makes a float32 parameter whose dimensions have the logical `axes` (see partitioning.AXIS_RULES)."""
     return nnx.Param(init(rngs.params(), tuple(shape), jnp.float32), out_sharding=tuple(axes))
 
 
@@ -78,17 +79,20 @@ class Mlp(nnx.Module):
 
 
 def layer_norm(x: Float[Array, "*b d"], epsilon: float = NORM_EPSILON) -> Float[Array, "*b d"]:
-    """LayerNorm without parameters, computed in float32, returned in the dtype of x."""
+    """Applies LayerNorm without parameters, in float32; returns the dtype of x."""
     y = x.astype(jnp.float32)
     # Both moments in one pass over x: the centred form reads it twice, which costs more than the norm's arithmetic.
     mean, square = y.mean(axis=-1, keepdims=True), jnp.square(y).mean(axis=-1, keepdims=True)
-    mean, square = named(mean, "norm"), named(square, "norm")  # small, and else another pass in the backward pass
+    mean, square = (
+        named(mean, "norm"),
+        named(square, "norm"),
+    )  # small; unsaved they would cost the backward pass another pass over x
     variance = jnp.maximum(square - jnp.square(mean), 0.0)
     return ((y - mean) * jax.lax.rsqrt(variance + epsilon)).astype(x.dtype)
 
 
 def stack(make: Callable[[nnx.Rngs], Block], count: int, rngs: nnx.Rngs) -> Block:
-    """`count` independently initialised blocks as one whose parameters have a leading "layers" axis."""
+    """Makes `count` independently initialised blocks as one, whose parameters have a leading "layers" axis."""
 
     @nnx.split_rngs(splits=count)
     @nnx.vmap(in_axes=0, out_axes=0, transform_metadata={nnx.PARTITION_NAME: "layers"})
@@ -103,8 +107,8 @@ def scan_stack(
 ) -> tuple[Any, Any]:
     """Runs the blocks of a `stack` in order: apply(block, carry) -> (carry, output); outputs are stacked.
 
-    `remat` names a policy of REMAT_POLICIES for what the backward pass finds saved; `unroll` is how many blocks one
-    iteration of the loop runs.
+    `remat` names the policy of REMAT_POLICIES that says what is saved for the backward pass; `unroll` is the number of
+    blocks in one iteration of the loop.
     """
     graphdef, params = nnx.split(blocks)
 

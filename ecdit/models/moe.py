@@ -34,7 +34,7 @@ TOKEN_CHOICES = 2
 
 
 class RoutingReport(NamedTuple):
-    """What one sparse layer did with its tokens (with a leading layer axis where layers are stacked)."""
+    """How one sparse layer routed its tokens (with a leading layer axis if layers are stacked)."""
 
     experts_per_token: Int[Array, "B N"]  # int32
     balance_loss: Float[Array, " G"]  # unweighted, float32
@@ -43,7 +43,7 @@ class RoutingReport(NamedTuple):
 
 
 def capacity(config: DiTConfig, group_size: int) -> int:
-    """C: the slots of an expert in a group of `group_size` tokens."""
+    """Returns C, the slots of an expert in a group of `group_size` tokens."""
     if config.ffn == "expert_choice":
         return expert_capacity(group_size, config.num_experts, config.capacity_factor)
     return (
@@ -52,14 +52,14 @@ def capacity(config: DiTConfig, group_size: int) -> int:
 
 
 class FeedForward(nnx.Module):
-    """GELU(x W1) W2 without biases: what each expert is, too."""
+    """GELU(x W1) W2 without biases. Each expert is one too."""
 
     def __init__(self, width: int, hidden: int, rngs: nnx.Rngs):
         self.up = param(rngs, xavier, (width, hidden), ("embed", "mlp"))
         self.down = param(rngs, xavier, (hidden, width), ("mlp", "embed"))
 
     def __call__(self, x: Float[Array, "B N d"]) -> Float[Array, "B N d"]:
-        """Maps every token alone, in the dtype of x."""
+        """Maps each token independently, in the dtype of x."""
         tokens = x.reshape(-1, x.shape[-1])  # flat: see MixtureOfExperts.experts
         hidden = gelu(tokens @ self.up[...].astype(x.dtype))
         hidden = constrain(hidden, "batch", "mlp")
@@ -90,19 +90,20 @@ class MixtureOfExperts(nnx.Module):
         """Routes the tokens of x, regrouped row by row to (B N / group_size, group_size, d).
 
         Args:
-          x: what the experts see, and the router where its input is "modulated".
+          x: input of the experts, and of a "modulated" router.
           group_size: tokens that compete for experts.
-          decoupled: what a "decoupled" router sees: tokens, and the time's embedding.
+          decoupled: input of a "decoupled" router: tokens, and the time's embedding.
 
-        Returns the branch's output in the dtype of x, exactly 0 for a token that no expert took unless there are shared
-        experts, and the report.
+        Returns:
+          The branch's output in the dtype of x, and the report. Without shared experts, the output is exactly 0 for a
+          token that no expert took.
         """
         config = self.config
         grouped = x.reshape(-1, group_size, x.shape[-1])
         grouped = constrain(grouped, "batch", None, None)  # a device routes the groups of its own images
         logits = self.router_logits(x, decoupled).reshape(-1, group_size, config.num_experts)
-        # Softmax over experts, transpose, top-k: gates and indices of tokens, (G, E, C). They are saved whatever else
-        # is recomputed: rounded differently, a second routing could differ from the first.
+        # Softmax over experts, transpose, top-k: gates and indices of tokens, (G, E, C). Every remat policy saves them:
+        # a recomputed routing, rounded differently, could differ from the first.
         routing = jax.tree.map(lambda x: named(x, "routing"), self.route(logits))
         dispatch, combine = DISPATCHES[config.dispatch]
         slots = on_each_shard(dispatch, (0, 0), out_dim=1)(grouped, routing)  # the experts' tokens, (E, G, C, d)
@@ -116,7 +117,9 @@ class MixtureOfExperts(nnx.Module):
             routing.drop_rate,
             jnp.square(jax.nn.logsumexp(logits, axis=-1)).mean(axis=-1),
         )
-        output = named(combined.reshape(x.shape).astype(x.dtype), "expert_sum")  # else its exchange is done again
+        output = named(
+            combined.reshape(x.shape).astype(x.dtype), "expert_sum"
+        )  # otherwise the backward pass repeats its all-to-all
         if config.num_shared_experts:
             shared = self.shared(x)
             output = output + (layer_norm(shared) if config.moe_output_norm == "expert" else shared)
@@ -126,7 +129,7 @@ class MixtureOfExperts(nnx.Module):
     def router_logits(
         self, x: Float[Array, "B N d"], decoupled: tuple[Float[Array, "B N d"], Float[Array, "B d"]] | None
     ) -> Float[Array, "B N E"]:
-        """Of the router, float32; where it is decoupled, a map of (time, tokens) (arXiv 2604.12163)."""
+        """Returns float32 logits; a decoupled router maps tokens and time (arXiv 2604.12163)."""
         if self.config.router_input == "modulated":
             return _project_float32(x, self.router)
         assert decoupled is not None  # or the router would be "modulated"
@@ -135,7 +138,7 @@ class MixtureOfExperts(nnx.Module):
 
     @jax.named_scope("router")
     def route(self, logits: Float[Array, "G S E"]) -> Routing:
-        """The routing of grouped tokens; softmax and top-k in float32."""
+        """Routes grouped tokens; softmax and top-k are in float32."""
         config, group_size = self.config, logits.shape[1]
         slots = capacity(config, group_size)
 
@@ -151,7 +154,7 @@ class MixtureOfExperts(nnx.Module):
         return on_each_shard(rule)(logits)
 
     def experts(self, slots: Float[Array, "E G C d"], gate: Float[Array, "G E C"]) -> Float[Array, "E G C d"]:
-        """Every expert's FFN on its own slots, normed where the config says so, times the gates."""
+        """Applies each expert to its slots, norms the results if the config says so, and multiplies by the gates."""
         up, down = self.up[...].astype(slots.dtype), self.down[...].astype(slots.dtype)
         # Groups and slots as one axis T: with two of them, XLA's CPU compiler fuses the GELU's derivative with a
         # transpose for the weight gradient, which takes more than twice the time.
@@ -160,16 +163,16 @@ class MixtureOfExperts(nnx.Module):
         outputs = named(outputs, "expert_out").reshape(slots.shape)
         if self.config.moe_output_norm == "expert":
             outputs = layer_norm(outputs)
-        # Gates go to the experts, so that their gradient needs no second exchange of the outputs.
+        # Gates go to the experts, so that their gradient needs no second all-to-all of the outputs.
         gate = _to_experts(constrain(gate.swapaxes(0, 1), None, "batch", None))
         outputs = (outputs.astype(jnp.float32) * gate[..., None]).astype(outputs.dtype)
-        return outputs if self.config.expert_products == "plain" else tuned.barrier_before_exchange(outputs)
+        return outputs if self.config.expert_products == "plain" else tuned.barrier_before_all_to_all(outputs)
 
 
 def expert_products(
     slots: Float[Array, "E T d"], up: Float[Array, "E d f"], down: Float[Array, "E f d"]
 ) -> Float[Array, "E T d"]:
-    """GELU(slots up) down for every expert, without biases; the compiler chooses how to exchange sharded matrices."""
+    """Returns GELU(slots up) down for every expert, without biases; the compiler chooses how to gather the matrices."""
     hidden = jnp.einsum("etd,edf->etf", named(slots, "expert_in"), up)
     # Hidden units are where their slots are; `fsdp` splits the matrices alone.
     hidden = constrain(gelu(named(hidden, "expert_hidden")), "experts", "expert_groups", "mlp")
@@ -179,17 +182,17 @@ def expert_products(
 EXPERT_PRODUCTS = {"plain": expert_products, "scattered": tuned.scattered, "halves": tuned.halves}
 
 
-# An exchange of tokens is a pair of constraints: slots where their groups are, then where their experts are, or the
-# other way round. With one of the two alone the compiler may gather every token everywhere instead.
+# Tokens travel by a pair of constraints: slots are with their groups, then with their experts, or the other way round.
+# From one constraint alone the compiler may instead gather all tokens on every device.
 
 
 def _to_experts(x: Float[Array, "E G C *d"]) -> Float[Array, "E G C *d"]:
-    """Sends slots to where their experts are; `on_each_shard` or a constraint says that they are with their groups."""
+    """Sends slots to the devices of their experts; `on_each_shard` or a constraint has put them with their groups."""
     return constrain(x, "experts", "expert_groups", *[None] * (x.ndim - 2))
 
 
 def _to_groups(x: Float[Array, "E G C d"]) -> Float[Array, "E G C d"]:
-    """Sends slots back to where their groups are."""
+    """Sends slots back to the devices of their groups."""
     return constrain(constrain(x, "experts", "expert_groups", None, None), None, "batch", None, None)
 
 
@@ -200,8 +203,8 @@ def _project_float32(x: Float[Array, "B N d"], kernel: nnx.Param) -> Float[Array
 
 
 def gather(x: Float[Array, "G S d"], routing: Routing) -> Float[Array, "E G C d"]:
-    """The token of every slot, by index."""
-    # Rows of one flat array, in the order that they leave in: a gather inside each group is transposed afterwards.
+    """Returns the token of every slot, by index."""
+    # Takes rows of one flat array in output order: a gather inside each group would need a transpose afterwards.
     return jnp.take(x.reshape(-1, x.shape[-1]), _flat_index(routing, x.shape[1]), axis=0, mode="clip")
 
 
@@ -213,13 +216,13 @@ def scatter(y: Float[Array, "E G C d"], routing: Routing, group_size: int) -> Fl
 
 
 def _flat_index(routing: Routing, group_size: int) -> Int[Array, "E G C"]:
-    """The token of every slot, among those of all groups."""
+    """Returns the token of every slot, among those of all groups."""
     first = jnp.arange(routing.index.shape[0], dtype=jnp.int32) * group_size
     return jnp.swapaxes(routing.index + first[:, None, None], 0, 1)
 
 
 def one_hot_dispatch(x: Float[Array, "G S d"], routing: Routing) -> Float[Array, "E G C d"]:
-    """`gather` as a matrix product, except that slots which took no token get zeros.
+    """Does what `gather` does as a matrix product, except that slots which took no token get zeros.
 
     It stays as a second opinion on `gather`, and for compilers that price gathers badly.
     """
@@ -228,7 +231,7 @@ def one_hot_dispatch(x: Float[Array, "G S d"], routing: Routing) -> Float[Array,
 
 
 def one_hot_combine(y: Float[Array, "E G C d"], routing: Routing, group_size: int) -> Float[Array, "G S d"]:
-    """`scatter` as a matrix product that accumulates in float32."""
+    """Does what `scatter` does as a matrix product that accumulates in float32."""
     chosen = jax.nn.one_hot(routing.index, group_size, dtype=y.dtype) * routing.taken[..., None].astype(y.dtype)
     return jnp.einsum("gecs,egcd->gsd", chosen, y, preferred_element_type=jnp.float32)
 

@@ -24,7 +24,7 @@ class Routing(NamedTuple):
 
 
 def expert_capacity(group_size: int, num_experts: int, capacity_factor: float) -> int:
-    """C = clip(ceil(S f_c / E), 1, S): the slots of an expert in a group. The effective factor is E C / S."""
+    """Returns C = clip(ceil(S f_c / E), 1, S), the slots of an expert in a group. The effective factor is E C / S."""
     # A product such as 1.1 * 10 is 11.000000000000002 in binary: it must not round up to one more slot.
     return min(max(math.ceil(group_size * capacity_factor / num_experts - 1e-9), 1), group_size)
 
@@ -32,10 +32,10 @@ def expert_capacity(group_size: int, num_experts: int, capacity_factor: float) -
 def expert_choice(
     router_logits: Float[Array, "G S E"], capacity: int, token_mask: Bool[Array, "G S"] | None = None
 ) -> Routing:
-    """Each expert takes the `capacity` tokens of a group for which its softmax affinity is highest.
+    """Routes so that each expert takes the `capacity` tokens of a group for which its softmax affinity is highest.
 
     Ties go to the lowest index. The gate is the affinity itself, not renormalised. Gradients reach the logits through
-    the gates. `token_mask` is for padded tokens: nobody takes those for which it is False.
+    the gates. `token_mask` is for padded tokens: no expert takes a token for which it is False.
 
     Raises:
       ValueError: capacity is not in 1..S.
@@ -57,10 +57,10 @@ def token_choice(
     token_mask: Bool[Array, "G S"] | None = None,
     num_choices: int = 2,
 ) -> Routing:
-    """Each token chooses its `num_choices` best experts; an expert takes up to `capacity` of those who chose it.
+    """Routes so that each token chooses its `num_choices` best experts; an expert takes at most `capacity` of them.
 
-    Gates are renormalised over a token's choices (also where one of them is dropped). All first choices are placed
-    before second ones; within a choice the higher affinity goes first: position would drop the bottom of every image.
+    Gates are renormalised over a token's choices, even if one of them is dropped. All first choices are placed before
+    second ones; within a choice the higher affinity goes first. (By position, the bottom of every image would drop.)
     The balance loss of a group is E * sum_e f_e p_e, with f_e the share of tokens whose first choice is e and p_e
     the mean affinity (arXiv 2006.16668, Algorithm 1): 1 when balanced.
 
@@ -72,12 +72,13 @@ def token_choice(
     if not 1 <= num_choices <= num_experts:
         raise ValueError(f"num_choices = {num_choices}: must be in 1..{num_experts}, the number of experts")
     mask = jnp.ones((num_groups, group_size), bool) if token_mask is None else token_mask
+    mask = mask.astype(jnp.float32)
     affinity = jax.nn.softmax(router_logits.astype(jnp.float32), axis=-1)
     chosen_affinity, chosen = jax.lax.top_k(affinity, num_choices)  # (G, S, K)
     chosen_gate = chosen_affinity / chosen_affinity.sum(axis=-1, keepdims=True)
     choice = jax.nn.one_hot(chosen, num_experts, dtype=jnp.float32) * mask[:, :, None, None]  # (G, S, K, E)
 
-    # The k-th choices get priorities in (-k, 1 - k], so that no k-th choice comes before a (k-1)-th one.
+    # The k-th choices (from 0) get priorities in (-k, 1 - k], so that no k-th choice comes before a (k-1)-th one.
     priority = chosen_affinity - jnp.arange(num_choices, dtype=jnp.float32)[None, None, :]
     priority = jnp.where(choice > 0, priority[..., None], -jnp.inf).max(axis=2)  # (G, S, E)
     best, index = jax.lax.top_k(jax.lax.stop_gradient(priority).swapaxes(1, 2), capacity)
@@ -85,16 +86,16 @@ def token_choice(
     gates = jnp.einsum("gsk,gske->ges", chosen_gate, choice)
     gate = jnp.where(taken, jnp.take_along_axis(gates, index, axis=2), 0.0)
 
-    tokens = jnp.maximum(mask.sum(axis=1).astype(jnp.float32), 1.0)  # (G,)
+    tokens = jnp.maximum(mask.sum(axis=1), 1.0)  # (G,)
     first_share = choice[:, :, 0].sum(axis=1) / tokens[:, None]
     mean_affinity = (affinity * mask[..., None]).sum(axis=1) / tokens[:, None]
     balance_loss = num_experts * (first_share * mean_affinity).sum(axis=-1)
-    drop_rate = 1.0 - taken.sum(axis=(1, 2)) / (tokens * num_choices)
+    drop_rate = 1.0 - taken.sum(axis=(1, 2)).astype(jnp.float32) / (tokens * num_choices)
     return Routing(jnp.where(taken, index, 0), gate, taken, balance_loss, drop_rate)
 
 
 def renormalize_gates(routing: Routing, group_size: int, scale: float) -> Routing:
-    """The same slots, with gates that sum to `scale` for every token that an expert took (arXiv 2604.12163)."""
+    """Returns the same slots, with gates that sum to `scale` for every token that an expert took (arXiv 2604.12163)."""
 
     def renormalize(gate: Float[Array, "E C"], index: Int[Array, "E C"]) -> Float[Array, "E C"]:
         total = jnp.zeros(group_size, jnp.float32).at[index].add(gate)
@@ -104,7 +105,7 @@ def renormalize_gates(routing: Routing, group_size: int, scale: float) -> Routin
 
 
 def experts_per_token(routing: Routing, group_size: int) -> Int[Array, "G S"]:
-    """How many experts took each token, int32: 0 means that the branch gives it exactly 0."""
+    """Returns how many experts took each token, int32: 0 means that the branch gives it exactly 0."""
 
     def count(index: Int[Array, "E C"], taken: Bool[Array, "E C"]) -> Int[Array, " S"]:
         return jnp.zeros(group_size, jnp.int32).at[index].add(taken.astype(jnp.int32))

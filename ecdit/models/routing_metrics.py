@@ -1,4 +1,4 @@
-"""What a denoiser with experts reports of its routing, and what it adds to the loss for it.
+"""The routing metrics of a denoiser with experts, and the auxiliary losses of its routing.
 
 Axes: P sparse layers, B batch, N tokens of an image.
 """

@@ -48,7 +48,7 @@ class TrainConfig:
     replay_every: int = field(metadata=RESUME)
     # steps between printed lines and TensorBoard's points; metrics.jsonl has every step
     log_every: int = field(metadata=RESUME)
-    pictures_every: int = field(metadata=RESUME)  # steps between pictures of samples; 0 for those at the end alone
+    pictures_every: int = field(metadata=RESUME)  # steps between images of samples; 0 for those at the end alone
     profile_start: int = field(metadata=RESUME)  # the first step to trace, from 1
     profile_steps: int = field(metadata=RESUME)  # steps to trace; 0 for none
     wandb_project: str = field(metadata=RESUME)  # of Weights & Biases; "" for none

@@ -25,7 +25,7 @@ def cudnn_attention(
     mask: Bool[Array, "B 1 M"] | None = None,
     implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> Float[Array, "B H k N"]:
-    """As `attention.normed_attention`; queries and keys are rounded to their dtype after norm and rotation.
+    """Computes `attention.normed_attention`, with queries and keys rounded to their dtype after norm and rotation.
 
     The mask must hide the end of a row and nothing else, as that of a padded caption does: cuDNN takes lengths.
     `implementation` "xla" is the same call without the kernel, which needs no GPU and takes float32 too.
@@ -40,23 +40,23 @@ def cudnn_attention(
 def _attend(
     query: Array, key: Array, value: Array, lengths: Int[Array, " B"] | None, implementation: Literal["cudnn", "xla"]
 ) -> Array:
-    """cuDNN's own order of axes is [B, N, H, k]."""
+    """Calls the kernel, whose order of axes is [B, N, H, k]."""
     query, key, value = (jnp.transpose(x, (0, 3, 1, 2)) for x in (query, key, value))
     out = jax.nn.dot_product_attention(query, key, value, key_value_seq_lengths=lengths, implementation=implementation)
     return jnp.transpose(out, (0, 2, 3, 1))
 
 
 def _on_shards(function: Callable[..., Array]) -> Callable[..., Any]:
-    """`function` of each device's images and heads: what to do with a kernel of its own the compiler cannot tell."""
+    """Maps `function` over each device's images and heads, because the compiler cannot shard a custom kernel itself."""
     if jax.sharding.get_abstract_mesh().empty:
         return function
     heads, images = PartitionSpec(AXIS_RULES["batch"], AXIS_RULES["heads"]), PartitionSpec(AXIS_RULES["batch"])
-    # What a kernel's results vary over cannot be told by looking at it.
+    # JAX cannot infer over which mesh axes a kernel's results vary.
     return jax.shard_map(function, in_specs=(heads, heads, heads, images), out_specs=heads, check_vma=False)
 
 
 def _normed(x: Float[Array, "B H k N"], scale: Float[Array, " k"]) -> Float[Array, "B H k N"]:
-    """RMSNorm over each head, computed in float32."""
+    """Applies RMSNorm over each head, in float32."""
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(jnp.square(y).mean(axis=2, keepdims=True) + NORM_EPSILON)
     return (y * scale.astype(jnp.float32)[None, None, :, None]).astype(x.dtype)

@@ -1,4 +1,4 @@
-"""The experts' products for TPUs: gradients reduce-scattered over `fsdp` by hand, or matrices exchanged by halves.
+"""The experts' products for TPUs: with gradients reduce-scattered over `fsdp` by hand, or matrices sent by halves.
 
 Both do what `moe.expert_products` does; `model.expert_products` chooses. They save slots as the all-to-all wrote them
 (see `saved_product`).
@@ -26,7 +26,7 @@ _DOWN = ("experts", "expert_mlp", "expert_embed")
 def scattered(
     slots: Float[Array, "E T d"], up: Float[Array, "E d f"], down: Float[Array, "E f d"]
 ) -> Float[Array, "E T d"]:
-    """The compiler gathers the matrices over `fsdp`; their gradients are reduce-scattered by hand."""
+    """Lets the compiler gather the matrices over `fsdp`, and reduce-scatters their gradients by hand."""
     saved = named(slots, "expert_in")
     hidden: Any = saved_product(slots, saved, up, ("etd,edf->etf", "etf,edf->etd"), up_gradient)
     hidden = constrain(gelu(named(hidden, "expert_hidden")), *_HIDDEN)
@@ -36,7 +36,7 @@ def scattered(
 def halves(
     slots: Float[Array, "E T d"], up: Float[Array, "E d f"], down: Float[Array, "E f d"]
 ) -> Float[Array, "E T d"]:
-    """Two chips share a matrix (`fsdp` is 2): each multiplies by its own half while the other half is on its way.
+    """Multiplies by the chip's own half of a matrix while the other half is on its way (`fsdp` is 2).
 
     A TPU hides a gather behind a matrix product only, and the first product would need the gathered matrix. Each half
     of the second product is rounded to the dtype of the slots.
@@ -56,8 +56,8 @@ def halves(
     return run(slots, named(slots, "expert_in"), up, down)
 
 
-def barrier_before_exchange(outputs: Float[Array, "E G C d"]) -> Float[Array, "E G C d"]:
-    """The experts' gated outputs, behind a barrier.
+def barrier_before_all_to_all(outputs: Float[Array, "E G C d"]) -> Float[Array, "E G C d"]:
+    """Returns the experts' gated outputs, behind a barrier.
 
     Without it XLA converts the all-to-all result to float32 in a separate pass of the backward pass.
     """
@@ -67,7 +67,7 @@ def barrier_before_exchange(outputs: Float[Array, "E G C d"]) -> Float[Array, "E
 def up_gradient(
     inputs: Float[Array, "E T d"], gradient: Float[Array, "E T f"]
 ) -> tuple[Float[Array, "E d f"], Float[Array, "E T f"]]:
-    """The gradient of the experts' first matrix from their inputs and their hidden units' gradient; and the latter."""
+    """Returns the gradient of the experts' first matrix and, unchanged, their hidden units' `gradient`."""
     if axis_size("fsdp") == 1:
         return _local_gradient(inputs, gradient)
     # Computed transposed: scattering over the last dimension makes the TPU copy.
@@ -77,17 +77,17 @@ def up_gradient(
 def down_gradient(
     hidden: Float[Array, "E T f"], gradient: Float[Array, "E T d"]
 ) -> tuple[Float[Array, "E f d"], Float[Array, "E T d"]]:
-    """The gradient of the experts' second matrix from their hidden units and their outputs' gradient; and the latter.
+    """Returns the gradient of the experts' second matrix and, unchanged, their outputs' `gradient`.
 
-    It is summed over the chips that have other slots of the same experts; each of them keeps its part of the hidden
-    units.
+    The matrix's is summed over the chips that have other slots of the same experts; each chip keeps its part of the
+    hidden units.
     """
     if axis_size("fsdp") == 1:
         return _local_gradient(hidden, gradient)
     others = tuple(axis for axis in AXIS_RULES["expert_groups"] if axis != "fsdp")
 
     def on_each(hidden: Array, gradient: Array) -> tuple[Array, Array]:
-        alone = hidden.shape[0] == 1  # of an array [1, f, d] a TPU would send the whole sum to every chip
+        alone = hidden.shape[0] == 1  # a TPU would all-reduce an array [1, f, d] instead
         product = (
             jnp.einsum("tf,td->fd", hidden[0], gradient[0]) if alone else jnp.einsum("etf,etd->efd", hidden, gradient)
         )

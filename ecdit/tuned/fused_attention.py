@@ -23,12 +23,11 @@ from jaxtyping import Array, Bool, Float
 from ecdit.functions import NORM_EPSILON
 from ecdit.partitioning import AXIS_RULES
 
-# Of the 16 MB that a v4 has for a kernel: the arrays of a grid step, twice as one comes while another goes, and about
-# five of an iteration's scores.
+# VMEM budget (16 MB on v4): double-buffered blocks of a grid step, plus about five score arrays of an iteration.
 CHUNK_BYTES = 4 * 2**20
 SCORE_BYTES = 2 * 2**20
-HEADS_TOGETHER = 8  # of queries in an iteration, whose work the compiler interleaves
-HIDDEN = -0.7 * float(jnp.finfo(jnp.float32).max)  # added to scores of what a mask hides: with a score, still finite
+HEADS_TOGETHER = 8  # query heads of an iteration, whose work the compiler interleaves
+HIDDEN = -0.7 * float(jnp.finfo(jnp.float32).max)  # added to masked scores; the sum is still finite
 
 Inputs = tuple[Array, Array, Array, tuple[Array, Array], tuple[Array, Array] | None, Array | None]
 
@@ -41,7 +40,7 @@ def fused_attention(
     angles: Float[Array, "B N pairs"] | None = None,
     mask: Bool[Array, "B 1 M"] | None = None,
 ) -> Float[Array, "B H k N"]:
-    """As `attention.normed_attention`; queries and keys are rounded to their dtype after norm and rotation.
+    """Computes `attention.normed_attention`, with queries and keys rounded to their dtype after norm and rotation.
 
     Not differentiated with respect to the angles. Every image needs a token that its mask does not hide.
     """
@@ -70,7 +69,7 @@ _attend.defvjp(_attend_saving, _attend_gradient)
 
 
 def _on_shards(function: Callable[..., Any], outputs: int) -> Callable[..., Any]:
-    """`function` of each device's images and heads; every output is split as they are."""
+    """Maps `function` over each device's images and heads; every output is sharded like them."""
     if jax.sharding.get_abstract_mesh().empty:
         return function
     heads = PartitionSpec(AXIS_RULES["batch"], AXIS_RULES["heads"])
@@ -79,7 +78,7 @@ def _on_shards(function: Callable[..., Any], outputs: int) -> Callable[..., Any]
 
     def split(*arrays: Any) -> Any:
         specs = {"in_specs": inputs[: len(arrays)], "out_specs": (heads,) * outputs if outputs > 1 else heads}
-        # What a kernel's results vary over cannot be told by looking at it.
+        # JAX cannot infer over which mesh axes a kernel's results vary.
         return jax.shard_map(function, **specs, check_vma=False)(*arrays)
 
     return split
@@ -93,7 +92,7 @@ def _tile(
     turn: tuple[Float[Array, "pairs N"], Float[Array, "pairs N"]] | None,
     bias: Float[Array, "1 M"] | None,
 ) -> Float[Array, "G k N"]:
-    """The heads of one key-value head: in products that a TPU has, of two dimensions."""
+    """Returns the heads of one key-value head, by two-dimensional matrix products, which a TPU has."""
     key = _prepared(key, scales[1], turn)
     heads = []
     for group in range(query.shape[0]):
@@ -138,7 +137,7 @@ def _backward(
         return _forward(query, key, value, scales, turn, bias)
 
     *heads, norms = jax.vjp(forward, query, key, value, scales)[1](gradient)
-    # In the shape that the kernel's have: equal parts of the sum.
+    # In the shape of the kernel's own: equal parts of the sum.
     parts = (jnp.broadcast_to(norm / (images * chunks), (images, chunks, *norm.shape)) for norm in norms)
     return *heads, *parts
 
@@ -147,7 +146,7 @@ def _backward(
 
 
 def forward_kernel(*inputs: Any, interpret: bool = False) -> Array:
-    """The attention of a device's images and heads; inputs as `_tile`'s with images and heads before them.
+    """Returns the attention of a device's images and heads; inputs are `_tile`'s, with axes for images and heads.
 
     With `interpret` it runs without a TPU.
     """
@@ -155,7 +154,7 @@ def forward_kernel(*inputs: Any, interpret: bool = False) -> Array:
 
 
 def backward_kernel(*inputs: Any, interpret: bool = False) -> tuple[Array, ...]:
-    """Gradients of query, key and value, and of the norms' scales for each chunk of heads: [B, C, k, 1].
+    """Returns the gradients of query, key and value, and of the norms' scales for each chunk of heads: [B, C, k, 1].
 
     The last input is the gradient of the output.
     """
@@ -193,14 +192,14 @@ def _backward_body(
 
 
 def heads_together(query: Any, key: Any) -> int:
-    """Key-value heads of an iteration, of those of a grid step: one alone would wait for its own results."""
+    """Returns the key-value heads per loop iteration; several of them hide latency."""
     (kv_heads, tokens), group = (key.shape[1], key.shape[3]), query.shape[1] // key.shape[1]
     most = min(HEADS_TOGETHER, SCORE_BYTES // score_bytes(1, query.shape[3], tokens))
     return max(n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and n * group <= max(group, most))
 
 
 def score_bytes(heads: int, tokens: int, attended: int) -> int:
-    """Of the scores of so many heads, float32."""
+    """Returns the bytes of the float32 scores of so many heads."""
     return 4 * heads * tokens * attended
 
 
@@ -219,17 +218,17 @@ def _each(query: Any, key: Any) -> Callable[[Callable[[Array], None]], None]:
 
 
 def _read(scales: Any, turn: Any, bias: Any) -> tuple[Any, Any, Any]:
-    """The scales, and what an image has."""
+    """Reads the scales, and an image's rotation and bias, from a grid step's references."""
     return jax.tree.map(lambda x: x[...], scales), *jax.tree.map(lambda x: x[0], (turn, bias))
 
 
 def _call(body: Callable[..., None], inputs: Any, outputs: Any, products: int, interpret: bool) -> Sequence[Array]:
-    """The kernel on a grid of images and chunks of heads; `products` are the matrix products of a head."""
+    """Runs the kernel on a grid of images and chunks of heads; `products` is the number of matrix products per head."""
     query, key = inputs[:2]
     images, chunks = query.shape[0], key.shape[1] // chunk_heads(query, key)
 
     def part(x: Array | jax.ShapeDtypeStruct) -> pl.BlockSpec:
-        """Of an array of images and heads, those of a step; of one of images, all; of the scales, [k, 1], all."""
+        """Returns the block of a grid step: its image and heads, its image if there are no heads, or all scales."""
         if x.ndim == 4:
             return pl.BlockSpec((1, x.shape[1] // chunks, *x.shape[2:]), lambda image, chunk: (image, chunk, 0, 0))
         if x.ndim == 3:
@@ -256,7 +255,7 @@ def _call(body: Callable[..., None], inputs: Any, outputs: Any, products: int, i
 
 
 def chunk_heads(query: Array, key: Array) -> int:
-    """Key-value heads of a grid step: the most whose arrays are CHUNK_BYTES at most, of those that divide them all."""
+    """Returns the key-value heads of a grid step: the largest divisor whose arrays take at most CHUNK_BYTES."""
     kv_heads, width, tokens = key.shape[1:]
     per_head = (3 * query.shape[1] // kv_heads * query.shape[3] + 4 * tokens) * width * query.dtype.itemsize
     fitting = (n for n in range(1, kv_heads + 1) if kv_heads % n == 0 and n * per_head <= CHUNK_BYTES)

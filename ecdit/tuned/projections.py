@@ -13,12 +13,12 @@ from ecdit.tuned.saved_product import saved_product
 
 
 def to_heads(x: Float[Array, "B N d"], kernel: Float[Array, "d f"]) -> Float[Array, "B f N"]:
-    """As `attention.to_heads`, in one product."""
+    """Computes `attention.to_heads` in one product."""
     return jnp.einsum("bnd,df->bfn", x, kernel)
 
 
 def from_heads(heads: Float[Array, "B f N"], kernel: Float[Array, "f d"]) -> Float[Array, "B N d"]:
-    """As `attention.from_heads`, in one product. The attention's output is saved as its kernel wrote it."""
+    """Computes `attention.from_heads` in one product; saves the attention's output as its kernel wrote it."""
     saved = named(heads, "attention_out")
     return saved_product(heads, saved, kernel, ("bfn,fd->bnd", "bnd,fd->bfn"), _kernel_gradient)
 

@@ -15,7 +15,7 @@ KernelGradient = Callable[[Array, Array], tuple[Array, Array]]
 def saved_product(
     x: Array, saved: Array, kernel: Array, forms: tuple[str, str], kernel_gradient: KernelGradient
 ) -> Array:
-    """The product of x and kernel, whose kernel's gradient uses what remat policies save of x.
+    """Returns the product of x and kernel, whose kernel's gradient uses what remat policies save of x.
 
     The product itself reads x, not the saved copy: `jax.checkpoint` rounds a saved activation once more wherever it is
     also used, and after a kernel or an all-to-all that rounding is a separate pass on a TPU.

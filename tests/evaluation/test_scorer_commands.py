@@ -75,7 +75,7 @@ def test_geneval_writes_lines_and_shares(directory, capsys):
         {"filename": "blue.png", **common, "correct": False, "reason": reason},
     ]
     assert result(summary) == {"tasks": {"colors": 0.5}, "overall": 0.5}
-    assert "there are no pictures of single_object" in capsys.readouterr().out
+    assert "there are no images of single_object" in capsys.readouterr().out
 
 
 FILES = {

@@ -110,3 +110,8 @@ def test_a_norm_of_a_large_constant_is_finite():
     """Rounding makes mean(x^2) - mean(x)^2 of some of these negative."""
     x = np.linspace(100, 10_000, 64, dtype=np.float32)[:, None].repeat(WIDTH, axis=1)
     assert np.isfinite(jit(layer_norm)(x)).all()
+
+
+def test_these_tests_promote_no_dtype_silently():
+    with pytest.raises(jax.dtypes.TypePromotionError):
+        jnp.ones(2, jnp.bfloat16) + jnp.ones(2, jnp.float32)

@@ -54,7 +54,7 @@ MUTANTS = (
     ),
     Mutant(
         _DIT,
-        "places = grid_positions(config.grid, config.width) * config.absolute_positions",
+        "places = grid_positions(config.grid, config.width) * float(config.absolute_positions)",
         "places = grid_positions(config.grid, config.width)",
         _dit("test_tokens_and_gaps_are_told_their_places"),
     ),

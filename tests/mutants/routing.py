@@ -78,15 +78,15 @@ MUTANTS = (
     ),
     Mutant(
         _FILE,
-        "tokens = jnp.maximum(mask.sum(axis=1).astype(jnp.float32), 1.0)  # (G,)",
+        "tokens = jnp.maximum(mask.sum(axis=1), 1.0)  # (G,)",
         "tokens = jnp.full(num_groups, group_size, jnp.float32)  # (G,)",
         _tests("test_padding_is_never_taken_and_changes_nothing"),
         "padding counts in the balance loss",
     ),
     Mutant(
         _FILE,
-        "drop_rate = 1.0 - taken.sum(axis=(1, 2)) / (tokens * num_choices)",
-        "drop_rate = 1.0 - taken.sum(axis=(1, 2)) / tokens",
+        "drop_rate = 1.0 - taken.sum(axis=(1, 2)).astype(jnp.float32) / (tokens * num_choices)",
+        "drop_rate = 1.0 - taken.sum(axis=(1, 2)).astype(jnp.float32) / tokens",
         _tests("test_token_choice_by_hand", "test_room_for_all_drops_nothing"),
     ),
     Mutant(
