@@ -12,7 +12,7 @@ import pytest
 from ecdit.pretrained.autoencoder_kl import AUTOENCODER_LAYOUT, AutoencoderConfig, AutoencoderKL, read_autoencoder
 from ecdit.pretrained.config_json import WeightsError
 from ecdit.pretrained.safetensors_folder import SafetensorsFolder
-from tests.parity.networks import draw, loaded, parameter_count, relative_error, report
+from tests.parity.networks import ORDER, draw, loaded, parameter_count, relative_error, report
 
 TOLERANCE = 1e-4  # of the spread of the output
 WIDTHS = (8, 16, 16, 16)
@@ -53,9 +53,7 @@ def channels_last(x):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(
-    ("batch", "height", "width"), [(1, 32, 32), (2, 24, 40), (3, 8, 56)], ids=["first", "second", "third"]
-)
+@pytest.mark.parametrize(("batch", "height", "width"), [(1, 32, 32), (2, 24, 40), (3, 8, 56)], ids=ORDER)
 def test_autoencoder(torch, make_theirs, tmp_path, kind, batch, height, width, record_property):
     theirs = make_theirs(kind)
     theirs.save_pretrained(tmp_path)

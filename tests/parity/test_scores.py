@@ -16,7 +16,7 @@ from ecdit.pretrained.clip_vision import (
     read_clip_vision,
 )
 from ecdit.pretrained.inception import INCEPTION_LAYOUT, Inception, InceptionConfig
-from tests.parity.networks import draw, loaded, parameter_count, relative_error, report
+from tests.parity.networks import ORDER, draw, loaded, parameter_count, relative_error, report
 
 TOLERANCE = 1e-4  # of the spread of the output
 
@@ -38,9 +38,7 @@ def inception(torch, tmp_path_factory):
 
 
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
-@pytest.mark.parametrize(
-    ("batch", "size", "patch"), [(1, 32, 8), (3, 30, 7), (5, 45, 9)], ids=["first", "second", "third"]
-)
+@pytest.mark.parametrize(("batch", "size", "patch"), [(1, 32, 8), (3, 30, 7), (5, 45, 9)], ids=ORDER)
 def test_clip_scores(torch, transformers, tmp_path, activation, batch, size, patch, record_property):
     text = {"vocab_size": 99, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2}
     vision = {"hidden_size": 40, "intermediate_size": 72, "num_hidden_layers": 3, "num_attention_heads": 5}
@@ -79,9 +77,7 @@ def test_clip_scores(torch, transformers, tmp_path, activation, batch, size, pat
     assert error <= TOLERANCE
 
 
-@pytest.mark.parametrize(
-    ("batch", "height", "width"), [(1, 299, 299), (2, 75, 101), (3, 128, 96)], ids=["first", "second", "third"]
-)
+@pytest.mark.parametrize(("batch", "height", "width"), [(1, 299, 299), (2, 75, 101), (3, 128, 96)], ids=ORDER)
 def test_inception(torch, inception, batch, height, width, record_property):
     theirs, folder = inception
     images = np.random.default_rng(height).uniform(-1, 1, (batch, height, width, 3)).astype(np.float32)

@@ -41,11 +41,12 @@ def captions():
     """2000 captions; those of PartiPrompts first where they are."""
     rng = random.Random(0)
     found = ["", " ", "a", "'s", "it's", *EMOJI, *SCRIPTS, *BROKEN, *(f"a{c}b" for c in CONTROL)]
+    found += [f"{chr(code)} {unicodedata.name(chr(code)).title()}" for code in range(0x1F600, 0x1F640)]
     if SHARED is not None:
         text = (SHARED / "PartiPrompts.tsv").read_text(encoding="utf-8")
         rows = csv.reader(io.StringIO(text), delimiter="\t", quoting=csv.QUOTE_NONE)
         found += [row[0] for row in list(rows)[1:]]
-    found = found[:1700]
+    found = found[:1780]
     kinds = [*KINDS, CONTROL]
     while len(found) < 1980:
         pool = [word for kind in rng.sample(kinds, rng.randint(1, 4)) for word in kind]
