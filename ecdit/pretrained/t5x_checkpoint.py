@@ -42,6 +42,8 @@ class T5xCheckpoint:
       WeightsError: the folder is no checkpoint of T5X, or an array is missing.
     """
 
+    in_pieces = False  # a chunk of zarr is read and decompressed whole
+
     def __init__(self, folder: Path):
         from flax.serialization import msgpack_restore
 
