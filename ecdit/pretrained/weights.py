@@ -6,7 +6,7 @@ import itertools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,8 @@ FLOATS = ("float64", "float32", "float16", "bfloat16")
 
 class Tensors(Protocol):
     """Tensors in files; `str` gives their place."""
+
+    in_pieces: ClassVar[bool]  # whether reading a slice costs its own bytes alone, and not those of a chunk around it
 
     def names(self) -> list[str]:
         """Returns the names of all tensors, sorted."""
@@ -123,7 +125,7 @@ def tensors_fingerprint(tensors: Tensors, config: dict[str, Any]) -> str:
         shape, dtype = tensors.shape(name), tensors.dtype(name)
         digest.update(json.dumps([name, str(dtype), shape]).encode())
         whole = tuple(slice(0, size) for size in shape)
-        for index in _pieces(whole, dtype.itemsize):
+        for index in _pieces(whole, dtype.itemsize) if tensors.in_pieces else [whole]:
             digest.update(np.ascontiguousarray(tensors.read(name, index)).tobytes())
     return digest.hexdigest()
 
@@ -229,7 +231,7 @@ def _fill(values: np.ndarray, tensors: Tensors, name: str, bounds: tuple[slice, 
     """Writes a slice of a tensor into `values`, whose axis i is the tensor's axes[i]; returns its number of NaNs."""
     inverse = tuple(axes.index(axis) for axis in range(len(axes)))
     as_in_file, wanted, nans = values.transpose(inverse), tuple(bounds[axis] for axis in inverse), 0
-    for index in _pieces(wanted, tensors.dtype(name).itemsize):
+    for index in _pieces(wanted, tensors.dtype(name).itemsize) if tensors.in_pieces else [wanted]:
         piece = tensors.read(name, index)
         nans += int(np.isnan(piece).sum())
         first = wanted[0].start

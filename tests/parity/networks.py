@@ -6,6 +6,8 @@ from flax import nnx
 
 from ecdit.pretrained.weights import load_folder
 
+ORDER = ("first", "second", "third")  # names of the shapes: `run -k 'not second and not third'` takes one of each
+
 
 def loaded(make, layout, folder):
     """The project's network, `make(rngs)`, with the weights in a folder."""

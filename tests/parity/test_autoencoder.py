@@ -1,11 +1,18 @@
 """AutoencoderKL against diffusers', at random weights."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
 
 from ecdit.pretrained.autoencoder_kl import AUTOENCODER_LAYOUT, AutoencoderConfig, AutoencoderKL, read_autoencoder
-from tests.parity.networks import draw, loaded, parameter_count, relative_error, report
+from ecdit.pretrained.config_json import WeightsError
+from ecdit.pretrained.safetensors_folder import SafetensorsFolder
+from tests.parity.networks import ORDER, draw, loaded, parameter_count, relative_error, report
 
 TOLERANCE = 1e-4  # of the spread of the output
 WIDTHS = (8, 16, 16, 16)
@@ -46,7 +53,7 @@ def channels_last(x):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("batch", "height", "width"), [(1, 32, 32), (2, 24, 40), (3, 8, 56)])
+@pytest.mark.parametrize(("batch", "height", "width"), [(1, 32, 32), (2, 24, 40), (3, 8, 56)], ids=ORDER)
 def test_autoencoder(torch, make_theirs, tmp_path, kind, batch, height, width, record_property):
     theirs = make_theirs(kind)
     theirs.save_pretrained(tmp_path)
@@ -103,3 +110,22 @@ def test_older_names_of_attention(make_theirs, tmp_path):
 def test_parameter_count_of_the_published_size():
     config = AutoencoderConfig((128, 256, 512, 512), 2, 4, 32, True, 0.0, 0.18215, "mode", "float32")
     assert parameter_count(lambda rngs: AutoencoderKL(config, rngs)) == 83_653_863
+
+
+def test_the_command_for_a_pickle_converts_it(torch, make_theirs, tmp_path):
+    """The command of the error is run as it is printed."""
+    theirs = make_theirs("SD")
+    theirs.save_pretrained(tmp_path)
+    (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
+    torch.save({"state_dict": theirs.state_dict(), "global_step": 3}, tmp_path / "diffusion_pytorch_model.bin")
+    with pytest.raises(WeightsError) as error:
+        SafetensorsFolder(tmp_path)
+    command = str(error.value).split("converts it:\n")[1]
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    subprocess.run(["bash", "-euc", command], check=True, env=environment)
+    config = read_autoencoder(tmp_path, "mode", "float32")
+    ours = loaded(lambda rngs: AutoencoderKL(config, rngs), AUTOENCODER_LAYOUT, tmp_path)
+    images = np.random.default_rng(0).uniform(-1, 1, (1, 16, 16, 3)).astype(np.float32)
+    with torch.no_grad():
+        mean = channels_last(theirs.encode(torch.tensor(images.transpose(0, 3, 1, 2))).latent_dist.mean)
+    assert relative_error(ours.moments(images)[0], mean) <= TOLERANCE

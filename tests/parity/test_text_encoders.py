@@ -5,7 +5,7 @@ import pytest
 
 from ecdit.pretrained.clip_text import CLIP_TEXT_LAYOUT, ClipText, ClipTextConfig, read_clip_text
 from ecdit.pretrained.t5_encoder import T5_LAYOUT, T5Config, T5Encoder, read_t5, relative_buckets
-from tests.parity.networks import draw, loaded, parameter_count, relative_error, report
+from tests.parity.networks import ORDER, draw, loaded, parameter_count, relative_error, report
 
 TOLERANCE = 1e-4  # of the spread of the output
 
@@ -33,7 +33,7 @@ def clip_config(transformers, activation):
 
 
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
-@pytest.mark.parametrize(("batch", "length"), SHAPES)
+@pytest.mark.parametrize(("batch", "length"), SHAPES, ids=ORDER)
 def test_clip_text(torch, transformers, tmp_path, activation, batch, length, record_property):
     theirs = draw(torch, transformers.CLIPTextModelWithProjection(clip_config(transformers, activation)))
     theirs.save_pretrained(tmp_path)
@@ -67,7 +67,7 @@ def test_clip_text_without_projection_has_the_names_of_every_version(torch, tran
 
 
 @pytest.mark.parametrize("mlp", ["relu", "gated-gelu"])
-@pytest.mark.parametrize(("batch", "length"), [(1, 128), (3, 5), (2, 301)])
+@pytest.mark.parametrize(("batch", "length"), [(1, 128), (3, 5), (2, 301)], ids=ORDER)
 def test_t5(torch, transformers, tmp_path, mlp, batch, length, record_property):
     config = transformers.T5Config(
         vocab_size=120, d_model=40, d_kv=12, d_ff=72, num_layers=3, num_heads=5, feed_forward_proj=mlp

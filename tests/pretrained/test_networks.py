@@ -5,13 +5,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from ecdit.config import ConfigError
 from ecdit.partitioning import MeshConfig, abstract_mesh, batch_sharding, make_mesh, param_shardings
 from ecdit.pretrained.autoencoder_kl import AutoencoderKL, read_autoencoder
 from ecdit.pretrained.clip_text import ClipText, read_clip_text
 from ecdit.pretrained.config_json import WeightsError
-from ecdit.pretrained.t5_encoder import read_t5, relative_buckets
+from ecdit.pretrained.t5_encoder import T5Encoder, read_t5, relative_buckets
 from tests.models.helpers import Model, close, jit
 from tests.pretrained.folders import CLIP, CLIP_JSON, T5, T5_JSON, VAE, VAE_JSON, clip, t5, vae
 
@@ -224,3 +225,21 @@ def test_a_folder_without_config_is_refused(tmp_path):
 def test_an_autoencoder_s_widths_divide_into_groups():
     with pytest.raises(ConfigError, match="widths"):
         AutoencoderKL(dataclasses.replace(VAE, norm_groups=3), None)
+
+
+def test_t5_xxl_is_split_over_a_slice_and_compiles():
+    """Of 64 devices each holds a 64th, but for norms; 24 layers are one loop, so that the program is small."""
+    config = dataclasses.replace(
+        T5, vocab_size=32128, width=4096, mlp_width=10240, layers=24, heads=64, head_width=64, dtype="bfloat16"
+    )
+    with nnx.use_eager_sharding(False):
+        graphdef, abstract = nnx.split(nnx.eval_shape(lambda: T5Encoder(config, 128, nnx.Rngs(0))), nnx.Param)
+    mesh = abstract_mesh(MeshConfig(slices=1, data=1, fsdp=32, expert=1, tensor=2), 64)
+    shapes, shardings = nnx.to_pure_dict(abstract), param_shardings(abstract, mesh)
+    held = jax.tree.map(lambda p, s: np.prod(s.shard_shape(p.shape)), shapes, shardings)
+    whole = sum(np.prod(p.shape) for p in jax.tree.leaves(shapes))
+    assert whole / 64 <= sum(jax.tree.leaves(held)) <= 1.01 * whole / 64
+    lowered = jax.jit(lambda params, tokens: nnx.merge(graphdef, nnx.State(params))(tokens)).lower(
+        shapes, jax.ShapeDtypeStruct((2, 128), jnp.int32)
+    )
+    assert lowered.as_text().count("stablehlo.dot_general") == 4 + 2 + 3  # projections, attention and MLP, once

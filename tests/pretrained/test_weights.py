@@ -27,6 +27,8 @@ CUBE = MeshConfig(slices=1, data=2, fsdp=2, expert=1, tensor=2)
 class Counting:
     """Counts what is read of a folder: values, and the largest piece."""
 
+    in_pieces = True
+
     def __init__(self, folder):
         self.inner, self.values, self.bytes = SafetensorsFolder(folder), {}, []
         self.names, self.shape, self.dtype = self.inner.names, self.inner.shape, self.inner.dtype

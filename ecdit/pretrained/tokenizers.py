@@ -1,0 +1,187 @@
+"""Captions to the ids of public text encoders: CLIP's byte-pair encoding and T5's SentencePiece, from a folder's files.
+
+CLIP's needs the packages `tokenizers` and, cleaning as OpenCLIP does, `ftfy`: the extra `pretrained`.
+"""
+
+import html
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, Protocol
+
+import numpy as np
+from jaxtyping import Int
+
+from ecdit.errors import UserError
+from ecdit.pretrained.config_json import WeightsError, read_json
+
+VOCABULARY, MERGES, BOTH = "vocab.json", "merges.txt", "tokenizer.json"
+SPIECE = "spiece.model"
+# What stands apart before pairs of bytes are merged: endings after an apostrophe, words, digits, all the rest.
+PIECES = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+# Of transformers' CLIPTokenizer, for folders that do not say.
+SPECIAL = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+T5_PAD, T5_EOS = 0, 1
+
+
+class Tokens(NamedTuple):
+    """Encoded captions."""
+
+    ids: Int[np.ndarray, "n L"]  # int32, padded at the end
+    lengths: Int[np.ndarray, " n"]  # int32: without padding, with the special tokens
+
+
+class Tokenizer(Protocol):
+    """Captions to ids."""
+
+    def encode(self, captions: Sequence[str], length: int) -> Tokens:
+        """Encodes captions; one that is too long is cut before its end token."""
+
+    def check_fits(self, vocab_size: int) -> None:
+        """Raises WeightsError unless an embedding of so many rows is this tokenizer's."""
+
+
+class ClipTokenizer:
+    """CLIP's byte-pair encoding of lower-cased text.
+
+    `cleaning` says how a caption is cleaned: as OpenCLIP (and OpenAI) does, which mends wrongly decoded text and
+    resolves HTML's entities, or as transformers does, which does neither, but reads a special token that a caption
+    spells as that token. On plain captions both give the same ids.
+
+    Raises, when it is made:
+      WeightsError: the folder's files cannot be read.
+      UserError: a package is missing.
+    """
+
+    def __init__(self, folder: Path, cleaning: Literal["open_clip", "transformers"]):
+        self.folder, self.cleaning = Path(folder), cleaning
+        tokenizers, self._fix_text = _import("tokenizers"), None
+        if cleaning == "open_clip":
+            self._fix_text = _import("ftfy").fix_text
+        vocabulary, merges = _vocabulary(self.folder)
+        special = _special_tokens(self.folder)
+        unknown = [f"{key} {token!r}" for key, token in special.items() if token not in vocabulary]
+        if unknown:
+            raise WeightsError(f"{folder}: the vocabulary lacks {', '.join(unknown)}")
+        self.start, self.end, self.pad = (vocabulary[special[key]] for key in ("bos_token", "eos_token", "pad_token"))
+        self.largest = max(vocabulary.values())
+        model = tokenizers.models.BPE(
+            vocabulary, merges, continuing_subword_prefix="", end_of_word_suffix="</w>", unk_token=special["eos_token"]
+        )
+        self._tokenizer = tokenizers.Tokenizer(model)
+        pieces = tokenizers.pre_tokenizers.Split(tokenizers.Regex(PIECES), behavior="removed", invert=True)
+        byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        self._tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([pieces, byte_level])
+        if cleaning == "transformers":
+            normalizers = tokenizers.normalizers
+            spaces = normalizers.Replace(tokenizers.Regex(r"\s+"), " ")
+            self._tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), spaces, normalizers.Lowercase()])
+            # Where these stand in a caption, even padding's, which in SDXL's folders is "!".
+            self._tokenizer.add_special_tokens(sorted(set(special.values())))
+
+    def encode(self, captions: Sequence[str], length: int) -> Tokens:
+        """Encodes captions."""
+        if self._fix_text is not None:
+            captions = [_clean(caption, self._fix_text) for caption in captions]
+        encoded = self._tokenizer.encode_batch(list(captions), add_special_tokens=False)
+        return _fit(([self.start, *one.ids, self.end] for one in encoded), length, self.end, self.pad)
+
+    def check_fits(self, vocab_size: int) -> None:
+        """Raises WeightsError unless every id has a row and the last row is the end's, which `ClipText` looks for."""
+        _check_size(self.folder, self.largest + 1, vocab_size, exactly=True)
+        if self.end != self.largest:
+            raise WeightsError(
+                f"{self.folder}: the end token has id {self.end}, it must be the largest, {self.largest}"
+            )
+
+
+class T5Tokenizer:
+    """T5's SentencePiece unigrams.
+
+    Raises, when it is made:
+      WeightsError: the folder has no spiece.model that can be read.
+    """
+
+    def __init__(self, folder: Path):
+        import sentencepiece
+
+        self.folder, path = Path(folder), Path(folder) / SPIECE
+        try:
+            self._pieces = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
+        except (OSError, RuntimeError) as error:
+            raise WeightsError(f"{path} cannot be read: {error}") from None
+        ids = self._pieces.pad_id(), self._pieces.eos_id()
+        if ids != (T5_PAD, T5_EOS):
+            raise WeightsError(f"{path}: padding and end have ids {ids}, T5's have {(T5_PAD, T5_EOS)}")
+
+    def encode(self, captions: Sequence[str], length: int) -> Tokens:
+        """Encodes captions; the control character U+0085 is a space, as for transformers."""
+        encoded = self._pieces.encode([caption.replace("\x85", " ") for caption in captions])
+        return _fit(([*ids, T5_EOS] for ids in encoded), length, T5_EOS, T5_PAD)
+
+    def check_fits(self, vocab_size: int) -> None:
+        """Raises WeightsError if a piece has no row; T5's embeddings have more rows than pieces."""
+        _check_size(self.folder, self._pieces.vocab_size(), vocab_size, exactly=False)
+
+
+def _import(package: str) -> Any:
+    try:
+        module = __import__(package)
+    except ImportError:
+        raise UserError(f"CLIP's tokenizer needs the package {package}: pip install -e '.[pretrained]'") from None
+    if package == "tokenizers":
+        from tokenizers import models, normalizers, pre_tokenizers  # noqa: F401 (makes them attributes)
+    return module
+
+
+def _clean(caption: str, fix_text: Any) -> str:
+    """Cleans as OpenCLIP does."""
+    return " ".join(html.unescape(html.unescape(fix_text(caption))).split()).lower()
+
+
+def _vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Reads ids of tokens, and pairs to merge in their order, from either form in which they are stored."""
+    if (folder / VOCABULARY).exists():
+        vocabulary = read_json(folder / VOCABULARY)
+        try:
+            lines = (folder / MERGES).read_text(encoding="utf-8").split("\n")
+        except (OSError, ValueError) as error:
+            raise WeightsError(f"{folder / MERGES} cannot be read: {error}") from None
+        merges = [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]
+    else:
+        if not (folder / BOTH).exists():
+            raise WeightsError(f"{folder} has neither {VOCABULARY} and {MERGES} nor {BOTH}")
+        model = read_json(folder / BOTH).get("model") or {}
+        vocabulary = model.get("vocab") or {}
+        merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model.get("merges") or []]
+    if not vocabulary or not all(isinstance(index, int) for index in vocabulary.values()):
+        raise WeightsError(f"{folder}: the vocabulary must be an object from tokens to ids")
+    strange = [pair for pair in merges if len(pair) != 2 or "".join(pair) not in vocabulary]
+    if strange:
+        raise WeightsError(f"{folder}: merges that are no pairs of the vocabulary: {strange[:5]}")
+    return vocabulary, merges
+
+
+def _special_tokens(folder: Path) -> dict[str, str]:
+    """Returns the tokens for start, end and padding."""
+    special = dict(SPECIAL)
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):  # the second one counts for more
+        values = read_json(folder / name) if (folder / name).exists() else {}
+        for key in special:
+            token = values.get(key)
+            token = token.get("content") if isinstance(token, dict) else token
+            special[key] = token if isinstance(token, str) else special[key]
+    return special
+
+
+def _fit(rows: Iterable[Sequence[int]], length: int, end: int, pad: int) -> Tokens:
+    """Pads rows that finish with `end`, or cuts them and keeps `end`."""
+    kept = [row if len(row) <= length else [*row[: length - 1], end] for row in rows]
+    ids = np.full((len(kept), length), pad, np.int32)
+    for row, tokens in zip(ids, kept, strict=True):
+        row[: len(tokens)] = tokens
+    return Tokens(ids, np.array([len(tokens) for tokens in kept], np.int32))
+
+
+def _check_size(folder: Path, size: int, vocab_size: int, exactly: bool) -> None:
+    if size > vocab_size or (exactly and size != vocab_size):
+        raise WeightsError(f"{folder}: the tokenizer has {size} tokens, the text encoder's embedding {vocab_size} rows")

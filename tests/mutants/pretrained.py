@@ -1,0 +1,137 @@
+"""Mutants of public networks, of reading their weights, and of their tokenizers, which die without PyTorch."""
+
+from tests.mutants.mutant import Mutant
+
+_CLIP, _T5, _VAE = (f"ecdit/pretrained/{name}.py" for name in ("clip_text", "t5_encoder", "autoencoder_kl"))
+_WEIGHTS, _FOLDER, _T5X = (
+    f"ecdit/pretrained/{name}.py" for name in ("weights", "safetensors_folder", "t5x_checkpoint")
+)
+_TOKENIZERS = "ecdit/pretrained/tokenizers.py"
+
+
+def _tests(file: str, *names: str) -> tuple[str, ...]:
+    return tuple(f"tests/pretrained/test_{file}.py::{name}" for name in names)
+
+
+MUTANTS = (
+    Mutant(
+        _CLIP,
+        "end = jnp.argmax(tokens, axis=1)",
+        "end = (tokens != 0).sum(axis=1) - 1",
+        _tests("networks", "test_clip_ends_where_the_largest_id_first_stands"),
+        "captions that are padded with the end's id, as SD's are, get a state of padding",
+    ),
+    Mutant(
+        _CLIP,
+        "mask = jnp.arange(length)[None] <= end[:, None]",
+        "mask = jnp.arange(length)[None] < end[:, None]",
+        _tests("networks", "test_clip_ends_where_the_largest_id_first_stands"),
+    ),
+    Mutant(
+        _CLIP,
+        "seen = jnp.tril(jnp.ones((length, length), bool))",
+        "seen = jnp.triu(jnp.ones((length, length), bool))",
+        _tests("networks", "test_what_follows_the_end_changes_nothing_in_clip"),
+    ),
+    Mutant(
+        _T5,
+        "bias = jnp.where(mask[:, None, None, :], positions,",
+        "bias = jnp.where(mask[:, None, :, None], positions,",
+        _tests("networks", "test_padding_changes_nothing_in_t5"),
+        "captions see their padding",
+    ),
+    Mutant(
+        _T5,
+        "half * (offset > 0)",
+        "half * (offset < 0)",
+        _tests("networks", "test_buckets_of_eight_by_hand"),
+        "what is ahead is taken for what is behind",
+    ),
+    Mutant(
+        _T5,
+        "matrices = 3 if config.mlp",
+        "matrices = 2 if config.mlp",
+        _tests("networks", "test_flops_are_those_of_the_products"),
+    ),
+    Mutant(
+        _VAE,
+        "z = mean + jnp.exp(0.5 * log_variance) * noise",
+        "z = mean + jnp.exp(log_variance) * noise",
+        _tests("networks", "test_latents_are_drawn_with_each_image_s_own_key"),
+    ),
+    Mutant(
+        _VAE,
+        "return (z - self.config.shift) * self.config.scale",
+        "return z * self.config.scale - self.config.shift",
+        _tests("networks", "test_latents_are_scaled_and_decoded_to_images"),
+    ),
+    Mutant(
+        _VAE,
+        'config.choose("mid_block_add_attention", (True,))',
+        'config.choose("mid_block_add_attention", (True, False))',
+        _tests("networks", "test_other_architectures_are_refused_by_name"),
+    ),
+    Mutant(
+        _WEIGHTS,
+        "step = max(PIECE_BYTES // max(row, 1), 1)",
+        "step = max(index[0].stop, 1)",
+        _tests("weights", "test_every_value_is_read_once_in_small_pieces"),
+        "a second copy of a whole tensor is in memory",
+    ),
+    Mutant(
+        _WEIGHTS,
+        "nans += int(np.isnan(piece).sum())",
+        "nans += int(np.isnan(piece).any())",
+        _tests("weights", "test_nans_are_warned_of_and_counted"),
+    ),
+    Mutant(
+        _WEIGHTS,
+        "PartitionSpec(*sharding.spec[1:])",
+        "PartitionSpec()",
+        _tests("weights", "test_a_host_reads_its_part_alone"),
+        "hosts read what they do not hold",
+    ),
+    Mutant(
+        _WEIGHTS,
+        "if name not in needed and not layout.is_unused(name)",
+        "if False",
+        _tests("weights", "test_all_that_does_not_fit_is_listed_at_once"),
+    ),
+    Mutant(
+        _WEIGHTS,
+        "for name in tensors.names():\n        shape, dtype",
+        "for name in tensors.names()[1:]:\n        shape, dtype",
+        _tests("weights", "test_a_fingerprint_is_of_values_and_config_however_they_are_split"),
+    ),
+    Mutant(
+        _FOLDER,
+        "outside = [name for name in names if Path(name).name != name]",
+        "outside = [name for name in names if not name]",
+        _tests("weights", "test_an_index_must_name_what_is_there"),
+    ),
+    Mutant(
+        _T5X,
+        'TRANSPOSED = (".kernel", ".rel_embedding")',
+        'TRANSPOSED = (".kernel",)',
+        _tests("t5x", "test_a_checkpoint_of_t5x_is_read"),
+    ),
+    Mutant(
+        _TOKENIZERS,
+        "else [*row[: length - 1], end] for row in rows",
+        "else row[:length] for row in rows",
+        _tests("tokenizers", "test_a_long_caption_is_cut_before_its_end"),
+        "CLIP's pooled state is that of the caption's largest word",
+    ),
+    Mutant(
+        _TOKENIZERS,
+        'for name in ("special_tokens_map.json", "tokenizer_config.json")',
+        'for name in ("special_tokens_map.json",)',
+        _tests("tokenizers", "test_padding_is_the_folder_s"),
+    ),
+    Mutant(
+        _TOKENIZERS,
+        "if size > vocab_size or (exactly and size != vocab_size)",
+        "if size > vocab_size",
+        _tests("tokenizers", "test_a_clip_tokenizer_must_fit_the_embedding"),
+    ),
+)
