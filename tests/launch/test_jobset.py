@@ -251,7 +251,9 @@ def test_prepared_data_is_mounted_from_its_bucket():
     attributes = volume["csi"]["volumeAttributes"]
     assert volume["csi"]["driver"] == "gcsfuse.csi.storage.gke.io"
     assert attributes["bucketName"] == "bucket"
-    assert "only-dir=data/noise" in attributes["mountOptions"].split(",")
+    options = attributes["mountOptions"].split(",")
+    assert "only-dir=data/noise" in options
+    assert {"implicit-dirs", "read_ahead_kb=64", "metadata-cache:ttl-secs:-1"} < set(options)
     (mount,) = (mount for mount in container(found)["volumeMounts"] if mount["name"] == volume["name"])
     assert f"--config.data.directory={mount['mountPath']}" in container(found)["args"]
     assert pod(manifest())["metadata"]["annotations"] == {}
