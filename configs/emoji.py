@@ -70,7 +70,7 @@ def get_config(length: str = "quick") -> ConfigDict:
     config.flow.time_std = 1.3  # a wide spread, for the fine detail that is drawn at low noise
 
     train = config.train
-    train.num_steps, config.optimizer.warmup_steps, train.ema_decay, train.pictures_every = LENGTHS[length]
+    train.num_steps, config.optimizer.warmup_steps, train.ema_decay, train.images_every = LENGTHS[length]
     train.batch_size = 64
     train.watchdog_seconds = 600
     train.log_every = 10

@@ -129,7 +129,7 @@ def _set_training(config: ConfigDict) -> None:
     train.spike_factor = 0.0  # skip steps whose loss is above so many times its running mean; 0: only if not finite
     train.watchdog_seconds = 1200  # without progress until a process ends with exit code 43; 0 for no watchdog
     train.log_every = 100  # steps between printed lines and TensorBoard's points
-    train.pictures_every = 0  # steps between images; latents alone draw none
+    train.images_every = 0  # steps between images; latents alone draw none
     train.profile_start = 20  # the first step of the profile, from 1
     train.profile_steps = 0  # steps to profile; 0 for none
     train.wandb_project = ""  # of Weights & Biases (the extra wandb); "" for none

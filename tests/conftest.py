@@ -28,8 +28,8 @@ from tests.checked_calls import check_calls  # noqa: E402  # it imports jax
 
 check_calls()
 
-# The folders whose tests refuse silent promotion of dtypes. It cannot be refused where optax updates parameters, because
-# Adam's bias correction raises a Python number to the power of an int32.
+# The folders whose tests refuse silent promotion of dtypes. It cannot be refused where optax updates parameters: Adam's
+# bias correction raises a Python number to the power of an int32.
 STRICT_DTYPES = ("tests/models/", "tests/diffusion/")
 
 
