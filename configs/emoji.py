@@ -32,7 +32,7 @@ def get_config(length: str = "quick") -> ConfigDict:
     config.text.vocab_size = 2048
 
     train = config.train
-    train.num_steps, config.optimizer.warmup_steps, train.ema_decay, train.pictures_every = LENGTHS[length]
+    train.num_steps, config.optimizer.warmup_steps, train.ema_decay, train.images_every = LENGTHS[length]
 
     config.sampling.original_size = 72  # pixels of the images before they were made small
     return config

@@ -30,5 +30,5 @@ def get_config(ground: str = "plain") -> ConfigDict:
     train.num_steps = 6000
     config.optimizer.warmup_steps = 300
     train.ema_decay = 0.998
-    train.pictures_every = 500
+    train.images_every = 500
     return config

@@ -91,9 +91,9 @@ class Experiment:
             + ("images: 0" if images else f"latents of model.latent_channels, {self.model.latent_channels}"),
         )
         require(
-            images or self.train.pictures_every == 0,
-            "train.pictures_every",
-            self.train.pictures_every,
+            images or self.train.images_every == 0,
+            "train.images_every",
+            self.train.images_every,
             f"must be 0: the autoencoder {self.autoencoder} decodes no images",
         )
         if self.phases:

@@ -230,7 +230,7 @@ def _set_training(config: ConfigDict) -> None:
     train.slow_host_factor = 1.2  # warn of a host whose steps stay so many times as long as those of the others
     train.replay_every = 0  # steps between replays, which look for silent errors of the hardware; 0 for none
     train.log_every = 100  # steps between printed lines and TensorBoard's points
-    train.pictures_every = 0  # steps between images; latents alone draw none
+    train.images_every = 0  # steps between images; latents alone draw none
     train.profile_start = 20  # the first step of the profile, from 1
     train.profile_steps = 0  # steps to profile; 0 for none
     train.wandb_project = ""  # of Weights & Biases (the extra wandb); "" for none

@@ -33,7 +33,7 @@ TINY = {
     "text.heads": 2,
     "train.batch_size": 16,
     "train.log_every": 1,
-    "train.pictures_every": 0,
+    "train.images_every": 0,
     "sampling.num_steps": 2,
     "sampling.batch_size": 8,
     "sampling.num_grid": 4,

@@ -17,7 +17,7 @@ def get_hyper(hyper):
     return hyper.product(
         [
             hyper.fixed("config.train.num_steps", 300),
-            hyper.fixed("config.train.pictures_every", 0),
+            hyper.fixed("config.train.images_every", 0),
             hyper.zipit([hyper.sweep(key, values) for key, values in SIZES.items()]),
             hyper.sweep("config.model.ffn", ["dense", "token_choice", "expert_choice"]),
         ]

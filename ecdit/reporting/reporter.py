@@ -169,7 +169,7 @@ def _duration(speed: Speed, steps: int) -> str:
 
 def pictures_due(config: TrainConfig, step: int) -> bool:
     """Returns whether samples are drawn after `step`. (Those of the last step are drawn once it is saved.)"""
-    return config.pictures_every > 0 and step % config.pictures_every == 0 and step < config.num_steps
+    return config.images_every > 0 and step % config.images_every == 0 and step < config.num_steps
 
 
 def named_scalars(values: Mapping[str, Any]) -> dict[str, float]:

@@ -48,7 +48,7 @@ class TrainConfig:
     replay_every: int = field(metadata=RESUME)
     # steps between printed lines and TensorBoard's points; metrics.jsonl has every step
     log_every: int = field(metadata=RESUME)
-    pictures_every: int = field(metadata=RESUME)  # steps between images of samples; 0 for those at the end alone
+    images_every: int = field(metadata=RESUME)  # steps between images of samples; 0 for those at the end alone
     profile_start: int = field(metadata=RESUME)  # the first step to trace, from 1
     profile_steps: int = field(metadata=RESUME)  # steps to trace; 0 for none
     wandb_project: str = field(metadata=RESUME)  # of Weights & Biases; "" for none
@@ -58,7 +58,7 @@ class TrainConfig:
             require(getattr(self, key) >= 1, key, getattr(self, key), "must be 1 or more")
         require(self.slow_host_factor > 1, "slow_host_factor", self.slow_host_factor, "must be above 1")
         require(self.num_steps < 2**31, "num_steps", self.num_steps, "must be below 2**31: steps are counted in int32")
-        for key in ("pictures_every", "profile_steps", "watchdog_seconds", "replay_every"):
+        for key in ("images_every", "profile_steps", "watchdog_seconds", "replay_every"):
             require(getattr(self, key) >= 0, key, getattr(self, key), "must be 0 or more")
         factor = self.spike_factor
         require(factor == 0 or factor > 1, "spike_factor", factor, "must be above 1, or 0 to skip no finite step")

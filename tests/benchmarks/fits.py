@@ -64,7 +64,7 @@ def fit(arguments: argparse.Namespace, name: str, changes: Mapping[str, Any], co
         **(runs.TINY if arguments.tiny else {}),
         "data.directory": arguments.data,
         "train.num_steps": arguments.steps,
-        "train.pictures_every": 0,
+        "train.images_every": 0,
         "checkpoint.every": arguments.steps,
         **changes,
     }

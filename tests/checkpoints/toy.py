@@ -70,9 +70,9 @@ class Toy:
         Image.new("RGB", (4, 3)).save(path)
         return {"samples": path}
 
-    def train(self, num_steps, every, keep=100, max_bad_steps=3, pictures_every=0, **more):
+    def train(self, num_steps, every, keep=100, max_bad_steps=3, images_every=0, **more):
         overrides = {"num_steps": num_steps, "max_bad_steps": max_bad_steps, "log_every": 1000}
-        overrides["pictures_every"] = pictures_every
+        overrides["images_every"] = images_every
         values = {f"train__{key}": value for key, value in overrides.items()} | more
         experiment = tiny(checkpoint__every=every, checkpoint__keep=keep, **values)
         with (

@@ -32,11 +32,11 @@ def test_a_checkpoint_holds_its_own_step_though_the_next_ones_overwrite_the_buff
 
 def test_pictures_are_of_their_own_step_and_written_once(toy):
     """Every third step and the last; a resumed run, or a finished one started again, shows none of them twice."""
-    toy.train(num_steps=7, every=4, pictures_every=3)
+    toy.train(num_steps=7, every=4, images_every=3)
     assert toy.drawn == {step: {(float(step),)} for step in (3, 6, 7)}
     assert toy.losses() == [(step, float(step)) for step in range(1, 8)]
     for _ in range(2):
-        toy.train(num_steps=9, every=4, pictures_every=3)
+        toy.train(num_steps=9, every=4, images_every=3)
     assert [step for step, _ in pictures(toy.workdir)] == [3, 6, 7, 9]
 
 
@@ -48,7 +48,7 @@ def test_pictures_are_drawn_with_the_ema_weights(toy):
         return dataclasses.replace(state, ema=jax.tree.map(lambda x: x + 100, state.ema))
 
     toy.first_state = state_with_another_ema
-    toy.train(num_steps=3, every=9, pictures_every=2)
+    toy.train(num_steps=3, every=9, images_every=2)
     assert toy.drawn == {2: {(102.0,)}, 3: {(103.0,)}}
 
 
@@ -57,7 +57,7 @@ def test_each_start_says_once_how_long_it_will_take(toy, capsys):
     said = lambda: [line for line in capsys.readouterr().out.splitlines() if "will take" in line]  # noqa: E731
     toy.train(num_steps=10, every=4)
     assert said() == []
-    toy.train(num_steps=24, every=4, pictures_every=22)
+    toy.train(num_steps=24, every=4, images_every=22)
     (line,) = said()
     assert line.startswith("the other 4 steps will take about ")
     assert "the next pictures come after step 22" in line

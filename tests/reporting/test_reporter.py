@@ -196,7 +196,7 @@ def test_the_time_that_pictures_take_is_no_step_s(tmp_path, monkeypatch):
     ],
 )
 def test_a_forecast_by_hand(step, every, num_steps, said):
-    config = dataclasses.replace(CONFIG, num_steps=num_steps, pictures_every=every)
+    config = dataclasses.replace(CONFIG, num_steps=num_steps, images_every=every)
     speed = Speed(0.5, 0.0, 8.0, 1e12, None)
     assert forecast(config, step, speed, draws=True) == said
     assert forecast(config, step, speed, draws=False) == said.partition(";")[0]

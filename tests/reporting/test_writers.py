@@ -84,7 +84,7 @@ def test_the_steps_of_the_window_are_traced(tmp_path, monkeypatch, start, first,
 @pytest.mark.parametrize(
     ("key", "value", "others"),
     [
-        ("pictures_every", -1, {}),
+        ("images_every", -1, {}),
         ("profile_steps", -1, {}),
         ("profile_start", -1, {}),
         ("profile_start", 0, {"train__profile_steps": 1}),

@@ -71,7 +71,7 @@ def test_it_trains_on_latents_and_resumes_on_another_mesh(tmp_path, data, cpu_en
     [
         ("data.latent_channels", {"data__latent_channels": 0}),
         ("data.latent_channels", {"model__latent_channels": 4}),
-        ("train.pictures_every", {"train__pictures_every": 100}),
+        ("train.images_every", {"train__images_every": 100}),
         ("data.image_size", {"data__image_size": 128}),
     ],
 )

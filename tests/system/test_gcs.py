@@ -32,7 +32,7 @@ RUN = {
     "checkpoint__every": 4,
     "checkpoint__keep": 3,
     "optimizer__warmup_steps": 4,
-    "train__pictures_every": 4,
+    "train__images_every": 4,
     "train__profile_start": 6,
     "train__profile_steps": 1,
 }

@@ -16,7 +16,7 @@ from tests.runs import ROOT, command, run, train_command
 HAS_WANDB = importlib.util.find_spec("wandb") is not None
 WATCHED = {
     "checkpoint__every": 4,
-    "train__pictures_every": 3,
+    "train__images_every": 3,
     "train__log_every": 2,
     "train__profile_start": 2,
     "train__profile_steps": 2,
