@@ -48,11 +48,11 @@ def member(name, data=b"", kind=tarfile.REGTYPE, **fields):
     return info, data
 
 
-def sample(key, image=None, caption="a caption", extension="jpg", **fields):
+def sample(key, image=None, text="a caption", /, extension="jpg", **fields):
     """The members of one record: image, text, and JSON if there are fields for it."""
     members = [member(f"{key}.{extension}", encoded() if image is None else image)]
-    if caption is not None:
-        members.append(member(f"{key}.txt", caption if isinstance(caption, bytes) else caption.encode()))
+    if text is not None:
+        members.append(member(f"{key}.txt", text if isinstance(text, bytes) else text.encode()))
     if fields:
         members.append(member(f"{key}.json", json.dumps(fields).encode()))
     return members
