@@ -265,9 +265,9 @@ def test_a_predicate_that_raises_ends_the_preparation_and_names_the_key(write):
 
 
 def test_a_pattern_without_files_is_named(write, tmp_path):
-    with pytest.raises(DataError, match="no tar is named like .*tar"):
+    with pytest.raises(DataError, match=r"no tar is named like .*tar"):
         write().parts()
     with pytest.raises(DataError, match="tars_per_part = 0"):
         write({"tars_per_part": 0}).parts()
-    with pytest.raises(DataError, match="no part 'b.tar'"):
+    with pytest.raises(DataError, match=r"no part 'b.tar'"):
         list(write(a=tar_of()).read("b.tar"))
