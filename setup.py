@@ -48,6 +48,7 @@ setup(
         "pyyaml>=6,<7",
         "safetensors>=0.5,<1",
         "sentencepiece>=0.2,<0.3",
+        "simplejpeg>=1.9,<2",
         "tensorboardX>=2.6.2,<2.7",
         "tqdm>=4.66,<5",
     ],

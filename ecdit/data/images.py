@@ -139,6 +139,8 @@ def _open(data: bytes) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise ImageRejected("too many pixels", str(error)) from None
     except Exception as error:
+        if "EXIF" in str(error):  # of a JPEG, which is read on opening; the pixels may well be sound
+            raise ImageRejected("orientation", f"EXIF cannot be read: {_described(error)}") from None
         raise _undecodable(error) from error
 
 

@@ -57,10 +57,10 @@ def read(path: str | os.PathLike[str]) -> Iterator[Rejected]:
     Raises:
       DataError: a line is no rejected record.
     """
-    with Path(path).open(encoding="ascii", newline="\n") as file:
+    with Path(path).open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                fields = json.loads(line)
+                fields = json.loads(line.decode("ascii"))
                 entry(fields["reason"])
                 yield Rejected(**fields)
             except (ValueError, TypeError, KeyError) as error:

@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 BLOCK = tarfile.BLOCKSIZE
 _MAX_EXTENSION_BYTES = 1 << 20
-_CHUNK_BLOCKS = 2048  # read at a time where a valid header is searched
+_CHUNK_BLOCKS = 128  # read at a time where a valid header is searched
 _LONG_NAME, _LONG_LINK = tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK
 _PAX = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
 _EXTENSIONS = (_LONG_NAME, _LONG_LINK, *_PAX, tarfile.XGLTYPE)

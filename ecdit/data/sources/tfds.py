@@ -84,10 +84,10 @@ class TfdsBuilder:
         values = dict(_flat(example))
         key = values[self.key or _ID]
         image = values[self.image]
-        if not isinstance(image, bytes) and not np.ndim(image):
-            return Rejected(name, "no image", f"feature {self.image!r} is {image!r}")
         if isinstance(image, bytes) and not image:
             return Rejected(name, "no image", f"feature {self.image!r} is empty")
+        if not isinstance(image, bytes) and (image.dtype != np.uint8 or image.shape[2:] != (3,)):
+            return Rejected(name, "colour mode", f"decoded to {image.dtype}{list(image.shape)}, not to RGB of 8 bits")
         texts: Texts = {}
         for path in self.captions:
             value, field = values[path], path.partition("/")[0]
