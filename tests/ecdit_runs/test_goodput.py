@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from ecdit.goodput import table
+from ecdit.runs.goodput_table import table
 from ecdit.runs.ledger import Record, account, life, read_records
 from tests.forking import run_forked
 from tests.runs import command, run
