@@ -113,8 +113,9 @@ class PixelAttention(nnx.Module):
 
     def __init__(self, width: int, config: AutoencoderConfig, rngs: nnx.Rngs):
         self.group_norm = GroupNorm(width, config.norm_groups, EPSILON, rngs, config.dtype)
-        for name in ("to_q", "to_k", "to_v", "to_out"):
-            setattr(self, name, Linear(width, width, ("features", "features"), rngs, config.dtype))
+        self.to_q, self.to_k, self.to_v, self.to_out = (
+            Linear(width, width, ("features", "features"), rngs, config.dtype) for _ in range(4)
+        )
 
     def __call__(self, x: Float[Array, "B h w i"]) -> Float[Array, "B h w i"]:
         """The attention's output, added to its input."""

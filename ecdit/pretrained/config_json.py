@@ -54,7 +54,7 @@ class ConfigJson:
         Raises:
           WeightsError: it is none, or is below `least`.
         """
-        value = self.values.get(key)
+        value: Any = self.values.get(key)
         fits = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
         if not fits or value < least:
             raise WeightsError(f"{self.path}: {key} = {value!r}: must be {kind.__name__}, at least {least}")

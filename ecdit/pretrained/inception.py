@@ -5,6 +5,7 @@ Modules have the names of torchvision's network. Axes: B batch, h w height and w
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -124,6 +125,8 @@ class BlockC(nnx.Module):
     """17 x 17 pixels: 7x7 convolutions as pairs of 1x7 and 7x1."""
 
     def __init__(self, inputs: int, width: int, rngs: nnx.Rngs, dtype: Dtype):
+        row: dict[str, Any]
+        column: dict[str, Any]
         row, column = {"kernel": (1, 7), "padding": (0, 3)}, {"kernel": (7, 1), "padding": (3, 0)}
         self.branch1x1 = Layer(inputs, 192, 1, rngs, dtype)
         self.branch7x7_1 = Layer(inputs, width, 1, rngs, dtype)
@@ -170,6 +173,8 @@ class BlockE(nnx.Module):
 
     def __init__(self, inputs: int, largest: bool, rngs: nnx.Rngs, dtype: Dtype):
         self.largest = largest  # whether the pool takes the maximum in place of the mean
+        row: dict[str, Any]
+        column: dict[str, Any]
         row, column = {"kernel": (1, 3), "padding": (0, 1)}, {"kernel": (3, 1), "padding": (1, 0)}
         self.branch1x1 = Layer(inputs, 320, 1, rngs, dtype)
         self.branch3x3_1 = Layer(inputs, 384, 1, rngs, dtype)

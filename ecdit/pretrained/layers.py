@@ -105,7 +105,7 @@ class Conv(nnx.Module):
         height, width = (kernel, kernel) if isinstance(kernel, int) else kernel
         sides = (padding, padding) if isinstance(padding, int) else padding
         self.stride = stride
-        self.padding = tuple((side, side) if isinstance(side, int) else tuple(side) for side in sides)
+        self.padding = [(side, side) if isinstance(side, int) else (side[0], side[1]) for side in sides]
         self.kernel = param(rngs, (height, width, inputs, outputs), ("features",) * 4, dtype)
         self.bias = param(rngs, (outputs,), ("features",), dtype) if bias else None
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import ml_dtypes
 import numpy as np
@@ -37,7 +37,7 @@ class SafetensorsFolder:
       WeightsError: there are no safetensors files, or one is missing, truncated or damaged.
     """
 
-    in_pieces = True
+    in_pieces: ClassVar[bool] = True
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)

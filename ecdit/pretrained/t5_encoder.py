@@ -116,10 +116,14 @@ class T5Mlp(nnx.Module):
     """wo relu(wi x), or gated wo (gelu(wi_0 x) wi_1 x)."""
 
     def __init__(self, config: T5Config, rngs: nnx.Rngs):
+        def inner() -> Linear:
+            return Linear(config.width, config.mlp_width, ("embed", "mlp"), rngs, config.dtype, bias=False)
+
         self.gated = config.mlp == "gated-gelu"
-        for name in ("wi_0", "wi_1") if self.gated else ("wi",):
-            linear = Linear(config.width, config.mlp_width, ("embed", "mlp"), rngs, config.dtype, bias=False)
-            setattr(self, name, linear)
+        if self.gated:
+            self.wi_0, self.wi_1 = inner(), inner()
+        else:
+            self.wi = inner()
         self.wo = Linear(config.mlp_width, config.width, ("mlp", "embed"), rngs, config.dtype, bias=False)
 
     def __call__(self, x: Float[Array, "B L t"]) -> Float[Array, "B L t"]:

@@ -7,7 +7,7 @@ which is a folder beside it. No config is stored with them, so that sizes are re
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -42,14 +42,14 @@ class T5xCheckpoint:
       WeightsError: the folder is no checkpoint of T5X, or an array is missing.
     """
 
-    in_pieces = False  # a chunk of zarr is read and decompressed whole
+    in_pieces: ClassVar[bool] = False  # a chunk of zarr is read and decompressed whole
 
     def __init__(self, folder: Path):
         from flax.serialization import msgpack_restore
 
         self.folder = Path(folder)
         try:
-            tree = msgpack_restore((self.folder / FILE).read_bytes())
+            tree: Any = msgpack_restore((self.folder / FILE).read_bytes())
             target = tree["optimizer"]["target"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise WeightsError(f"{self.folder / FILE} is no checkpoint of T5X: {error!r}") from None

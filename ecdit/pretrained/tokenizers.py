@@ -4,6 +4,7 @@ CLIP's needs the packages `tokenizers` and, cleaning as OpenCLIP does, `ftfy`: t
 """
 
 import html
+import importlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
@@ -35,9 +36,11 @@ class Tokenizer(Protocol):
 
     def encode(self, captions: Sequence[str], length: int) -> Tokens:
         """Encodes captions; one that is too long is cut before its end token."""
+        ...
 
     def check_fits(self, vocab_size: int) -> None:
         """Raises WeightsError unless an embedding of so many rows is this tokenizer's."""
+        ...
 
 
 class ClipTokenizer:
@@ -128,8 +131,8 @@ def _import(package: str) -> Any:
         module = __import__(package)
     except ImportError:
         raise UserError(f"CLIP's tokenizer needs the package {package}: pip install -e '.[pretrained]'") from None
-    if package == "tokenizers":
-        from tokenizers import models, normalizers, pre_tokenizers  # noqa: F401 (makes them attributes)
+    for submodule in ("models", "normalizers", "pre_tokenizers") if package == "tokenizers" else ():
+        importlib.import_module(f"{package}.{submodule}")  # makes it an attribute
     return module
 
 
@@ -146,19 +149,19 @@ def _vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
             lines = (folder / MERGES).read_text(encoding="utf-8").split("\n")
         except (OSError, ValueError) as error:
             raise WeightsError(f"{folder / MERGES} cannot be read: {error}") from None
-        merges = [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]
+        pairs = [tuple(line.split()) for line in lines if line.strip() and not line.startswith("#version")]
     else:
         if not (folder / BOTH).exists():
             raise WeightsError(f"{folder} has neither {VOCABULARY} and {MERGES} nor {BOTH}")
         model = read_json(folder / BOTH).get("model") or {}
         vocabulary = model.get("vocab") or {}
-        merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model.get("merges") or []]
+        pairs = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model.get("merges") or []]
     if not vocabulary or not all(isinstance(index, int) for index in vocabulary.values()):
         raise WeightsError(f"{folder}: the vocabulary must be an object from tokens to ids")
-    strange = [pair for pair in merges if len(pair) != 2 or "".join(pair) not in vocabulary]
+    strange = [pair for pair in pairs if len(pair) != 2 or "".join(pair) not in vocabulary]
     if strange:
         raise WeightsError(f"{folder}: merges that are no pairs of the vocabulary: {strange[:5]}")
-    return vocabulary, merges
+    return vocabulary, [(first, second) for first, second in pairs]
 
 
 def _special_tokens(folder: Path) -> dict[str, str]:

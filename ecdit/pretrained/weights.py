@@ -32,15 +32,19 @@ class Tensors(Protocol):
 
     def names(self) -> list[str]:
         """Returns the names of all tensors, sorted."""
+        ...
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Returns the shape of a tensor."""
+        ...
 
     def dtype(self, name: str) -> np.dtype:
         """Returns the dtype of a tensor."""
+        ...
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """Returns a slice of a tensor; only its bytes are read."""
+        ...
 
 
 class Loaded(NamedTuple):
@@ -212,8 +216,9 @@ def _read_tensor(
 ) -> jax.Array:
     """Reads a parameter, or a layer of one, from its tensor."""
     shape, axes = parameter.layer_shape, parameter.axes
-    holders: dict[tuple[tuple[int, int], ...], list[jax.Device]] = {}  # of each part: several may have the same
+    holders: dict[tuple[tuple[int, int], ...], list[Any]] = {}  # of each part: several may have the same
     for device, index in sharding.addressable_devices_indices_map(shape).items():
+        assert index is not None, device
         bounds = tuple(one.indices(size)[:2] for one, size in zip(index, shape, strict=True))
         holders.setdefault(bounds, []).append(device)
     arrays = []

@@ -86,7 +86,8 @@ class TrainConfig:
             "draw": self.watchdog.draw,
         }
         limits: dict[Phase, float] = {"step": seconds, "data": seconds}
-        return limits | {phase: limit or PATIENCE * seconds for phase, limit in others.items()}
+        limits.update({phase: limit or PATIENCE * seconds for phase, limit in others.items()})
+        return limits
 
 
 @dataclasses.dataclass(frozen=True)

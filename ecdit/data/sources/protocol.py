@@ -50,6 +50,7 @@ class Source(Protocol):
     @property
     def attribution(self) -> str:
         """Who made the data and under which licence; it goes into the manifest."""
+        ...
 
     def parts(self) -> tuple[str, ...]:
         """Returns the names of the parts in reading order; each can be read on its own.
@@ -57,6 +58,7 @@ class Source(Protocol):
         Raises:
           DataError: there is nothing to read.
         """
+        ...
 
     def read(self, part: str) -> Iterator[Pair | Rejected]:
         """Yields the records of a part, always in the same order; a damaged one is a Rejected, not an error.
@@ -64,9 +66,11 @@ class Source(Protocol):
         Raises:
           DataError: the part cannot be read at all, or the source's predicate raised.
         """
+        ...
 
     def stamp(self, part: str) -> str:
         """Returns a string that changes with the files behind a part, by their names, sizes and times."""
+        ...
 
 
 def judged(pair: Pair, name: str, keep: Keep | None) -> Pair | Rejected:

@@ -83,7 +83,9 @@ class Table:
             yield judged(pair, name, self.keep) if isinstance(pair, Pair) else pair
 
     def _pair(self, row: dict[str, Any] | _BadRow, name: str) -> Pair | Rejected:
-        image = self._image(self._image_path(row))
+        path = self._image_path(row)
+        assert isinstance(row, dict)  # or it would have been raised
+        image = self._image(path)
         fields = {column: value for column, value in row.items() if column not in (self.image, "key")}
         texts, columns = split_fields(fields, lambda column: column in self.captions)
         if self._is_csv:
@@ -188,7 +190,7 @@ class Table:
 
     def _parsed(self, lines: "_Lines", columns: list[str]) -> Iterator[dict[str, Any] | _BadRow]:
         """Yields rows from where `lines` is; empty lines are none."""
-        rows = csv.reader(lines, strict=True) if self._is_csv else lines
+        rows: Any = csv.reader(lines, strict=True) if self._is_csv else lines
         while True:
             begin = lines.offset
             try:

@@ -107,8 +107,10 @@ class TfdsBuilder:
 
         features = self._builder.info.features
         paths = [self.image, *self.captions, *filter(None, [self.key])]
-        wanted = [*(_find(features, path).names for path in paths), *_scalars(features)]
-        image = [_find(features, self.image).names]
+        found = {path: _find(features, path) for path in paths}
+        names = {path: one.names for path, one in found.items() if one is not None}  # all are: see `_check_features`
+        wanted = [*names.values(), *_scalars(features)]
+        image = [names[self.image]]
         decoders = _nested(image, tfds.decode.SkipDecoding()) if self.encoded else None
         return tfds.decode.PartialDecoding(_nested(wanted, True), decoders=decoders)
 
