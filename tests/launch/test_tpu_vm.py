@@ -292,6 +292,7 @@ def test_an_image_without_a_digest_is_refused_unless_told():
 @pytest.mark.parametrize(
     ("text", "mode", "says"),
     [
+        ("A_TOKEN=x\n", 0o640, "has mode 0640, others could read it: must be 0600"),
         ("A_TOKEN=x\n", 0o644, "has mode 0644, others could read it: must be 0600"),
         ("B=x\n", 0o600, "must have one line A_TOKEN=VALUE"),
         (None, 0, "No such file"),
