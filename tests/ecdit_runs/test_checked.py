@@ -68,7 +68,8 @@ def test_a_damaged_one_is_said_to_be(text):
 
 def test_the_trainer_refuses_before_it_makes_anything(tmp_path, cpu_env):
     """As in a container that has another config under the same name."""
-    flags = ["--config=configs/emoji.py", f"--workdir={tmp_path}/run", f"--checked={encoded()}"]
+    # Without the check the mesh, which no device count of this test has, would end it.
+    flags = ["--config=configs/emoji.py", f"--workdir={tmp_path}/run", f"--checked={encoded()}", "--config.mesh.data=3"]
     done = run_forked([sys.executable, "-m", "ecdit.train", *flags], cpu_env())
     assert done.returncode == 2
     assert "error: this is not what the launcher checked:\n  config." in done.stderr

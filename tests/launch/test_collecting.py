@@ -73,7 +73,9 @@ def test_the_final_loss_is_the_mean_over_the_last_steps(tmp_path, points):
     assert (result.step, result.finished) == (10, True)
     np.testing.assert_allclose([result.loss, result.loss_error], [7 / 3, math.sqrt(7 / 3 / 3)], rtol=1e-12)
     assert len(result.losses) == 9
-    longer = dataclasses.replace(points[0], experiment=tiny(train__num_steps=20))
+    twenty = tiny(model__width=32, model__ffn="dense", train__num_steps=20)
+    longer = dataclasses.replace(points[0], experiment=twenty)
+    assert read_result(longer, tmp_path / points[0].name, share=0.6).left_out == ""
     assert read_result(longer, tmp_path / points[0].name, share=0.6).loss is None
 
 

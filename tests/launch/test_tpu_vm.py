@@ -292,6 +292,7 @@ def test_an_image_without_a_digest_is_refused_unless_told():
 @pytest.mark.parametrize(
     ("text", "mode", "says"),
     [
+        ("A_TOKEN=x\n", 0o640, "has mode 0640, others could read it: must be 0600"),
         ("A_TOKEN=x\n", 0o644, "has mode 0644, others could read it: must be 0600"),
         ("B=x\n", 0o600, "must have one line A_TOKEN=VALUE"),
         (None, 0, "No such file"),
@@ -341,13 +342,13 @@ def test_training_goes_on_after_a_reboot_and_an_ended_run_does_not(stand_in):
     at = directory / f"{made.name}.0"
     home, place = at / worker.DIRECTORY, {**environment, "HOME": str(at)}
     starts = home / "starts"
-    wait_for(starts.exists)
+    wait_for(starts.exists, 30)
     boot = [directory / "bin/systemctl", "boot"]
     pid = int((at / "pid").read_text())
     os.killpg(pid, signal.SIGKILL)  # as a reset does: nothing hears SIGTERM
     (home / "codes").write_text("2")  # the next start ends with an error
     subprocess.run(boot, env=place, check=True, timeout=20)
-    wait_for((home / worker.ENDED).exists)
+    wait_for((home / worker.ENDED).exists, 30)
     assert len(starts.read_text().splitlines()) == 2
     subprocess.run(boot, env=place, check=True, timeout=20)
     assert len(starts.read_text().splitlines()) == 2
