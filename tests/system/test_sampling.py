@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from ecdit.data.prepared import tokenize_captions
-from ecdit.diffusion.guidance import GuidanceConfig
 from ecdit.diffusion.flow import sample_keys, sample_noise
+from ecdit.diffusion.guidance import GuidanceConfig
 from ecdit.evaluation.retrieval import fixed_choice, protocol, recall, target_ranks
 from ecdit.models.moe import MixtureOfExperts
 from ecdit.partitioning import make_mesh
@@ -38,7 +38,16 @@ class Samples:
         system = make_system(dataclasses.replace(config, model=dataclasses.replace(config.model, sampling_group=group)))
         return make_sampler(system, sampling, mesh, **routing)
 
-    def __call__(self, prompts=PROMPTS, repeats=REPEATS, devices=1, group="image", with_experts=False, with_gates=False, **changes):
+    def __call__(
+        self,
+        prompts=PROMPTS,
+        repeats=REPEATS,
+        devices=1,
+        group="image",
+        with_experts=False,
+        with_gates=False,
+        **changes,
+    ):
         sampling = dataclasses.replace(self.base.sampling, **{"num_steps": 4, **changes})
         sampler = self.samplers(sampling, devices, group, with_experts=with_experts, with_gates=with_gates)
         tokens = functools.partial(tokenize_captions, self.base.data)
@@ -179,7 +188,9 @@ def test_a_denoiser_without_gates_or_experts_is_refused(samples):
         samples(with_gates=True, with_experts=True)
     dense = tiny(mesh__data=1, model__ffn="dense")
     with pytest.raises(ValueError, match="has no experts"):
-        make_sampler(make_system(dense.system), dense.sampling, make_mesh(dense.mesh, jax.devices()[:1]), with_gates=True)
+        make_sampler(
+            make_system(dense.system), dense.sampling, make_mesh(dense.mesh, jax.devices()[:1]), with_gates=True
+        )
 
 
 def test_token_choice_without_drops_gives_each_token_two_experts(emoji_data):
