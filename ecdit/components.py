@@ -16,7 +16,8 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
 
-Mode = Literal["train", "sample"]
+# "inspect" samples in the same way and reports which expert took which token.
+Mode = Literal["train", "sample", "inspect"]
 Metrics = dict[str, Array]
 
 
@@ -37,7 +38,8 @@ class Prediction(NamedTuple):
     loss_weights: Float[Array, "B N"]
     auxiliary_loss: Float[Array, ""]  # is added to the flow's loss as it is: weights are the denoiser's own; float32
     # In training what to report: a number, or one a layer; microbatches are averaged, except that of a name that ends
-    # in `_most` the largest counts. In sampling `experts_per_token`, int32[layers, B, N], where experts are counted.
+    # in `_most` the largest counts. In sampling `experts_per_token`, int32[layers, B, N], where experts are counted; in
+    # mode "inspect" also `expert_gates`, float32[layers, B, N, E], above 0 exactly where the expert took the token.
     metrics: Metrics
 
 
@@ -125,7 +127,7 @@ class Denoiser(Protocol):
         ...
 
     def counts_experts(self) -> bool:
-        """Returns whether `Prediction.metrics` has `experts_per_token` in sampling."""
+        """Returns whether `Prediction.metrics` has `experts_per_token` in sampling (and `expert_gates` if asked)."""
         ...
 
     def gradient_metrics(self, gradients: dict[str, Any]) -> Metrics:

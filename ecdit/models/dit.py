@@ -50,6 +50,7 @@ class Block(nnx.Module):
         time: Float[Array, "B d"],
         text: TextStates,
         group_size: int,
+        with_gates: bool = False,
     ) -> tuple[Float[Array, "B N d"], RoutingReport | None]:
         """Returns the output and, from a sparse block, its tokens' routing; only decoupled routers use `time`."""
         if self.table is not None:
@@ -64,7 +65,8 @@ class Block(nnx.Module):
         branch_input = normed * (1 + ffn_scale) + ffn_shift
         with jax.named_scope("experts" if self.sparse else "ffn"):
             if self.sparse:
-                branch, report = self.experts(branch_input, group_size, (normed, time) if self.decoupled else None)
+                decoupled = (normed, time) if self.decoupled else None
+                branch, report = self.experts(branch_input, group_size, decoupled, with_gates)
             else:
                 branch, report = self.feed_forward(branch_input), None
             if self.moe_output_norm == "sandwich":
@@ -119,13 +121,16 @@ class DiT(nnx.Module):
             kept, seen = jax.vmap(lambda key: kept_tokens(key, config))(mask_keys), config.num_kept
             loss_weights = jax.vmap(lambda row: jnp.zeros(config.num_tokens).at[row].set(1.0))(kept)
         group = config.group if mode == "train" else config.sampling_group
-        patches, report = self.forward(latents, time, text, size_crop, kept, group_size(group, seen))
+        size = group_size(group, seen)
+        patches, report = self.forward(latents, time, text, size_crop, kept, size, with_gates=mode == "inspect")
         loss, metrics = jnp.float32(0.0), {}
         if report is not None and mode == "train":
             loss, metrics = routing_losses(report, config)
             metrics |= coverage(report)
         elif report is not None:
             metrics = {"experts_per_token": report.experts_per_token}
+            if report.expert_gates is not None:
+                metrics["expert_gates"] = report.expert_gates
         velocity = unpatchify(patches, config.patch_size, config.latent_channels)
         return Prediction(velocity, loss_weights, loss, metrics)
 
@@ -179,6 +184,7 @@ class DiT(nnx.Module):
         size_crop: Float[Array, "B 4"],
         kept: Int[Array, "B M"] | None,
         group_size: int,
+        with_gates: bool = False,
     ) -> tuple[Float[Array, "B N p"], RoutingReport | None]:
         """Predicts the velocity of every patch (see `patches.patchify`), float32.
 
@@ -189,6 +195,7 @@ class DiT(nnx.Module):
           size_crop: original height and width, crop top and left, in pixels.
           kept: the tokens that the first blocks see, in any order, without repeats; None for all.
           group_size: tokens that compete for experts; divides B * M.
+          with_gates: whether the report has each expert's gate for each token.
 
         Returns:
           The velocity, and the report of all sparse layers, stacked; None without sparse layers.
@@ -211,7 +218,7 @@ class DiT(nnx.Module):
 
         def run_pair(pair: Pair, x: Array) -> tuple[Array, RoutingReport | None]:
             x, _ = pair.odd(x, angles, modulation, time_state, text, group_size)
-            return pair.even(x, angles, modulation, time_state, text, group_size)
+            return pair.even(x, angles, modulation, time_state, text, group_size, with_gates)
 
         x, report = scan_stack(self.pairs, run_pair, x, config.remat, config.scan_unroll)
         if kept is not None:

@@ -23,6 +23,7 @@ from ecdit.models.routing import (
     expert_capacity,
     expert_choice,
     experts_per_token,
+    gates_per_token,
     renormalize_gates,
     token_choice,
 )
@@ -40,6 +41,7 @@ class RoutingReport(NamedTuple):
     balance_loss: Float[Array, " G"]  # unweighted, float32
     drop_rate: Float[Array, " G"]  # float32
     z_loss: Float[Array, " G"]  # mean squared logsumexp of the router's logits (arXiv 2202.08906, eq. 5), float32
+    expert_gates: Float[Array, "B N E"] | None = None  # see `routing.gates_per_token`; only if asked for
 
 
 def capacity(config: DiTConfig, group_size: int) -> int:
@@ -86,6 +88,7 @@ class MixtureOfExperts(nnx.Module):
         x: Float[Array, "B N d"],
         group_size: int,
         decoupled: tuple[Float[Array, "B N d"], Float[Array, "B d"]] | None = None,
+        with_gates: bool = False,
     ) -> tuple[Float[Array, "B N d"], RoutingReport]:
         """Routes the tokens of x, regrouped row by row to (B N / group_size, group_size, d).
 
@@ -93,6 +96,7 @@ class MixtureOfExperts(nnx.Module):
           x: input of the experts, and of a "modulated" router.
           group_size: tokens that compete for experts.
           decoupled: input of a "decoupled" router: tokens, and the time's embedding.
+          with_gates: whether to report each expert's gate for each token.
 
         Returns:
           The branch's output in the dtype of x, and the report. Without shared experts, the output is exactly 0 for a
@@ -111,11 +115,16 @@ class MixtureOfExperts(nnx.Module):
         combine = functools.partial(combine, group_size=group_size)
         combined = on_each_shard(combine, (1, 0))(_to_groups(outputs), routing)  # added up token by token, (G, S, d)
 
+        gates = None
+        if with_gates:
+            gates = on_each_shard(functools.partial(gates_per_token, group_size=group_size))(routing)
+            gates = gates.reshape(*x.shape[:2], config.num_experts)
         report = RoutingReport(
             experts_per_token(routing, group_size).reshape(x.shape[:2]),
             routing.balance_loss,
             routing.drop_rate,
             jnp.square(jax.nn.logsumexp(logits, axis=-1)).mean(axis=-1),
+            gates,
         )
         output = named(
             combined.reshape(x.shape).astype(x.dtype), "expert_sum"

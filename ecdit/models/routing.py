@@ -113,6 +113,20 @@ def experts_per_token(routing: Routing, group_size: int) -> Int[Array, "G S"]:
     return jax.vmap(count)(routing.index, routing.taken)
 
 
+def gates_per_token(routing: Routing, group_size: int) -> Float[Array, "G S E"]:
+    """Returns every expert's gate for every token, float32: 0 where the expert did not take the token, else above 0.
+
+    A gate that underflowed to 0 counts as the smallest normal number, so that the zeros say which tokens were taken.
+    """
+
+    def gates(gate: Float[Array, " C"], index: Int[Array, " C"], taken: Bool[Array, " C"]) -> Float[Array, " S"]:
+        smallest = jnp.finfo(jnp.float32).tiny
+        return jnp.zeros(group_size, jnp.float32).at[index].add(jnp.where(taken, jnp.maximum(gate, smallest), 0.0))
+
+    by_expert = jax.vmap(jax.vmap(gates))(routing.gate, routing.index, routing.taken)  # (G, E, S)
+    return by_expert.swapaxes(1, 2)
+
+
 def _check_capacity(capacity: int, group_size: int) -> None:
     if not 1 <= capacity <= group_size:
         raise ValueError(f"capacity = {capacity}: must be in 1..{group_size}, the tokens of a group")

@@ -160,14 +160,16 @@ def sample_run(
     repeats: Sequence[int],
     sampling: SamplingConfig | None = None,
     with_experts: bool = False,
+    with_gates: bool = False,
 ) -> Any:
     """Draws an image for each (prompt, repeat), by the run's own sampling config unless another is given.
 
-    Returns uint8[n, H, W, 3]; with `with_experts` a pair of that and the experts per token, int32[n, steps, P, N].
+    Returns uint8[n, H, W, 3]; with `with_experts` a pair of that and the experts per token, int32[n, steps, P, N];
+    with `with_gates` instead a pair with each expert's gate for each token, float32[n, steps, P, N, E].
     """
     sampling = run.experiment.sampling if sampling is None else sampling
     tokens = functools.partial(tokenize_captions, run.experiment.data)
-    sampler = make_sampler(run.system, sampling, run.mesh, with_experts)
+    sampler = make_sampler(run.system, sampling, run.mesh, with_experts, with_gates)
     return sample_pictures(sampler, run.params, tokens, prompts, repeats, sampling)
 
 

@@ -1,11 +1,31 @@
-"""Looks at what a vocabulary leaves of prompts, before images are drawn."""
+"""Reads prompts, and looks at what a vocabulary leaves of them, before images are drawn."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from ecdit.data.text import EOS, PAD
 from ecdit.errors import UserError
+
+
+def prompt_lines(file: str) -> list[str]:
+    """Returns the lines of a UTF-8 file, each a prompt.
+
+    Raises:
+      UserError: it cannot be read, is empty, or has an empty line (the null caption is no prompt).
+    """
+    try:
+        text = Path(file).read_text(encoding="utf-8-sig")  # an editor's byte order mark is no part of a prompt
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompts={file}: {error}") from None
+    lines = text.removesuffix("\n").split("\n") if text else []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            raise UserError(f"--prompts={file}: line {number} is empty")
+    if not lines:
+        raise UserError(f"--prompts={file}: no prompts")
+    return lines
 
 
 def check_prompts(tokenize: Callable[[Sequence[str]], np.ndarray], prompts: Sequence[str]) -> list[str]:

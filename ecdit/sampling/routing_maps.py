@@ -1,5 +1,7 @@
 """Draws how many experts took each token while images were sampled.
 
+`draw_maps` shows several images at a glance, `draw_layers` one image by layer and time.
+
 Axes: n images, P sparse layers, N tokens in raster order, g patches along a side.
 """
 
@@ -21,12 +23,23 @@ VIRIDIS = np.array(
     + [[31, 158, 137], [53, 183, 121], [109, 205, 89], [180, 222, 44], [253, 231, 37]]
 )
 _GAP, _LEGEND = 8, (256, 14)  # pixels: between cells; width and height of the colour bar
+_TIME_WIDTH = 52  # pixels: of a row's time
+
+
+def step_times(num_steps: int) -> Float[np.ndarray, " steps"]:
+    """Returns the time at which each solver step starts, where the network is called: step i at 1 - i / num_steps."""
+    return 1 - np.arange(num_steps) / num_steps
 
 
 def stage_steps(num_steps: int) -> dict[str, int]:
-    """Returns the solver step that starts nearest to each of STAGES. Step i starts at time 1 - i / num_steps."""
-    starts = 1 - np.arange(num_steps) / num_steps
+    """Returns the solver step that starts nearest to each of STAGES."""
+    starts = step_times(num_steps)
     return {name: int(np.abs(starts - time).argmin()) for name, time in STAGES.items()}
+
+
+def spread_steps(num_steps: int, count: int) -> list[int]:
+    """Returns `count` solver steps, evenly spread from the first to the last, or all if there are fewer."""
+    return np.linspace(0, num_steps - 1, min(num_steps, count)).round().astype(int).tolist()
 
 
 def summaries(counts: Int[np.ndarray, "n steps P N"]) -> dict[str, Float[np.ndarray, "n N"]]:
@@ -79,6 +92,38 @@ def draw_maps(
         lines = textwrap.wrap(captions[int(record)], max(8, shown // 6))[:CAPTION_LINES]
         draw.multiline_text((_GAP, y + shown + 1), "\n".join(lines), fill="black", font=font, spacing=1)
     _draw_legend(page, header + len(chosen) * row_height, top)
+    return page
+
+
+def draw_layers(picture: UInt8[np.ndarray, "h w 3"], caption: str, counts: Int[np.ndarray, "steps P N"]) -> Image.Image:
+    """Draws one image above its caption, and beside it a map for each layer (a column) and time (a row).
+
+    There is a row for each solver step, or for MAX_ROWS of them that are evenly spread. This is how the paper
+    (arXiv 2410.02098) shows where experts go.
+    """
+    steps, times = spread_steps(len(counts), MAX_ROWS), step_times(len(counts))
+    top, num_layers = max(1.0, float(counts[steps].max())), counts.shape[1]
+    side, grid = len(picture), math.isqrt(counts.shape[2])
+    shown = max(side, CELL_WIDTH // side * side)
+    cell = max(grid, shown // 2 // grid * grid)
+    header, left = LINE_HEIGHT + 6, _GAP + shown + _GAP + _TIME_WIDTH
+    below = header + max(len(steps) * (cell + _GAP), shown + CAPTION_LINES * LINE_HEIGHT)
+    width = max(left + num_layers * (cell + _GAP), 2 * _GAP + _LEGEND[0] + 120)
+    page = Image.new("RGB", (width, below + _LEGEND[1] + 2 * LINE_HEIGHT + _GAP), "white")
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(11)
+
+    page.paste(Image.fromarray(picture).resize((shown, shown), Image.Resampling.NEAREST), (_GAP, header))
+    lines = textwrap.wrap(caption, max(8, shown // 6))[:CAPTION_LINES]
+    draw.multiline_text((_GAP, header + shown + 1), "\n".join(lines), fill="black", font=font, spacing=1)
+    for column in range(num_layers):
+        draw.text((left + column * (cell + _GAP), 2), f"layer {column + 1}", fill="black", font=font)
+    for row, step in enumerate(steps):
+        y = header + row * (cell + _GAP)
+        draw.text((left - _TIME_WIDTH, y), f"t = {times[step]:.2f}", fill="black", font=font)
+        for column in range(num_layers):
+            colours = Image.fromarray(colour(counts[step, column].reshape(grid, grid).astype(float), top))
+            page.paste(colours.resize((cell, cell), Image.Resampling.NEAREST), (left + column * (cell + _GAP), y))
+    _draw_legend(page, below, top)
     return page
 
 

@@ -21,7 +21,7 @@ from ecdit.encoders.autoencoder import to_bytes
 from ecdit.partitioning import batch_sharding, batch_shards
 from ecdit.system import Params, System, TextToImage
 
-# (params, tokens[B, L], null tokens[1, L], keys[B]) -> images uint8[B, H, W, 3], or images and counts: `make_sampler`.
+# (params, tokens[B, L], null tokens[1, L], keys[B]) -> images uint8[B, H, W, 3], or images and routing: `make_sampler`.
 Sampler = Callable[[Params, Int[ArrayLike, "B L"], Int[ArrayLike, "1 L"], Key[Array, " B"]], Any]
 
 
@@ -56,15 +56,18 @@ def check_sampling(config: SamplingConfig, denoiser: Denoiser, mesh: Mesh | Abst
     denoiser.check_layout(mesh, rows, "sample")
 
 
-def make_sampler(system: System, config: SamplingConfig, mesh: Mesh, with_experts: bool = False) -> Sampler:
+def make_sampler(
+    system: System, config: SamplingConfig, mesh: Mesh, with_experts: bool = False, with_gates: bool = False
+) -> Sampler:
     """Returns a compiled function (params, tokens[B, L], null tokens[1, L], keys[B]) -> uint8 images [B, H, W, 3].
 
     Without an autoencoder to decode with it returns latents, float32[B, h, w, c]. B is config.batch_size; the noise of
     row i is drawn from keys[i] alone. With `with_experts` it returns (images, counts) instead: how many experts took
     each token, int32[B, steps, P, N] over solver steps (the first call of each) and sparse layers, in the pass with the
-    caption. The images are the same.
+    caption. With `with_gates` it returns (images, gates): each expert's gate for each token, float32[B, steps, P, N,
+    E], 0 where the expert did not take the token. The images are the same.
     """
-    jitted, rows = make_sample_step(system, config, mesh, with_experts), batch_sharding(mesh)
+    jitted, rows = make_sample_step(system, config, mesh, with_experts, with_gates), batch_sharding(mesh)
 
     def split(x: ArrayLike) -> Array:
         """Puts the rows of an array that every host has whole on the devices where the batch's sharding wants them."""
@@ -79,36 +82,43 @@ def make_sampler(system: System, config: SamplingConfig, mesh: Mesh, with_expert
 
 
 def make_sample_step(
-    system: System, config: SamplingConfig, mesh: Mesh, with_experts: bool = False
+    system: System, config: SamplingConfig, mesh: Mesh, with_experts: bool = False, with_gates: bool = False
 ) -> jax.stages.Wrapped:
     """Returns the jitted function of `make_sampler`. It takes arrays on the mesh, and the data of the keys, [B, K]."""
     check_sampling(config, system.parts.denoiser, mesh)
-    if with_experts and not system.parts.denoiser.counts_experts():
-        raise ValueError("with_experts: a dense model has no experts to count")
+    if with_experts and with_gates:
+        raise ValueError("with_experts and with_gates: ask for one, gates say how many experts took a token")
+    if (with_experts or with_gates) and not system.parts.denoiser.counts_experts():
+        raise ValueError("with_experts, with_gates: a dense model has no experts to count")
     rows = batch_sharding(mesh)
 
     def sample(params: Params, tokens: Array, null_tokens: Array, key_data: Array) -> Any:
         model = system.bind(params)
         keys = jax.random.wrap_key_data(key_data, impl=SAMPLE_KEY_IMPL)
         noise = sample_noise(keys, system.config.latent_shape)
-        velocity = _velocity(model, config, tokens, null_tokens, with_experts)
-        latents, counts = SOLVERS[config.solver](velocity, noise, config.num_steps, has_aux=True)
+        velocity = _velocity(model, config, tokens, null_tokens, with_experts, with_gates)
+        latents, routing = SOLVERS[config.solver](velocity, noise, config.num_steps, has_aux=True)
         pictures = to_bytes(model.autoencoder.decode(latents)) if system.config.has_images else latents
-        return (pictures, jnp.moveaxis(counts, 2, 0)) if with_experts else pictures
+        return pictures if routing is None else (pictures, jnp.moveaxis(routing, 2, 0))
 
     return jax.jit(sample, in_shardings=(system.shardings(mesh), rows, None, rows), out_shardings=rows)
 
 
 def _velocity(
-    model: TextToImage, config: SamplingConfig, tokens: Array, null_tokens: Array, with_experts: bool
-) -> Callable[
-    [Float[Array, "B h w c"], Float[Array, " B"]], tuple[Float[Array, "B h w c"], Int[Array, "P B N"] | None]
-]:
-    """Returns the guided velocity, and the experts per token in the pass with the caption (None unless asked for).
+    model: TextToImage,
+    config: SamplingConfig,
+    tokens: Array,
+    null_tokens: Array,
+    with_experts: bool,
+    with_gates: bool = False,
+) -> Callable[[Float[Array, "B h w c"], Float[Array, " B"]], tuple[Float[Array, "B h w c"], Array | None]]:
+    """Returns the guided velocity, and what was asked for of the routing in the pass with the caption (else None).
 
-    An image and its null-caption twin are neighbours in one batch of 2 B.
+    That is the experts per token, int32[P, B, N], or every expert's gate for it, float32[P, B, N, E]. An image and its
+    null-caption twin are neighbours in one batch of 2 B.
     """
     guided = config.guidance.scale != 1
+    metric = "expert_gates" if with_gates else "experts_per_token" if with_experts else None
     text: TextStates = model.text(tokens)
     if guided:
         null: TextStates = model.text(null_tokens)
@@ -119,12 +129,14 @@ def _velocity(
     def velocity(x: Float[Array, "B h w c"], time: Float[Array, " B"]) -> tuple[Array, Array | None]:
         if guided:
             x, time = _interleave(x, x), _interleave(time, time)
-        prediction = model.denoiser(x, time, text, size_crop, None, "sample")
-        counts = prediction.metrics["experts_per_token"] if with_experts else None
+        prediction = model.denoiser(x, time, text, size_crop, None, "inspect" if with_gates else "sample")
+        if metric and metric not in prediction.metrics:
+            raise ValueError(f"{type(model.denoiser).__name__} reports no {metric}: see components.Prediction")
+        routing = prediction.metrics[metric] if metric else None
         if not guided:
-            return prediction.velocity, counts
-        counts = None if counts is None else counts[:, 0::2]
-        return combine(prediction.velocity[0::2], prediction.velocity[1::2], config.guidance), counts
+            return prediction.velocity, routing
+        routing = None if routing is None else routing[:, 0::2]
+        return combine(prediction.velocity[0::2], prediction.velocity[1::2], config.guidance), routing
 
     return velocity
 

@@ -33,9 +33,10 @@ def passes(monkeypatch):
         encoded.append(tokens.shape[0])
         return tower(self, tokens)
 
-    def stop(self, latents, time, text, size_crop, kept, group_size):
+    def stop(self, latents, time, text, size_crop, kept, group_size, with_gates):
         assert time.shape[0] == text.mask.shape[0] == size_crop.shape[0] == latents.shape[0]
         assert kept is None  # sampling drops no token
+        assert not with_gates  # nor does it compute gates that nobody asked for
         raise Called(latents.shape[0], group_size)
 
     monkeypatch.setattr(TextTower, "__call__", encode)
@@ -72,11 +73,13 @@ def test_scale_zero_is_no_scale_one(passes):
 class FakeModel:
     """Its velocity is the first token of the caption everywhere, and so is the number of experts."""
 
+    mode = "sample"
+
     def text(self, tokens):
         return TextStates(tokens[..., None].astype(jnp.float32), tokens != 0, tokens[:, :1].astype(jnp.float32))
 
     def denoiser(self, latents, time, text, size_crop, mask_keys, mode):
-        assert (mask_keys, mode) == (None, "sample")
+        assert (mask_keys, mode) == (None, self.mode)
         self.seen = latents[:, 0, 0, 0], time
         tokens = jnp.broadcast_to(text.pooled, (len(latents), 16))
         velocity = jnp.broadcast_to(text.pooled[:, :, None, None], latents.shape)
@@ -95,6 +98,14 @@ def test_the_guided_velocity_of_each_image_by_hand():
     np.testing.assert_array_equal(model.seen, [[0, 0, 1, 1, 2, 2], [0.25, 0.25, 0.5, 0.5, 0.75, 0.75]])
     np.testing.assert_allclose(guided[:, 0, 0, 0], [13, 16, 19])
     np.testing.assert_array_equal(counts[0, :, 0], [5, 6, 7])
+
+
+def test_a_denoiser_that_counts_experts_but_reports_no_gates_is_refused():
+    model, config = FakeModel(), tiny().sampling
+    model.mode = "inspect"
+    velocity = sampling._velocity(model, config, jnp.array([[5, 1]]), jnp.array([[1, 0]]), False, with_gates=True)
+    with pytest.raises(ValueError, match="reports no expert_gates"):
+        velocity(jnp.zeros((1, 32, 32, 3)), jnp.ones(1))
 
 
 def test_each_row_has_the_key_of_its_prompt_and_repeat():

@@ -14,6 +14,7 @@ from tests.models.helpers import Model, config, jit, normal
 expert_choice = jit(rules.expert_choice, static_argnames="capacity")
 token_choice = jit(rules.token_choice, static_argnames=("capacity", "num_choices"))
 experts_per_token = jit(rules.experts_per_token, static_argnums=1)
+gates_per_token = jit(rules.gates_per_token, static_argnums=1)
 renormalize_gates = jit(rules.renormalize_gates, static_argnums=(1, 2))
 
 # Affinities of four tokens (rows) to three experts.
@@ -71,6 +72,23 @@ def test_expert_choice_by_hand():
     np.testing.assert_allclose(routing.gate, [gate, gate], rtol=1e-6)
     assert np.asarray(routing.taken).all()
     np.testing.assert_array_equal(experts_per_token(routing, 4), [[2, 2, 1, 1], [1, 1, 2, 2]])
+
+
+def test_gates_per_token_by_hand():
+    """Each expert takes its two best of four tokens; the second group has the tokens in reverse."""
+    gates = gates_per_token(expert_choice(logits_of(AFFINITY, AFFINITY[::-1]), capacity=2), 4)
+    expected = np.array([[0.6, 0.3, 0], [0.5, 0.28, 0], [0, 0, 0.7], [0, 0, 0.35]])
+    np.testing.assert_allclose(gates, [expected, expected[::-1]], rtol=1e-6)
+
+
+def test_the_zeros_among_gates_are_the_tokens_that_were_not_taken():
+    """Expert 1's affinity for every token is exp(-200), which is 0 in float32; token 3 is masked, and nobody's."""
+    logits = np.tile(np.array([200.0, 0.0], np.float32), (1, 4, 1))
+    routing = expert_choice(logits, capacity=4, token_mask=np.array([[True, True, True, False]]))
+    assert (np.asarray(routing.gate)[0, 1] == 0).all()
+    gates = np.asarray(gates_per_token(routing, 4))
+    np.testing.assert_array_equal(gates > 0, [[[True, True]] * 3 + [[False, False]]])
+    np.testing.assert_array_equal((gates > 0).sum(axis=-1), experts_per_token(routing, 4))
 
 
 def test_experts_can_crowd_on_a_token_and_leave_others_alone():

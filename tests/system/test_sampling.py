@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from ecdit.data.prepared import tokenize_captions
+from ecdit.diffusion.flow import sample_keys, sample_noise
 from ecdit.diffusion.guidance import GuidanceConfig
 from ecdit.evaluation.retrieval import fixed_choice, protocol, recall, target_ranks
+from ecdit.models.moe import MixtureOfExperts
 from ecdit.partitioning import make_mesh
 from ecdit.sampling.sampler import make_sampler, sample_pictures
 from ecdit.system import make_system
@@ -30,15 +32,24 @@ class Samples:
         self.params = jax.tree.map(lambda p: p + 0.1 * rng.normal(size=p.shape).astype(np.float32), params)
         self.samplers = functools.cache(self.make_sampler)  # several tests draw with the same compiled one
 
-    def make_sampler(self, sampling, devices, with_experts, group):
+    def make_sampler(self, sampling, devices, group, **routing):
         mesh = make_mesh(tiny(mesh__data=devices).mesh, jax.devices()[:devices])
         config = self.system.config
         system = make_system(dataclasses.replace(config, model=dataclasses.replace(config.model, sampling_group=group)))
-        return make_sampler(system, sampling, mesh, with_experts)
+        return make_sampler(system, sampling, mesh, **routing)
 
-    def __call__(self, prompts=PROMPTS, repeats=REPEATS, devices=1, with_experts=False, group="image", **changes):
+    def __call__(
+        self,
+        prompts=PROMPTS,
+        repeats=REPEATS,
+        devices=1,
+        group="image",
+        with_experts=False,
+        with_gates=False,
+        **changes,
+    ):
         sampling = dataclasses.replace(self.base.sampling, **{"num_steps": 4, **changes})
-        sampler = self.samplers(sampling, devices, with_experts, group)
+        sampler = self.samplers(sampling, devices, group, with_experts=with_experts, with_gates=with_gates)
         tokens = functools.partial(tokenize_captions, self.base.data)
         return sample_pictures(sampler, self.params, tokens, prompts, repeats, sampling)
 
@@ -137,6 +148,49 @@ def test_counts_are_those_of_the_pass_with_the_caption(samples):
     _, guided = samples(with_experts=True, guidance=GuidanceConfig(3.0, "plain"), num_steps=1)
     _, plain = samples(with_experts=True, guidance=GuidanceConfig(1.0, "plain"), num_steps=1)
     assert (guided != plain).mean() < 0.002  # near-ties, rounded differently in a batch of twice the size
+
+
+def test_gates_change_no_picture_and_are_above_0_where_experts_are_counted(samples):
+    guided = {"guidance": GuidanceConfig(3.0, "plain")}
+    pictures, counts = samples(with_experts=True, **guided)
+    same, gates = samples(with_gates=True, devices=8, **guided)
+    assert_same(same, pictures)  # two compiled programs
+    assert gates.shape == (8, 4, 2, 16, 4)
+    assert (((gates > 0).sum(axis=-1) != counts).mean(axis=(0, 1, 2, 3))) < 0.005  # near-ties
+    assert gates.max() <= 1
+
+
+def test_gates_are_those_of_the_plain_model_s_routing(samples, monkeypatch):
+    """One step without guidance, and the same forward pass without compilation, whose routings are recorded."""
+    _, gates = samples(with_gates=True, guidance=GuidanceConfig(1.0, "plain"), num_steps=1)
+    routings, route = [], MixtureOfExperts.route
+    monkeypatch.setattr(MixtureOfExperts, "route", lambda *args: routings.append(route(*args)) or routings[-1])
+    model, config = samples.system.bind(samples.params), samples.base.sampling
+    noise = sample_noise(sample_keys(config.seed, PROMPTS, REPEATS), samples.system.config.latent_shape)
+    sizes = np.tile(np.float32([config.original_size, config.original_size, 0, 0]), (8, 1))
+    with jax.disable_jit():
+        text = model.text(tokenize_captions(samples.base.data, PROMPTS))
+        model.denoiser(noise, np.ones(8, np.float32), text, sizes, None, "sample")
+    assert len(routings) == 2
+    for layer, routing in enumerate(routings):
+        index, gate = np.asarray(routing.index), np.asarray(routing.gate)
+        expected = np.zeros((8, 16, 4), np.float32)
+        for image, expert, slot in np.ndindex(index.shape):
+            expected[image, index[image, expert, slot], expert] = gate[image, expert, slot]
+        found = gates[:, 0, layer]
+        near_ties = (found > 0) != (expected > 0)
+        assert near_ties.mean() < 0.005
+        np.testing.assert_allclose(found[~near_ties], expected[~near_ties], rtol=1e-4, atol=1e-6)
+
+
+def test_a_denoiser_without_gates_or_experts_is_refused(samples):
+    with pytest.raises(ValueError, match="ask for one"):
+        samples(with_gates=True, with_experts=True)
+    dense = tiny(mesh__data=1, model__ffn="dense")
+    with pytest.raises(ValueError, match="has no experts"):
+        make_sampler(
+            make_system(dense.system), dense.sampling, make_mesh(dense.mesh, jax.devices()[:1]), with_gates=True
+        )
 
 
 def test_token_choice_without_drops_gives_each_token_two_experts(emoji_data):

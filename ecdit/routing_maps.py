@@ -1,0 +1,111 @@
+"""Shows which experts take which patches: `python -m ecdit.routing_maps --workdir=W --prompts=FILE --out=DIRECTORY`.
+
+It samples the prompts and writes maps, tables, arrays and a page for the browser; docs/routing_maps.md describes them.
+"""
+
+import functools
+import io
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import flags
+from jaxtyping import Float, UInt8
+
+from ecdit.command_line import run_command
+from ecdit.data.prepared import tokenize_captions
+from ecdit.errors import UserError
+from ecdit.files import check_writable, is_remote, replace_bytes, replace_text
+from ecdit.runs.trained_run import open_run, sample_run, saved_experiment
+from ecdit.sampling.grids import save_png, write_png
+from ecdit.sampling.prompts import check_prompts, prompt_lines
+from ecdit.sampling.routing_maps import draw_layers, spread_steps, step_times
+from ecdit.sampling.routing_page import render_page
+from ecdit.sampling.routing_tables import busiest_share, counts_of, coverage, coverage_csv, layer_table, takings
+from ecdit.storage import as_path
+from ecdit.system import make_system
+
+WORKDIR = flags.DEFINE_string("workdir", None, "The run to sample from.", required=True)
+PROMPTS = flags.DEFINE_string("prompts", None, "A UTF-8 file with one prompt a line.", required=True)
+OUT = flags.DEFINE_string("out", None, "A new or empty directory for what is written.", required=True)
+STEP = flags.DEFINE_integer("step", None, "Of the checkpoint; by default the newest.")
+REPEATS = flags.DEFINE_integer("repeats", 1, "Images of each prompt.", lower_bound=1)
+LAST_STEPS = flags.DEFINE_integer("last_steps", 5, "Solver steps at the end in which an expert's takings count.", 1)
+PAGE_IMAGES = flags.DEFINE_integer("page_images", 8, "Images that the page shows, the first ones.", lower_bound=1)
+PAGE_TIMES = flags.DEFINE_integer("page_times", 10, "Solver steps that the page shows, evenly spread.", lower_bound=1)
+SET = flags.DEFINE_multi_string("set", [], "KEY=VALUE of the run's sampling, such as sampling.num_steps=25.")
+
+
+def main(argv: list[str]) -> None:
+    """Samples, and writes all that docs/routing_maps.md describes."""
+    del argv
+    prompts = [prompt for prompt in prompt_lines(PROMPTS.value) for _ in range(REPEATS.value)]
+    repeats = [i % REPEATS.value for i in range(len(prompts))]
+    workdir, out = as_path(WORKDIR.value), Path(OUT.value)
+    for change in SET.value:
+        if not change.startswith("sampling."):
+            raise UserError(f"--set={change}: must be a key of sampling: other values are as the run was trained")
+    if is_remote(OUT.value):
+        raise UserError(f"--out={OUT.value}: must be a directory of this machine")
+    check_writable(out / "routing.npz")
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"--out={out}: holds other files; take an empty directory")
+    experiment = saved_experiment(workdir, SET.value)
+    if not make_system(experiment.system).parts.denoiser.counts_experts():
+        raise UserError(f"--workdir={WORKDIR.value}: the model is dense, it has no experts")
+    for warning in check_prompts(functools.partial(tokenize_captions, experiment.data), prompts):
+        print(f"warning: {warning}", flush=True)
+
+    run = open_run(workdir, SET.value, STEP.value)
+    pictures, gates = sample_run(run, prompts, repeats, with_gates=True)
+    if jax.process_index() == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        about = f"Step {run.step} of {WORKDIR.value}, EMA weights, seed {run.experiment.sampling.seed}."
+        named = [f"{p} ({r})" for p, r in zip(prompts, repeats, strict=True)] if REPEATS.value > 1 else prompts
+        print(write_all(out, named, pictures, gates, about))
+
+
+def write_all(
+    out: Path,
+    prompts: list[str],
+    pictures: UInt8[np.ndarray, "n h w 3"],
+    gates: Float[np.ndarray, "n steps P N E"],
+    about: str,
+) -> str:
+    """Writes all files into `out`; returns what to print."""
+    num_steps, num_experts = gates.shape[1], gates.shape[4]
+    times, last = step_times(num_steps), min(LAST_STEPS.value, num_steps)
+    counts = counts_of(gates)
+    shares, busiest, found = coverage(counts), busiest_share(counts, num_experts), takings(pictures, gates, last)
+    when = f"in the last {last} of {num_steps} steps"
+    shown, steps = min(PAGE_IMAGES.value, len(prompts)), spread_steps(num_steps, PAGE_TIMES.value)
+    page = render_page(prompts, pictures, gates, times, found, about, when, shown, steps)
+
+    for i, picture in enumerate(pictures):
+        save_png(picture, out / f"{i:05d}.png")
+        write_png(draw_layers(picture, prompts[i], counts[i]), out / f"{i:05d}_experts.png")
+    arrays = {
+        "prompts": np.array(prompts),
+        "images": pictures,
+        "times": times,
+        "counts": counts,
+        "gates": gates,
+        "coverage": shares,
+        "busiest": busiest,
+        "expert_patches": found.patches,
+        "expert_tokens": found.tokens,
+        "expert_gates": found.gates,
+    }
+    file = io.BytesIO()
+    np.savez_compressed(file, **arrays)
+    replace_bytes(out / "routing.npz", file.getvalue())
+    replace_text(out / "coverage.csv", coverage_csv(shares, busiest, times))
+    replace_text(out / "routing.html", page)
+    return (
+        f"{layer_table(shares, busiest)}\n{len(prompts)} images in {out}; routing.html ({len(page.encode()) / 1e6:.1f} "
+        f"MB) shows {shown} of them at {len(steps)} of {num_steps} times"
+    )
+
+
+if __name__ == "__main__":
+    run_command(main)
