@@ -6,7 +6,6 @@ was checked, and the trainer compares that with what it has.
 
 import base64
 import binascii
-import hashlib
 import json
 import zlib
 from pathlib import Path
@@ -16,20 +15,17 @@ import ecdit
 from ecdit.config import flatten, to_dict
 from ecdit.errors import UserError
 from ecdit.experiment import Experiment
-from ecdit.system import user_files
+from ecdit.runs.provenance import source_hash
 
 
 def code_digest() -> str:
     """Returns a hash of ecdit's sources: a version number does not tell two states of a checkout apart."""
-    digest, package = hashlib.sha256(), Path(ecdit.__file__).parent
-    for path in sorted(package.rglob("*.py")):
-        digest.update(path.relative_to(package).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()
+    return source_hash(Path(ecdit.__file__).parent)
 
 
 def describe_checked(experiment: Experiment) -> dict[str, Any]:
     """Returns all that the training of `experiment` follows from, as far as files determine it."""
-    return {"config": to_dict(experiment), "files": dict(user_files(experiment.denoiser)), "code": code_digest()}
+    return {"config": to_dict(experiment), "files": experiment.user_files(), "code": code_digest()}
 
 
 def encode_checked(checked: dict[str, Any]) -> str:

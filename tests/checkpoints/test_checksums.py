@@ -90,7 +90,7 @@ def test_two_damaged_words_escape_a_short_sum_as_often_as_chance_has_it():
     words = arrays.view(np.uint32)
     for row in range(1, len(arrays)):
         words[row, rng.choice(64, 2, replace=False)] ^= np.uint32(1) << rng.integers(0, 32, 2).astype(np.uint32)
-    sums = np.asarray(jax.jit(jax.vmap(module._sums))(jnp.asarray(arrays)))
+    sums = np.asarray(jax.jit(jax.vmap(module.shard_sums))(jnp.asarray(arrays)))
     for column in range(2):
         agree = (sums[1:, column] & 0xFF == sums[0, column] & 0xFF).mean()
         assert 0.5 / 256 < agree < 2 / 256

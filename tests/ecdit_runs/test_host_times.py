@@ -57,7 +57,7 @@ def main(argv):
         toy.at[n] = lambda: time.sleep(0.05 if jax.process_index() == 1 else 0.01)
     toy.train(num_steps=50, every=100, mesh__data=2, train__log_every=5)
 
-run_command(main)
+run_command(main, words=True)
 """
 
 

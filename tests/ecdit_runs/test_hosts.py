@@ -31,7 +31,7 @@ def main(argv):
     code = Different(Path(sys.argv[1])).train(num_steps=2, every=2, mesh__data=2)
     print("ENDED", code, flush=True)
 
-run_command(main)
+run_command(main, words=True)
 """
 
 
@@ -89,7 +89,7 @@ def main(argv):
     code = toy.train(num_steps=300, every=1000, mesh__data=2)
     print("ENDED", code, flush=True)
 
-run_command(main)
+run_command(main, words=True)
 """
 
 

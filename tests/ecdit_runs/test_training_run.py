@@ -164,7 +164,7 @@ def main(argv):
         print("still there", flush=True)
     time.sleep(60)
 
-run_command(main)
+run_command(main, words=True)
 """
 
 

@@ -86,7 +86,7 @@ def test_long_names_get_initials_then_digits_and_equal_ones_digits():
     points = hyper.chainit([points, hyper.sweep(FFN, ["dense"])])
     assert named(points) == ["ffn-token-choice-tcd-true", "ffn-token-choice-tcd-false", "ffn-dense"]
     first, second = named(hyper.sweep("config.data.directory", ["/" + "x" * 60 + "1", "/" + "x" * 60 + "2"]))
-    assert first[:-6] == second[:-6] == "source-" + "x" * 26 + "-"
+    assert first[:-6] == second[:-6] == "directory-" + "x" * 23 + "-"
     assert first != second
     one, other = named(hyper.sweep("config.data.directory", ["a-b", "a/b"]))
     assert one != other

@@ -55,8 +55,8 @@ MUTANTS = (
     ),
     Mutant(
         _SAMPLING,
-        "counts = None if counts is None else counts[:, 0::2]",
-        "counts = None if counts is None else counts[:, 1::2]",
+        "routing = None if routing is None else routing[:, 0::2]",
+        "routing = None if routing is None else routing[:, 1::2]",
         _passes("test_the_guided_velocity_of_each_image_by_hand"),
         "maps of experts are those of the null caption",
     ),
@@ -115,8 +115,8 @@ MUTANTS = (
     ),
     Mutant(
         _MAPS,
-        "starts = 1 - np.arange(num_steps) / num_steps",
-        "starts = np.arange(num_steps) / num_steps",
+        "return 1 - np.arange(num_steps) / num_steps",
+        "return np.arange(num_steps) / num_steps",
         _maps("test_stages_are_the_steps_that_start_nearest_to_their_times"),
         "early and late change places",
     ),
