@@ -79,8 +79,6 @@ def write_all(
     shares, busiest, found = coverage(counts), busiest_share(counts, num_experts), takings(pictures, gates, last)
     when = f"in the last {last} of {num_steps} steps"
     shown, steps = min(PAGE_IMAGES.value, len(prompts)), spread_steps(num_steps, PAGE_TIMES.value)
-    page = render_page(prompts, pictures, gates, times, found, about, when, shown, steps)
-
     for i, picture in enumerate(pictures):
         save_png(picture, out / f"{i:05d}.png")
         write_png(draw_layers(picture, prompts[i], counts[i]), out / f"{i:05d}_experts.png")
@@ -100,6 +98,8 @@ def write_all(
     np.savez_compressed(file, **arrays)
     replace_bytes(out / "routing.npz", file.getvalue())
     replace_text(out / "coverage.csv", coverage_csv(shares, busiest, times))
+    # Last, because it may be refused as too large.
+    page = render_page(prompts, pictures, gates, times, found, about, when, shown, steps)
     replace_text(out / "routing.html", page)
     return (
         f"{layer_table(shares, busiest)}\n{len(prompts)} images in {out}; routing.html ({len(page.encode()) / 1e6:.1f} "

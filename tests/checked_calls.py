@@ -23,6 +23,8 @@ CHECKED = [
         "encoders",
         "sampling.grids",
         "sampling.routing_maps",
+        "sampling.routing_page",
+        "sampling.routing_tables",
         "training",
     )
 ]

@@ -2,7 +2,7 @@
 
 Everything follows from the gates that `sampler.make_sampler` returns: 0 where an expert did not take a token.
 
-Axes: n images, P sparse layers, N tokens in raster order, E experts, K + 1 numbers of experts (0 to K) on a token,
+Axes: n images, P sparse layers, N tokens in raster order, E experts, K numbers of experts on a token (0, 1, ...),
 p pixels along a side of a patch.
 """
 
@@ -28,8 +28,8 @@ def counts_of(gates: Float[np.ndarray, "*axes E"]) -> Int[np.ndarray, "*axes"]:
     return (gates > 0).sum(axis=-1, dtype=np.int32)
 
 
-def coverage(counts: Int[np.ndarray, "n steps P N"]) -> Float[np.ndarray, "steps P K+1"]:
-    """Returns the share of all images' tokens that 0, 1, ..., K experts took, with K the most on any token."""
+def coverage(counts: Int[np.ndarray, "n steps P N"]) -> Float[np.ndarray, "steps P K"]:
+    """Returns the share of all images' tokens that 0, 1, ..., K - 1 experts took; K - 1 is the most on any token."""
     shares = [(counts == number).mean(axis=(0, 3)) for number in range(int(counts.max()) + 1)]
     return np.stack(shares, axis=-1)
 
@@ -76,7 +76,7 @@ def split_patches(pictures: UInt8[np.ndarray, "n h w 3"], num_tokens: int) -> UI
 
 
 def coverage_csv(
-    shares: Float[np.ndarray, "steps P K+1"],
+    shares: Float[np.ndarray, "steps P K"],
     busiest: Float[np.ndarray, "n steps P"],
     times: Float[np.ndarray, " steps"],
 ) -> str:
@@ -94,7 +94,7 @@ def coverage_csv(
     return text.getvalue()
 
 
-def layer_table(shares: Float[np.ndarray, "steps P K+1"], busiest: Float[np.ndarray, "n steps P"]) -> str:
+def layer_table(shares: Float[np.ndarray, "steps P K"], busiest: Float[np.ndarray, "n steps P"]) -> str:
     """Returns a table for people: each sparse layer's mean coverage over solver steps, and its busiest token."""
     mean = shares.mean(axis=0)
     upper = mean[:, 3:].sum(axis=1)

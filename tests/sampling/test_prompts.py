@@ -9,7 +9,7 @@ from ecdit import sample
 from ecdit.config import ConfigError
 from ecdit.data.text import EOS
 from ecdit.errors import UserError
-from ecdit.sampling.prompts import check_prompts
+from ecdit.sampling.prompts import check_prompts, prompt_lines
 from tests.runs import tiny
 
 LENGTH = 4
@@ -57,3 +57,19 @@ def test_data_in_a_bucket_is_refused_with_what_to_do():
         ConfigError, match=re.escape("config.data.directory = 'gs://b/data': must be a directory: mount")
     ):
         tiny(data__directory="gs://b/data")
+
+
+@pytest.mark.parametrize("content", [b"red heart\ntiger\n", b"\xef\xbb\xbfred heart\ntiger"])
+def test_a_prompt_is_a_line_of_the_file(tmp_path, content):
+    (tmp_path / "prompts.txt").write_bytes(content)
+    assert prompt_lines(str(tmp_path / "prompts.txt")) == ["red heart", "tiger"]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"), [(b"a\n \t\nb\n", "line 2 is empty"), (b"a\n\xff\n", "utf-8"), (b"", "no prompts")]
+)
+def test_a_file_with_a_line_that_is_no_prompt_is_refused(tmp_path, content, said):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=f"{re.escape(str(path))}.*{said}"):
+        prompt_lines(str(path))

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ecdit.sampling.routing_maps import VIRIDIS, colour, draw_maps, stage_steps, summaries
+from ecdit.sampling.routing_maps import VIRIDIS, colour, draw_layers, draw_maps, spread_steps, stage_steps, summaries
 
 
 @pytest.mark.parametrize(
@@ -62,3 +62,29 @@ def test_a_token_is_a_square_at_its_place_under_its_layer():
     np.testing.assert_array_equal(legend[0, [8, 8 + 255]], VIRIDIS[[0, 9]])
     assert (legend[14:, :280] == 0).all(axis=-1).any(), "numbers under the colours"
     assert (legend[:14, 272:] < 128).any(), "what they count beside them"
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "count", "steps"), [(3, 8, [0, 1, 2]), (50, 3, [0, 24, 49]), (10, 4, [0, 3, 6, 9]), (5, 1, [0])]
+)
+def test_spread_steps_have_both_ends(num_steps, count, steps):
+    assert spread_steps(num_steps, count) == steps
+
+
+def test_one_image_s_maps_stand_in_the_row_of_their_time_and_the_column_of_their_layer():
+    """Twelve steps, of which eight are drawn; four tokens, three layers; in step 11 all go to layer 2's token 1."""
+    counts = np.zeros((12, 3, 4), int)
+    counts[11, 1, 1] = 5
+    picture = np.full((32, 32, 3), 200, np.uint8)
+    page = np.asarray(draw_layers(picture, "a caption", counts))
+    assert (page[19 : 19 + 128, 8 : 8 + 128] == 200).all()
+    left, step = 8 + 128 + 8 + 52, 64 + 8
+    for row in range(8):
+        for column in range(3):
+            expected = np.broadcast_to(VIRIDIS[0], (64, 64, 3)).copy()
+            if (row, column) == (7, 1):
+                expected[:32, 32:] = VIRIDIS[9]
+            cell = page[19 + row * step :, left + column * step :][:64, :64]
+            np.testing.assert_array_equal(cell, expected, err_msg=f"{row} {column}")
+        assert (page[19 + row * step :, left - 52 : left][:13] < 128).any(), "the row's time"
+    assert (page[147:173, :136] < 128).any(), "the caption"

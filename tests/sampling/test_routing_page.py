@@ -39,7 +39,7 @@ def choose(seed=0):
     """Gates of an expert choice in which each expert takes 4 of 16 tokens, more of them on the drawn shapes later."""
     rng = np.random.default_rng(seed)
     patches = draw_pictures().reshape(3, GRID, 8, GRID, 8, 3).std(axis=(2, 4, 5)).reshape(3, 1, 1, GRID**2, 1) / 30
-    weight = np.linspace(0, 2, STEPS)[None, :, None, None, None]
+    weight = np.linspace(0, 0.5, STEPS)[None, :, None, None, None]
     logits = rng.normal(size=(3, STEPS, LAYERS, GRID**2, EXPERTS)) + weight * patches
     affinity = 1 / (1 + np.exp(-logits))
     lowest = np.sort(affinity, axis=3)[:, :, :, -4:-3]
