@@ -106,6 +106,7 @@ def test_stamp_and_attribution(builder_dir):
         ({"captions": ()}, "at least one path"),
         ({"key": "captions/text"}, "to be a key"),
         ({"num_parts": 0}, "num_parts = 0"),
+        ({"split": "test"}, "no split 'test'"),
     ],
 )
 def test_features_that_cannot_be_used(builder_dir, options, message):

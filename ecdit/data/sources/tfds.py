@@ -47,11 +47,12 @@ class TfdsBuilder:
         return "\n".join(filter(None, [f"TensorFlow Datasets {info.full_name}", info.homepage, info.citation]))
 
     def parts(self) -> tuple[str, ...]:
-        """Returns the parts: even shares of the split."""
+        """Returns the parts: even shares of the split, none of them empty."""
         if self.num_parts < 1:
             raise DataError(f"num_parts = {self.num_parts} must be at least 1")
         self._check_features()
-        return tuple(f"{self.split}-{place:05d}-of-{self.num_parts:05d}" for place in range(self.num_parts))
+        count = self._count()
+        return tuple(f"{self.split}-{place:05d}-of-{count:05d}" for place in range(count))
 
     def stamp(self, part: str) -> str:
         """Returns a hash of the builder's version and of the names, sizes and times of its files, for every part."""
@@ -65,12 +66,11 @@ class TfdsBuilder:
     def read(self, part: str) -> Iterator[Pair | Rejected]:
         """Yields the records of a part in stored order."""
         place = self._place(part)
-        self._check_features()
         with preparing():
             import tensorflow_datasets as tfds
         # One file after the other: interleaving would mix the order of files and parts.
         options = tfds.ReadConfig(add_tfds_id=self.key is None, interleave_cycle_length=1)
-        share = tfds.even_splits(self.split, self.num_parts, drop_remainder=False)[place]
+        share = tfds.even_splits(self.split, self._count(), drop_remainder=False)[place]
         dataset = self._builder.as_dataset(split=share, decoders=self._decoding(), read_config=options)
         for number, example in enumerate(tfds.as_numpy(dataset)):
             name = f"{part}:{number}"
@@ -100,6 +100,19 @@ class TfdsBuilder:
             if path not in (self.image, *self.captions, _ID) and (isinstance(value, bytes) or not np.ndim(value)):
                 columns[path] = value.decode() if isinstance(value, bytes) else np.asarray(value).item()
         return with_captions(_text(key), image, texts, columns, name)
+
+    def _count(self) -> int:
+        """The number of parts, not more than there are examples; a mocked builder knows no splits."""
+        splits = self._builder.info.splits
+        if not splits:
+            return self.num_parts
+        try:
+            examples = splits[self.split].num_examples
+        except (KeyError, ValueError) as error:
+            raise DataError(f"{self.name} has no split {self.split!r}: {error}") from None
+        if not examples:
+            raise DataError(f"split {self.split!r} of {self.name} has no examples")
+        return min(self.num_parts, examples)
 
     def _decoding(self) -> Any:
         """What is read of an example, image bytes as they are: image, captions, key, and scalars, not other arrays."""
