@@ -162,7 +162,8 @@ def _pair(example: dict[str, Any], name: str) -> Pair | Rejected:
         image = example.pop("image")
         if "fields" in example:
             fields = zip(example.pop("fields"), example.pop("captions"), strict=True)
-            return Pair(key, image, {field.decode(): text.decode() for field, text in fields}, {})
+            split = example.pop("split", b"").decode() or None
+            return Pair(key, image, {field.decode(): text.decode() for field, text in fields}, {}, split)
         captions, columns = {}, {}
         for field, value in example.items():
             if isinstance(value, bytes):
