@@ -6,7 +6,7 @@ from ecdit.data.config import PrepareConfig
 
 
 def place_of(key: str) -> float:
-    """Returns where a key's hash lies in [0, 1): the same however the data grows, and in every data set with the key."""
+    """Returns where a key's hash lies in [0, 1): the same as the data grows, and in every data set with the key."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8]) / 2**64
 
 
