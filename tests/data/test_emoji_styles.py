@@ -76,7 +76,11 @@ def test_every_name_and_style_keeps_a_pair_whatever_share_is_held_out():
         trained = {key for key in keys if key in kept or place_of(key) >= share}
         for part in range(2):
             assert {key.split("/")[part] for key in trained} == {key.split("/")[part] for key in keys}
-    assert {key for key in keys if place_of(key) < 0.5} & kept, "a case of the rule"
+    spared = {key for key in keys if place_of(key) < 0.5} & kept
+    assert spared, "a case of the rule"
+    for key in spared:  # no other pair of its name, or of its style, is trained on
+        alike = [{one for one in keys if one.split("/")[part] == key.split("/")[part]} for part in range(2)]
+        assert any(all(place_of(one) < 0.5 for one in group) for group in alike)
 
 
 def test_prepared_records_follow_the_rule(sets, tmp_path):
