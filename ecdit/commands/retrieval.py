@@ -1,18 +1,36 @@
 """`retrieval --workdir=runs/emoji` samples captions of a run and looks the images up among its data."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from absl import flags
 
 from ecdit.config import to_dict
+from ecdit.data import DataError
+from ecdit.data.emoji_styles import style_and_name
 from ecdit.data.images import decode_stored
+from ecdit.data.manifest import SPLITS
 from ecdit.data.prepared import caption_of, open_prepared, stored_records
 from ecdit.evaluation.json_lines import check_results, json_text, write_results
-from ecdit.evaluation.retrieval import NUM_CAPTIONS, fixed_choice, protocol, recall, target_ranks
+from ecdit.evaluation.retrieval import (
+    NUM_CAPTIONS,
+    chance,
+    fixed_choice,
+    nearest_other_styles,
+    protocol,
+    recall,
+    target_ranks,
+)
 from ecdit.runs.trained_run import each_image_alone, open_run, sample_run
+from ecdit.sampling.grids import save_grid
+from ecdit.sampling.sampler import SamplingConfig
 from ecdit.storage import as_path
+
+_DRAWN = 8
+Split = Literal["train", "held_out"]
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -21,35 +39,55 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("step", None, "Of the checkpoint; by default the newest.", flag_values=values)
     captions = "How many are sampled, always the same ones; 0 for all."
     flags.DEFINE_integer("captions", NUM_CAPTIONS, captions, 0, flag_values=values)
+    splits = "Whose captions are sampled: those of training, or those that it never read."
+    flags.DEFINE_enum("split", "train", SPLITS, splits, flag_values=values)
+    flags.DEFINE_integer("seed", 0, "Of the samples' noise.", 0, flag_values=values)
+    flags.DEFINE_string("grid", None, "PNG for some samples beside their true pictures.", flag_values=values)
     flags.DEFINE_string("json", None, "File for the result.", flag_values=values)
 
 
 def run(values: flags.FlagValues) -> None:
     """Evaluates, prints the result and writes it."""
     out = Path(values.json) if values.json else None
-    check_results(out)
-    result = retrieval(as_path(values.workdir), values.step, values.captions)
+    grid = Path(values.grid) if values.grid else None
+    check_results(out, grid)
+    result = retrieval(as_path(values.workdir), values.step, values.captions, values.split, values.seed, grid)
     if out:
         write_results(out, json_text(result))
 
 
-def retrieval(workdir: Path, step: int | None, count: int) -> dict:
-    """Samples `count` training captions, 0 for all; prints and returns how often their images are the nearest."""
+def retrieval(
+    workdir: Path, step: int | None, count: int, split: Split = "train", seed: int = 0, grid: Path | None = None
+) -> dict:
+    """Samples `count` captions of a split, 0 for all; prints and returns how often their pictures are the nearest.
+
+    Training captions are looked up among the training pictures, held-out ones among all, and among those of their
+    style. `grid` is a PNG for some samples beside their true pictures.
+
+    Raises:
+      DataError: the run's data has no such record.
+    """
     start = time.monotonic()
     run = each_image_alone(open_run(workdir, step=step))
     data = run.experiment.data
-    records = list(stored_records(open_prepared(data), "train"))
-    chosen = fixed_choice(len(records), count or len(records))
-    sampling = protocol(run.experiment.sampling)
-    samples = sample_run(run, [caption_of(data, records[i].captions) for i in chosen], [0] * len(chosen), sampling)
-    ranks = target_ranks(samples, np.stack([decode_stored(record.image) for record in records]), chosen)
+    prepared = open_prepared(data)
+    targeted = list(stored_records(prepared, split))
+    if not targeted:
+        raise DataError(f"the data of {workdir} has no stored record in the split {split}: see data.prepare.held_out")
+    records = targeted if split == "train" else [*targeted, *stored_records(prepared, "train")]
+    chosen = fixed_choice(len(targeted), count or len(targeted))
+    sampling = protocol(run.experiment.sampling, seed)
+    captions = [caption_of(data, records[i].captions) for i in chosen]
+    samples = sample_run(run, captions, [0] * len(chosen), sampling)
+    pictures = np.stack([decode_stored(record.image) for record in records])
+    ranks = target_ranks(samples, pictures, chosen)
     result = {
         "r_at_1": float(recall(ranks, 1)),
         "r_at_5": float(recall(ranks, 5)),
         "num_images": len(chosen),
         "num_pictures": len(records),
+        "split": split,
         "step": run.step,
-        "seconds": round(time.monotonic() - start, 1),
         "protocol": {
             "weights": "ema",
             "distance": "RMS over pixels, identical images count as right",
@@ -57,11 +95,76 @@ def retrieval(workdir: Path, step: int | None, count: int) -> dict:
             **to_dict(sampling),
         },
     }
-    print(
-        f"step {run.step}: R@1 {result['r_at_1']:.2%}, R@5 {result['r_at_5']:.2%} "
-        f"(chance {1 / len(records):.2%} and {5 / len(records):.2%}) over {len(chosen)} training captions, "
-        f"the nearest of {len(records)} images; {sampling.solver}, {sampling.num_steps} steps, guidance "
-        f"{sampling.guidance.scale}, seed {sampling.seed}, EMA weights; {result['seconds']} s. "
-        "This measures fit to the training captions, not generality."
-    )
+    if split == "held_out":
+        trained = np.arange(len(records)) >= len(targeted)
+        result |= compared(samples, pictures, chosen, [record.key for record in records], trained)
+    result["seconds"] = round(time.monotonic() - start, 1)
+    if grid:
+        _draw(samples, pictures[chosen], captions, grid)
+    _say(result, sampling)
     return result
+
+
+def compared(
+    samples: np.ndarray, pictures: np.ndarray, chosen: np.ndarray, keys: Sequence[str], trained: np.ndarray
+) -> dict:
+    """Returns recall among all pictures and among those of the sample's style, beside chance and a copied picture.
+
+    Args:
+      samples: of the captions of `chosen`, uint8[n, h, w, 3].
+      pictures: all, uint8[N, h, w, 3].
+      chosen: int[n], places in `pictures`.
+      keys: of the pictures; without styles, there is only the recall among all, beside chance.
+      trained: bool[N], those that training reads.
+    """
+    known = [style_and_name(key) for key in keys]
+    every = np.ones((len(chosen), len(keys)), bool)
+    if None in known:
+        return {"of_all": _recalls(samples, pictures, chosen, every)}
+    styles, names = (np.unique([one[part] for one in known if one], return_inverse=True)[1] for part in range(2))
+    copied = nearest_other_styles(pictures, chosen, names, trained)
+    others = every.copy()
+    others[np.arange(len(chosen)), copied] = False  # it would find itself first
+    of_style = styles[chosen][:, None] == styles[None]
+    copies = pictures[copied]
+    return {
+        "of_all": {
+            **_recalls(samples, pictures, chosen, every),
+            "other_style": _both(target_ranks(copies, pictures, chosen, others)),
+        },
+        "of_style": {
+            **_recalls(samples, pictures, chosen, of_style),
+            "other_style": _both(target_ranks(copies, pictures, chosen, of_style & others)),
+        },
+    }
+
+
+def _recalls(samples: np.ndarray, pictures: np.ndarray, chosen: np.ndarray, candidates: np.ndarray) -> dict:
+    ranks, sizes = target_ranks(samples, pictures, chosen, candidates), candidates.sum(axis=1)
+    by_chance = {f"r_at_{k}": float(chance(sizes, k)) for k in (1, 5)}
+    return {"samples": _both(ranks), "chance": by_chance}
+
+
+def _both(ranks: np.ndarray) -> dict[str, float]:
+    return {f"r_at_{k}": float(recall(ranks, k)) for k in (1, 5)}
+
+
+def _draw(samples: np.ndarray, pictures: np.ndarray, captions: Sequence[str], path: Path) -> None:
+    """Writes a few samples, spread over all, each with its true picture to its right."""
+    some = np.linspace(0, len(samples) - 1, min(_DRAWN, len(samples))).astype(int)
+    pairs = np.stack([samples[some], pictures[some]], axis=1).reshape(-1, *samples.shape[1:])
+    save_grid(pairs, [text for i in some for text in (captions[i], "true picture")], path, columns=8)
+
+
+def _say(result: dict, sampling: SamplingConfig) -> None:
+    held_out, total = result["split"] == "held_out", result["num_pictures"]
+    print(
+        f"step {result['step']}: R@1 {result['r_at_1']:.2%}, R@5 {result['r_at_5']:.2%} "
+        f"(chance {1 / total:.2%} and {5 / total:.2%}) over {result['num_images']} "
+        f"{'held-out' if held_out else 'training'} captions, the nearest of {total} pictures; {sampling.solver}, "
+        f"{sampling.num_steps} steps, guidance {sampling.guidance.scale}, seed {sampling.seed}, EMA weights; "
+        f"{result['seconds']} s." + ("" if held_out else " This measures fit to the training captions, not generality.")
+    )
+    for key, among in (("of_all", "all pictures"), ("of_style", "the pictures of the style")):
+        for who, found in result.get(key, {}).items():
+            print(f"  of {among}, {who.replace('_', ' ')}: R@1 {found['r_at_1']:.2%}, R@5 {found['r_at_5']:.2%}")

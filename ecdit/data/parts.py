@@ -14,7 +14,7 @@ import numpy as np
 
 from ecdit.config import to_dict
 from ecdit.data import DataError, images
-from ecdit.data.config import DataConfig, PrepareConfig, field_group
+from ecdit.data.config import DataConfig, field_group
 from ecdit.data.filters import Filters, caption_reason, column_reason, size_reason
 from ecdit.data.images import ImageRejected
 from ecdit.data.manifest import QUARANTINE, SPLITS
@@ -22,6 +22,7 @@ from ecdit.data.quarantine import Quarantine
 from ecdit.data.record import Record, encode_record
 from ecdit.data.shards import Shard, ShardWriter
 from ecdit.data.sources.protocol import Pair, Rejected
+from ecdit.data.splits import split_of
 
 SUMMARY, HASHES = "part.json", "hashes.npy"
 
@@ -68,12 +69,6 @@ def _kept_captions(captions: Mapping[str, str], filters: Filters) -> tuple[dict[
     return kept, None if kept else next(iter(reasons.values()), "no caption")
 
 
-def split_of(key: str, prepare: PrepareConfig) -> str:
-    """Returns the split of a key: the same however the data grows, and in every data set that has the key."""
-    place = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8]) / 2**64
-    return "held_out" if place < prepare.held_out else "train"
-
-
 def write_part(config: DataConfig, pairs: Iterable[Pair | Rejected], stamp: str, place: Path) -> None:
     """Writes a part's shards and its summary as the directory `place`, which appears when it is complete."""
     scratch = place.with_name(f".{place.name}")
@@ -83,12 +78,13 @@ def write_part(config: DataConfig, pairs: Iterable[Pair | Rejected], stamp: str,
     lengths: dict[str, Counter[int]] = collections.defaultdict(Counter)
     writers = {split: ShardWriter(scratch / f"{split}.array_record") for split in SPLITS}
     with Quarantine(scratch / QUARANTINE) as quarantine:
-        for record in records(config, pairs):
-            if isinstance(record, Rejected):
+        for pair in pairs:
+            record = pair if isinstance(pair, Rejected) else record_of(pair, config)
+            if isinstance(pair, Rejected) or isinstance(record, Rejected):
                 rejected[record.reason] += 1
                 quarantine.add(record)
                 continue
-            writers[split_of(record.key, config.prepare)].write(encode_record(record))
+            writers[pair.split or split_of(pair.key, config.prepare)].write(encode_record(record))
             hashes.append((_hash(record.image), _hash(repr(sorted(record.captions.items())).encode())))
             fields[tuple(record.captions)] += 1
             for field, text in record.captions.items():

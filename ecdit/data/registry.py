@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import pickle
 import sys
 import types
 from collections.abc import Iterator
@@ -16,11 +17,14 @@ from ecdit.config import require
 from ecdit.data import DataError
 from ecdit.data.config import DataConfig
 from ecdit.data.generated import GENERATED
-from ecdit.data.sources.protocol import Pair, Rejected
+from ecdit.data.sources.protocol import Pair, Rejected, Source
 from ecdit.data.tensorflow import preparing
 
 if TYPE_CHECKING:
     import seqio
+
+
+_MODULE = "ecdit_tasks_"  # how the modules of users' files are named
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +84,14 @@ class Task:
         source = _pairs(self._task)
         return source.pairs.stamp(self.shards[index]) if source else ""
 
+    def portable_source(self) -> Source | None:
+        """Returns the task's source if another process can read it without seqio and the user's file, or None."""
+        source = _pairs(self._task)
+        if source is None or self._task.preprocessors:
+            return None
+        # What is defined in the user's file is known by a module that only this process has.
+        return None if _MODULE.encode() in pickle.dumps(source.pairs) else source.pairs
+
     def read(self, index: int) -> Iterator[Pair | Rejected]:
         """Yields the pairs of a shard in order, and what its source rejects."""
         import seqio
@@ -125,7 +137,7 @@ def _register(config: DataConfig) -> None:
 
 @functools.cache
 def _run_module(path: str, digest: str) -> None:
-    module = types.ModuleType(f"ecdit_tasks_{digest[:16]}")
+    module = types.ModuleType(f"{_MODULE}{digest[:16]}")
     module.__file__ = path
     sys.modules[module.__name__] = module
     source = Path(path).read_bytes()
@@ -162,7 +174,8 @@ def _pair(example: dict[str, Any], name: str) -> Pair | Rejected:
         image = example.pop("image")
         if "fields" in example:
             fields = zip(example.pop("fields"), example.pop("captions"), strict=True)
-            return Pair(key, image, {field.decode(): text.decode() for field, text in fields}, {})
+            split = example.pop("split", b"").decode() or None
+            return Pair(key, image, {field.decode(): text.decode() for field, text in fields}, {}, split)
         captions, columns = {}, {}
         for field, value in example.items():
             if isinstance(value, bytes):

@@ -9,6 +9,7 @@ from typing import Any
 import seqio
 
 from ecdit.data.emoji import Emoji
+from ecdit.data.emoji_styles import EmojiStyles
 from ecdit.data.generated import GENERATED
 from ecdit.data.sources.protocol import Source
 from ecdit.data.sources.tfds import TfdsBuilder
@@ -36,6 +37,7 @@ def _register(name: str, source: Any, preprocessors: Sequence[Callable[..., Any]
 
 
 add_task("emoji", Emoji())
+add_task("emoji_styles", EmojiStyles())
 # All five captions of an image are kept, and each is drawn equally often.
 add_task("coco", TfdsBuilder("coco_captions", image="image", captions=("captions/text",), key="image/filename"))
 for _name in GENERATED:

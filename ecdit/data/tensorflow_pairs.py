@@ -15,6 +15,7 @@ SIGNATURE = {
     "image": tf.TensorSpec((), tf.string),  # encoded
     "fields": tf.TensorSpec((None,), tf.string),  # names of the captions
     "captions": tf.TensorSpec((None,), tf.string),
+    "split": tf.TensorSpec((), tf.string),  # "" for one by the key
 }
 
 
@@ -88,4 +89,5 @@ def _example(pair: Pair) -> dict[str, Any]:
         "image": image,
         "fields": np.array(list(pair.captions), object),
         "captions": np.array([text.encode() for text in pair.captions.values()], object),
+        "split": pair.split or "",
     }

@@ -27,12 +27,15 @@ def write_png(image: Image.Image, path: Path) -> None:
     path.write_bytes(data.getvalue())
 
 
-def save_grid(pictures: UInt8[np.ndarray, "n h w 3"], captions: Sequence[str], path: Path) -> None:
-    """Writes images as one PNG, in rows, each above its caption. Small ones are enlarged without smoothing."""
+def save_grid(pictures: UInt8[np.ndarray, "n h w 3"], captions: Sequence[str], path: Path, columns: int = 0) -> None:
+    """Writes images as one PNG, in rows, each above its caption. Small ones are enlarged without smoothing.
+
+    With `columns` 0 the grid is about square.
+    """
     side = pictures.shape[1]
     shown = max(side, CELL_WIDTH // side * side)
     cell_height = shown + CAPTION_LINES * LINE_HEIGHT + 6
-    columns = math.ceil(math.sqrt(len(pictures)))
+    columns = columns or math.ceil(math.sqrt(len(pictures)))
     rows = math.ceil(len(pictures) / columns)
     grid = Image.new("RGB", (columns * (shown + 8), rows * cell_height), "white")
     draw, font = ImageDraw.Draw(grid), ImageFont.load_default(11)

@@ -10,7 +10,15 @@ import pytest
 from ecdit.data.prepared import tokenize_captions
 from ecdit.diffusion.flow import sample_keys, sample_noise
 from ecdit.diffusion.guidance import GuidanceConfig
-from ecdit.evaluation.retrieval import fixed_choice, protocol, recall, target_ranks
+from ecdit.evaluation.retrieval import (
+    chance,
+    fixed_choice,
+    nearest_other_styles,
+    protocol,
+    recall,
+    squared_distances,
+    target_ranks,
+)
 from ecdit.models.moe import MixtureOfExperts
 from ecdit.partitioning import make_mesh
 from ecdit.sampling.sampler import make_sampler, sample_pictures
@@ -207,6 +215,29 @@ def test_ranks_by_hand():
     np.testing.assert_array_equal(ranks, [0, 0, 1, 1])  # 16 is nearer to 20; 39 is nearest to 40
     assert recall(ranks, 1) == 0.5
     assert recall(ranks, 2) == 1.0
+
+
+def test_ranks_among_candidates_by_hand():
+    pictures = np.array([10, 11, 20, 40], np.uint8).reshape(4, 1, 1, 1)
+    samples = np.array([12, 30], np.uint8).reshape(2, 1, 1, 1)
+    candidates = np.array([[True, False, True, True], [False, False, True, True]])
+    ranks = target_ranks(samples, pictures, np.array([2, 0]), candidates)
+    np.testing.assert_array_equal(ranks, [1, 2])  # 10 alone is nearer to 12 than 20 is; 20 and 40 nearer to 30 than 10
+    np.testing.assert_array_equal(target_ranks(samples, pictures, np.array([2, 0])), [2, 3])
+    assert chance(np.array([2, 10]), 5) == (1 + 0.5) / 2
+
+
+def test_distances_are_exact_over_blocks():
+    rng = np.random.default_rng(0)
+    samples, pictures = (rng.integers(0, 256, (n, 3, 3, 3)).astype(np.uint8) for n in (3, 2050))
+    difference = samples[:, None].astype(np.int64) - pictures[None]
+    np.testing.assert_array_equal(squared_distances(samples, pictures), np.square(difference).sum(axis=(2, 3, 4)))
+
+
+def test_the_nearest_other_style_is_a_usable_picture_of_the_name():
+    pictures = np.array([10, 11, 14, 40, 10], np.uint8).reshape(5, 1, 1, 1)
+    names, usable = np.array([0, 0, 0, 0, 1]), np.array([False, False, True, True, True])
+    np.testing.assert_array_equal(nearest_other_styles(pictures, np.array([0, 1]), names, usable), [2, 2])
 
 
 def test_the_fixed_choice_is_fixed_and_spread():

@@ -7,7 +7,7 @@ that last, because an interrupted preparation goes on with them.
 import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -27,6 +27,7 @@ class Pair:
     image: bytes | np.ndarray  # encoded as found, or uint8[H, W, 3]
     captions: Texts  # by field; a list field `captions` becomes captions.0, captions.1 ...
     columns: Columns  # other values, to filter by: aesthetic, punsafe ...
+    split: Literal["train", "held_out"] | None = None  # None: by a hash of the key (`ecdit.data.splits`)
 
 
 @dataclasses.dataclass(frozen=True)
