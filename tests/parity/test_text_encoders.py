@@ -7,7 +7,7 @@ from ecdit.pretrained.clip_text import CLIP_TEXT_LAYOUT, ClipText, ClipTextConfi
 from ecdit.pretrained.t5_encoder import T5_LAYOUT, T5Config, T5Encoder, read_t5, relative_buckets
 from tests.parity.networks import ORDER, draw, loaded, parameter_count, relative_error, report
 
-TOLERANCE = 1e-4  # of the spread of the output
+TOLERANCE = 1e-5  # of the spread of the output; with the other GELU the states differ by 1e-4
 
 SHAPES = [(1, 77), (3, 5), (2, 31)]  # captions, tokens
 EOT = 98
