@@ -92,7 +92,7 @@ MUTANTS = (
     ),
     Mutant(
         _DIT,
-        "return pair.even(x, angles, modulation, time_state, text, group_size)",
+        "return pair.even(x, angles, modulation, time_state, text, group_size, with_gates)",
         "return pair.even(x, angles, modulation, time_state, text, x.shape[1])",
         _dit("test_images_of_a_group_compete_and_others_do_not"),
         "groups of several images are ignored",

@@ -215,8 +215,8 @@ MUTANTS = (
     Mutant(
         _DIT,
         """x, _ = pair.odd(x, angles, modulation, time_state, text, group_size)
-            return pair.even(x, angles, modulation, time_state, text, group_size)""",
-        """x, report = pair.even(x, angles, modulation, time_state, text, group_size)
+            return pair.even(x, angles, modulation, time_state, text, group_size, with_gates)""",
+        """x, report = pair.even(x, angles, modulation, time_state, text, group_size, with_gates)
             return pair.odd(x, angles, modulation, time_state, text, group_size)[0], report""",
         _whole("masked"),
         "the sparse block of a pair would come before the dense one",
