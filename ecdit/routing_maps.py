@@ -6,6 +6,7 @@ It samples the prompts and writes maps, tables, arrays and a page for the browse
 import functools
 import io
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -82,7 +83,7 @@ def write_all(
     for i, picture in enumerate(pictures):
         save_png(picture, out / f"{i:05d}.png")
         write_png(draw_layers(picture, prompts[i], counts[i]), out / f"{i:05d}_experts.png")
-    arrays = {
+    arrays: dict[str, Any] = {
         "prompts": np.array(prompts),
         "images": pictures,
         "times": times,

@@ -2,7 +2,7 @@
 
 from tests.mutants.mutant import Mutant
 
-_SAMPLING, _MAPS = (f"ecdit/sampling/{name}.py" for name in ("sampler", "routing_maps"))
+_SAMPLING, _MAPS, _TABLES = (f"ecdit/sampling/{name}.py" for name in ("sampler", "routing_maps", "routing_tables"))
 _RETRIEVAL = "ecdit/evaluation/retrieval.py"
 
 
@@ -12,6 +12,10 @@ def _samples(*names: str) -> tuple[str, ...]:
 
 def _maps(*names: str) -> tuple[str, ...]:
     return tuple(f"tests/sampling/test_routing_maps.py::{name}" for name in names)
+
+
+def _tables(*names: str) -> tuple[str, ...]:
+    return tuple(f"tests/sampling/test_routing_tables.py::{name}" for name in names)
 
 
 def _passes(*names: str) -> tuple[str, ...]:
@@ -131,6 +135,39 @@ MUTANTS = (
         "colour(values[row].reshape(grid, grid), top)",
         "colour(values[row].reshape(grid, grid).T, top)",
         _maps("test_a_token_is_a_square_at_its_place_under_its_layer"),
+    ),
+    Mutant(
+        _MAPS,
+        "colour(counts[step, column].reshape",
+        "colour(counts[row, column].reshape",
+        _maps("test_one_image_s_maps_stand_in_the_row_of_their_time_and_the_column_of_their_layer"),
+        "of 50 steps the first eight are drawn, and called evenly spread",
+    ),
+    Mutant(
+        _TABLES,
+        "gates[:, -last_steps:]",
+        "gates[:, :last_steps]",
+        _tables("test_takings_in_the_last_step"),
+        "an expert's takings are those of pure noise",
+    ),
+    Mutant(
+        _TABLES,
+        "(-found.gates, -found.tokens)",
+        "(-found.tokens, -found.gates)",
+        _tables("test_favourites_are_ordered_by_tokens_and_then_by_gates"),
+    ),
+    Mutant(
+        "ecdit/models/routing.py",
+        "jnp.where(taken, jnp.maximum(gate, smallest), 0.0)",
+        "jnp.where(taken, gate, 0.0)",
+        ("tests/models/test_routing.py::test_the_zeros_among_gates_are_the_tokens_that_were_not_taken",),
+    ),
+    Mutant(
+        _SAMPLING,
+        'None, "inspect" if with_gates else "sample")',
+        'None, "inspect")',
+        _passes("test_scale_zero_is_no_scale_one"),
+        "sampling pays for gates that nobody asked for",
     ),
     Mutant(
         _MAPS,
