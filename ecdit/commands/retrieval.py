@@ -153,7 +153,7 @@ def _draw(samples: np.ndarray, pictures: np.ndarray, captions: Sequence[str], pa
     """Writes a few samples, spread over all, each with its true picture to its right."""
     some = np.linspace(0, len(samples) - 1, min(_DRAWN, len(samples))).astype(int)
     pairs = np.stack([samples[some], pictures[some]], axis=1).reshape(-1, *samples.shape[1:])
-    save_grid(pairs, [text for i in some for text in (captions[i], "true picture")], path, columns=8)
+    save_grid(pairs, [text for i in some for text in (str(captions[i]), "true image")], path, columns=8)
 
 
 def _say(result: dict, sampling: SamplingConfig) -> None:

@@ -80,11 +80,12 @@ def write_part(config: DataConfig, pairs: Iterable[Pair | Rejected], stamp: str,
     with Quarantine(scratch / QUARANTINE) as quarantine:
         for pair in pairs:
             record = pair if isinstance(pair, Rejected) else record_of(pair, config)
-            if isinstance(pair, Rejected) or isinstance(record, Rejected):
+            if isinstance(record, Rejected):
                 rejected[record.reason] += 1
                 quarantine.add(record)
                 continue
-            writers[pair.split or split_of(pair.key, config.prepare)].write(encode_record(record))
+            split = pair.split if isinstance(pair, Pair) else None
+            writers[split or split_of(record.key, config.prepare)].write(encode_record(record))
             hashes.append((_hash(record.image), _hash(repr(sorted(record.captions.items())).encode())))
             fields[tuple(record.captions)] += 1
             for field, text in record.captions.items():

@@ -54,7 +54,7 @@ MUTANTS = (
     ),
     Mutant(
         _DIT,
-        "places = grid_positions(config.grid, config.width) * config.absolute_positions",
+        "places = grid_positions(config.grid, config.width) * float(config.absolute_positions)",
         "places = grid_positions(config.grid, config.width)",
         _dit("test_tokens_and_gaps_are_told_their_places"),
     ),
@@ -93,7 +93,7 @@ MUTANTS = (
     Mutant(
         _DIT,
         "return pair.even(x, angles, modulation, time_state, text, group_size, with_gates)",
-        "return pair.even(x, angles, modulation, time_state, text, x.shape[1])",
+        "return pair.even(x, angles, modulation, time_state, text, x.shape[1], with_gates)",
         _dit("test_images_of_a_group_compete_and_others_do_not"),
         "groups of several images are ignored",
     ),

@@ -202,13 +202,13 @@ MUTANTS = (
     ),
     Mutant(
         "ecdit/data/splits.py",
-        'return "held_out" if place < prepare.held_out else "train"',
-        'return "held_out" if place > 1 - prepare.held_out and len(key) % 2 else "train"',
+        'return "held_out" if place_of(key) < prepare.held_out else "train"',
+        'return "held_out" if place_of(key) > 1 - prepare.held_out and len(key) % 2 else "train"',
         _preparation("test_held_out_keys_stay_held_out_as_the_data_grows"),
     ),
     Mutant(
         _PARTS,
-        "writers[pair.split or split_of(pair.key, config.prepare)].write(encode_record(record))",
+        "writers[split or split_of(record.key, config.prepare)].write(encode_record(record))",
         'writers["train"].write(encode_record(record))',
         _preparation("test_held_out_keys_stay_held_out_as_the_data_grows"),
         "training reads what it should be measured on",
