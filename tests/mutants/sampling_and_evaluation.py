@@ -154,7 +154,7 @@ MUTANTS = (
         _TABLES,
         "(-found.gates, -found.tokens)",
         "(-found.tokens, -found.gates)",
-        _tables("test_favourites_are_ordered_by_tokens_and_then_by_gates"),
+        _tables("test_many_tokens_with_small_gates_come_before_one_with_a_large_gate"),
     ),
     Mutant(
         "ecdit/models/routing.py",

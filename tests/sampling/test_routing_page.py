@@ -139,6 +139,17 @@ def test_every_map_has_the_counts_of_the_gates(browser):
 
 
 @needs_chromium
+def test_a_page_of_some_images_and_times_shows_those(tmp_path):
+    path = tmp_path / "routing.html"
+    path.write_text(render(num_images=2, steps=[1, 3]), encoding="utf-8")
+    with Browser() as browser:
+        browser.open(f"{path.as_uri()}#prompt=1&step=1&layer=2", READY)
+        assert text(browser, "time") == "t = 0.25"
+        assert labels(browser) == expected_labels(1, 3, 2)
+        assert browser.evaluate("document.querySelectorAll('#prompt option').length") == 2
+
+
+@needs_chromium
 def test_colours_are_those_of_the_pngs(browser):
     """The map's strength is made 1, so that no image shines through."""
     set_strength = "(strength.value = {}, strength.dispatchEvent(new Event('input')))"

@@ -91,3 +91,9 @@ def test_favourites_are_ordered_by_tokens_and_then_by_gates(pictures):
     np.testing.assert_array_equal(order[0], [[0, 1], [1, 0], [0, 1]])
     tied = takings(pictures, np.array([[[FIRST]], [[FIRST]]], np.float32) * np.float32([[[[[1]]]], [[[[2]]]]]), 1)
     np.testing.assert_array_equal(favourites(tied, 1)[0, :, 0], [1, 1, 1])
+
+
+def test_many_tokens_with_small_gates_come_before_one_with_a_large_gate(pictures):
+    gates = np.zeros((2, 1, 1, 4, 1), np.float32)
+    gates[0, 0, 0, 0], gates[1, 0, 0, :3] = 0.9, 0.1
+    np.testing.assert_array_equal(favourites(takings(pictures, gates, last_steps=1), 2)[0, 0], [1, 0])
