@@ -10,7 +10,6 @@ import pytest
 from PIL import Image
 
 from ecdit.data import images
-from ecdit.data.emoji import read_picture
 from ecdit.data.images import ImageRejected, decode, decode_stored, encode, fit_square
 from tests.data.broken import animated, encoded, noise, rotated, with_size
 
@@ -162,12 +161,13 @@ def test_decode_leaves_the_filters_of_warnings_alone():
     assert warnings.filters == before
 
 
-def test_square_images_are_fitted_as_the_emoji_are(tmp_path):
+def test_square_images_are_put_on_white_and_resized_whole(tmp_path):
     image = Image.fromarray(noise(72, 72, 4))
     image.save(tmp_path / "a.png")
-    old, _ = read_picture(tmp_path / "a.png", 32)
+    flat = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    expected = np.asarray(flat.resize((32, 32), Image.Resampling.LANCZOS))
     new, crop = fit_square(decode((tmp_path / "a.png").read_bytes(), "white", MANY), 32)
-    assert (new == old).all()
+    assert (new == expected).all()
     assert crop.tolist() == [0, 0]
 
 

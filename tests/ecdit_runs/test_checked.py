@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from ecdit.errors import UserError
+from ecdit.experiment import Experiment
 from ecdit.runs import checked
 from tests.forking import run_forked
 from tests.runs import tiny
@@ -40,9 +41,9 @@ def test_other_sources_are_refused(monkeypatch):
 
 
 def test_a_file_of_the_user_that_changed_is_refused(monkeypatch):
-    monkeypatch.setattr(checked, "user_files", lambda denoiser: {"mine.py": "1"})
+    monkeypatch.setattr(Experiment, "user_files", lambda _: {"mine.py": "1"})
     given = encoded()
-    monkeypatch.setattr(checked, "user_files", lambda denoiser: {"mine.py": "2"})
+    monkeypatch.setattr(Experiment, "user_files", lambda _: {"mine.py": "2"})
     with pytest.raises(UserError, match=re.escape("mine.py is another file")):
         checked.refuse_other(given, tiny())
 

@@ -153,6 +153,8 @@ import jax.numpy as jnp
 from ecdit.command_line import run_command
 from ecdit.training.loop import StopRequests
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+
 def main(argv):
     if "early" in argv:
         os.kill(os.getpid(), signal.SIGINT)  # while the run is set up

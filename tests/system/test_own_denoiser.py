@@ -63,7 +63,8 @@ def test_the_page_s_denoiser_trains_resumes_and_draws(config_file, cpu_env, tmp_
     drawn = run_forked(sample, cpu_env())
     assert drawn.returncode == 0, drawn.stderr
     assert (tmp_path / "out/00000.png").exists()
-    assert "has no experts to count" in run_forked([*sample, "--experts"], cpu_env()).stderr
+    other = [*sample[:-1], f"--out={tmp_path}/other", "--experts"]
+    assert "has no experts to count" in run_forked(other, cpu_env()).stderr
 
 
 def test_a_changed_file_neither_resumes_nor_samples(denoiser, emoji_data, cpu_env, tmp_path):
