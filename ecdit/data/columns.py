@@ -15,7 +15,7 @@ from typing import Protocol
 from tqdm import tqdm
 
 from ecdit.data import DataError
-from ecdit.data.locks import ends_with_its_parent, locked
+from ecdit.data.locks import ends_with_its_parent, locked, remove_scratch
 from ecdit.data.manifest import COLUMN, FORMAT, Column, Manifest, by_number, read_json, to_json
 from ecdit.data.record import Record, decode_record
 from ecdit.data.shards import Shard, ShardReader, combined, read_summary, write_shard, write_summary
@@ -111,6 +111,7 @@ def make_column(task: Path, manifest: Manifest, maker: ColumnMaker, workers: int
         stamp.unlink()
         column = _described(manifest, maker, working)
         replace_text(working / COLUMN, to_json(column))
+        remove_scratch(working)
         working.rename(directory)
     return column
 

@@ -21,6 +21,12 @@ def locked(path: Path, say: Callable[[str], None]) -> Iterator[None]:
         yield
 
 
+def remove_scratch(directory: Path) -> None:
+    """Removes what killed processes have left of files that they were replacing: see `files.replace_text`."""
+    for path in directory.rglob(".*.tmp"):
+        path.unlink()
+
+
 def ends_with_its_parent(parent: int) -> None:
     """Makes a worker end when its parent is killed, so that no two preparations write the same file. Linux."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

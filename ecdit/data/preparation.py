@@ -21,7 +21,7 @@ from tqdm import tqdm
 from ecdit.data import DataError
 from ecdit.data.config import DataConfig
 from ecdit.data.generated import GENERATED
-from ecdit.data.locks import ends_with_its_parent, locked
+from ecdit.data.locks import ends_with_its_parent, locked, remove_scratch
 from ecdit.data.manifest import (
     COMPOSITION,
     FORMAT,
@@ -113,6 +113,7 @@ def _records(config: DataConfig, task: str, workers: int, say: Say) -> Manifest:
             for name in (HASHES, SUMMARY, QUARANTINE):
                 (working / part_name(index) / name).unlink(missing_ok=True)
         (working / _SETTINGS).unlink(missing_ok=True)
+        remove_scratch(working)
         working.rename(target)
         manifest = read_records_manifest(config, task)
     say(f"prepared {target}: {summary(manifest)}")
