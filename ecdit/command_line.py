@@ -99,9 +99,14 @@ def run_command(main: Callable[[list[str]], None], known_only: bool = False, wor
         os._exit(INTERRUPTED)
     except (UserError, OSError) as error:  # OSError: a path that is missing, forbidden or on a full disk
         sys.stdout.flush()
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {_printable(str(error))}", file=sys.stderr, flush=True)
         # Immediately, because threads of a failed save would print or fail while Python shuts down.
         os._exit(_exit_code(error))
+
+
+def _printable(message: str) -> str:
+    """Returns a message without control characters but newlines: it may name what a stranger's file has in it."""
+    return re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], message)
 
 
 def _plain(message: str) -> str:

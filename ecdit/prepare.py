@@ -2,7 +2,7 @@
 
     python -m ecdit.prepare --config=... --limit=1000      # a first look: what would be left out, and ten images
     python -m ecdit.prepare --config=... --verify          # reads all of it again and compares checksums
-    python -m ecdit.prepare --config=... --vocabulary=F    # trains the tokenizer alone, and copies it to F.model
+    python -m ecdit.prepare --config=... --vocabulary=F.model    # the records and the tokenizer, which is copied there
 
 It can be killed at any moment: the same command goes on, and ends with the same bytes.
 """
@@ -27,10 +27,12 @@ CONFIG = define_config_flag()
 CORES = len(os.sched_getaffinity(0))
 WORKERS = flags.DEFINE_integer("workers", CORES, "Processes that read, decode and write.", lower_bound=1)
 LIMIT = flags.DEFINE_integer(
-    "limit", None, "Look at so many pairs only, and write nothing but a report.", lower_bound=1
+    "limit", None, "Look at so many pairs only, and write nothing but an image.", lower_bound=1
 )
 VERIFY = flags.DEFINE_bool("verify", False, "Read all prepared data again and compare its checksums.")
-VOCABULARY = flags.DEFINE_string("vocabulary", None, "Train the tokenizer only, and copy it to this .model file.")
+VOCABULARY = flags.DEFINE_string(
+    "vocabulary", None, "Prepare records and tokenizer alone, and copy it to this .model file."
+)
 
 
 def main(argv: list[str]) -> None:

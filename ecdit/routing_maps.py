@@ -19,7 +19,7 @@ from ecdit.errors import UserError
 from ecdit.files import check_writable, is_remote, replace_bytes, replace_text
 from ecdit.runs.trained_run import open_run, sample_run, saved_experiment
 from ecdit.sampling.grids import save_png, write_png
-from ecdit.sampling.prompts import check_prompts, prompt_lines
+from ecdit.sampling.prompts import check_changes, check_prompts, prompt_lines
 from ecdit.sampling.routing_maps import draw_layers, spread_steps, step_times
 from ecdit.sampling.routing_page import render_page
 from ecdit.sampling.routing_tables import busiest_share, counts_of, coverage, coverage_csv, layer_table, takings
@@ -43,9 +43,7 @@ def main(argv: list[str]) -> None:
     prompts = [prompt for prompt in prompt_lines(PROMPTS.value) for _ in range(REPEATS.value)]
     repeats = [i % REPEATS.value for i in range(len(prompts))]
     workdir, out = as_path(WORKDIR.value), Path(OUT.value)
-    for change in SET.value:
-        if not change.startswith("sampling."):
-            raise UserError(f"--set={change}: must be a key of sampling: other values are as the run was trained")
+    check_changes(SET.value)
     if is_remote(OUT.value):
         raise UserError(f"--out={OUT.value}: must be a directory of this machine")
     check_writable(out / "routing.npz")

@@ -18,7 +18,7 @@ from ecdit.errors import UserError
 from ecdit.files import check_writable, is_remote, replace_text
 from ecdit.runs.trained_run import Run, open_run, sample_run, saved_experiment
 from ecdit.sampling.grids import save_grid, save_png, write_png
-from ecdit.sampling.prompts import check_prompts
+from ecdit.sampling.prompts import check_changes, check_prompts, prompt_lines
 from ecdit.sampling.routing_maps import draw_maps
 from ecdit.storage import as_path
 from ecdit.system import make_system
@@ -35,7 +35,7 @@ MANIFEST = "manifest.json"
 
 
 def read_prompts(prompt: str | None, file: str | None) -> list[str]:
-    """The prompts of --prompt or --prompts.
+    """Returns the prompts of --prompt or --prompts.
 
     Raises:
       UserError: both or neither, a file that cannot be read, an empty line (the null caption is no prompt).
@@ -47,17 +47,7 @@ def read_prompts(prompt: str | None, file: str | None) -> list[str]:
             raise UserError(f"--prompt={prompt!r} is empty")
         return [prompt]
     assert file is not None  # as one of them is given
-    try:
-        text = Path(file).read_text(encoding="utf-8-sig")  # an editor's byte order mark is no part of a prompt
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompts={file}: {error}") from None
-    lines = text.removesuffix("\n").split("\n") if text else []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            raise UserError(f"--prompts={file}: line {number} is empty")
-    if not lines:
-        raise UserError(f"--prompts={file}: no prompts")
-    return lines
+    return prompt_lines(file)
 
 
 def main(argv: list[str]) -> None:
@@ -65,9 +55,7 @@ def main(argv: list[str]) -> None:
     del argv
     prompts = [prompt for prompt in read_prompts(PROMPT.value, PROMPTS.value) for _ in range(REPEATS.value)]
     repeats = [i % REPEATS.value for i in range(len(prompts))]
-    for change in SET.value:
-        if not change.startswith("sampling."):
-            raise UserError(f"--set={change}: must be a key of sampling: other values are as the run was trained")
+    check_changes(SET.value)
     if is_remote(OUT.value):
         raise UserError(f"--out={OUT.value}: must be a directory of this machine; copy it to the bucket afterwards")
     workdir, out = as_path(WORKDIR.value), Path(OUT.value)

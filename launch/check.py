@@ -19,7 +19,8 @@ from ecdit.system import make_system
 from ecdit.topology import Slice
 from ecdit.training.optimizer import make_optimizer
 from ecdit.training.state import abstract_state, state_shardings
-from launch.job import ROOT, Job, LaunchError, check_name, job_name
+from launch.errors import LaunchError
+from launch.job import ROOT, Job, check_name, job_name
 from launch.values import check_characters
 
 
@@ -30,7 +31,7 @@ def make_job(
 
     Args:
       experiment: what to train.
-      origin: where its values come from, as `config.config_origin` returns it.
+      origin: where its values come from, as `command_line.config_origin` returns it.
       where: one of the slices.
       slices: how many slices.
       workdir: the run's workdir.
@@ -68,7 +69,7 @@ def make_job(
         files=(
             origin["config"].partition(":")[0],
             *experiment.user_files(),
-            *_tokenizer(experiment),
+            *filter(None, [experiment.data.tokenizer]),
         ),
         mesh=dict(mesh.shape),
         batch=f"{train.batch_size} images: {images} to each of {batch_shards(mesh)} parts, "
@@ -95,8 +96,8 @@ def check_pod(job: Job, experiment: Experiment, config_file: str) -> None:
             f"--workdir={job.workdir}: must be gs://BUCKET/PATH: the hosts of a pod share no local directory, and what "
             f"one of them writes is gone with it"
         )
-    for path in map(Path, job.files):
-        key = _key_of(str(path), experiment, config_file)
+    for file in job.files:
+        path, key = Path(file), _key_of(file, experiment, config_file)
         if path.is_absolute() or ".." in path.parts:
             raise LaunchError(f"{key}={path}: must be a path inside the checkout, which the hosts get a copy of")
         if path.resolve() != (ROOT / path).resolve():
@@ -109,13 +110,14 @@ def check_pod(job: Job, experiment: Experiment, config_file: str) -> None:
         )
 
 
-def _tokenizer(experiment: Experiment) -> tuple[str, ...]:
-    return (experiment.data.tokenizer,) if experiment.data.tokenizer else ()
-
-
 def _key_of(path: str, experiment: Experiment, config_file: str) -> str:
-    named = {config_file.partition(":")[0]: "--config", experiment.data.module: "config.data.module"}
-    return ({experiment.data.tokenizer: "config.data.tokenizer"} | named).get(path, "config.denoiser")
+    """Returns what names a user's file: a flag, or a key of the config."""
+    named = {
+        experiment.data.tokenizer: "config.data.tokenizer",
+        experiment.data.module: "config.data.module",
+        config_file.partition(":")[0]: "--config",
+    }
+    return named.get(path, "config.denoiser")
 
 
 def check_plan(job: Job, experiment: Experiment) -> None:

@@ -3,7 +3,7 @@
 import subprocess
 from collections.abc import Sequence
 
-from launch.job import LaunchError
+from launch.errors import LaunchError
 
 
 def run(command: Sequence[str], text: str | None = None) -> int:

@@ -56,7 +56,7 @@ def check_image(image: str, unpinned: bool) -> str:
     if check_option("image", image) and not unpinned and not re.fullmatch(_DIGEST, image):
         raise LaunchError(
             f"--image={image}: must end with @sha256:DIGEST, which docker push prints; what a tag means can change "
-            f"between hosts and restarts (--unpinned-image does without)"
+            f"between hosts and restarts (--unpinned-image allows it)"
         )
     return image
 

@@ -36,17 +36,24 @@ LimitNOFILE=1048576
 [Install]
 WantedBy=multi-user.target
 """
-# Starts the unit, now and at every boot. sed writes who and where it is: systemd has no variables for that.
-START_COMMAND = (
-    f'cd {DIRECTORY} && sed -e "s|@USER@|$(id -un)|; s|@DIRECTORY@|$PWD|" {UNIT} > installed.service '
-    f"&& sudo install -m 644 installed.service /etc/systemd/system/{UNIT} "
-    f"&& sudo systemctl daemon-reload && sudo systemctl enable --now {UNIT}"
-)
 STOP_COMMAND = f"sudo systemctl disable --now {UNIT}"  # waits for the save
 REFUSE_RUNNING = (
     f"if systemctl is-active --quiet {UNIT}; then echo training runs already; exit 1; fi; rm -f {DIRECTORY}/{ENDED}"
 )
 _READ_SECRETS = f'while IFS= read -r line; do export "$line"; done < {SECRETS}\n'  # no line is evaluated
+
+
+def start_command(as_root: bool) -> str:
+    """Returns the shell command that starts the unit, now and at every boot, as root or as the user who runs it.
+
+    A container needs root: of a `sudo docker` that the user started, the script could not pass SIGTERM on.
+    """
+    user = "root" if as_root else "$(id -un)"
+    return (  # sed writes who and where the unit is, as systemd has no variables for that
+        f'cd {DIRECTORY} && sed -e "s|@USER@|{user}|; s|@DIRECTORY@|$PWD|" {UNIT} > installed.service '
+        f"&& sudo install -m 644 installed.service /etc/systemd/system/{UNIT} "
+        f"&& sudo systemctl daemon-reload && sudo systemctl enable --now {UNIT}"
+    )
 
 
 def restart_loop(command: Sequence[str], max_restarts: int, secrets: bool = False) -> str:

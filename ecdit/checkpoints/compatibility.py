@@ -99,8 +99,7 @@ def check_same_model(saved: Meta, now: Mapping[str, Any], may_differ: Set[str], 
     Raises:
       CheckpointError: something differs, and `allow` is False.
     """
-    groups = ("denoiser", "model", "text", "autoencoder", "files")
-    old, new = (flatten({key: config.get(key) for key in groups}) for config in (saved.config, now))
+    old, new = (_model_keys(config) for config in (saved.config, now))
     lines = [
         f"config.{key}: there {old.get(key)!r}, here {new.get(key)!r}"
         for key in sorted(old.keys() | new.keys())
@@ -115,6 +114,14 @@ def check_same_model(saved: Meta, now: Mapping[str, Any], may_differ: Set[str], 
             + "\nSet these as there, or accept the differences with --accept_init_differences."
         )
     return "; ".join(lines)
+
+
+def _model_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what weights mean something by, flat; of the user's files that of a denoiser and not of data."""
+    groups = {key: config.get(key) for key in ("denoiser", "model", "text", "autoencoder")}
+    denoiser = str(config.get("denoiser")).rpartition(":")[0]
+    files = {path: digest for path, digest in (config.get("files") or {}).items() if path == denoiser}
+    return flatten(groups | {"files": files})
 
 
 def _commit(code: Mapping[str, str]) -> str:

@@ -1,7 +1,6 @@
 """Columns: what was computed for each record of a task, in shards beside the records' and in their order."""
 
 import collections
-import contextlib
 import dataclasses
 import multiprocessing
 import os
@@ -18,9 +17,10 @@ from ecdit.data import DataError
 from ecdit.data.locks import ends_with_its_parent, locked, remove_scratch
 from ecdit.data.manifest import COLUMN, FORMAT, Column, Manifest, by_number, read_json, to_json
 from ecdit.data.record import Record, decode_record
-from ecdit.data.shards import Shard, ShardReader, combined, read_summary, write_shard, write_summary
+from ecdit.data.shards import Shard, ShardReader, combined, read_summary, summary_path, write_shard, write_summary
 from ecdit.files import replace_text
 
+_MADE_OF = "made_of"  # the file that says of which records, and by what
 Say = Callable[[str], None]
 
 
@@ -97,23 +97,23 @@ def make_column(task: Path, manifest: Manifest, maker: ColumnMaker, workers: int
     with locked(directory.with_name(f".{maker.name}.lock"), say):
         if (directory / COLUMN).exists():  # another process was first
             return read_column(task, manifest, maker.name, maker.made_by)
-        working = _working(directory)
+        working, shards = _working(directory), (*manifest.train, *manifest.held_out)
         key = f"{manifest.fingerprint} {maker.made_by}"
-        stamp = working / "made_of"
-        if working.exists() and (not stamp.exists() or stamp.read_text() != key):
+        if working.exists() and (not (working / _MADE_OF).exists() or (working / _MADE_OF).read_text() != key):
             shutil.rmtree(working)
         working.mkdir(exist_ok=True)
-        replace_text(stamp, key)
-        shards = (*manifest.train, *manifest.held_out)
-        left = [shard for shard in shards if read_summary(working / shard.name) is None]
-        for _ in tqdm(_written(task, working, left, maker, workers), maker.name, len(left), unit="shard", disable=None):
-            pass
-        stamp.unlink()
-        column = _described(manifest, maker, working)
-        replace_text(working / COLUMN, to_json(column))
+        replace_text(working / _MADE_OF, key)
+        if not (working / COLUMN).exists():  # or a kill came just before the end
+            left = [shard for shard in shards if read_summary(working / shard.name) is None]
+            written = _written(task, working, left, maker, workers)
+            for _ in tqdm(written, maker.name, len(left), unit="shard", disable=None):
+                pass
+            replace_text(working / COLUMN, to_json(_described(manifest, maker, working)))
+        for shard in shards:  # what only this call needed
+            summary_path(working / shard.name).unlink(missing_ok=True)
         remove_scratch(working)
         working.rename(directory)
-    return column
+    return read_column(task, manifest, maker.name, maker.made_by)
 
 
 def _working(directory: Path) -> Path:
@@ -168,8 +168,6 @@ def _described(manifest: Manifest, maker: ColumnMaker, working: Path) -> Column:
             found[split].append(written)
             for name, counts in counted.items():
                 histograms[name].update(counts)
-            with contextlib.suppress(FileNotFoundError):
-                (working / f"{shard.name}.json").unlink()
     every = [shard for shards in found.values() for shard in shards]
     return Column(
         format=FORMAT,

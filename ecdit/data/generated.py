@@ -75,7 +75,7 @@ class Shapes:
         return {"caption": shapes.scene_and_caption(self._config(config, split), seed, row)[1]}
 
     def fingerprint(self, config: DataConfig) -> str:
-        """Returns that of the scenes, the captions and the pixels."""
+        """Returns the fingerprint of the scenes, the captions and the pixels."""
         return shapes.fingerprint(self._config(config, "train"))
 
     def _config(self, config: DataConfig, split: Split) -> ShapesConfig:
@@ -110,7 +110,7 @@ class RandomLatents:
         return {"caption": self._caption(self._random(split, seed, row))}
 
     def fingerprint(self, config: DataConfig) -> str:
-        """Returns that of the shape and of the rows that NumPy makes here."""
+        """Returns the fingerprint of the shape and of the rows that NumPy makes here."""
         first = self.example(config, "train", 0, 0)
         text = f"{config.image_size} {config.latent_channels} {first.captions}"
         return hashlib.sha256(text.encode() + first.content.tobytes()).hexdigest()

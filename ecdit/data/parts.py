@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,25 +38,26 @@ class PartSummary:
     caption_fields: dict[str, int]
 
 
-def record_of(pair: Pair, config: DataConfig) -> Record | Rejected:
-    """Returns the record of a pair: its image decoded, checked, resized, cropped and encoded; or why it has none."""
+def record_of(pair: Pair, config: DataConfig, part: str) -> Record | Rejected:
+    """Returns the record of a pair of a part: its image decoded, checked, resized, cropped and encoded; or why none."""
+    name = f"{part}:{pair.key}"
     prepare = config.prepare
     if reason := column_reason(prepare.filters, pair.columns):
-        return Rejected(pair.key, reason, "")
+        return Rejected(name, reason, "")
     captions, reason = _kept_captions(pair.captions, prepare.filters)
     if reason:
-        return Rejected(pair.key, reason, ", ".join(pair.captions))
+        return Rejected(name, reason, ", ".join(pair.captions))
     try:
         if isinstance(pair.image, bytes):
             image = images.decode(pair.image, prepare.background, prepare.max_pixels)
         else:
             image = pair.image
     except ImageRejected as error:
-        return Rejected(pair.key, error.reason, error.detail)
+        return Rejected(name, error.reason, error.detail)
     if (image.dtype, image.ndim, image.shape[-1]) != (np.uint8, 3, 3):
         raise DataError(f"the image of {pair.key!r} is {image.dtype}{list(image.shape)}, not uint8[height, width, 3]")
     if reason := size_reason(prepare.filters, image.shape[0], image.shape[1]):
-        return Rejected(pair.key, reason, f"{image.shape[1]} x {image.shape[0]} px")
+        return Rejected(name, reason, f"{image.shape[1]} x {image.shape[0]} px")
     fitted, crop = images.fit_square(image, config.image_size)
     encoded = images.encode(fitted, prepare.image_format, prepare.quality)
     return Record(pair.key, encoded, np.array(image.shape[:2], np.int32), crop, captions)
@@ -69,19 +70,18 @@ def _kept_captions(captions: Mapping[str, str], filters: Filters) -> tuple[dict[
     return kept, None if kept else next(iter(reasons.values()), "no caption")
 
 
-def write_part(config: DataConfig, pairs: Iterable[Pair | Rejected], stamp: str, place: Path) -> None:
+def write_part(config: DataConfig, pairs: Iterable[Pair | Rejected], part: str, stamp: str, place: Path) -> None:
     """Writes a part's shards and its summary as the directory `place`, which appears when it is complete."""
     scratch = place.with_name(f".{place.name}")
     shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed
     scratch.mkdir(parents=True)
-    rejected, fields, hashes = Counter[str](), Counter[tuple[str, ...]](), []
+    fields, hashes = Counter[tuple[str, ...]](), []
     lengths: dict[str, Counter[int]] = collections.defaultdict(Counter)
     writers = {split: ShardWriter(scratch / f"{split}.array_record") for split in SPLITS}
     with Quarantine(scratch / QUARANTINE) as quarantine:
         for pair in pairs:
-            record = pair if isinstance(pair, Rejected) else record_of(pair, config)
+            record = pair if isinstance(pair, Rejected) else record_of(pair, config, part)
             if isinstance(record, Rejected):
-                rejected[record.reason] += 1
                 quarantine.add(record)
                 continue
             split = pair.split if isinstance(pair, Pair) else None
@@ -92,7 +92,7 @@ def write_part(config: DataConfig, pairs: Iterable[Pair | Rejected], stamp: str,
                 lengths[field][histogram_bin(len(text))] += 1
     summary = PartSummary(
         stamp=stamp,
-        rejected=dict(sorted(rejected.items())),
+        rejected=dict(sorted(quarantine.counts.items())),
         caption_characters={
             field: {str(length): count for length, count in counts.items()} for field, counts in sorted(lengths.items())
         },
@@ -118,12 +118,6 @@ def _by_groups(fields: Mapping[tuple[str, ...], int]) -> dict[str, int]:
 def _closed(writer: ShardWriter, part: str) -> Shard:
     shard = writer.close()
     return dataclasses.replace(shard, name=f"{part}/{shard.name}")
-
-
-def records(config: DataConfig, pairs: Iterable[Pair | Rejected]) -> Iterator[Record | Rejected]:
-    """Yields the record of each pair, or why it has none."""
-    for pair in pairs:
-        yield pair if isinstance(pair, Rejected) else record_of(pair, config)
 
 
 def read_summary(place: Path) -> PartSummary | None:

@@ -56,16 +56,17 @@ def prepare_records(config: DataConfig, workers: int, say: Say) -> Composition:
     Raises:
       DataError: no usable image, a package that is missing, or a directory that is taken by other data.
     """
-    composition = _composition_path(config)
+    composition, module = _composition_path(config), module_sha256(config)
     if composition.exists():
         found = read_json(composition, Composition)
-        for component in found.components:
-            if not component.generated:
-                read_records_manifest(config, component.task)
-        return found
-    parts = find_parts(config)
-    components = tuple(_component(config, part, workers, say) for part in parts)
-    made = Composition(FORMAT, components, module_sha256(config))
+        if found.module == module:
+            for component in found.components:
+                if not component.generated:
+                    read_records_manifest(config, component.task)
+            return found
+        say(f"{config.module or 'data.module'} has changed since {composition} was written: its rates are read again")
+    components = tuple(_component(config, part, workers, say) for part in find_parts(config))
+    made = Composition(FORMAT, components, module)
     composition.parent.mkdir(parents=True, exist_ok=True)
     replace_text(composition, to_json(made))
     return made
@@ -91,7 +92,10 @@ def _records(config: DataConfig, task: str, workers: int, say: Say) -> Manifest:
     """Prepares a task's records, unless they are prepared."""
     target = task_directory(config, task)
     if (target / MANIFEST).exists():
-        return read_records_manifest(config, task)
+        manifest = read_records_manifest(config, task)
+        if manifest.module != module_sha256(config):
+            say(f"{target} was prepared with another {config.module or 'data.module'}: delete it if its source changed")
+        return manifest
     if target.exists():
         raise DataError(f"{target} is in the way: it is no prepared data; move it, or set data.directory")
     found = find_task(config, task)
@@ -154,7 +158,7 @@ def _write_parts(config: DataConfig, task: Task, working: Path, workers: int) ->
     if min(workers, len(left)) <= 1:
         for index in progress(left):
             pairs = tqdm(task.read(index), "reading", unit="pair", disable=None if len(places) == 1 else True)
-            write_part(config, pairs, task.stamp(index), places[index])
+            write_part(config, pairs, task.shards[index], task.stamp(index), places[index])
     else:
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(min(workers, len(left)), context, ends_with_its_parent, (os.getpid(),)) as pool:
@@ -173,10 +177,10 @@ def _write_parts(config: DataConfig, task: Task, working: Path, workers: int) ->
 def _write_one(config: DataConfig, task: str, source: Source | None, index: int, shard: str, place: Path) -> None:
     """Writes a part in a process of its own, which loads seqio only if it has to: that takes ten seconds."""
     if source is not None:
-        write_part(config, source.read(shard), source.stamp(shard), place)
+        write_part(config, source.read(shard), shard, source.stamp(shard), place)
         return
     found = find_task(config, task)
-    write_part(config, found.read(index), found.stamp(index), place)
+    write_part(config, found.read(index), shard, found.stamp(index), place)
 
 
 def _summary_of(place: Path) -> PartSummary:

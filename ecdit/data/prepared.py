@@ -27,7 +27,8 @@ from ecdit.data.preparation import prepare_records, read_composition, summary
 from ecdit.data.record import Record, decode_record, unpack
 from ecdit.data.shards import ShardReader, check_shards, combined, file_sha256
 from ecdit.data.text import EOS, load_vocabulary, tokenize
-from ecdit.data.tokens import TokensColumn, make_tokenizer, tokenizer_path, truncated_captions
+from ecdit.data.tokens import TokensColumn, check_size, make_tokenizer, tokenizer_path, truncated_captions
+from ecdit.encoders.autoencoder import StoredLatents
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +92,7 @@ def open_prepared(config: DataConfig) -> Prepared:
     composition, tokenizer = read_composition(config), tokenizer_path(config)
     if not tokenizer.exists():
         raise DataError(f"there is no tokenizer {tokenizer}: run python -m ecdit.prepare --config=... first")
+    check_size(config, tokenizer)
     column, stored, decides = TokensColumn(tokenizer), [], []
     for component in composition.components:
         if component.generated:
@@ -175,7 +177,7 @@ class StoredRows:
         latents = part.latents
         self._latents = latents and ShardReader(part.directory / "columns" / latents.name, shards_of(latents, split))
         self._records = None if latents else ShardReader(part.directory, shards_of(part.manifest, split))
-        side, channels = config.image_size // 8, 2 * config.latent_channels
+        side, channels = config.image_size // StoredLatents.downsampling, 2 * config.latent_channels
         self._shape = (side, side, channels) if latents else (config.image_size, config.image_size, 3)
         self._name = f"{part.directory} ({latents.name if latents else 'images'})"
 

@@ -13,7 +13,6 @@ from pathlib import Path
 from types import TracebackType
 
 from ecdit.data import DataError
-from ecdit.data.reasons import entry
 from ecdit.data.sources.protocol import Rejected
 
 _DELETE = "\x7f"  # the only control character that JSON does not escape
@@ -61,7 +60,6 @@ def read(path: str | os.PathLike[str]) -> Iterator[Rejected]:
         for number, line in enumerate(file, 1):
             try:
                 fields = json.loads(line.decode("ascii"))
-                entry(fields["reason"])
                 yield Rejected(**fields)
             except (ValueError, TypeError, KeyError) as error:
                 raise DataError(f"{path} is damaged at line {number}: {error}") from None

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import json
 import pickle
 import sys
 import types
@@ -89,8 +90,12 @@ class Task:
         source = _pairs(self._task)
         if source is None or self._task.preprocessors:
             return None
+        try:
+            pickled = pickle.dumps(source.pairs)
+        except Exception:  # such as of a lambda
+            return None
         # What is defined in the user's file is known by a module that only this process has.
-        return None if _MODULE.encode() in pickle.dumps(source.pairs) else source.pairs
+        return None if _MODULE.encode() in pickled else source.pairs
 
     def read(self, index: int) -> Iterator[Pair | Rejected]:
         """Yields the pairs of a shard in order, and what its source rejects."""
@@ -159,7 +164,7 @@ def _pairs(task: "seqio.Task") -> Any:
 
 def _drained(rejected: list[Rejected]) -> list[Rejected]:
     taken = list(rejected)
-    rejected.clear()
+    del rejected[: len(taken)]  # not all: TensorFlow reads ahead in a thread, and may have added more
     return taken
 
 
@@ -174,8 +179,9 @@ def _pair(example: dict[str, Any], name: str) -> Pair | Rejected:
         image = example.pop("image")
         if "fields" in example:
             fields = zip(example.pop("fields"), example.pop("captions"), strict=True)
+            columns = json.loads(example.pop("columns", b"{}"))
             split = example.pop("split", b"").decode() or None
-            return Pair(key, image, {field.decode(): text.decode() for field, text in fields}, {}, split)
+            return Pair(key, image, {field.decode(): text.decode() for field, text in fields}, columns, split)
         captions, columns = {}, {}
         for field, value in example.items():
             if isinstance(value, bytes):

@@ -1,5 +1,6 @@
 """Sources of pairs as seqio knows them. Imports TensorFlow: import this module only while preparing."""
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +16,7 @@ SIGNATURE = {
     "image": tf.TensorSpec((), tf.string),  # encoded
     "fields": tf.TensorSpec((None,), tf.string),  # names of the captions
     "captions": tf.TensorSpec((None,), tf.string),
+    "columns": tf.TensorSpec((), tf.string),  # a JSON object, to filter by
     "split": tf.TensorSpec((), tf.string),  # "" for one by the key
 }
 
@@ -89,5 +91,6 @@ def _example(pair: Pair) -> dict[str, Any]:
         "image": image,
         "fields": np.array(list(pair.captions), object),
         "captions": np.array([text.encode() for text in pair.captions.values()], object),
+        "columns": json.dumps(pair.columns),
         "split": pair.split or "",
     }

@@ -48,11 +48,12 @@ def make_tokenizer(config: DataConfig, composition: Composition) -> Path:
     """
     path = tokenizer_path(config)
     if path.exists():
+        check_size(config, path)
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}")
     if config.tokenizer:
-        load_vocabulary(Path(config.tokenizer))
+        check_size(config, Path(config.tokenizer))
         shutil.copyfile(config.tokenizer, scratch)
     else:
         names = [one.task for one in composition.components if one.generated]
@@ -60,6 +61,13 @@ def make_tokenizer(config: DataConfig, composition: Composition) -> Path:
         train_vocabulary(_captions(config, composition), config.vocab_size, scratch, list(words))
     scratch.rename(path)
     return path
+
+
+def check_size(config: DataConfig, tokenizer: Path) -> None:
+    """Raises DataError if a tokenizer has more pieces than `data.vocab_size`, by which embeddings are sized."""
+    pieces = load_vocabulary(tokenizer).vocab_size()
+    if pieces > config.vocab_size:
+        raise DataError(f"data.vocab_size = {config.vocab_size}: must be at least {pieces}, the pieces of {tokenizer}")
 
 
 def _captions(config: DataConfig, composition: Composition) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """How near samples come to the images of their captions: is the captioned image among the nearest of many?
 
-Of training captions it measures fit, not generality: a model that memorised its data would be perfect. Of held-out
-ones it measures how well names and styles that were seen apart are put together.
+For training captions it measures fit, not generality: a model that memorised its data would be perfect. For
+held-out ones it measures how well names and styles that were seen apart are put together.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ _BLOCK = 64, 1024  # samples and pictures whose distances are computed at a time
 
 
 def protocol(config: SamplingConfig, seed: int = 0) -> SamplingConfig:
-    """How the samples are drawn, whatever the run's own sampling is: Euler, 25 steps, guidance 3, seed 0 by default."""
+    """Returns the protocol's sampling, whatever the run's own is: Euler, 25 steps, guidance 3, and this seed."""
     guidance = GuidanceConfig(scale=3.0, mode="plain")
     return dataclasses.replace(config, solver="euler", num_steps=25, guidance=guidance, seed=seed)
 

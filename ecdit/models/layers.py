@@ -83,10 +83,8 @@ def layer_norm(x: Float[Array, "*b d"], epsilon: float = NORM_EPSILON) -> Float[
     y = x.astype(jnp.float32)
     # Both moments in one pass over x: the centred form reads it twice, which costs more than the norm's arithmetic.
     mean, square = y.mean(axis=-1, keepdims=True), jnp.square(y).mean(axis=-1, keepdims=True)
-    mean, square = (
-        named(mean, "norm"),
-        named(square, "norm"),
-    )  # small; unsaved they would cost the backward pass another pass over x
+    # Both are small; without saving them the backward pass would read x once more.
+    mean, square = named(mean, "norm"), named(square, "norm")
     variance = jnp.maximum(square - jnp.square(mean), 0.0)
     return ((y - mean) * jax.lax.rsqrt(variance + epsilon)).astype(x.dtype)
 

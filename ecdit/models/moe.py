@@ -126,9 +126,8 @@ class MixtureOfExperts(nnx.Module):
             jnp.square(jax.nn.logsumexp(logits, axis=-1)).mean(axis=-1),
             gates,
         )
-        output = named(
-            combined.reshape(x.shape).astype(x.dtype), "expert_sum"
-        )  # otherwise the backward pass repeats its all-to-all
+        # Saved, because the backward pass would otherwise repeat its all-to-all.
+        output = named(combined.reshape(x.shape).astype(x.dtype), "expert_sum")
         if config.num_shared_experts:
             shared = self.shared(x)
             output = output + (layer_norm(shared) if config.moe_output_norm == "expert" else shared)

@@ -15,8 +15,8 @@ from jaxtyping import Array, Bool, Float, Int
 class Routing(NamedTuple):
     """The slots of every expert. A slot that took no token has taken False, gate 0 and index 0 or a masked token's."""
 
-    # The token in the slot, int32. Nobody searches this tuple by its method `index`.
-    index: Int[Array, "G E C"]  # pyright: ignore[reportIncompatibleMethodOverride]  # as said above
+    # The token in the slot, int32. The field hides `tuple.index`, which nobody calls here.
+    index: Int[Array, "G E C"]  # pyright: ignore[reportIncompatibleMethodOverride]
     gate: Float[Array, "G E C"]  # what its output is multiplied by, float32
     taken: Bool[Array, "G E C"]
     balance_loss: Float[Array, " G"]  # unweighted; 0 for expert choice, which is balanced by construction

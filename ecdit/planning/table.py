@@ -43,7 +43,7 @@ def known_better(origin: Mapping[str, Any], experiment: Experiment, where: Slice
     it, else of others with the same chips.
 
     Args:
-      origin: of the run, as `config.config_origin` returns it.
+      origin: of the run, as `command_line.config_origin` returns it.
       experiment: the run.
       where: one of its slices.
       slices: how many.

@@ -67,10 +67,7 @@ def read_clip_text(
       WeightsError: it cannot be read, or is another architecture's.
     """
     config = read_config(folder, ("clip_text_model", "clip"), "model_type", DEFAULTS)
-    text = config
-    if config.values["model_type"] == "clip":
-        # The projection's width stands beside the two networks, and in old files among the text's values too.
-        text = config.group("text_config", DEFAULTS | {"projection_dim": config.number("projection_dim")})
+    text = config.group("text_config", DEFAULTS) if config.values["model_type"] == "clip" else config
     return ClipTextConfig(
         vocab_size=text.number("vocab_size"),
         width=text.number("hidden_size"),
@@ -78,7 +75,7 @@ def read_clip_text(
         layers=text.number("num_hidden_layers"),
         heads=text.number("num_attention_heads"),
         positions=text.number("max_position_embeddings"),
-        projection_width=(config if text is not config else text).number("projection_dim") if projection else 0,
+        projection_width=config.number("projection_dim") if projection else 0,
         activation=text.choose("hidden_act", ACTIVATIONS),
         epsilon=text.number("layer_norm_eps", float, 0),
         states=states,

@@ -9,6 +9,13 @@ from ecdit.data.text import EOS, PAD
 from ecdit.errors import UserError
 
 
+def check_changes(changes: Sequence[str]) -> None:
+    """Raises UserError for a value of --set that is no key of `sampling`: other values are as the run was trained."""
+    for change in changes:
+        if not change.startswith("sampling."):
+            raise UserError(f"--set={change}: must be a key of sampling: other values are as the run was trained")
+
+
 def prompt_lines(file: str) -> list[str]:
     """Returns the lines of a UTF-8 file, each a prompt.
 

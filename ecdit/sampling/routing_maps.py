@@ -66,7 +66,7 @@ def draw_maps(
     """Draws a row for each image, at most MAX_ROWS: the image above its caption, then its maps.
 
     Args:
-      images: square images.
+      pictures: square images.
       captions: of the images.
       counts: experts per token, as a sampler returns them.
     """

@@ -1,4 +1,4 @@
-"""What a sample's routing comes to in numbers: coverage, the busiest token, and what each expert takes.
+"""Computes tables of a sample's routing: coverage, the busiest token, and the tokens that each expert takes.
 
 Everything follows from the gates that `sampler.make_sampler` returns: 0 where an expert did not take a token.
 
@@ -46,7 +46,9 @@ def takings(
     late = gates[:, -last_steps:]
     times_taken = (late > 0).sum(axis=1)  # (n, P, N, E)
     taken = np.einsum("ipte->pe", times_taken)
-    patches = np.einsum("ipte,itabc->peabc", times_taken.astype(np.float64), split_patches(pictures, gates.shape[3]))
+    patches = np.einsum(
+        "ipte,itabc->peabc", times_taken.astype(np.float64), split_patches(pictures, gates.shape[3]), optimize=True
+    )
     mean = patches / np.maximum(taken, 1)[:, :, None, None, None]
     steps = late.shape[1]
     return Takings(

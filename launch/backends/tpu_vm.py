@@ -23,11 +23,11 @@ from launch.worker import (
     DIRECTORY,
     REFUSE_RUNNING,
     SECRETS,
-    START_COMMAND,
     STOP_COMMAND,
     UNIT,
     UNIT_TEXT,
     restart_loop,
+    start_command,
 )
 
 FLAGS: Any = flags.FLAGS  # absl types every value as perhaps None
@@ -214,7 +214,8 @@ def script(job: Job, options: Options) -> str:
         )
         lines += [copy, *(shlex.join(ssh_command(node, step, *location)) for step in _setup(job, options))]
     # Only now, for all slices: the processes wait for each other.
-    lines += [shlex.join(ssh_command(node, START_COMMAND, *location)) for node in nodes(job.name, job.slices)]
+    start = start_command(as_root=bool(options.image))
+    lines += [shlex.join(ssh_command(node, start, *location)) for node in nodes(job.name, job.slices)]
     return "\n".join([*lines, f'echo "{job.name} runs: python -m launch.status shows it"', ""])
 
 
@@ -265,7 +266,7 @@ def _train_command(job: Job, options: Options) -> list[str]:
     given = [argument for pair in pairs for argument in ("--env", pair)]
     secrets = ["--env-file", SECRETS] if options.secret_env else []
     # Google's containers for TPU VMs have the host's devices and network. The VM has no other tenant.
-    docker = ["sudo", "docker", "run", "--rm", "--privileged", "--network=host", *given, *secrets, options.image]
+    docker = ["docker", "run", "--rm", "--privileged", "--network=host", *given, *secrets, options.image]
     return [*docker, "python", *train]
 
 

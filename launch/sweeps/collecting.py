@@ -52,7 +52,7 @@ class Result:
     @property
     def finished(self) -> bool:
         """Whether all steps are done."""
-        return self.step >= self.num_steps and not self.left_out
+        return self.step >= self.num_steps
 
 
 Fits = dict[tuple[str, str], PowerLaw]  # by series and the field of Result that is x

@@ -185,7 +185,7 @@ def preparation(place: Path, count: int) -> dict[str, Any]:
     for index in range(len(task.shards)):
         alone(index)
         start = time.process_time()
-        parts.write_part(config, task.read(index), "", inner / f"part{index}")
+        parts.write_part(config, task.read(index), task.shards[index], "", inner / f"part{index}")
         seconds["ours"].append(time.process_time() - start)
         memory.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
     case = timing.case(f"{count} JPEGs of 96 px to 64 px, of {len(task.shards)} tars", seconds, "ours")

@@ -101,3 +101,13 @@ def test_more_steps_than_int32_counts_are_refused():
     assert tiny(train__num_steps=2**31 - 1).train.num_steps == 2**31 - 1
     with pytest.raises(ConfigError, match=re.escape("config.train.num_steps = 2147483648: must be below 2**31")):
         tiny(train__num_steps=2**31)
+
+
+def test_an_error_prints_no_control_characters(capfd):
+    """Names of a stranger's files stand in errors; a terminal would obey their escape sequences."""
+    program = (
+        "from ecdit.command_line import run_command\nfrom ecdit.errors import UserError\n"
+        "def main(argv): raise UserError('\\x1b]0;x\\x07caption\\nsecond line')\nrun_command(main)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (2, "error: \\x1b]0;x\\x07caption\nsecond line\n")

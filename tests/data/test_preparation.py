@@ -35,6 +35,7 @@ from tests.data.example import make_config, module, png
 from tests.runs import tiny
 
 ROOT = Path(__file__).parents[2]
+PLAIN = {"crop_padding": 0, "flip_probability": 0}
 
 
 def files(directory):
@@ -97,7 +98,10 @@ def test_what_is_left_out_is_counted_and_named(counted):
     manifest = read_records_manifest(counted, "counted")
     assert (manifest.num_records, manifest.rejected) == (34, {"undecodable": 2})
     found = list(read(task_directory(counted) / "quarantine.jsonl"))
-    assert [(one.name, one.reason) for one in found] == [("key3", "undecodable"), ("key25", "undecodable")]
+    assert [(one.name, one.reason) for one in found] == [
+        ("part 0:key3", "undecodable"),
+        ("part 2:key25", "undecodable"),
+    ]
 
 
 def test_filters_leave_out_by_size_caption_and_column(tmp_path):
@@ -247,6 +251,32 @@ add_task(
     assert [parts.encode_record(one) for one in found["same"]] == [parts.encode_record(one) for one in plain]
     assert [one.key for one in found["changed"]] == [one.key for one in plain if one.key != "key7"]
     assert found["changed"][0].captions == {"caption": "IMAGE 0", "other": "NUMBER 0"}
+
+
+def test_pairs_that_pass_through_tensorflow_keep_their_columns(tmp_path):
+    where = module(tmp_path, "unfiltered", "1", 'add_task("filtered_late", Counted(30), [lambda dataset: dataset])')
+    filters = dataclasses.replace(make_config().prepare.filters, columns={"number": (5, 9)})
+    config = make_config(tmp_path / "data", module=where, task="filtered_late", prepare={"filters": filters})
+    stored = list(stored_records(prepare(config, say=lambda _: None), "train"))
+    assert [one.key for one in stored] == [f"key{i}" for i in range(5, 10)]
+
+
+def test_a_lambda_in_the_user_s_file_works_in_several_processes(tmp_path):
+    more = """
+import dataclasses
+
+@dataclasses.dataclass(frozen=True)
+class Kept(Counted):
+    keep: object = None
+
+    def read(self, part):
+        return (pair for pair in super().read(part) if self.keep(pair))
+
+add_task("kept", Kept(30, keep=lambda pair: pair.key != "key7"))
+"""
+    config = make_config(tmp_path / "data", module=module(tmp_path, "not_kept", "1", more), task="kept")
+    stored = list(stored_records(prepare(config, workers=2, say=lambda _: None), "train"))
+    assert [one.key for one in stored] == [f"key{i}" for i in range(30) if i != 7]
 
 
 def test_any_seqio_source_with_an_image_and_text_can_be_prepared(tmp_path):
@@ -469,6 +499,54 @@ def test_captions_that_are_cut_are_counted(counted):
     assert [truncated_captions(histograms, length) for length in (4, 5, 6, 7)] == [7, 5, 1, 0]
 
 
+def test_a_tokenizer_with_more_pieces_than_the_embedding_is_refused(counted, tmp_path):
+    """Its highest tokens would be read as another one's."""
+    train_vocabulary(["letters of many words"], 300, tmp_path / "large.model")
+    named = dataclasses.replace(counted, tokenizer=str(tmp_path / "large.model"), vocab_size=260)
+    with pytest.raises(DataError, match=r"data\.vocab_size = 260: must be at least \d+, the pieces of .*large\.model"):
+        prepare(named)
+
+
+def test_a_mixture_whose_file_has_changed_is_read_again(tmp_path, capsys):
+    """Its rates are; records stay, and a line says that they were made with another file."""
+    path = module(tmp_path, "part", "10", 'add_mixture("both", [("part", 0.5), ("shapes", 0.5)])')
+    config = make_config(tmp_path / "data", module=path, task="both", vocab_size=400, **PLAIN)
+    before = prepare(config)
+    text = Path(path).read_text()
+    import seqio
+
+    for registry, name in ((seqio.TaskRegistry, "part"), (seqio.MixtureRegistry, "both")):
+        registry.remove(name)  # as in a new process
+    Path(path).write_text(text.replace("0.5", "0.25", 1))
+    after = prepare(config)
+    assert [one.rate for one in before.composition.components] == ["1/2", "1/2"]
+    assert [one.rate for one in after.composition.components] == ["1/4", "1/2"]
+    assert after.fingerprint != before.fingerprint
+    out = capsys.readouterr().out
+    assert "part.py has changed since" in out
+    assert "data/part was prepared with another" in out
+
+
+def test_a_column_that_stops_at_its_end_computes_nothing_again(counted, tmp_path, monkeypatch):
+    copy = dataclasses.replace(counted, directory=str(tmp_path / "data"))
+    shutil.copytree(task_directory(counted), task_directory(copy))
+    shutil.rmtree(task_directory(copy) / "columns")
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    def rename(path, to, real=Path.rename):
+        return stop() if to.parent.name == "columns" else real(path, to)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(copy, say=lambda _: None)
+    monkeypatch.undo()
+    monkeypatch.setattr("ecdit.data.columns._write_one", lambda *_: pytest.fail("computed again"))
+    prepare(copy, say=lambda _: None)
+    assert files(task_directory(copy)) == files(task_directory(counted))
+
+
 def test_a_tokenizer_with_other_special_tokens_is_refused(tmp_path):
     import sentencepiece
 
@@ -521,7 +599,7 @@ def test_a_first_look_reports_and_draws_and_writes_no_records(counted, tmp_path,
     first_look(counted, 20, lambda *given: drawn.append(given))
     out = capsys.readouterr().out
     assert "19 of 20 pairs in 4 shards are kept" in out
-    assert "1 left out for undecodable, such as 'key3'" in out
+    assert "1 left out for undecodable, such as 'part 0:key3'" in out
     ((images, captions, path),) = drawn
     assert images.shape == (10, 32, 32, 3)
     assert captions[:4] == ["image 0", "image 1", "image 2", "image 4"]

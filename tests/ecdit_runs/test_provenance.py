@@ -144,3 +144,15 @@ def test_weights_whose_names_and_shapes_fit_and_that_mean_something_else_are_ref
 def test_weights_of_another_vocabulary_are_refused():
     with pytest.raises(CheckpointError, match="vocabulary: there words, here others"):
         compared(tiny(), tiny(), vocabulary="others")
+
+
+def test_of_the_user_s_files_only_the_denoiser_s_decides_what_weights_mean():
+    """A run on other data may start from the weights, whatever file registered the data of the first run."""
+    base = to_dict(tiny()) | {"denoiser": "mine.py:Mine"}
+
+    def compare(there, here):
+        saved = Meta(arrays.FORMAT, base | {"files": there}, 0, "data", {}, {}, "words", {}, "")
+        return check_same_model(saved, base | {"files": here}, set(), "words", True)
+
+    assert compare({"mine.py": "1", "my_tasks.py": "2"}, {"mine.py": "1", "other_tasks.py": "3"}) == ""
+    assert compare({"mine.py": "1"}, {"mine.py": "2"}) == "config.files.mine.py: there '1', here '2'"

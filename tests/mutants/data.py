@@ -279,4 +279,24 @@ MUTANTS = (
         _preparation("test_a_preparation_of_other_settings_or_input_does_not_go_on"),
         "half of the records are from before the input changed",
     ),
+    Mutant(
+        "ecdit/data/preparation.py",
+        "if found.module == module:",
+        "if True:",
+        _preparation("test_a_mixture_whose_file_has_changed_is_read_again"),
+        "a run trains at rates that its file no longer has",
+    ),
+    Mutant(
+        "ecdit/data/tokens.py",
+        "if pieces > config.vocab_size:",
+        "if False:",
+        _preparation("test_a_tokenizer_with_more_pieces_than_the_embedding_is_refused"),
+        "the embedding of another token is read for the last pieces",
+    ),
+    Mutant(
+        _COLUMNS,
+        "if not (working / COLUMN).exists():  # or a kill came just before the end",
+        "if True:",
+        _preparation("test_a_column_that_stops_at_its_end_computes_nothing_again"),
+    ),
 )
