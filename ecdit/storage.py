@@ -18,7 +18,7 @@ from typing import Any
 
 from etils import epath
 
-from ecdit.errors import UserError
+from ecdit.errors import UserError, chain
 from ecdit.files import is_remote
 
 # Otherwise epath takes TensorFlow's file system where TensorFlow is installed, which takes seconds to import and cannot
@@ -27,7 +27,7 @@ os.environ.setdefault("EPATH_USE_TF", "false")
 
 PART_SECONDS = 60.0  # age at which buffered data is written as an object
 # How tensorstore begins the message of an error of a service.
-_STATUSES = ("PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED")
+STATUSES = ("PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED")
 OUTAGE_SECONDS = 1800.0  # for which data that cannot be written is kept and tried again, before that is an error
 CLOSE_SECONDS = 120.0  # the same when a run ends, which waits for it
 _CLIENTS = ("aiohttp", "gcsfs", "google", "requests")  # packages whose errors mean network or permissions
@@ -95,14 +95,17 @@ def reading(path: Path) -> Iterator[None]:
 
 def is_outage(error: BaseException) -> bool:
     """Returns whether an error comes from network or permissions, and not from what a bucket holds."""
-    package = type(error).__module__.partition(".")[0]
+    return any(_is_outage(one) for one in chain(error))
+
+
+def _is_outage(error: BaseException) -> bool:
     refused = type(error) is OSError and error.errno is None  # gcsfs's for 401 and 403; those of disks have a number
-    if refused or isinstance(error, ConnectionError | TimeoutError) or package in _CLIENTS:
-        return True
-    if str(error).startswith(_STATUSES):
-        return True
-    behind = error.__cause__ or error.__context__
-    return behind is not None and is_outage(behind)
+    away = isinstance(error, ConnectionError | TimeoutError) or _package(error) in _CLIENTS
+    return refused or away or str(error).startswith(STATUSES)
+
+
+def _package(error: BaseException) -> str:
+    return type(error).__module__.partition(".")[0]
 
 
 def seconds_since_change(path: Path, workdir: Path) -> float:
@@ -127,16 +130,16 @@ def replace_generation(path: Path, data: bytes | None, generation: bytes) -> byt
 
 def is_temporary(error: BaseException) -> bool:
     """Returns whether an error, or one behind it, comes from an outage that may end, and not from missing rights."""
-    package = type(error).__module__.partition(".")[0]
+    return any(_is_temporary(one) for one in chain(error))
+
+
+def _is_temporary(error: BaseException) -> bool:
     code = getattr(error, "code", None)  # gcsfs's and google's, an HTTP status or an enumeration
-    if package in _CLIENTS and str(code) not in ("401", "403", "404"):
+    if _package(error) in _CLIENTS and str(code) not in ("401", "403", "404"):
         return True
     if isinstance(error, ConnectionError | TimeoutError) and not isinstance(error, BrokenPipeError):
         return True
-    if re.search(r"\b(UNAVAILABLE|DEADLINE_EXCEEDED)\b", str(error)):  # tensorstore's, which has no types
-        return True
-    behind = error.__cause__ or error.__context__
-    return behind is not None and is_temporary(behind)
+    return bool(re.search(r"\b(UNAVAILABLE|DEADLINE_EXCEEDED)\b", str(error)))  # tensorstore's, which has no types
 
 
 def make_directory(path: Path) -> None:

@@ -37,7 +37,7 @@ CHECKED = flags.DEFINE_string("checked", "", "What a launcher checked; anything 
 
 
 def main(argv: list[str]) -> None:
-    """Exits with what `loop.train` returns."""
+    """Exits with the code that `training_run.train` returns."""
     del argv
     experiment = make_experiment(config_values(CONFIG))
     if CHECKED.value:

@@ -128,12 +128,12 @@ class AsyncSaver:
         try:
             self.manager.wait_until_finished()
             self.manager.check_for_errors()
+            if not is_remote(self.directory):
+                sync(self.directory)  # the checkpoint's name
         except Exception as error:
             self._failed(step, first_line(error))
         else:
             self.failed_in_row = 0
-            if not is_remote(self.directory):
-                sync(self.directory)  # the checkpoint's name
             self.saved(step)
 
     def _directory_problem(self) -> str | None:

@@ -117,7 +117,7 @@ def check_same_model(saved: Meta, now: Mapping[str, Any], may_differ: Set[str], 
 
 
 def _model_keys(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what weights mean something by, flat; of the user's files that of a denoiser and not of data."""
+    """Returns the part of a config that gives weights their meaning, flat: of files the denoiser's, not the data's."""
     groups = {key: config.get(key) for key in ("denoiser", "model", "text", "autoencoder")}
     denoiser = str(config.get("denoiser")).rpartition(":")[0]
     files = {path: digest for path, digest in (config.get("files") or {}).items() if path == denoiser}

@@ -8,12 +8,12 @@ A damaged checkpoint is set aside, so a mistake here would move a valid one away
 import errno
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from ecdit.errors import UserError
-from ecdit.storage import is_outage
+from ecdit.errors import UserError, chain
+from ecdit.storage import STATUSES, is_outage
 
 T = TypeVar("T")
 
@@ -26,9 +26,7 @@ _REFUSED = (errno.EACCES, errno.EPERM)  # trying again does not help
 _FAULTS = (ImportError, MemoryError, RecursionError)
 # How tensorstore begins messages of errors that are not in the data. It appends the number of an error of the system.
 _STATUS = re.compile(r"(UNKNOWN|ABORTED|CANCELLED|INTERNAL|UNIMPLEMENTED): ")
-_STATUS_ANYWHERE = re.compile(
-    r"PERMISSION_DENIED|UNAUTHENTICATED|UNAVAILABLE|DEADLINE_EXCEEDED|RESOURCE_EXHAUSTED", re.ASCII
-)
+_STATUS_ANYWHERE = re.compile("|".join(STATUSES))
 _NUMBER = re.compile(r"os_error_code='(\d+)'")
 
 
@@ -68,9 +66,9 @@ def read(directory: Path, action: Callable[[], T]) -> T:
 
 def is_damage(error: BaseException) -> bool:
     """Returns whether an error of reading says that the files do not hold what was saved."""
-    if is_outage(error) or any(_is_fault(one) for one in _chain(error)):
+    if is_outage(error) or any(_is_fault(one) for one in chain(error)):
         return False
-    return any(isinstance(one, _UNDECODABLE) or error_number(one) in _MISSING for one in _chain(error))
+    return any(isinstance(one, _UNDECODABLE) or error_number(one) in _MISSING for one in chain(error))
 
 
 def error_number(error: BaseException) -> int | None:
@@ -97,15 +95,8 @@ def _is_fault(error: BaseException) -> bool:
 
 def _may_pass(error: BaseException) -> bool:
     """Returns whether the same read may succeed in a moment."""
-    numbers = {error_number(one) for one in _chain(error)} - {None}
+    numbers = {error_number(one) for one in chain(error)} - {None}
     return bool(numbers - set(_REFUSED) - set(_MISSING)) and not numbers & set(_REFUSED)
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """Yields an error and those that led to it."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
 def _exists(directory: Path) -> bool:

@@ -1,7 +1,7 @@
 """Describes and reads the checkpoints of a run: `<workdir>/checkpoints/<step>/{state,meta}`, by Orbax.
 
 `state` holds the arrays of a TrainState; `meta` is JSON: resolved config, data position, dataset fingerprint, versions,
-code, and a checksum of every array. Written by `saving`; `recovery` deals with damaged ones.
+code, and a checksum of every array. `async_save` writes them; `resume` deals with damaged ones.
 Three verbs that never mix: resume (the same run goes on), start from another run's weights (`restore_ema` into a new
 run), export (see interop.weights).
 """

@@ -112,15 +112,16 @@ def _attempt(action: Callable[[], T], step: int, damaged: dict[int, str]) -> T |
     Raises:
       UnreadableError: a process could not read it, for a reason that is no damage.
     """
-    result, problem, fault = None, None, None
+    result, problem, fault, cause = None, None, None, None
     try:
         result = action()
     except DamagedError as error:
         problem = str(error)
     except UnreadableError as error:
-        fault = str(error)
+        fault, cause = str(error), error
     if fault := anywhere(fault):
-        raise UnreadableError(fault if "/" in fault else f"the checkpoint of step {step} cannot be read: {fault}")
+        text = fault if "/" in fault else f"the checkpoint of step {step} cannot be read: {fault}"
+        raise UnreadableError(text) from cause  # so that an outage is known as one
     problem = anywhere(problem)
     if problem is None:
         return result

@@ -94,7 +94,7 @@ class Reporter:
                 writer.picture(step, name, path)
 
     def save(self) -> None:
-        """Writes buffered lines to the disk or the bucket, so that they precede the checkpoint."""
+        """Writes buffered lines, so that they precede the checkpoint unless the bucket is away."""
         if self.file is not None:
             with writing(self.path):
                 if isinstance(self.file, AppendedObjects):

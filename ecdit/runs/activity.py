@@ -1,4 +1,4 @@
-"""What a training process does at each moment: the watchdog limits it, and the ledger books its time."""
+"""Tracks the phase of a training process: the watchdog limits it, and the ledger books its time."""
 
 from ecdit.runs.ledger import Ledger
 from ecdit.training.config import Phase, TrainConfig

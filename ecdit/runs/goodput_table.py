@@ -1,4 +1,4 @@
-"""What the time of a run went into, as a table."""
+"""Makes a table of where the time of a run went."""
 
 from collections.abc import Iterator, Sequence
 

@@ -22,7 +22,7 @@ _PREFIX = "ecdit_host_times"
 
 @dataclasses.dataclass(frozen=True)
 class HostTime:
-    """How a process spent an average step of some, in seconds."""
+    """Holds the mean seconds that a process spent per step, by phase."""
 
     process: int
     host: str
@@ -32,7 +32,7 @@ class HostTime:
 
     @property
     def whole(self) -> float:
-        """The sum."""
+        """Returns the seconds of a whole step."""
         return self.step + self.data + self.save
 
 

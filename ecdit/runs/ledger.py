@@ -28,7 +28,7 @@ REPEATED: tuple[Phase, ...] = ("data", "step")  # what is done again after a kil
 
 @dataclasses.dataclass
 class Record:
-    """What a start spent its time on."""
+    """Holds the seconds that a start spent in each phase."""
 
     began: float  # Unix time of the process's start
     seen: float  # Unix time up to which it is booked
@@ -65,7 +65,8 @@ class Ledger:
             return
         directory = workdir / DIRECTORY
         make_directory(directory)
-        self.path = directory / f"{len(children(directory)):05d}.json"
+        numbers = [int(path.stem) for path in children(directory) if path.suffix == ".json" and path.stem.isdigit()]
+        self.path = directory / f"{max(numbers, default=-1) + 1:05d}.json"
         self._write()
         pause = WRITE_SECONDS[is_remote(workdir)]
         self.thread = threading.Thread(target=self._keep_writing, args=(pause,), name="ledger", daemon=True)

@@ -65,7 +65,7 @@ def locked(workdir: Path, say: Callable[[str], None]) -> Iterator[Callable[[], N
       LockedError: another trainer has it, on all processes.
     """
     with contextlib.ExitStack() as stack:
-        problem, check = None, _nothing
+        problem, check, cause = None, _nothing, None
         if jax.process_index() == 0:
             try:
                 if is_remote(workdir):
@@ -73,9 +73,11 @@ def locked(workdir: Path, say: Callable[[str], None]) -> Iterator[Callable[[], N
                 else:
                     stack.enter_context(_file_lock(workdir, say))
             except UserError as error:
-                problem = str(error)
+                problem, cause = str(error), error
         if problem := anywhere(problem):
-            raise LockedError(f"{problem} lock {workdir}" if problem.endswith("cannot") else problem)
+            text = f"{problem} lock {workdir}" if problem.endswith("cannot") else problem
+            kind = LockedError if cause is None or isinstance(cause, LockedError) else UserError
+            raise kind(text) from cause
         yield check
 
 
@@ -85,7 +87,7 @@ def _file_lock(workdir: Path, say: Callable[[str], None]) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         with writing(path):
             make_directory(workdir)
-            file = stack.enter_context(path.open("a+"))
+            file = stack.enter_context(path.open("a+", errors="replace"))
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -141,7 +143,10 @@ class Lease:
                 raise _taken(self.workdir, holder)  # it was renewed
             left = 0.0
             if data is not None and not (holder and holder.has_ended()):
-                left = LEASE_SECONDS - seconds_since_change(self.path, self.workdir)
+                try:
+                    left = LEASE_SECONDS - seconds_since_change(self.path, self.workdir)
+                except FileNotFoundError:
+                    continue  # its holder has just ended it
             if left <= 0:
                 taken = replace_generation(self.path, _text(self.own).encode(), generation)
                 if taken is not None:

@@ -34,15 +34,16 @@ def check_not_lost(workdir: Path, save_every: int) -> None:
     """Raises CheckpointError if a workdir without a checkpoint records that there was one.
 
     A run that was killed before its first save has metrics too, and may begin again: they end before its second save,
-    which waits for the first one.
+    which waits for the first one. (One whose first saves failed is refused as well: nothing tells it apart.)
     """
     saved = max((start.get("saved", start["step"]) for start in recorded_starts(workdir)), default=0)
     last = max((row["step"] for row in read_lines(workdir)), default=0)
     if saved == 0 and last <= 2 * save_every:
         return
+    told = f"step {saved} was saved by {workdir / OVERRIDES_FILE}, and " if saved else ""
     raise CheckpointError(
-        f"{checkpoint_directory(workdir)} has no checkpoint, but step {saved} was saved by {workdir / OVERRIDES_FILE}, "
-        f"and {workdir / METRICS} goes to step {last}. Bring the checkpoints back (a mount, a lifecycle rule?), use "
+        f"{checkpoint_directory(workdir)} has no checkpoint, but {told}"
+        f"{workdir / METRICS} goes to step {last}. Bring the checkpoints back (a mount, a lifecycle rule?), use "
         f"another --workdir, or add --start_over: it begins at step 0 and moves the records of the old run aside."
     )
 

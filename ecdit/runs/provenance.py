@@ -17,6 +17,7 @@ from ecdit.config import flatten
 from ecdit.errors import UserError
 from ecdit.files import replace_text
 from ecdit.runs.trained_run import CONFIG_FILE, OVERRIDES_FILE
+from ecdit.storage import reading
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 _PACKAGE = Path(ecdit.__file__).parent
@@ -80,7 +81,8 @@ def recorded_starts(workdir: Path) -> list[dict[str, Any]]:
     """
     path = workdir / OVERRIDES_FILE
     try:
-        starts = json.loads(path.read_text()) if path.exists() else []
+        with reading(path):
+            starts = json.loads(path.read_text()) if path.exists() else []
     except ValueError as error:  # of JSON or of UTF-8
         raise UserError(f"{path} is damaged ({error}): move it away") from None
     if not isinstance(starts, list) or not all(isinstance(start, dict) for start in starts):
@@ -116,7 +118,7 @@ def record_save(workdir: Path, step: int) -> None:
     """
     if jax.process_index() > 0:
         return
-    *earlier, last = recorded_starts(workdir)
+    *earlier, last = recorded_starts(workdir) or [{}]  # it may have been deleted
     replace_text(workdir / OVERRIDES_FILE, _json([*earlier, last | {"saved": step}]))
 
 

@@ -40,19 +40,26 @@ def check_deterministic(replay_every: int, platform: str, xla_flags: Sequence[st
     require(fits, "train.replay_every", replay_every, wanted)
 
 
-def replayed(train_step: Step, gradients: Gradients, every: int, done: int) -> Step:
+def replayed(
+    train_step: Step, gradients: Gradients, every: int, done: int, compiling: Callable[[], None] = lambda: None
+) -> Step:
     """Returns `train_step` with a replay before every `every`-th step, 0 for none; `done` steps are done.
+
+    Calls `compiling` before the first replay, which compiles.
 
     A replay costs two more computations of the gradients, and the memory of one set of them. Where it finds an error,
     the step raises CorruptionError on all processes.
     """
     if not every:
         return train_step
-    step = done
+    step, compiled = done, False
 
     def checked(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        nonlocal step
+        nonlocal step, compiled
         step += 1
+        if step % every == 0 and not compiled:
+            compiling()
+            compiled = True
         if step % every == 0 and (problem := replay(gradients, state, batch)):
             raise CorruptionError(
                 f"step {step}: {problem}. Take the device out of the run; checkpoints that were saved since the last "

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +107,8 @@ def run_workload(
     activity.enter("prepare", "preparing the data")
     fingerprints, config = workload.prepare_data(), to_dict(experiment)
     activity.enter("start", "comparing the processes and locking the workdir")
-    facts = facts_of_a_host(config_of_run(experiment), fingerprints, workload.vocabulary())
+    full = config_of_run(experiment)  # once: the user's files may change while the run goes on
+    facts = facts_of_a_host(full, fingerprints, workload.vocabulary())
     if differences := host_differences(facts):
         raise UserError("the hosts would not train the same:\n  " + "\n  ".join(differences))
     make_directory(workdir)
@@ -119,7 +120,7 @@ def run_workload(
         saved = functools.partial(_note_save, workdir)
         saver = stack.enter_context(contextlib.closing(AsyncSaver(workdir, experiment.checkpoint, say, saved)))
         assert saver.manager is not None  # it has not saved yet
-        found = _resumed(workload, experiment, saver.manager, fingerprints, accepted)
+        found = _resumed(workload, experiment, full, saver.manager, fingerprints, accepted)
         state, check_restored = found or (_first_state(workload, experiment, workdir, accepted), lambda: None)
         start = int(state.step)
         activity.ledger.open(workdir, start)
@@ -129,7 +130,9 @@ def run_workload(
         stack.enter_context(contextlib.closing(reporter))
         stops = stack.enter_context(contextlib.closing(StopRequests()))
         times = HostTimes(experiment.train, lambda: activity.ledger.record.seconds, say)
-        run = _Run(workload, experiment, workdir, saver, reporter, activity, stops, check_restored, check_lock, times)
+        run = _Run(
+            workload, experiment, full, workdir, saver, reporter, activity, stops, check_restored, check_lock, times
+        )
         phases = experiment.resolved_phases()
         images = None
         for phase, fingerprint in zip(phases, fingerprints, strict=True):
@@ -157,6 +160,7 @@ class _Run:
 
     workload: Workload
     experiment: Experiment  # of the whole run, with its phases
+    config: Mapping[str, Any]  # the same as a dict, with the hashes of the user's files: see `config_of_run`
     workdir: Path
     saver: AsyncSaver
     reporter: Reporter
@@ -177,7 +181,8 @@ class _Run:
         self.reporter.begin(watch)
         batches = self.workload.batches(phase, self.experiment.next_row(int(state.step)))
         train_step, gradients = self.workload.train_step(phase), self.workload.gradients(phase)
-        train_step = replayed(train_step, gradients, self.experiment.train.replay_every, int(state.step))
+        compiling = functools.partial(self.activity.enter, "compile", "compiling and replaying a step")
+        train_step = replayed(train_step, gradients, self.experiment.train.replay_every, int(state.step), compiling)
         profile = Profile(self.experiment.train, self.workdir, int(state.step), self.saver.settle)
         with contextlib.closing(profile):
             hooks = self._hooks(profile, watch, fingerprint, images, first)
@@ -207,7 +212,9 @@ class _Run:
         def save(step: int, state: TrainState) -> None:
             self.reporter.save()
             self.activity.ledger.mark(step)
-            self.saver.save(state, step, _meta(self.experiment, fingerprint, self.workload.vocabulary(), step))
+            self.saver.save(
+                state, step, _meta(self.experiment, self.config, fingerprint, self.workload.vocabulary(), step)
+            )
 
         def after_step(step: int) -> None:
             self.check_lock()
@@ -244,12 +251,13 @@ def say(line: str) -> None:
 def _resumed(
     workload: Workload,
     experiment: Experiment,
+    config: Mapping[str, Any],
     manager: ocp.CheckpointManager,
     fingerprints: Sequence[str],
     accepted: Accepted,
 ) -> tuple[TrainState, Callable[[], None]] | None:
     """Returns the newest valid checkpoint's state and what is left to check of it, or None if there are none."""
-    config, versions = config_of_run(experiment), library_versions()
+    versions = library_versions()
 
     def admit(saved: Meta, step: int) -> None:
         trained_on = fingerprints[experiment.resolved_phases().index(experiment.phase_of(step))]
@@ -269,7 +277,7 @@ def _resumed(
 
 def _first_state(workload: Workload, experiment: Experiment, workdir: Path, accepted: Accepted) -> TrainState:
     """Returns the state of a run without checkpoints; refuses if it has lost them."""
-    problem = None
+    problem = cause = None
     if jax.process_index() == 0:
         try:
             if not accepted.start_over:
@@ -277,9 +285,9 @@ def _first_state(workload: Workload, experiment: Experiment, workdir: Path, acce
             elif place := set_records_aside(workdir):
                 say(f"started over: the records of the old run are in {place}")
         except UserError as error:
-            problem = str(error)
+            problem, cause = str(error), error
     if problem := anywhere(problem):
-        raise CheckpointError(problem)
+        raise CheckpointError(problem) from cause
     state, source = workload.first_state()
     if source:
         say(f"started from the EMA weights of {source}")
@@ -290,7 +298,7 @@ def _note_save(workdir: Path, step: int) -> None:
     """Records that a step was saved; a failure is told, and the checkpoint is there."""
     try:
         record_save(workdir, step)
-    except UserError as error:
+    except (UserError, OSError) as error:
         say(str(error))
 
 
@@ -299,16 +307,15 @@ def config_of_run(experiment: Experiment) -> dict[str, Any]:
     return to_dict(experiment) | {"files": experiment.user_files()}
 
 
-def _meta(experiment: Experiment, fingerprint: str, vocabulary: str, step: int) -> Meta:
-    config = config_of_run(experiment)
+def _meta(experiment: Experiment, config: Mapping[str, Any], fingerprint: str, vocabulary: str, step: int) -> Meta:
     return Meta(
         format=FORMAT,
-        config=config,
+        config=dict(config),
         next_row=experiment.next_row(step),
         dataset=fingerprint,
         versions=library_versions(),
         arrays={},
         vocabulary=vocabulary,
         code=code_state(),
-        config_hash=config_hash(config),
+        config_hash=config_hash(dict(config)),
     )

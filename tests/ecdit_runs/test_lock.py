@@ -91,7 +91,7 @@ def test_a_lock_ends_with_the_process_that_held_it(tmp_path):
 def test_a_garbled_lock_file_is_no_hindrance(tmp_path):
     (tmp_path / "trainer.lock").write_bytes(b"\xff{")
     with locked(tmp_path, print):
-        pass
+        assert json.loads((tmp_path / "trainer.lock").read_text())["pid"] == os.getpid()
 
 
 def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch):

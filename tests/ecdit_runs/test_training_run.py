@@ -229,7 +229,9 @@ def test_every_line_of_the_metrics_is_json_also_of_a_step_that_was_not_finite(to
     def refuse(constant):
         raise AssertionError(f"{constant} is not JSON")
 
-    for line in (toy.workdir / "metrics.jsonl").read_text().splitlines():
+    lines = (toy.workdir / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == 3
+    for line in lines:
         json.loads(line, parse_constant=refuse)
 
 
