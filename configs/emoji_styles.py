@@ -39,7 +39,7 @@ def get_config(size: str = "32px") -> ConfigDict:
     train.num_steps = 6000
     config.optimizer.warmup_steps = 300
     train.ema_decay = 0.998
-    train.pictures_every = 1000
+    train.images_every = 1000
 
     config.sampling.original_size = 128  # pixels of the drawings before they were made small
     return config

@@ -56,18 +56,18 @@ def main(argv: list[str]) -> None:
         print(f"warning: {warning}", flush=True)
 
     run = open_run(workdir, SET.value, STEP.value)
-    pictures, gates = sample_run(run, prompts, repeats, with_gates=True)
+    images, gates = sample_run(run, prompts, repeats, with_gates=True)
     if jax.process_index() == 0:
         out.mkdir(parents=True, exist_ok=True)
         about = f"Step {run.step} of {WORKDIR.value}, EMA weights, seed {run.experiment.sampling.seed}."
         named = [f"{p} ({r})" for p, r in zip(prompts, repeats, strict=True)] if REPEATS.value > 1 else prompts
-        print(write_all(out, named, pictures, gates, about))
+        print(write_all(out, named, images, gates, about))
 
 
 def write_all(
     out: Path,
     prompts: list[str],
-    pictures: UInt8[np.ndarray, "n h w 3"],
+    images: UInt8[np.ndarray, "n h w 3"],
     gates: Float[np.ndarray, "n steps P N E"],
     about: str,
 ) -> str:
@@ -75,15 +75,15 @@ def write_all(
     num_steps, num_experts = gates.shape[1], gates.shape[4]
     times, last = step_times(num_steps), min(LAST_STEPS.value, num_steps)
     counts = counts_of(gates)
-    shares, busiest, found = coverage(counts), busiest_share(counts, num_experts), takings(pictures, gates, last)
+    shares, busiest, found = coverage(counts), busiest_share(counts, num_experts), takings(images, gates, last)
     when = f"in the last {last} of {num_steps} steps"
     shown, steps = min(PAGE_IMAGES.value, len(prompts)), spread_steps(num_steps, PAGE_TIMES.value)
-    for i, picture in enumerate(pictures):
-        save_png(picture, out / f"{i:05d}.png")
-        write_png(draw_layers(picture, prompts[i], counts[i]), out / f"{i:05d}_experts.png")
+    for i, image in enumerate(images):
+        save_png(image, out / f"{i:05d}.png")
+        write_png(draw_layers(image, prompts[i], counts[i]), out / f"{i:05d}_experts.png")
     arrays: dict[str, Any] = {
         "prompts": np.array(prompts),
-        "images": pictures,
+        "images": images,
         "times": times,
         "counts": counts,
         "gates": gates,
@@ -98,7 +98,7 @@ def write_all(
     replace_bytes(out / "routing.npz", file.getvalue())
     replace_text(out / "coverage.csv", coverage_csv(shares, busiest, times))
     # Last, because it may be refused as too large.
-    page = render_page(prompts, pictures, gates, times, found, about, when, shown, steps)
+    page = render_page(prompts, images, gates, times, found, about, when, shown, steps)
     replace_text(out / "routing.html", page)
     return (
         f"{layer_table(shares, busiest)}\n{len(prompts)} images in {out}; routing.html ({len(page.encode()) / 1e6:.1f} "

@@ -70,15 +70,15 @@ def main(argv: list[str]) -> None:
     source = describe_source(run, WORKDIR.value, SET.value)
     begin_folder(out, prompts, repeats, source)
     drawn = sample_run(run, prompts, repeats, with_experts=EXPERTS.value)
-    pictures, counts = drawn if EXPERTS.value else (drawn, None)
+    images, counts = drawn if EXPERTS.value else (drawn, None)
     if counts is not None:
-        write_png(draw_maps(pictures, prompts, counts), out / "experts.png")
-    write_pictures(out, pictures, prompts, repeats, source)
-    print(f"{len(prompts)} pictures of step {run.step} in {out}")
+        write_png(draw_maps(images, prompts, counts), out / "experts.png")
+    write_images(out, images, prompts, repeats, source)
+    print(f"{len(prompts)} images of step {run.step} in {out}")
 
 
 def describe_source(run: Run, workdir: str, changes: Sequence[str]) -> dict[str, Any]:
-    """Returns all that the pictures follow from beside prompts and repeats, for the manifest."""
+    """Returns all that the images follow from beside prompts and repeats, for the manifest."""
     return {
         "workdir": workdir,
         "step": run.step,
@@ -93,10 +93,10 @@ def describe_source(run: Run, workdir: str, changes: Sequence[str]) -> dict[str,
 
 
 def check_folder(out: Path) -> dict[str, Any] | None:
-    """Returns the manifest of an unfinished folder of pictures, or None if `out` is empty or missing.
+    """Returns the manifest of an unfinished folder of images, or None if `out` is empty or missing.
 
     Raises:
-      UserError: it holds anything else, which pictures would be mixed with or written over.
+      UserError: it holds anything else, which images would be mixed with or written over.
     """
     if not out.exists() or not any(out.iterdir()):
         return None
@@ -106,31 +106,31 @@ def check_folder(out: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, LookupError, TypeError):
         raise UserError(f"--out={out}: holds other files; take an empty directory") from None
     if finished:
-        raise UserError(f"--out={out}: holds the pictures of another call; take an empty directory")
+        raise UserError(f"--out={out}: holds the images of another call; take an empty directory")
     return manifest
 
 
 def begin_folder(out: Path, prompts: list[str], repeats: list[int], source: dict[str, Any]) -> None:
-    """Writes the manifest of pictures that are still to be drawn.
+    """Writes the manifest of images that are still to be drawn.
 
     Raises:
-      UserError: `out` has the beginning of another call's pictures.
+      UserError: `out` has the beginning of another call's images.
     """
     found, manifest = check_folder(out), _manifest(prompts, repeats, source, finished=False)
     if found is not None and found != json.loads(json.dumps(manifest)):
-        raise UserError(f"--out={out}: holds the unfinished pictures of another call; take an empty directory")
+        raise UserError(f"--out={out}: holds the unfinished images of another call; take an empty directory")
     out.mkdir(parents=True, exist_ok=True)
     replace_text(out / MANIFEST, json.dumps(manifest, indent=2) + "\n")
 
 
-def write_pictures(
-    out: Path, pictures: UInt8[ndarray, "n h w 3"], prompts: list[str], repeats: list[int], source: dict[str, Any]
+def write_images(
+    out: Path, images: UInt8[ndarray, "n h w 3"], prompts: list[str], repeats: list[int], source: dict[str, Any]
 ) -> None:
     """Writes `00000.png`, ..., `grid.png` and, when all are there, `manifest.json` into `out`."""
     out.mkdir(parents=True, exist_ok=True)
-    for i, (picture, _) in enumerate(zip(pictures, prompts, strict=True)):
-        save_png(picture, out / _file(i))
-    save_grid(pictures, prompts, out / "grid.png")
+    for i, (image, _) in enumerate(zip(images, prompts, strict=True)):
+        save_png(image, out / _file(i))
+    save_grid(images, prompts, out / "grid.png")
     manifest = _manifest(prompts, repeats, source, finished=True)
     replace_text(out / MANIFEST, json.dumps(manifest, indent=2) + "\n")
 
@@ -142,7 +142,7 @@ def _file(index: int) -> str:
 def _manifest(prompts: list[str], repeats: list[int], source: dict[str, Any], finished: bool) -> dict[str, Any]:
     pairs = enumerate(zip(prompts, repeats, strict=True))
     rows = [{"file": _file(i), "prompt": prompt, "repeat": repeat} for i, (prompt, repeat) in pairs]
-    return source | {"finished": finished, "pictures": rows}
+    return source | {"finished": finished, "images": rows}
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def scalars(workdir):
     return found
 
 
-def pictures(workdir):
+def images(workdir):
     """[(step, name)] of the images, each checked to be a PNG of the size it says."""
     import io
 
@@ -41,7 +41,7 @@ def pictures(workdir):
     for event in events(workdir):
         for value in event.summary.value:
             if value.HasField("image"):
-                with Image.open(io.BytesIO(value.image.encoded_image_string)) as picture:
-                    assert picture.size == (value.image.width, value.image.height)
+                with Image.open(io.BytesIO(value.image.encoded_image_string)) as image:
+                    assert image.size == (value.image.width, value.image.height)
                 found.append((event.step, value.tag))
     return found

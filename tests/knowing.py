@@ -17,7 +17,7 @@ from ecdit.models.routing_metrics import coverage, routing_losses
 from ecdit.partitioning import replicated
 from ecdit.system import System, make_system
 
-PIXEL = 51  # of every picture, in all three channels
+PIXEL = 51  # of every image, in all three channels
 DATA = PIXEL / 127.5 - 1
 
 

@@ -63,13 +63,13 @@ def test_phases_survive_json():
         ([SMALLER, {"after": 5, "changes": {"model.width": 64}}], "phases[1].changes.model.width", "can change data."),
         ([{"after": 4, "changes": {"train.batch_size": 0}}], "phases[0].train.batch_size", "must be 1 or more"),
         ([{"after": 4, "changes": {"train.batch_size": "8"}}], "phases[0].train.batch_size", "must be int"),
-        ([{"after": 4, "changes": {"model.latent_size": 16}}], "phases[0].data.image_size", "takes pictures of 16"),
+        ([{"after": 4, "changes": {"model.latent_size": 16}}], "phases[0].data.image_size", "takes images of 16"),
         (["later"], "phases[0]", "must be a group of keys"),
         ([{"after": 4, "changes": 3}], "phases[0].changes", "must be a mapping"),
     ],
 )
 def test_impossible_phases_are_refused_by_name(phases, key, said):
-    said = said.replace("takes pictures of 16", "take images of 16")
+    said = said.replace("takes images of 16", "take images of 16")
     with pytest.raises(ConfigError) as error:
         phased(*phases)
     assert error.value.key == key
@@ -102,7 +102,7 @@ def test_phases_that_have_not_begun_may_change():
 
 @pytest.mark.parametrize("stop", [3, 4])
 def test_a_new_phase_begins_without_a_usual_loss_and_a_resumed_one_goes_on_with_it(toy, stop):
-    """Losses of other pictures or masks are no measure of what is a spike. Steps 4 and later are the second phase's."""
+    """Losses of other images or masks are no measure of what is a spike. Steps 4 and later are the second phase's."""
     seen, step = {}, toy.train_step
 
     def record(state, batch):

@@ -42,7 +42,7 @@ def define_flags(values: flags.FlagValues) -> None:
     splits = "Whose captions are sampled: those of training, or those that it never read."
     flags.DEFINE_enum("split", "train", SPLITS, splits, flag_values=values)
     flags.DEFINE_integer("seed", 0, "Of the samples' noise.", 0, flag_values=values)
-    flags.DEFINE_string("grid", None, "PNG for some samples beside their true pictures.", flag_values=values)
+    flags.DEFINE_string("grid", None, "PNG for some samples beside their true images.", flag_values=values)
     flags.DEFINE_string("json", None, "File for the result.", flag_values=values)
 
 
@@ -59,10 +59,10 @@ def run(values: flags.FlagValues) -> None:
 def retrieval(
     workdir: Path, step: int | None, count: int, split: Split = "train", seed: int = 0, grid: Path | None = None
 ) -> dict:
-    """Samples `count` captions of a split, 0 for all; prints and returns how often their pictures are the nearest.
+    """Samples `count` captions of a split, 0 for all; prints and returns how often their images are the nearest.
 
-    Training captions are looked up among the training pictures, held-out ones among all, and among those of their
-    style. `grid` is a PNG for some samples beside their true pictures.
+    Training captions are looked up among the training images, held-out ones among all, and among those of their
+    style. `grid` is a PNG for some samples beside their true images.
 
     Raises:
       DataError: the run's data has no such record.
@@ -79,13 +79,13 @@ def retrieval(
     sampling = protocol(run.experiment.sampling, seed)
     captions = [caption_of(data, records[i].captions) for i in chosen]
     samples = sample_run(run, captions, [0] * len(chosen), sampling)
-    pictures = np.stack([decode_stored(record.image) for record in records])
-    ranks = target_ranks(samples, pictures, chosen)
+    images = np.stack([decode_stored(record.image) for record in records])
+    ranks = target_ranks(samples, images, chosen)
     result = {
         "r_at_1": float(recall(ranks, 1)),
         "r_at_5": float(recall(ranks, 5)),
-        "num_images": len(chosen),
-        "num_pictures": len(records),
+        "num_captions": len(chosen),
+        "num_images": len(records),
         "split": split,
         "step": run.step,
         "protocol": {
@@ -97,50 +97,50 @@ def retrieval(
     }
     if split == "held_out":
         trained = np.arange(len(records)) >= len(targeted)
-        result |= compared(samples, pictures, chosen, [record.key for record in records], trained)
+        result |= compared(samples, images, chosen, [record.key for record in records], trained)
     result["seconds"] = round(time.monotonic() - start, 1)
     if grid:
-        _draw(samples, pictures[chosen], captions, grid)
+        _draw(samples, images[chosen], captions, grid)
     _say(result, sampling)
     return result
 
 
 def compared(
-    samples: np.ndarray, pictures: np.ndarray, chosen: np.ndarray, keys: Sequence[str], trained: np.ndarray
+    samples: np.ndarray, images: np.ndarray, chosen: np.ndarray, keys: Sequence[str], trained: np.ndarray
 ) -> dict:
-    """Returns recall among all pictures and among those of the sample's style, beside chance and a copied picture.
+    """Returns recall among all images and among those of the sample's style, beside chance and a copied image.
 
     Args:
       samples: of the captions of `chosen`, uint8[n, h, w, 3].
-      pictures: all, uint8[N, h, w, 3].
-      chosen: int[n], places in `pictures`.
-      keys: of the pictures; without styles, there is only the recall among all, beside chance.
+      images: all, uint8[N, h, w, 3].
+      chosen: int[n], places in `images`.
+      keys: of the images; without styles, there is only the recall among all, beside chance.
       trained: bool[N], those that training reads.
     """
     known = [style_and_name(key) for key in keys]
     every = np.ones((len(chosen), len(keys)), bool)
     if None in known:
-        return {"of_all": _recalls(samples, pictures, chosen, every)}
+        return {"of_all": _recalls(samples, images, chosen, every)}
     styles, names = (np.unique([one[part] for one in known if one], return_inverse=True)[1] for part in range(2))
-    copied = nearest_other_styles(pictures, chosen, names, trained)
+    copied = nearest_other_styles(images, chosen, names, trained)
     others = every.copy()
     others[np.arange(len(chosen)), copied] = False  # it would find itself first
     of_style = styles[chosen][:, None] == styles[None]
-    copies = pictures[copied]
+    copies = images[copied]
     return {
         "of_all": {
-            **_recalls(samples, pictures, chosen, every),
-            "other_style": _both(target_ranks(copies, pictures, chosen, others)),
+            **_recalls(samples, images, chosen, every),
+            "other_style": _both(target_ranks(copies, images, chosen, others)),
         },
         "of_style": {
-            **_recalls(samples, pictures, chosen, of_style),
-            "other_style": _both(target_ranks(copies, pictures, chosen, of_style & others)),
+            **_recalls(samples, images, chosen, of_style),
+            "other_style": _both(target_ranks(copies, images, chosen, of_style & others)),
         },
     }
 
 
-def _recalls(samples: np.ndarray, pictures: np.ndarray, chosen: np.ndarray, candidates: np.ndarray) -> dict:
-    ranks, sizes = target_ranks(samples, pictures, chosen, candidates), candidates.sum(axis=1)
+def _recalls(samples: np.ndarray, images: np.ndarray, chosen: np.ndarray, candidates: np.ndarray) -> dict:
+    ranks, sizes = target_ranks(samples, images, chosen, candidates), candidates.sum(axis=1)
     by_chance = {f"r_at_{k}": float(chance(sizes, k)) for k in (1, 5)}
     return {"samples": _both(ranks), "chance": by_chance}
 
@@ -149,22 +149,22 @@ def _both(ranks: np.ndarray) -> dict[str, float]:
     return {f"r_at_{k}": float(recall(ranks, k)) for k in (1, 5)}
 
 
-def _draw(samples: np.ndarray, pictures: np.ndarray, captions: Sequence[str], path: Path) -> None:
-    """Writes a few samples, spread over all, each with its true picture to its right."""
+def _draw(samples: np.ndarray, images: np.ndarray, captions: Sequence[str], path: Path) -> None:
+    """Writes a few samples, spread over all, each with its true image to its right."""
     some = np.linspace(0, len(samples) - 1, min(_DRAWN, len(samples))).astype(int)
-    pairs = np.stack([samples[some], pictures[some]], axis=1).reshape(-1, *samples.shape[1:])
+    pairs = np.stack([samples[some], images[some]], axis=1).reshape(-1, *samples.shape[1:])
     save_grid(pairs, [text for i in some for text in (str(captions[i]), "true image")], path, columns=8)
 
 
 def _say(result: dict, sampling: SamplingConfig) -> None:
-    held_out, total = result["split"] == "held_out", result["num_pictures"]
+    held_out, total = result["split"] == "held_out", result["num_images"]
     print(
         f"step {result['step']}: R@1 {result['r_at_1']:.2%}, R@5 {result['r_at_5']:.2%} "
-        f"(chance {1 / total:.2%} and {5 / total:.2%}) over {result['num_images']} "
-        f"{'held-out' if held_out else 'training'} captions, the nearest of {total} pictures; {sampling.solver}, "
+        f"(chance {1 / total:.2%} and {5 / total:.2%}) over {result['num_captions']} "
+        f"{'held-out' if held_out else 'training'} captions, the nearest of {total} images; {sampling.solver}, "
         f"{sampling.num_steps} steps, guidance {sampling.guidance.scale}, seed {sampling.seed}, EMA weights; "
         f"{result['seconds']} s." + ("" if held_out else " This measures fit to the training captions, not generality.")
     )
-    for key, among in (("of_all", "all pictures"), ("of_style", "the pictures of the style")):
+    for key, among in (("of_all", "all images"), ("of_style", "the images of the style")):
         for who, found in result.get(key, {}).items():
             print(f"  of {among}, {who.replace('_', ' ')}: R@1 {found['r_at_1']:.2%}, R@5 {found['r_at_5']:.2%}")

@@ -1,4 +1,4 @@
-"""Pictures with captions: prepared once into ArrayRecord, read by global row while training."""
+"""Images with captions: prepared once into ArrayRecord, read by global row while training."""
 
 from ecdit.errors import UserError
 

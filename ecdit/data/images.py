@@ -160,7 +160,7 @@ def _check_header(file: Image.Image, max_pixels: int) -> None:
     """Rejects what the header tells, before pixels are decoded."""
     if file.width * file.height > max_pixels:
         raise ImageRejected("too many pixels", f"{file.width} x {file.height} px, more than {max_pixels}")
-    # The further pictures of an MPO, a JPEG of many cameras, are previews and depth maps of the first.
+    # The further images of an MPO, a JPEG of many cameras, are previews and depth maps of the first.
     if file.format in ("PNG", "WEBP") and getattr(file, "n_frames", 1) > 1:
         raise ImageRejected("animated", f"{getattr(file, 'n_frames', 1)} frames")
     if file.mode not in CONVERTED_MODES:
@@ -181,13 +181,13 @@ def _flat(file: Image.Image, background: str) -> Pixels:
     """Returns the pixels, transparent ones on `background`."""
     if not file.has_transparency_data:
         return np.asarray(file.convert("RGB"))
-    picture = file.convert("RGBA")
-    lowest, _ = picture.getchannel("A").getextrema()
+    image = file.convert("RGBA")
+    lowest, _ = image.getchannel("A").getextrema()
     if lowest == 255:
-        return np.asarray(picture.convert("RGB"))
+        return np.asarray(image.convert("RGB"))
     if not background:
         raise ImageRejected("transparency", f"{file.mode} with transparent pixels")
-    return np.asarray(Image.alpha_composite(Image.new("RGBA", picture.size, background), picture).convert("RGB"))
+    return np.asarray(Image.alpha_composite(Image.new("RGBA", image.size, background), image).convert("RGB"))
 
 
 def _undecodable(error: Exception) -> ImageRejected:

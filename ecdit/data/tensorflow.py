@@ -1,4 +1,4 @@
-"""Loads seqio and TensorFlow, with which pictures are prepared and nothing else is done: on the CPU, and quietly.
+"""Loads seqio and TensorFlow, with which images are prepared and nothing else is done: on the CPU, and quietly.
 
 They come with the extras `data` and `emoji`; a machine that only reads prepared data needs neither.
 """

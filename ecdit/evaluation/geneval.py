@@ -48,7 +48,7 @@ class Clause:
 
 
 @dataclasses.dataclass(frozen=True)
-class Picture:
+class DetectedImage:
     """An image's prompt and detections. Boxes are rows (x1, y1, x2, y2, score), in any order."""
 
     filename: str
@@ -102,26 +102,26 @@ def relations(box: Float32[np.ndarray, "5"], target: Float32[np.ndarray, "5"]) -
     return [relation for relation, held in zip(RELATIONS, holds, strict=True) if held]
 
 
-def judge(picture: Picture) -> Verdict:
+def judge(image: DetectedImage) -> Verdict:
     """Whether each included clause is met, and no excluded one.
 
     Raises:
       UserError: a clause asks for the colour of a class whose colours are not there.
     """
-    asked = {clause.name for clause in (*picture.include, *picture.exclude)} & set(picture.boxes)
-    kept = {name: confident(picture.boxes[name][:, 4], picture.tag) for name in asked}
+    asked = {clause.name for clause in (*image.include, *image.exclude)} & set(image.boxes)
+    kept = {name: confident(image.boxes[name][:, 4], image.tag) for name in asked}
     reasons, groups = [], []  # of each clause so far: the boxes that it found, or None if it is not met
-    for clause in picture.include:
+    for clause in image.include:
         best = kept.get(clause.name, np.zeros(0, int))[: clause.count]
-        found = picture.boxes[clause.name][best] if len(best) else np.zeros((0, 5), np.float32)
-        wrong = _wrong_number(clause, len(best)) or _wrong_colour(clause, picture, best)
+        found = image.boxes[clause.name][best] if len(best) else np.zeros((0, 5), np.float32)
+        wrong = _wrong_number(clause, len(best)) or _wrong_colour(clause, image, best)
         wrong = wrong or _wrong_position(clause, found, groups)
         groups.append(None if wrong else found)
         reasons += [wrong] if wrong else []
-    for clause in picture.exclude:
+    for clause in image.exclude:
         if (number := len(kept.get(clause.name, ()))) >= clause.count:
             reasons.append(f"expected {clause.name}<{clause.count}, found {number}")
-    return Verdict(picture.filename, picture.tag, picture.prompt, not reasons, "\n".join(reasons))
+    return Verdict(image.filename, image.tag, image.prompt, not reasons, "\n".join(reasons))
 
 
 def _wrong_number(clause: Clause, number: int) -> str:
@@ -129,13 +129,13 @@ def _wrong_number(clause: Clause, number: int) -> str:
     return f"expected {clause.name}>={clause.count}, found {number}" if number < clause.count else ""
 
 
-def _wrong_colour(clause: Clause, picture: Picture, best: Int[np.ndarray, " k"]) -> str:
+def _wrong_colour(clause: Clause, image: DetectedImage, best: Int[np.ndarray, " k"]) -> str:
     """Returns why the best boxes do not have the colour that the clause asks for, or ""."""
     if clause.colour is None:
         return ""
-    if clause.name not in picture.colours:
+    if clause.name not in image.colours:
         raise UserError(f"colors.{clause.name} is missing: must be a list with a colour or null for each box")
-    colours = [picture.colours[clause.name][box] for box in best]
+    colours = [image.colours[clause.name][box] for box in best]
     number = colours.count(clause.colour)
     if number >= clause.count:
         return ""

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from ecdit.errors import UserError
-from ecdit.evaluation.geneval import CLASSES, COLOURS, RELATIONS, Clause, Picture, Verdict, judge
+from ecdit.evaluation.geneval import CLASSES, COLOURS, RELATIONS, Clause, DetectedImage, Verdict, judge
 from ecdit.evaluation.json_lines import at_line, is_number, read_lines, require, take
 
 
@@ -20,7 +20,7 @@ def judge_lines(path: Path) -> list[Verdict]:
     verdicts, seen = [], {}
     for number, values in read_lines(path):
         with at_line(path, number):
-            verdict = judge(picture_of(values))
+            verdict = judge(image_of(values))
             if verdict.filename in seen:
                 raise UserError(f"filename = {verdict.filename!r}: stands in line {seen[verdict.filename]} already")
         seen[verdict.filename] = number
@@ -28,7 +28,7 @@ def judge_lines(path: Path) -> list[Verdict]:
     return verdicts
 
 
-def picture_of(values: dict[str, Any]) -> Picture:
+def image_of(values: dict[str, Any]) -> DetectedImage:
     """Returns the image that a line's object describes.
 
     Raises:
@@ -46,7 +46,7 @@ def picture_of(values: dict[str, Any]) -> Picture:
     for name, found in colours.items():
         _require_class("colors", name)
         _check_colours(f"colors.{name}", found, len(boxes.get(name, ())))
-    return Picture(
+    return DetectedImage(
         filename=take(values, "filename", str),
         tag=take(metadata, "tag", str, "metadata."),
         prompt=take(metadata, "prompt", str, "metadata."),

@@ -13,7 +13,7 @@ from ecdit.diffusion.guidance import GuidanceConfig
 from ecdit.sampling.sampler import SamplingConfig
 
 NUM_CAPTIONS = 480  # sampled unless told otherwise: figures of other counts do not compare with those
-_BLOCK = 64, 1024  # samples and pictures whose distances are computed at a time: 25 MB at 32 px, 100 MB at 64 px
+_BLOCK = 64, 1024  # samples and images whose distances are computed at a time: 25 MB at 32 px, 100 MB at 64 px
 
 
 def protocol(config: SamplingConfig, seed: int = 0) -> SamplingConfig:
@@ -29,37 +29,37 @@ def fixed_choice(num_records: int, count: int = NUM_CAPTIONS) -> Int[np.ndarray,
 
 def target_ranks(
     samples: UInt8[np.ndarray, "n h w 3"],
-    pictures: UInt8[np.ndarray, "N h w 3"],
+    images: UInt8[np.ndarray, "N h w 3"],
     targets: Int[np.ndarray, " n"],
     candidates: Bool[np.ndarray, "n N"] | None = None,
 ) -> Int[np.ndarray, " n"]:
     """Returns how many images are strictly nearer to each sample than its target is, by root mean square over pixels.
 
-    A picture identical to the target is as near as the target, so it never counts against it: distances are exact.
+    An image identical to the target is as near as the target, so it never counts against it: distances are exact.
 
     Args:
       samples: images to look up.
-      pictures: among which they are looked up.
-      targets: the picture of each sample's caption.
-      candidates: the pictures that count for each sample; None for all. The target need not be one of them.
+      images: among which they are looked up.
+      targets: the image of each sample's caption.
+      candidates: the images that count for each sample; None for all. The target need not be one of them.
     """
     ranks = []
     for begin in range(0, len(samples), _BLOCK[0]):
         block = slice(begin, begin + _BLOCK[0])
-        distances = squared_distances(samples[block], pictures)
+        distances = squared_distances(samples[block], images)
         nearer = distances < np.take_along_axis(distances, targets[block, None], axis=1)
         ranks.append((nearer if candidates is None else nearer & candidates[block]).sum(axis=1))
     return np.concatenate(ranks)
 
 
 def squared_distances(
-    samples: UInt8[np.ndarray, "n h w 3"], pictures: UInt8[np.ndarray, "N h w 3"]
+    samples: UInt8[np.ndarray, "n h w 3"], images: UInt8[np.ndarray, "N h w 3"]
 ) -> Float[np.ndarray, "n N"]:
     """Returns the sums of squared differences over pixels; exact, as all terms are whole numbers below 2**53."""
     flat = samples.reshape(len(samples), -1).astype(np.float64)
-    found = np.empty((len(samples), len(pictures)))
-    for begin in range(0, len(pictures), _BLOCK[1]):
-        some = pictures[begin : begin + _BLOCK[1]]
+    found = np.empty((len(samples), len(images)))
+    for begin in range(0, len(images), _BLOCK[1]):
+        some = images[begin : begin + _BLOCK[1]]
         some = some.reshape(len(some), -1).astype(np.float64)
         norms = np.square(flat).sum(axis=1)[:, None] + np.square(some).sum(axis=1)[None]
         found[:, begin : begin + _BLOCK[1]] = norms - 2 * flat @ some.T
@@ -67,25 +67,25 @@ def squared_distances(
 
 
 def nearest_other_styles(
-    pictures: UInt8[np.ndarray, "N h w 3"],
+    images: UInt8[np.ndarray, "N h w 3"],
     targets: Int[np.ndarray, " n"],
     names: Int[np.ndarray, " N"],
     usable: Bool[np.ndarray, " N"],
 ) -> Int[np.ndarray, " n"]:
-    """Returns for each target the usable picture of the same name that is nearest to it: what copying could reach.
+    """Returns for each target the usable image of the same name that is nearest to it: what copying could reach.
 
-    Choosing it takes the target itself, so it is an upper bound for copying one picture of the name.
+    Choosing it takes the target itself, so it is an upper bound for copying one image of the name.
 
     Args:
-      pictures: of all names and styles.
-      targets: which of them are asked for; each of a name that has a usable picture.
-      names: of the pictures, numbered.
-      usable: the pictures that may be copied, such as those of training; a target may not be one.
+      images: of all names and styles.
+      targets: which of them are asked for; each of a name that has a usable image.
+      names: of the images, numbered.
+      usable: the images that may be copied, such as those of training; a target may not be one.
     """
     found = []
     for target in targets:
         same = np.flatnonzero(usable & (names == names[target]))
-        found.append(same[squared_distances(pictures[target][None], pictures[same])[0].argmin()])
+        found.append(same[squared_distances(images[target][None], images[same])[0].argmin()])
     return np.array(found)
 
 

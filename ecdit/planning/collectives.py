@@ -60,7 +60,7 @@ class Collective:
 
     kind: Kind
     axis: str  # the mesh axes that it joins, such as "fsdp+expert"
-    wire_bytes: float  # that a device sends to others inside its slice
+    bytes_sent: float  # that a device sends to others inside its slice
     dcn_bytes: float  # that it sends to other slices
     seconds: float
     channel: str  # equal in all instructions that are parts of it; "" without one
@@ -97,9 +97,9 @@ def collective_of(instruction: Instruction, torus: Torus, scattered: bool = Fals
         size *= len(group)  # its result is a part
     slices = len({place.slice for place in group})
     inner = [place for place in group if place.slice == group[0].slice]
-    wire, dcn = _bytes(kind, size, len(inner)), _bytes(kind, size / len(inner), slices)
-    seconds = _seconds(kind, wire, inner, _colors(instruction), torus) + dcn / torus.chip.dcn_bandwidth
-    return Collective(kind, _axes(group, torus), wire, dcn, seconds, _channel(instruction))
+    sent, dcn = _bytes(kind, size, len(inner)), _bytes(kind, size / len(inner), slices)
+    seconds = _seconds(kind, sent, inner, _colors(instruction), torus) + dcn / torus.chip.dcn_bandwidth
+    return Collective(kind, _axes(group, torus), sent, dcn, seconds, _channel(instruction))
 
 
 def between_slices(send: Instruction, torus: Torus) -> Collective:
@@ -118,11 +118,11 @@ def rendezvous(transfer: Instruction) -> str:
     return found.group(1) if found else transfer.name
 
 
-def wire_bytes_by_kind(collectives: Mapping[Collective, float]) -> dict[str, float]:
+def bytes_sent_by_kind(collectives: Mapping[Collective, float]) -> dict[str, float]:
     """Returns the bytes that a device sends inside its slice in a step, by kind, always all five."""
     total: dict[str, float] = dict.fromkeys(KINDS, 0.0)
     for one, times in collectives.items():
-        total[one.kind] += one.wire_bytes * times
+        total[one.kind] += one.bytes_sent * times
     return total
 
 
@@ -132,24 +132,24 @@ def _bytes(kind: Kind, size: float, members: int) -> float:
     return 2 * share * size if kind == "all_reduce" else share * size
 
 
-def _seconds(kind: Kind, wire: float, group: Sequence[DevicePosition], colors: int | None, torus: Torus) -> float:
+def _seconds(kind: Kind, sent: float, group: Sequence[DevicePosition], colors: int | None, torus: Torus) -> float:
     members = len(group)
     if members == 1:
         return 0.0
     chips = len({place.coords for place in group})
     passes = 2 if kind == "all_reduce" else 1
-    # Of the wire's whole x (members - 1) / members, what the other die of the same chip sends.
-    nearby = wire * (members - chips) / (members - 1)
+    # The part of the bytes sent that goes to the other die of the same chip.
+    nearby = sent * (members - chips) / (members - 1)
     between_dies = max(nearby / torus.chip.die_bandwidth, passes * HOP_SECONDS) if nearby else 0.0
     if chips == 1:
         return between_dies
     links, stride, extent = _ring(group, torus)
     if kind == "all_to_all":  # what crosses to the other die does so meanwhile, in less time
-        return max(wire / torus.chip.link_bandwidth * _cut(group, torus), extent * HOP_SECONDS)
+        return max(sent / torus.chip.link_bandwidth * _cut(group, torus), extent * HOP_SECONDS)
     # An algorithm over several dimensions at once uses so many rings in one direction each, and says so.
     links = max(links, colors) if colors else links
     hops = passes * (chips - 1) * (0.5 if links > 1 else 1.0)
-    far = (wire - nearby) * stride / (links * torus.chip.link_bandwidth)
+    far = (sent - nearby) * stride / (links * torus.chip.link_bandwidth)
     return max(far, hops * HOP_SECONDS) + between_dies
 
 
@@ -196,15 +196,15 @@ def _permute(source: int, target: int, size: float, instruction: Instruction, to
         distance = abs(x - y)
         hops += min(distance, side - distance) if side % torus.chip.wraps_at == 0 else distance
     stays = not hops and a.die == b.die
-    wire, dcn = (0.0, size) if crosses else (0.0 if stays else size, 0.0)
+    sent, dcn = (0.0, size) if crosses else (0.0 if stays else size, 0.0)
     if crosses:
         seconds = dcn / torus.chip.dcn_bandwidth
     elif stays:
         seconds = 0.0
     else:
         rate = torus.chip.link_bandwidth if hops else torus.chip.die_bandwidth
-        seconds = max(wire / rate, max(hops, 1) * HOP_SECONDS)
-    return Collective("permute", _axes([a, b], torus), wire, dcn, seconds, _channel(instruction))
+        seconds = max(sent / rate, max(hops, 1) * HOP_SECONDS)
+    return Collective("permute", _axes([a, b], torus), sent, dcn, seconds, _channel(instruction))
 
 
 def _axes(group: Sequence[DevicePosition], torus: Torus) -> str:

@@ -14,7 +14,7 @@ import jax
 from ecdit.components import total_flops
 from ecdit.experiment import Experiment, ResolvedPhase
 from ecdit.partitioning import TILE_ROWS
-from ecdit.planning.collectives import wire_bytes_by_kind
+from ecdit.planning.collectives import bytes_sent_by_kind
 from ecdit.planning.compiler import CompiledStep, Target, What, compile_step, shard_bytes
 from ecdit.planning.estimate import Estimate, Estimator, slowest
 from ecdit.planning.hlo import parse
@@ -86,7 +86,7 @@ def make_plan(experiment: Experiment, target: Target, what: What = "train") -> P
         compute_seconds=estimate.compute_seconds,
         compute_seconds_by_part=dict(estimate.parts.most_common()),
         priced_by_bytes=dict(estimate.priced.most_common()),
-        collective_bytes=wire_bytes_by_kind(estimate.collectives),
+        collective_bytes=bytes_sent_by_kind(estimate.collectives),
         collective_bytes_by_axis=_by_axis(estimate),
         collective_seconds=_by_kind_and_axis(estimate),
         dcn_bytes=sum(one.dcn_bytes * times for one, times in estimate.collectives.items()),
@@ -109,7 +109,7 @@ def make_plan(experiment: Experiment, target: Target, what: What = "train") -> P
 def report(plan: Plan) -> list[str]:
     """Returns the plan as lines of text."""
     parts = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in plan.hbm_parts.items())
-    wire = ", ".join(f"{kind} {size / 1e9:.2f}" for kind, size in plan.collective_bytes.items())
+    sent = ", ".join(f"{kind} {size / 1e9:.2f}" for kind, size in plan.collective_bytes.items())
     compute = ", ".join(f"{name} {1e3 * s:.0f}" for name, s in plan.compute_seconds_by_part.items())
     chips = f"{plan.num_chips} chips" + (f" of {plan.num_devices} devices" if plan.num_devices > plan.num_chips else "")
     lines = [
@@ -118,7 +118,7 @@ def report(plan: Plan) -> list[str]:
         f"step                {plan.estimated_step_seconds:.3f} s ({plan.seconds_all_hidden:.3f} if all communication "
         f"were hidden, {plan.seconds_none_hidden:.3f} if none), MFU {plan.estimated_mfu:.1%}",
         f"compute, ms         {compute}",
-        f"sent, GB a device   {wire}",
+        f"sent, GB a device   {sent}",
         f"exposed             {1e3 * plan.exposed_communication_seconds:.0f} ms of communication, "
         f"{1e3 * plan.memory_wait_seconds:.0f} ms of copies between memories",
     ]
@@ -231,7 +231,7 @@ def _model_flops(experiment: Experiment, what: What) -> float:
 def _by_axis(estimate: Estimate) -> dict[str, float]:
     total: collections.Counter[str] = collections.Counter()
     for one, times in estimate.collectives.items():
-        total[one.axis] += one.wire_bytes * times
+        total[one.axis] += one.bytes_sent * times
     return dict(total.most_common())
 
 

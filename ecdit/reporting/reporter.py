@@ -83,7 +83,7 @@ class Reporter:
                 f"(config.train.max_bad_steps = {self.config.max_bad_steps}). The newest checkpoint is valid."
             )
 
-    def pictures(self, step: int, files: Mapping[str, Path]) -> None:
+    def images(self, step: int, files: Mapping[str, Path]) -> None:
         """Passes the PNGs of step `step` to the writers, unless an earlier start did.
 
         Excludes the time until the next step from the statistics.
@@ -91,7 +91,7 @@ class Reporter:
         self.watch.pause()
         for writer in self.writers if step > self.start_step else ():
             for name, path in files.items():
-                writer.picture(step, name, path)
+                writer.image(step, name, path)
 
     def save(self) -> None:
         """Writes buffered lines, so that they precede the checkpoint unless the bucket is away."""
@@ -154,12 +154,12 @@ def first_line(config: TrainConfig, dtype: str, mesh: Mesh) -> str:
 
 
 def forecast(config: TrainConfig, step: int, speed: Speed, draws: bool) -> str:
-    """Returns the line that forecasts the time of the remaining steps and, if the run draws, of the next pictures."""
+    """Returns the line that forecasts the time of the remaining steps and, if the run draws, of the next images."""
     line = f"the other {config.num_steps - step} steps will take about {_duration(speed, config.num_steps - step)}"
     if not draws:
         return line
-    due = next((later for later in range(step, config.num_steps) if pictures_due(config, later)), config.num_steps)
-    return f"{line}; the next pictures come after step {due}, in {_duration(speed, due - step)}"
+    due = next((later for later in range(step, config.num_steps) if images_due(config, later)), config.num_steps)
+    return f"{line}; the next images come after step {due}, in {_duration(speed, due - step)}"
 
 
 def _duration(speed: Speed, steps: int) -> str:
@@ -167,7 +167,7 @@ def _duration(speed: Speed, steps: int) -> str:
     return f"{minutes / 60:.1f} hours" if minutes >= 100 else f"{math.ceil(minutes)} min"
 
 
-def pictures_due(config: TrainConfig, step: int) -> bool:
+def images_due(config: TrainConfig, step: int) -> bool:
     """Returns whether samples are drawn after `step`. (Those of the last step are drawn once it is saved.)"""
     return config.images_every > 0 and step % config.images_every == 0 and step < config.num_steps
 

@@ -1,4 +1,4 @@
-"""Writers of a run's scalars and pictures: TensorBoard, and Weights & Biases if the config names a project."""
+"""Writers of a run's scalars and images: TensorBoard, and Weights & Biases if the config names a project."""
 
 import importlib.util
 import io
@@ -24,13 +24,13 @@ TENSORBOARD, WANDB_ID = "tensorboard", "wandb_id"
 
 
 class Writer(Protocol):
-    """Receives the scalars and pictures of `Reporter`."""
+    """Receives the scalars and images of `Reporter`."""
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Writes values by name."""
         ...
 
-    def picture(self, step: int, name: str, path: Path) -> None:
+    def image(self, step: int, name: str, path: Path) -> None:
         """Writes a PNG."""
         ...
 
@@ -69,11 +69,11 @@ class TensorBoard:
         points = [self.summary.Value(tag=name, simple_value=value) for name, value in values.items()]
         self._write(step=step, summary=self.summary(value=points))
 
-    def picture(self, step: int, name: str, path: Path) -> None:
+    def image(self, step: int, name: str, path: Path) -> None:
         """Writes a PNG."""
         png = path.read_bytes()
-        with Image.open(io.BytesIO(png)) as picture:
-            width, height = picture.size
+        with Image.open(io.BytesIO(png)) as image:
+            width, height = image.size
         image = self.summary.Image(height=height, width=width, colorspace=3, encoded_image_string=png)
         self._write(step=step, summary=self.summary(value=[self.summary.Value(tag=name, image=image)]))
 
@@ -115,7 +115,7 @@ class WeightsAndBiases:
         with writing(id_file):
             if not id_file.exists():
                 id_file.write_text(secrets.token_hex(4))
-        self.image = wandb.Image
+        self.make_image = wandb.Image
         try:
             self.run = wandb.init(
                 project=project,
@@ -132,10 +132,10 @@ class WeightsAndBiases:
         """Logs values by name. After a resume, steps that it already has stay as they are."""
         self.run.log(dict(values), step=step)
 
-    def picture(self, step: int, name: str, path: Path) -> None:
+    def image(self, step: int, name: str, path: Path) -> None:
         """Logs a PNG."""
         shown = Image.open(io.BytesIO(path.read_bytes())) if is_remote(path) else str(path)
-        self.run.log({name: self.image(shown)}, step=step)
+        self.run.log({name: self.make_image(shown)}, step=step)
 
     def save(self) -> None:
         """Does nothing: nothing is buffered."""

@@ -11,7 +11,7 @@ from ecdit.data.prepared import open_prepared, sample_captions, tokenize_caption
 from ecdit.files import writing
 from ecdit.sampling.grids import save_grid, write_png
 from ecdit.sampling.routing_maps import draw_maps
-from ecdit.sampling.sampler import SamplingConfig, make_sampler, sample_pictures
+from ecdit.sampling.sampler import SamplingConfig, make_sampler, sample_images
 from ecdit.storage import make_directory
 from ecdit.system import Params, System
 
@@ -34,7 +34,7 @@ class SampleWriter:
           UserError: a file cannot be written.
         """
         prompts = self.prompts
-        pictures = sample_pictures(
+        images = sample_images(
             self.sampler,
             params,
             functools.partial(tokenize_captions, self.data),
@@ -42,14 +42,14 @@ class SampleWriter:
             [0] * len(prompts),
             self.sampling,
         )
-        pictures, counts = pictures if self.with_experts else (pictures, None)
+        images, counts = images if self.with_experts else (images, None)
         files = {"samples": self.directory / f"step_{step:08d}.png"}
         if counts is not None:
             files["experts"] = self.directory / f"step_{step:08d}_experts.png"
         if jax.process_index() == 0:
             with writing(self.directory):
                 make_directory(self.directory)
-                save_grid(pictures, prompts, files["samples"])
+                save_grid(images, prompts, files["samples"])
                 if counts is not None:
-                    write_png(draw_maps(pictures, prompts, counts), files["experts"])
+                    write_png(draw_maps(images, prompts, counts), files["experts"])
         return files

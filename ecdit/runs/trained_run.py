@@ -18,7 +18,7 @@ from ecdit.config import ConfigError, require
 from ecdit.data.prepared import tokenize_captions
 from ecdit.experiment import Experiment, make_experiment
 from ecdit.partitioning import MeshConfig, ShardingError, abstract_mesh, make_mesh
-from ecdit.sampling.sampler import SamplingConfig, check_sampling, make_sampler, sample_pictures
+from ecdit.sampling.sampler import SamplingConfig, check_sampling, make_sampler, sample_images
 from ecdit.storage import reading
 from ecdit.system import Params, System, make_system, user_files
 
@@ -170,7 +170,7 @@ def sample_run(
     sampling = run.experiment.sampling if sampling is None else sampling
     tokens = functools.partial(tokenize_captions, run.experiment.data)
     sampler = make_sampler(run.system, sampling, run.mesh, with_experts, with_gates)
-    return sample_pictures(sampler, run.params, tokens, prompts, repeats, sampling)
+    return sample_images(sampler, run.params, tokens, prompts, repeats, sampling)
 
 
 def _json(key: str, text: str) -> Any:

@@ -25,7 +25,7 @@ from ecdit.interop.weights import flat_names
 from ecdit.multihost import anywhere, host_differences
 from ecdit.partitioning import make_mesh
 from ecdit.reporting.profiling import Profile
-from ecdit.reporting.reporter import Reporter, first_line, forecast, pictures_due
+from ecdit.reporting.reporter import Reporter, first_line, forecast, images_due
 from ecdit.reporting.speed import Stopwatch, stopwatch
 from ecdit.reporting.writers import check_writers, open_writers
 from ecdit.runs.activity import Activity
@@ -148,7 +148,7 @@ def run_workload(
                 return INTERRUPTED if stops.interrupted else PREEMPTED
         drawn = ""
         if images is not None:
-            activity.enter("draw", "drawing the last pictures")
+            activity.enter("draw", "drawing the last images")
             drawn = f", samples in {run.draw(images, int(state.step), state)['samples']}"
     say(f"done: step {int(state.step)}, checkpoint and metrics in {workdir}{drawn}")
     return 0
@@ -225,7 +225,7 @@ class _Run:
             enter=self.activity.enter,
             before_step=before_step,
             report=report,
-            draws=lambda step: images is not None and pictures_due(config, step),
+            draws=lambda step: images is not None and images_due(config, step),
             draw=draw,
             saves=lambda step: step % every == 0 or step == config.num_steps,
             save=save,
@@ -236,9 +236,9 @@ class _Run:
 
     def draw(self, images: ImageWriter, step: int, state: TrainState) -> dict[str, Path]:
         """Draws with the EMA weights, and returns the files by name."""
-        say(f"drawing the pictures of step {step}")
+        say(f"drawing the images of step {step}")
         files = dict(images.write(sampling_params(state), step))
-        self.reporter.pictures(step, files)
+        self.reporter.images(step, files)
         return files
 
 

@@ -15,9 +15,9 @@ CAPTION_LINES = 2
 LINE_HEIGHT = 13
 
 
-def save_png(picture: UInt8[np.ndarray, "h w 3"], path: Path) -> None:
+def save_png(image: UInt8[np.ndarray, "h w 3"], path: Path) -> None:
     """Writes one image."""
-    write_png(Image.fromarray(picture), path)
+    write_png(Image.fromarray(image), path)
 
 
 def write_png(image: Image.Image, path: Path) -> None:
@@ -27,21 +27,21 @@ def write_png(image: Image.Image, path: Path) -> None:
     path.write_bytes(data.getvalue())
 
 
-def save_grid(pictures: UInt8[np.ndarray, "n h w 3"], captions: Sequence[str], path: Path, columns: int = 0) -> None:
+def save_grid(images: UInt8[np.ndarray, "n h w 3"], captions: Sequence[str], path: Path, columns: int = 0) -> None:
     """Writes images as one PNG, in rows, each above its caption. Small ones are enlarged without smoothing.
 
     With `columns` 0 the grid is about square.
     """
-    side = pictures.shape[1]
+    side = images.shape[1]
     shown = max(side, CELL_WIDTH // side * side)
     cell_height = shown + CAPTION_LINES * LINE_HEIGHT + 6
-    columns = columns or math.ceil(math.sqrt(len(pictures)))
-    rows = math.ceil(len(pictures) / columns)
+    columns = columns or math.ceil(math.sqrt(len(images)))
+    rows = math.ceil(len(images) / columns)
     grid = Image.new("RGB", (columns * (shown + 8), rows * cell_height), "white")
     draw, font = ImageDraw.Draw(grid), ImageFont.load_default(11)
-    for i, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
+    for i, (image, caption) in enumerate(zip(images, captions, strict=True)):
         left, top = i % columns * (shown + 8) + 4, i // columns * cell_height
-        grid.paste(Image.fromarray(picture).resize((shown, shown), Image.Resampling.NEAREST), (left, top))
+        grid.paste(Image.fromarray(image).resize((shown, shown), Image.Resampling.NEAREST), (left, top))
         lines = textwrap.wrap(caption, max(8, shown // 6))[:CAPTION_LINES]
         draw.multiline_text((left, top + shown + 1), "\n".join(lines), fill="black", font=font, spacing=1)
     write_png(grid, path)

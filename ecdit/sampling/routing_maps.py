@@ -61,19 +61,19 @@ def colour(values: Float[np.ndarray, "..."], top: float) -> UInt8[np.ndarray, ".
 
 
 def draw_maps(
-    pictures: UInt8[np.ndarray, "n h w 3"], captions: Sequence[str], counts: Int[np.ndarray, "n steps P N"]
+    images: UInt8[np.ndarray, "n h w 3"], captions: Sequence[str], counts: Int[np.ndarray, "n steps P N"]
 ) -> Image.Image:
     """Draws a row for each image, at most MAX_ROWS: the image above its caption, then its maps.
 
     Args:
-      pictures: square images.
+      images: square images.
       captions: of the images.
       counts: experts per token, as a sampler returns them.
     """
-    chosen = np.linspace(0, len(pictures) - 1, min(len(pictures), MAX_ROWS)).round().astype(int)
+    chosen = np.linspace(0, len(images) - 1, min(len(images), MAX_ROWS)).round().astype(int)
     maps = summaries(counts[chosen])
     top = max(1.0, max(float(values.max()) for values in maps.values()))
-    side, grid = pictures.shape[1], math.isqrt(counts.shape[-1])
+    side, grid = images.shape[1], math.isqrt(counts.shape[-1])
     shown = max(side, CELL_WIDTH // side * side)
     step, header = shown + _GAP, 2 * LINE_HEIGHT + 6
     row_height = shown + CAPTION_LINES * LINE_HEIGHT + 6
@@ -85,7 +85,7 @@ def draw_maps(
         draw.multiline_text((_GAP + column * step, 2), label, fill="black", font=font, spacing=1)
     for row, record in enumerate(chosen):
         y = header + row * row_height
-        cells = [pictures[record]] + [colour(values[row].reshape(grid, grid), top) for values in maps.values()]
+        cells = [images[record]] + [colour(values[row].reshape(grid, grid), top) for values in maps.values()]
         for column, cell in enumerate(cells):
             enlarged = Image.fromarray(cell).resize((shown, shown), Image.Resampling.NEAREST)
             page.paste(enlarged, (_GAP + column * step, y))
@@ -95,7 +95,7 @@ def draw_maps(
     return page
 
 
-def draw_layers(picture: UInt8[np.ndarray, "h w 3"], caption: str, counts: Int[np.ndarray, "steps P N"]) -> Image.Image:
+def draw_layers(image: UInt8[np.ndarray, "h w 3"], caption: str, counts: Int[np.ndarray, "steps P N"]) -> Image.Image:
     """Draws one image above its caption, and beside it a map for each layer (a column) and time (a row).
 
     There is a row for each solver step, or for MAX_ROWS of them that are evenly spread. This is how the paper
@@ -103,7 +103,7 @@ def draw_layers(picture: UInt8[np.ndarray, "h w 3"], caption: str, counts: Int[n
     """
     steps, times = spread_steps(len(counts), MAX_ROWS), step_times(len(counts))
     top, num_layers = max(1.0, float(counts[steps].max())), counts.shape[1]
-    side, grid = len(picture), math.isqrt(counts.shape[2])
+    side, grid = len(image), math.isqrt(counts.shape[2])
     shown = max(side, CELL_WIDTH // side * side)
     cell = max(grid, shown // 2 // grid * grid)
     header, left = LINE_HEIGHT + 6, _GAP + shown + _GAP + _TIME_WIDTH
@@ -112,7 +112,7 @@ def draw_layers(picture: UInt8[np.ndarray, "h w 3"], caption: str, counts: Int[n
     page = Image.new("RGB", (width, below + _LEGEND[1] + 2 * LINE_HEIGHT + _GAP), "white")
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(11)
 
-    page.paste(Image.fromarray(picture).resize((shown, shown), Image.Resampling.NEAREST), (_GAP, header))
+    page.paste(Image.fromarray(image).resize((shown, shown), Image.Resampling.NEAREST), (_GAP, header))
     lines = textwrap.wrap(caption, max(8, shown // 6))[:CAPTION_LINES]
     draw.multiline_text((_GAP, header + shown + 1), "\n".join(lines), fill="black", font=font, spacing=1)
     for column in range(num_layers):

@@ -32,7 +32,7 @@ def quantise(gates: Float[np.ndarray, "*axes"], top: float) -> UInt8[np.ndarray,
 
 def render_page(
     prompts: Sequence[str],
-    pictures: UInt8[np.ndarray, "n h w 3"],
+    images: UInt8[np.ndarray, "n h w 3"],
     gates: Float[np.ndarray, "n steps P N E"],
     times: Float[np.ndarray, " steps"],
     found: Takings,
@@ -45,7 +45,7 @@ def render_page(
 
     Args:
       prompts: of all images.
-      pictures: all images, square.
+      images: all images, square.
       gates: all gates.
       times: when each solver step starts.
       found: what the experts take of all images.
@@ -63,7 +63,7 @@ def render_page(
     data = {
         "about": about,
         "prompts": list(prompts[:num_images]),
-        "images": [_png(picture) for picture in pictures[:num_images]],
+        "images": [_png(image) for image in images[:num_images]],
         "times": times[list(steps)].tolist(),
         "layers": gates.shape[2],
         "experts": gates.shape[4],
@@ -96,9 +96,9 @@ def _json(data: dict[str, Any]) -> str:
     return json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
 
 
-def _png(picture: UInt8[np.ndarray, "h w 3"]) -> str:
+def _png(image: UInt8[np.ndarray, "h w 3"]) -> str:
     file = io.BytesIO()
-    Image.fromarray(picture).save(file, "PNG", optimize=True)
+    Image.fromarray(image).save(file, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 

@@ -40,14 +40,14 @@ def busiest_share(counts: Int[np.ndarray, "n steps P N"], num_experts: int) -> F
 
 
 def takings(
-    pictures: UInt8[np.ndarray, "n h w 3"], gates: Float[np.ndarray, "n steps P N E"], last_steps: int
+    images: UInt8[np.ndarray, "n h w 3"], gates: Float[np.ndarray, "n steps P N E"], last_steps: int
 ) -> Takings:
     """Returns what each expert takes in the last `last_steps` solver steps, when the images are nearly drawn."""
     late = gates[:, -last_steps:]
     times_taken = (late > 0).sum(axis=1)  # (n, P, N, E)
     taken = np.einsum("ipte->pe", times_taken)
     patches = np.einsum(
-        "ipte,itabc->peabc", times_taken.astype(np.float64), split_patches(pictures, gates.shape[3]), optimize=True
+        "ipte,itabc->peabc", times_taken.astype(np.float64), split_patches(images, gates.shape[3]), optimize=True
     )
     mean = patches / np.maximum(taken, 1)[:, :, None, None, None]
     steps = late.shape[1]
@@ -68,12 +68,12 @@ def favourites(found: Takings, count: int) -> Int[np.ndarray, "P E top"]:
     return order[..., :count]
 
 
-def split_patches(pictures: UInt8[np.ndarray, "n h w 3"], num_tokens: int) -> UInt8[np.ndarray, "n N p p 3"]:
+def split_patches(images: UInt8[np.ndarray, "n h w 3"], num_tokens: int) -> UInt8[np.ndarray, "n N p p 3"]:
     """Returns the pixels under each token: tokens are square patches in raster order."""
-    n, side = len(pictures), pictures.shape[1]
+    n, side = len(images), images.shape[1]
     grid = math.isqrt(num_tokens)
     p = side // grid
-    split = pictures.reshape(n, grid, p, grid, p, 3).swapaxes(2, 3)
+    split = images.reshape(n, grid, p, grid, p, 3).swapaxes(2, 3)
     return split.reshape(n, num_tokens, p, p, 3)
 
 

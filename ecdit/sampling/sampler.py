@@ -98,8 +98,8 @@ def make_sample_step(
         noise = sample_noise(keys, system.config.latent_shape)
         velocity = _velocity(model, config, tokens, null_tokens, with_experts, with_gates)
         latents, routing = SOLVERS[config.solver](velocity, noise, config.num_steps, has_aux=True)
-        pictures = to_bytes(model.autoencoder.decode(latents)) if system.config.has_images else latents
-        return pictures if routing is None else (pictures, jnp.moveaxis(routing, 2, 0))
+        images = to_bytes(model.autoencoder.decode(latents)) if system.config.has_images else latents
+        return images if routing is None else (images, jnp.moveaxis(routing, 2, 0))
 
     return jax.jit(sample, in_shardings=(system.shardings(mesh), rows, None, rows), out_shardings=rows)
 
@@ -146,7 +146,7 @@ def _interleave(first: Array, second: Array) -> Array:
     return jnp.stack([first, second], axis=1).reshape(2 * first.shape[0], *first.shape[1:])
 
 
-def sample_pictures(
+def sample_images(
     sampler: Sampler,
     params: Params,
     tokenize: Callable[[Sequence[str]], np.ndarray],

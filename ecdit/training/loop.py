@@ -69,7 +69,7 @@ def run_steps(
             hooks.report(*pending)
             pending = None
         if draw:  # before the next step takes the state's memory
-            hooks.enter("draw", f"drawing the pictures of step {step}")
+            hooks.enter("draw", f"drawing the images of step {step}")
             hooks.draw(step, state)
         if save:
             hooks.enter("save", f"saving step {step}")

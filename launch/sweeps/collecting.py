@@ -77,14 +77,14 @@ def collect(points: Sequence[SweepPoint], directory: Path, share: float) -> list
         raise UserError(f"--workdir={directory}: no point of this sweep has been run there{found}")
     strangers = other_runs(points, directory)
     fits, files = fit_all(results), [directory / CSV_FILE, directory / MARKDOWN_FILE]
-    pictures = {}
+    images = {}
     if importlib.util.find_spec("matplotlib") is not None:
         from launch.sweeps import plots
 
-        pictures = plots.draw_all(results, fits, directory)
+        images = plots.draw_all(results, fits, directory)
     replace_text(files[0], csv_text(results))
-    replace_text(files[1], markdown(results, fits, share, pictures, strangers))
-    return files + [directory / name for name in pictures]
+    replace_text(files[1], markdown(results, fits, share, images, strangers))
+    return files + [directory / name for name in images]
 
 
 def read_result(point: SweepPoint, workdir: Path, share: float) -> Result:
@@ -180,7 +180,7 @@ def csv_text(results: Sequence[Result]) -> str:
 
 
 def markdown(
-    results: Sequence[Result], fits: Fits, share: float, pictures: Mapping[str, str], strangers: Sequence[str]
+    results: Sequence[Result], fits: Fits, share: float, images: Mapping[str, str], strangers: Sequence[str]
 ) -> str:
     """Returns the table, the runs that do not count, the fits, and the plots.
 
@@ -188,7 +188,7 @@ def markdown(
       results: of the points.
       fits: by series.
       share: of the steps, of the final loss.
-      pictures: descriptions of the plots by file.
+      images: descriptions of the plots by file.
       strangers: names of runs in the directory that are no points of the sweep.
     """
     lines = [
@@ -213,9 +213,9 @@ def markdown(
     if strangers:
         lines += [f"Runs in this directory that are no points of the sweep: {', '.join(strangers)}.", ""]
     lines += [*_fit_lines(fits), ""]
-    for file, description in pictures.items():
+    for file, description in images.items():
         lines += [f"![{description}]({file})", "", f"*{description}*", ""]
-    if not pictures:
+    if not images:
         lines += ["No plots: matplotlib is not installed (`pip install -e '.[plots]'`).", ""]
     return "\n".join(lines)
 

@@ -47,10 +47,10 @@ def _save(path: Path, draw: "Callable[[Axes], None]") -> None:
     draw(axes)
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize="x-small")
-    picture = io.BytesIO()  # matplotlib itself knows only disks
-    figure.savefig(picture, format="png")
+    image = io.BytesIO()  # matplotlib itself knows only disks
+    figure.savefig(image, format="png")
     with writing(path):
-        path.write_bytes(picture.getvalue())
+        path.write_bytes(image.getvalue())
 
 
 def _draw_steps(axes: "Axes", results: Sequence[Result]) -> None:

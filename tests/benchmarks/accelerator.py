@@ -10,7 +10,7 @@ flags. Rows, in this order:
     train/NAME           a training step of configs/ec_dit.py:NAME, at the largest power of two of images that fits
     train_without_text/NAME   the same with one of the text tower's 32 layers
     layer/EXPERTS        XL's expert layer, both rules and dispatches, with a dense FFN of equal FLOPs, forward and back
-    sample/NAME          pictures a second with guidance at three batches, beside XL-dense in turns
+    sample/NAME          images a second with guidance at three batches, beside XL-dense in turns
     ratios               images a second of train rows, over those of the dense one, beside the prediction by FLOPs and
                          by bytes (roofline.py)
 

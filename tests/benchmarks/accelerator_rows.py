@@ -45,7 +45,7 @@ from tests.benchmarks.moe_layer import feed_forward, finished, moe, relative_err
 SMALLEST_BATCH, LARGEST_BATCH, TINY_BATCH = 8, 4096, 8  # images of a training step: a group of 1024 tokens holds eight
 HALVINGS = 2  # of a batch that was thought to fit
 SMALL_BATCHES = (32, 64)  # whose memory says what larger ones would take
-SAMPLED, TINY_SAMPLED = (1, 8, 64), (2,)  # pictures
+SAMPLED, TINY_SAMPLED = (1, 8, 64), (2,)  # images
 LAYER_GROUPS, ATTENDED = 32, 64  # groups of tokens of the layer's row, images of attention's
 FREE = 0.97  # of a device's memory that a step may take: the rest is fragments
 WRONG = 0.03  # of the largest value: an attention that is further from float32 computes something else
@@ -304,7 +304,7 @@ def layer_row(arguments: argparse.Namespace, name: str, mesh: Mesh, emit: Emit) 
 
 
 def sample_row(arguments: argparse.Namespace, name: str, mesh: Mesh, emit: Emit) -> None:
-    """Pictures a second of a model with experts and of XL-dense, taking turns; a line for each batch."""
+    """Images a second of a model with experts and of XL-dense, taking turns; a line for each batch."""
     configs = {which: experiment(arguments, which) for which in (name, "XL-dense")}
     systems = {which: make_system(config.system) for which, config in configs.items()}
     params = {which: drawn(system, mesh) for which, system in systems.items()}
@@ -345,7 +345,7 @@ def samplers(
     mesh: Mesh,
     batch: int,
 ) -> dict[str, Callable[[], Any]]:
-    """For each model a function that draws `batch` pictures and waits for them."""
+    """For each model a function that draws `batch` images and waits for them."""
     candidates = {}
     for which, config in configs.items():
         sampling = dataclasses.replace(config.sampling, batch_size=batch)

@@ -4,7 +4,7 @@
         --config.checkpoint.every=250 --config.checkpoint.keep=99
     python -m tests.benchmarks.curve --workdir=W [--json=FILE] [--plot=FILE.png]
 
-Minutes are those from the first step's line in metrics.jsonl, pictures and saves included; so a run that was started
+Minutes are those from the first step's line in metrics.jsonl, images and saves included; so a run that was started
 more than once is refused. The plot needs the extra `plots`.
 """
 

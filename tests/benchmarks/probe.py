@@ -149,7 +149,7 @@ def waves(x: Array, width: int) -> Array:
 
 
 class Probe(nnx.Module):
-    """The velocity of a noisy picture's patches."""
+    """The velocity of a noisy image's patches."""
 
     def __init__(self, sizes: Sizes, rngs: nnx.Rngs):
         self.sizes, width = sizes, sizes.width
@@ -212,7 +212,7 @@ def make_probe(sizes: Sizes) -> tuple[State, Callable[..., tuple[State, Float[Ar
 
 
 def probe_steps(experiment: Experiment, sizes: Sizes) -> Iterator[tuple[Any, Array]]:
-    """Dispatches a step of the probe, on pictures in memory, whenever asked; (parameters, loss)."""
+    """Dispatches a step of the probe, on images in memory, whenever asked; (parameters, loss)."""
     data = experiment.data
     records = list(stored_records(open_prepared(data), "train"))
     images = np.stack([decode_stored(record.image) for record in records])

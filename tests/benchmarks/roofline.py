@@ -129,7 +129,7 @@ def training_work(experiment: Experiment, batch: int, tower: bool = True) -> tup
 
 
 def sampling_work(experiment: Experiment, batch: int) -> tuple[Work, ...]:
-    """A step of the solver for `batch` pictures with guidance, without the text tower, which runs once a picture."""
+    """A step of the solver for `batch` images with guidance, without the text tower, which runs once an image."""
     model, group = experiment.model, experiment.model.sampling_group
     parameters = weights(model, experiment.text.width)
     numbers = activations(experiment, model.num_tokens, group)

@@ -1,15 +1,15 @@
-"""How often the judge of the `shapes` data is right: on the data's own pictures and on Pillow's drawings of its scenes.
+"""How often the judge of the `shapes` data is right: on the data's own images and on Pillow's drawings of its scenes.
 
     python -m tests.benchmarks.shapes_judge --only=none [--scenes=2000] [--sizes=32,64] [--json=FILE]
     python -m tests.benchmarks.shapes_judge --only=own --sizes=32
 
-The scenes are training rows on textured ground, with all six kinds of captions. Each picture is judged with its own
+The scenes are training rows on textured ground, with all six kinds of captions. Each image is judged with its own
 caption, which must be accepted, and with every caption that differs in one attribute, which must be rejected. The
 numbers are shares of captions in percent.
 
     own                 the data's renderer
     pillow              Pillow's polygons and ellipses, drawn 8 times as large and reduced
-    pillow, no edges    drawn at the picture's own size, where Pillow smooths nothing
+    pillow, no edges    drawn at the image's own size, where Pillow smooths nothing
 """
 
 import argparse
@@ -52,7 +52,7 @@ def star_corners() -> list[tuple[float, float]]:
 
 
 def pillow_shape(draw: ImageDraw.ImageDraw, shape: str, box: Box, side: int, color: int | tuple[int, ...]) -> None:
-    """Draws one shape on a picture of `side` px."""
+    """Draws one shape on an image of `side` px."""
 
     def place(x: float, y: float) -> tuple[float, float]:
         return (box.x + x * box.half) * side, (box.y + y * box.half) * side
@@ -69,16 +69,16 @@ def draw_with_pillow(scene: Scene, side: int, scale: int = 8) -> np.ndarray:
     The ground is the data's own: textures are no matter of a rasteriser.
     """
     ground = Image.fromarray(render(dataclasses.replace(scene, objects=()), side))
-    picture = ground.resize((side * scale, side * scale), Image.Resampling.NEAREST)
+    image = ground.resize((side * scale, side * scale), Image.Resampling.NEAREST)
     for placed in scene.objects:
-        mask = Image.new("L", picture.size, 0)
+        mask = Image.new("L", image.size, 0)
         draw = ImageDraw.Draw(mask)
         pillow_shape(draw, placed.shape, placed.box, side * scale, 255)
         if placed.shape == "ring":
             hole = dataclasses.replace(placed.box, half=placed.box.half / 2)
             pillow_shape(draw, "circle", hole, side * scale, 0)
-        picture.paste(placed.rgb, mask=mask)
-    return np.asarray(picture.resize((side, side), Image.Resampling.BOX))
+        image.paste(placed.rgb, mask=mask)
+    return np.asarray(image.resize((side, side), Image.Resampling.BOX))
 
 
 def false_metadata(scene: Scene) -> Iterator[tuple[str, Metadata]]:

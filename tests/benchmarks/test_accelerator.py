@@ -172,7 +172,7 @@ def test_the_expert_layers_bytes_by_hand():
     assert experts.bytes == 3 * 2 * 2000 * (11 * d + 4 * f) + 24 * 2 * d * f * 8
 
 
-def test_with_more_pictures_the_experts_weights_count_less():
+def test_with_more_images_the_experts_weights_count_less():
     """Towards the ratio of FLOPs, from above: every expert is read once a step, however few tokens it takes."""
     chip = Limits("", 989e12, 80e9, 3.35e12)
     ratios = [

@@ -41,12 +41,12 @@ def test_metrics_that_cannot_be_written_are_named(disk):
         reporter.close()
 
 
-def test_tensorboard_s_points_and_pictures_that_cannot_be_written_are_named(disk, tmp_path):
+def test_tensorboard_s_points_and_images_that_cannot_be_written_are_named(disk, tmp_path):
     Image.effect_noise((200, 200), 50).save(tmp_path / "noise.png")
     board = TensorBoard(disk, 0)
     board.scalars(1, {"loss": 0.5})
     fill(disk)
     with pytest.raises(UserError, match=f"writing {disk}/tensorboard failed: .*No space left"):
-        board.picture(2, "samples", tmp_path / "noise.png")
+        board.image(2, "samples", tmp_path / "noise.png")
     with contextlib.suppress(UserError):
         board.close()

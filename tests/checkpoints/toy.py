@@ -56,7 +56,7 @@ class Toy:
         self.first_rows = []  # of each start and phase
         self.first_state, self.train_step = toy_state, lambda state, bad: toy_step(state, bad, self.leaf)
         self.gradients = lambda state, bad: state.params
-        self.drawn = {}  # step: the numbers of the parameters that its pictures were drawn with
+        self.drawn = {}  # step: the numbers of the parameters that its images were drawn with
 
     def batches(self, phase, start_row):
         self.first_rows.append(start_row)

@@ -17,8 +17,8 @@ def noise(height=8, width=8, channels=3, seed=0):
 def encoded(image=None, kind="jpeg", **options):
     """The bytes of an array or Pillow image."""
     file = io.BytesIO()
-    picture = noise() if image is None else image
-    (Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture).save(file, kind, **options)
+    image = noise() if image is None else image
+    (Image.fromarray(image) if isinstance(image, np.ndarray) else image).save(file, kind, **options)
     return file.getvalue()
 
 

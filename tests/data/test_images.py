@@ -89,7 +89,7 @@ def test_animations_are_rejected(kind):
     assert reason(animated(kind)) == "animated"
 
 
-def test_a_camera_jpeg_with_a_preview_is_its_first_picture():
+def test_a_camera_jpeg_with_a_preview_is_its_first_image():
     first, second = (Image.fromarray(noise(seed=seed)) for seed in (0, 1))
     data = encoded(first, "mpo", save_all=True, append_images=[second])
     assert (decode(data, "", MANY) == decode(encoded(first), "", MANY)).all()

@@ -71,7 +71,7 @@ def test_rows_have_no_end():
 
 
 def test_neither_the_size_nor_the_ground_moves_a_scene():
-    """An experiment compares pictures of two sizes, or with and without texture, of the same scenes."""
+    """An experiment compares images of two sizes, or with and without texture, of the same scenes."""
     large, plain = dataclasses.replace(TRAIN, image_size=64), dataclasses.replace(TRAIN, ground="plain")
     for row in range(50):
         scene = scene_of(TRAIN, 0, row)
@@ -202,7 +202,7 @@ def test_a_relation_is_held_out_with_its_converse():
     assert not is_held_out("square", "left of", "circle")
 
 
-# pictures
+# images
 
 
 # By hand: of the box of 4; a pentagram of radius 1 has 1.12257 and is stretched by 1 / 0.951057 and 2 / 1.809017.
@@ -252,7 +252,7 @@ def box(left, top, side):
     return Box((left + side / 2) / 32, (top + side / 2) / 32, side / 64)
 
 
-def test_a_picture_shows_the_same_at_both_sizes():
+def test_an_image_shows_the_same_at_both_sizes():
     for scene in scenes_of(dataclasses.replace(TRAIN, ground="plain"), 20):
         halved = render(scene, 64).reshape(32, 2, 32, 2, 3).mean(axis=(1, 3))
         difference = np.abs(halved - render(scene, 32))

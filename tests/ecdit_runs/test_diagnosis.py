@@ -93,7 +93,7 @@ def test_data_that_is_not_prepared_needs_what_prepares_it(missing, verdict, tmp_
     assert missing is None or f"needs {missing}: pip install -e '.[data]'" in told[1]
 
 
-def test_random_latents_are_made_without_what_prepares_pictures(tmp_path, monkeypatch):
+def test_random_latents_are_made_without_what_prepares_images(tmp_path, monkeypatch):
     monkeypatch.setattr(diagnosis.importlib.util, "find_spec", lambda _: None)
     values = config_file("ec_dit").get_config("XL-8E")
     values.data.directory = str(tmp_path / "data")

@@ -19,20 +19,20 @@ def tokenize(config, captions):
 
 
 @pytest.mark.parametrize("ffn", ["expert_choice", "dense"])
-def test_each_caption_stands_under_the_picture_that_was_drawn_of_it(ffn, tmp_path, monkeypatch):
-    """Seven of ten captions, in batches of four; a picture is of its caption's number, and so are its counts."""
+def test_each_caption_stands_under_the_image_that_was_drawn_of_it(ffn, tmp_path, monkeypatch):
+    """Seven of ten captions, in batches of four; an image is of its caption's number, and so are its counts."""
     written = {}
 
     def sampler(params, tokens, null_tokens, keys):
         assert params == "ema"
-        pictures = np.broadcast_to(tokens[:, :, None, None], (4, 2, 2, 3)).astype(np.uint8)
-        return pictures if ffn == "dense" else (pictures, np.broadcast_to(tokens[:, :, None, None], (4, 1, 1, 1)))
+        images = np.broadcast_to(tokens[:, :, None, None], (4, 2, 2, 3)).astype(np.uint8)
+        return images if ffn == "dense" else (images, np.broadcast_to(tokens[:, :, None, None], (4, 1, 1, 1)))
 
-    def save_grid(pictures, captions, path):
-        written[path.name] = pictures[:, 0, 0, 0].tolist(), list(captions)
+    def save_grid(images, captions, path):
+        written[path.name] = images[:, 0, 0, 0].tolist(), list(captions)
 
-    def draw_maps(pictures, captions, counts):
-        written["maps"] = pictures[:, 0, 0, 0].tolist(), list(captions), counts[:, 0, 0, 0].tolist()
+    def draw_maps(images, captions, counts):
+        written["maps"] = images[:, 0, 0, 0].tolist(), list(captions), counts[:, 0, 0, 0].tolist()
         return Image.new("RGB", (1, 1))
 
     for name, replacement in (("save_grid", save_grid), ("draw_maps", draw_maps), ("tokenize_captions", tokenize)):

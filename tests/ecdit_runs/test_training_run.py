@@ -21,7 +21,7 @@ from ecdit.runs import training_run
 from ecdit.runs.training_run import train
 from ecdit.runs.workload import device_batches
 from tests.checkpoints.toy import toy_state
-from tests.events import pictures
+from tests.events import images
 from tests.runs import run, tiny
 
 
@@ -30,17 +30,17 @@ def test_a_checkpoint_holds_its_own_step_though_the_next_ones_overwrite_the_buff
     assert toy.saved() == {step: {(float(step),)} for step in (2, 4, 6, 8, 9)}
 
 
-def test_pictures_are_of_their_own_step_and_written_once(toy):
+def test_images_are_of_their_own_step_and_written_once(toy):
     """Every third step and the last; a resumed run, or a finished one started again, shows none of them twice."""
     toy.train(num_steps=7, every=4, images_every=3)
     assert toy.drawn == {step: {(float(step),)} for step in (3, 6, 7)}
     assert toy.losses() == [(step, float(step)) for step in range(1, 8)]
     for _ in range(2):
         toy.train(num_steps=9, every=4, images_every=3)
-    assert [step for step, _ in pictures(toy.workdir)] == [3, 6, 7, 9]
+    assert [step for step, _ in images(toy.workdir)] == [3, 6, 7, 9]
 
 
-def test_pictures_are_drawn_with_the_ema_weights(toy):
+def test_images_are_drawn_with_the_ema_weights(toy):
     """Those of a step and the last ones: here the EMA is the parameters and 100."""
 
     def state_with_another_ema():
@@ -60,7 +60,7 @@ def test_each_start_says_once_how_long_it_will_take(toy, capsys):
     toy.train(num_steps=24, every=4, images_every=22)
     (line,) = said()
     assert line.startswith("the other 4 steps will take about ")
-    assert "the next pictures come after step 22" in line
+    assert "the next images come after step 22" in line
 
 
 def test_keep_leaves_the_newest(toy):

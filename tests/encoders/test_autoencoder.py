@@ -7,12 +7,12 @@ from ecdit.encoders.autoencoder import AUTOENCODERS, to_bytes, to_unit
 
 
 def test_all_bytes_survive_the_round_trip():
-    pictures = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, axis=3)
-    unit = jax.jit(to_unit)(pictures)
+    images = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, axis=3)
+    unit = jax.jit(to_unit)(images)
     assert unit.dtype == np.float32
     back = jax.jit(to_bytes)(unit)
     assert back.dtype == np.uint8
-    np.testing.assert_array_equal(back, pictures)
+    np.testing.assert_array_equal(back, images)
 
 
 def test_bytes_span_minus_one_to_one():
@@ -21,8 +21,8 @@ def test_bytes_span_minus_one_to_one():
 
 
 def test_bytes_are_rounded_and_clipped():
-    pictures = np.array([-7, -1.001, 1.001, 7, 0.4 / 127.5 - 1, 0.6 / 127.5 - 1], np.float32)
-    np.testing.assert_array_equal(to_bytes(pictures.reshape(1, 1, 2, 3)).reshape(6), [0, 0, 255, 255, 0, 1])
+    images = np.array([-7, -1.001, 1.001, 7, 0.4 / 127.5 - 1, 0.6 / 127.5 - 1], np.float32)
+    np.testing.assert_array_equal(to_bytes(images.reshape(1, 1, 2, 3)).reshape(6), [0, 0, 255, 255, 0, 1])
 
 
 def test_identity_is_an_autoencoder():

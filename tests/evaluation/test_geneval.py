@@ -9,7 +9,7 @@ import pytest
 
 from ecdit.errors import UserError
 from ecdit.evaluation.geneval import CLASSES, Verdict, confident, judge, relations, summarize
-from ecdit.evaluation.geneval_lines import judge_lines, picture_of
+from ecdit.evaluation.geneval_lines import image_of, judge_lines
 
 DATA = next((p / "shared/eval/geneval" for p in Path(__file__).parents if (p / "shared/eval/geneval").is_dir()), None)
 
@@ -28,7 +28,7 @@ def line(include, detections, colors=None, exclude=None, tag="two_object"):
 
 def verdict(*args, **kwargs):
     """(correct, reason)."""
-    found = judge(picture_of(line(*args, **kwargs)))
+    found = judge(image_of(line(*args, **kwargs)))
     return found.correct, found.reason
 
 
@@ -218,12 +218,12 @@ def test_every_prompt_of_the_benchmark_has_images_that_are_right_and_wrong(bench
     tags = set()
     for metadata in benchmark:
         made = right_line(metadata)
-        assert judge(picture_of(made)).correct, metadata
+        assert judge(image_of(made)).correct, metadata
         tags.add(metadata["tag"])
         for clause in metadata["include"]:
             kept = lambda values, name=clause["class"]: {n: v for n, v in values.items() if n != name}  # noqa: E731
             missing = made | {"detections": kept(made["detections"]), "colors": kept(made["colors"])}
-            found = judge(picture_of(missing))
+            found = judge(image_of(missing))
             assert not found.correct
             assert f"expected {clause['class']}>={clause['count']}, found 0" in found.reason.split("\n")
     assert len(tags) == 6
@@ -233,8 +233,8 @@ def test_the_classes_are_the_original_s(benchmark):
     assert (DATA / "object_names.txt").read_text().split("\n")[:80] == list(CLASSES)
 
 
-def test_the_score_is_the_mean_of_the_tasks_and_not_of_the_pictures():
-    """Three of four and none of one: 3/8, where 3 of 5 pictures are right."""
+def test_the_score_is_the_mean_of_the_tasks_and_not_of_the_images():
+    """Three of four and none of one: 3/8, where 3 of 5 images are right."""
     tasks = [("colors", True)] * 3 + [("counting", False), ("colors", False)]
     found = summarize([Verdict("", tag, "", correct, "") for tag, correct in tasks])
     assert found == {"tasks": {"colors": 0.75, "counting": 0.0}, "overall": 0.375}
@@ -294,7 +294,7 @@ def changed(path, value):
     ],
 )
 def test_lines_that_cannot_be_judged_are_refused(path, value, said, tmp_path):
-    assert judge(picture_of(GOOD)).correct
+    assert judge(image_of(GOOD)).correct
     file = tmp_path / "detections.jsonl"
     file.write_text(json.dumps(changed(path, value)) + "\n")
     with pytest.raises(UserError, match=rf"detections.jsonl, line 1: .*{said}"):
@@ -304,12 +304,12 @@ def test_lines_that_cannot_be_judged_are_refused(path, value, said, tmp_path):
 def test_a_colour_that_is_asked_for_and_not_there_is_refused():
     red = line([{"class": "dog", "count": 1, "color": "red"}], {"dog": [box(0, 0)]})
     with pytest.raises(UserError, match=r"colors\.dog is missing: must be a list"):
-        judge(picture_of(red))
+        judge(image_of(red))
     nothing_there = line([{"class": "dog", "count": 1, "color": "red"}], {"dog": [box(0, 0, 0.1)]})
-    assert judge(picture_of(nothing_there)).reason == "expected dog>=1, found 0"
+    assert judge(image_of(nothing_there)).reason == "expected dog>=1, found 0"
 
 
-def test_a_picture_stands_once(tmp_path):
+def test_an_image_stands_once(tmp_path):
     file = tmp_path / "detections.jsonl"
     file.write_text(f"{json.dumps(GOOD)}\n\n{json.dumps(GOOD)}\n")
     with pytest.raises(UserError, match=r"line 3: filename = '0.png': stands in line 1 already"):

@@ -14,7 +14,7 @@ from ecdit.encoders.text_tower import TextTower
 from ecdit.models.dit import DiT
 from ecdit.partitioning import make_mesh
 from ecdit.sampling import sampler as sampling
-from ecdit.sampling.sampler import make_sampler, sample_pictures
+from ecdit.sampling.sampler import make_sampler, sample_images
 from ecdit.system import make_system
 from tests.runs import tiny
 
@@ -109,7 +109,7 @@ def test_a_denoiser_that_counts_experts_but_reports_no_gates_is_refused():
 
 
 def test_each_row_has_the_key_of_its_prompt_and_repeat():
-    """Six pictures in batches of four, in place of which the sampler returns what it got."""
+    """Six images in batches of four, in place of which the sampler returns what it got."""
     prompts, repeats = ["a", "b", "b", "a", "c", "a"], [0, 0, 1, 0, 5, 2]
     config = dataclasses.replace(tiny().sampling, batch_size=4, seed=7)
     tokenize = lambda texts: np.array([[ord(text) if text else 0] for text in texts])  # noqa: E731
@@ -118,7 +118,7 @@ def test_each_row_has_the_key_of_its_prompt_and_repeat():
         assert (params, tokens.shape, null_tokens.tolist(), keys.shape) == ("params", (4, 1), [[0]], (4,))
         return tokens, jax.random.key_data(keys)
 
-    tokens, keys = sample_pictures(sampler, "params", tokenize, prompts, repeats, config)
+    tokens, keys = sample_images(sampler, "params", tokenize, prompts, repeats, config)
     np.testing.assert_array_equal(tokens, tokenize(prompts))
     expected = [jax.random.key_data(sample_key(7, *pair)) for pair in zip(prompts, repeats, strict=True)]
     np.testing.assert_array_equal(keys, expected)

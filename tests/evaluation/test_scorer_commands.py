@@ -21,7 +21,7 @@ METADATA = {
     "prompt": "a photo of a red car",
     "include": [{"class": "car", "count": 1, "color": "red"}],
 }
-PICTURES = [
+IMAGES = [
     {
         "filename": f"{colour}.png",
         "metadata": METADATA,
@@ -46,7 +46,7 @@ def run(name, *arguments):
 
 @pytest.fixture
 def directory(tmp_path):
-    files = {"pictures": PICTURES, "dsg": DSG, "dpg": DPG, "benchmark": BENCHMARK, "answers": ANSWERS}
+    files = {"images": IMAGES, "dsg": DSG, "dpg": DPG, "benchmark": BENCHMARK, "answers": ANSWERS}
     for name, values in files.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(value) + "\n" for value in values))
     random = np.random.default_rng(0)
@@ -66,7 +66,7 @@ def result(path):
 
 def test_geneval_writes_lines_and_shares(directory, capsys):
     out, summary = directory / "new/results.jsonl", directory / "summary.json"
-    run("geneval-score", f"--detections={directory}/pictures.jsonl", f"--out={out}", f"--json={summary}")
+    run("geneval-score", f"--detections={directory}/images.jsonl", f"--out={out}", f"--json={summary}")
     lines = [json.loads(line) for line in out.read_text().splitlines()]
     common = {"tag": "colors", "prompt": "a photo of a red car"}
     reason = "expected red car>=1, found 0 red; and 1 blue"
@@ -120,13 +120,13 @@ def test_dpg_names_the_line_of_a_malformed_dependency(directory):
 
 
 def test_one_wrong_line_leaves_no_file_and_old_results_as_they_are(directory):
-    with (directory / "pictures.jsonl").open("a") as file:
+    with (directory / "images.jsonl").open("a") as file:
         file.write('{"filename": "third.png"}\n')
     out, summary = directory / "results.jsonl", directory / "summary.json"
     summary.write_text("old")
     before = sorted(path.name for path in directory.iterdir())
-    with pytest.raises(UserError, match=r"pictures.jsonl, line 3: metadata is missing"):
-        run("geneval-score", f"--detections={directory}/pictures.jsonl", f"--out={out}", f"--json={summary}")
+    with pytest.raises(UserError, match=r"images.jsonl, line 3: metadata is missing"):
+        run("geneval-score", f"--detections={directory}/images.jsonl", f"--out={out}", f"--json={summary}")
     assert sorted(path.name for path in directory.iterdir()) == before
     assert summary.read_text() == "old"
 

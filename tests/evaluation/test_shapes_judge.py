@@ -1,4 +1,4 @@
-"""The judge of the `shapes` data: right on pictures of two rasterisers, and GenEval's rules by hand.
+"""The judge of the `shapes` data: right on images of two rasterisers, and GenEval's rules by hand.
 
 The whole measurement is tests/benchmarks/shapes_judge.py; a slow test here holds it to its bounds.
 """
@@ -107,7 +107,7 @@ def test_rules(objects, metadata, reason):
 # what is seen
 
 
-def picture(*objects):
+def scene_with(*objects):
     placed = tuple(Object(shape, color, COLORS[color], box) for shape, color, box in objects)
     return Scene("two_object", placed, PLAIN, True, None)
 
@@ -118,7 +118,7 @@ def picture(*objects):
 def test_shape_color_and_box_are_read_back(shape, size, draw):
     boxes = [Box(0.22, 0.23, 0.14), Box(0.69, 0.67, 0.27)]
     for one, other in (("red", "orange"), ("yellow", "green"), ("blue", "purple"), ("white", "black")):
-        objects = find_objects(draw(picture((shape, one, boxes[0]), (shape, other, boxes[1])), size))
+        objects = find_objects(draw(scene_with((shape, one, boxes[0]), (shape, other, boxes[1])), size))
         assert [(each.shape, each.color) for each in objects] == [(shape, other), (shape, one)]
         for seen, box in zip(objects, boxes[::-1], strict=True):
             assert np.abs(np.subtract(dataclasses.astuple(seen.box), dataclasses.astuple(box))).max() < 0.3 / size
@@ -128,14 +128,14 @@ def test_shape_color_and_box_are_read_back(shape, size, draw):
 def test_nothing_is_seen_where_nothing_is():
     random = np.random.default_rng(0)
     empty = np.full((32, 32, 3), 128, np.uint8)
-    pictures = [empty, random.integers(0, 256, (32, 32, 3)).astype(np.uint8)]
-    pictures += [render(dataclasses.replace(scene_of(TEXTURED, 0, row), objects=()), 32) for row in range(40)]
-    for image in pictures:
+    images = [empty, random.integers(0, 256, (32, 32, 3)).astype(np.uint8)]
+    images += [render(dataclasses.replace(scene_of(TEXTURED, 0, row), objects=()), 32) for row in range(40)]
+    for image in images:
         assert find_objects(image) == []
     assert judge(empty, wants(item("star"))) == Verdict(False, "expected star>=1, found 0")
 
 
-def test_any_picture_can_be_judged():
+def test_any_image_can_be_judged():
     """A model may draw anything: ground of a shape's colour, no ground at all, blots."""
     random = np.random.default_rng(1)
     grounds = [np.full((32, 32, 3), rgb, np.uint8) for rgb in COLORS.values()]
@@ -150,7 +150,7 @@ def test_any_picture_can_be_judged():
 @pytest.mark.parametrize("shape", SHAPES)
 def test_textures_are_no_part_of_a_shape(shape, texture):
     """The strongest texture moves the ground by an eighth of what is between it and black or white."""
-    scene = picture((shape, "black", Box(0.3, 0.3, 0.15)), (shape, "white", Box(0.7, 0.7, 0.15)))
+    scene = scene_with((shape, "black", Box(0.3, 0.3, 0.15)), (shape, "white", Box(0.7, 0.7, 0.15)))
     for phase in (0.1, 0.3, 0.5, 0.7, 0.9):
         ground = dataclasses.replace(PLAIN, texture=texture, contrast=12, period=0.3, phase=phase)
         objects = find_objects(render(dataclasses.replace(scene, ground=ground), 32))
@@ -159,19 +159,19 @@ def test_textures_are_no_part_of_a_shape(shape, texture):
 
 
 def test_a_speck_is_no_shape():
-    image = render(picture(("star", "red", RIGHT)), 32)
+    image = render(scene_with(("star", "red", RIGHT)), 32)
     image[4:6, 4:7] = (215, 40, 40)
     assert [each.shape for each in find_objects(image)] == ["star"]
 
 
 def test_two_shapes_grown_together_are_neither():
     """A model that draws this has not drawn two squares."""
-    image = render(picture(("square", "red", Box(0.25, 0.25, 0.16)), ("square", "red", Box(0.56, 0.56, 0.16))), 32)
+    image = render(scene_with(("square", "red", Box(0.25, 0.25, 0.16)), ("square", "red", Box(0.56, 0.56, 0.16))), 32)
     assert [each for each in find_objects(image) if each.shape == "square"] == []
 
 
 def test_a_bar_is_no_shape():
-    image = render(picture(), 32)
+    image = render(scene_with(), 32)
     image[14:18, 3:29] = COLORS["red"]
     assert find_objects(image) == []
 
@@ -203,7 +203,7 @@ def test_a_winding_line_is_one_region():
     assert (labels[~line] == line.size).all()
 
 
-# pictures and captions
+# images and captions
 
 
 @pytest.mark.parametrize("drawn", RASTERISERS)
@@ -215,7 +215,7 @@ def test_true_captions_are_accepted_and_false_ones_rejected(drawn, size):
 
 
 @pytest.mark.parametrize("changed", ["blur 0.5 px", "noise 10", "shift 1 px", "blur 0.5 px, noise 10, shift 1 px"])
-def test_small_changes_of_a_picture_are_borne(changed):
+def test_small_changes_of_an_image_are_borne(changed):
     rates = measure("own", changed, 32, count=15, seed=6)
     assert rates.accepted == rates.true
     assert rates.rejected == rates.false

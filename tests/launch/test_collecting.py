@@ -91,8 +91,8 @@ def test_a_part_of_a_sweep_is_collected_with_fits_of_what_is_finished(tmp_path, 
         *("loss_steps.png", "loss_flops.png", "loss_params.png"),
     ]
     for file in files[2:]:
-        with Image.open(file) as picture:
-            assert np.asarray(picture.convert("L")).std() > 5
+        with Image.open(file) as image:
+            assert np.asarray(image.convert("L")).std() > 5
     rows = list(csv.DictReader((tmp_path / "sweep.csv").read_text().splitlines()))
     assert [row["loss"] != "" for row in rows] == [True] * 4 + [False] * 2
     assert [row["step"] for row in rows] == ["10"] * 4 + ["7", "0"]

@@ -157,7 +157,7 @@ MUTANTS = (
         "row, column = (position // grid).astype(jnp.float32), (position % grid).astype(jnp.float32)",
         "row, column = (position // grid).astype(jnp.float32), position.astype(jnp.float32)",
         _embeddings("test_rope_angles_by_hand"),
-        "a step to the right turns as much as one to the next row does in a picture of one column",
+        "a step to the right turns as much as one to the next row does in an image of one column",
     ),
     Mutant(
         _FUNCTIONS,

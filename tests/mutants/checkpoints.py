@@ -105,7 +105,7 @@ MUTANTS = (
         "if not differences and saved.dataset != fingerprint:",
         "if differences and saved.dataset != fingerprint:",
         _restored("test_other_data_is_refused"),
-        "a run resumes on data that was prepared anew from other pictures",
+        "a run resumes on data that was prepared anew from other images",
     ),
     Mutant(
         _CHECKPOINT,

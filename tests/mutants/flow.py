@@ -84,7 +84,7 @@ MUTANTS = (
         'np.frombuffer(digests, dtype=">u4")',
         'np.frombuffer(digests, dtype="<u4")',
         _tests("test_key_recipe_is_the_documented_one"),
-        "pictures of a seed and a prompt are not those of other versions",
+        "images of a seed and a prompt are not those of other versions",
     ),
     Mutant(
         _FILE,

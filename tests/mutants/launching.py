@@ -419,6 +419,6 @@ MUTANTS = (
         "    if finished:\n",
         "    if not finished:\n",
         ("tests/sampling/test_prompts.py::test_an_unfinished_folder_is_gone_on_with_by_the_same_call_alone",),
-        "pictures of two calls are mixed",
+        "images of two calls are mixed",
     ),
 )

@@ -1,4 +1,4 @@
-"""Mutants of plans: parameters, operations, bytes on the wire and seconds, and the layouts of slices."""
+"""Mutants of plans: parameters, operations, bytes sent and seconds, and the layouts of slices."""
 
 from tests.mutants.mutant import Mutant
 
@@ -66,8 +66,8 @@ MUTANTS = (
     ),
     Mutant(
         _COLLECTIVES,
-        "far = (wire - nearby) * stride / (links",
-        "far = (wire - nearby) / (links",
+        "far = (sent - nearby) * stride / (links",
+        "far = (sent - nearby) / (links",
         _collectives("test_groups_that_share_links_share_their_bandwidth"),
     ),
     Mutant(
@@ -237,7 +237,7 @@ MUTANTS = (
     ),
     Mutant(
         _COLLECTIVES,
-        "nearby = wire * (members - chips) / (members - 1)",
+        "nearby = sent * (members - chips) / (members - 1)",
         "nearby = 0.0",
         _collectives("test_both_dies_of_a_ring_of_four_chips"),
         "what two dies exchange is priced as if it crossed the links",

@@ -55,7 +55,7 @@ MUTANTS = (
         "return jnp.stack([first, second], axis=1).reshape(2 * first.shape[0], *first.shape[1:])",
         "return jnp.concatenate([first, second]).reshape(2 * first.shape[0], *first.shape[1:])",
         _passes("test_the_guided_velocity_of_each_image_by_hand"),
-        "half of the pictures are guided by other captions",
+        "half of the images are guided by other captions",
     ),
     Mutant(
         _SAMPLING,
@@ -75,14 +75,14 @@ MUTANTS = (
         "keys = sample_keys(config.seed, prompts, repeats)",
         "keys = sample_keys(config.seed, prompts, [0] * len(prompts))",
         _passes("test_each_row_has_the_key_of_its_prompt_and_repeat"),
-        "repeats of a prompt are one picture",
+        "repeats of a prompt are one image",
     ),
     Mutant(
         _SAMPLING,
         "tokens[rows], null_tokens, keys[rows]",
         "tokens[rows], null_tokens, keys[: len(rows)]",
         _passes("test_each_row_has_the_key_of_its_prompt_and_repeat"),
-        "pictures depend on the batch size",
+        "images depend on the batch size",
     ),
     Mutant(
         _SAMPLING,

@@ -48,8 +48,8 @@ MUTANTS = (
     ),
     Mutant(
         _GENEVAL,
-        "colours = [picture.colours[clause.name][box] for box in best]",
-        "colours = [picture.colours[clause.name][box] for box in range(len(best))]",
+        "colours = [image.colours[clause.name][box] for box in best]",
+        "colours = [image.colours[clause.name][box] for box in range(len(best))]",
         _tests("geneval", "test_the_colour_is_that_of_the_best_box"),
         "the colours are those of the first boxes of the file",
     ),
@@ -95,7 +95,7 @@ MUTANTS = (
         _GENEVAL,
         '"overall": float(np.mean(list(shares.values())))',
         '"overall": float(np.mean(sum(tasks.values(), [])))',
-        _tests("geneval", "test_the_score_is_the_mean_of_the_tasks_and_not_of_the_pictures"),
+        _tests("geneval", "test_the_score_is_the_mean_of_the_tasks_and_not_of_the_images"),
     ),
     Mutant(
         _QUESTIONS,
@@ -115,7 +115,7 @@ MUTANTS = (
         "        return None\n",
         "        return 0.0\n",
         _tests("dependent_questions", "test_an_unknown_parent_makes_an_item_null_and_no_mean_counts_it"),
-        "an error of the table counts as one of the pictures",
+        "an error of the table counts as one of the images",
     ),
     Mutant(
         _DPG,

@@ -1,4 +1,4 @@
-"""Mutants of the `shapes` data and its judge: rows, held-out combinations, pictures, captions and verdicts."""
+"""Mutants of the `shapes` data and its judge: rows, held-out combinations, images, captions and verdicts."""
 
 from tests.mutants.mutant import Mutant
 

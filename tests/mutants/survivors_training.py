@@ -7,7 +7,7 @@ from tests.mutants.mutant import Mutant
 
 _STEP = "tests/training/test_step.py"
 _DRAWING = "tests/sampling/test_sampler.py"
-_PICTURES = "tests/sampling/test_grids.py"
+_IMAGES = "tests/sampling/test_grids.py"
 _OPTIMIZER = "tests/system/test_step.py"
 _CACHE = "tests/planning/test_cache.py::test_whatever_changes_a_plan_makes_it_anew_and_the_old_one_stays"
 _VERSIONS = "tests/planning/test_cache.py::test_another_version_of_a_library_or_of_this_code_makes_plans_anew"
@@ -18,8 +18,8 @@ _BY_HAND = f"{_STEP}::test_loss_and_metrics_by_hand_are_those_of_the_whole_batch
 _USUAL_LOSS = (
     "tests/test_experiment_phases.py::test_a_new_phase_begins_without_a_usual_loss_and_a_resumed_one_goes_on_with_it"
 )
-_EMA_PICTURES = "tests/ecdit_runs/test_training_run.py::test_pictures_are_drawn_with_the_ema_weights"
-_SAMPLES = "tests/ecdit_runs/test_sample_grids.py::test_each_caption_stands_under_the_picture_that_was_drawn_of_it"
+_EMA_IMAGES = "tests/ecdit_runs/test_training_run.py::test_images_are_drawn_with_the_ema_weights"
+_SAMPLES = "tests/ecdit_runs/test_sample_grids.py::test_each_caption_stands_under_the_image_that_was_drawn_of_it"
 
 
 def _step(old: str, new: str, *tests: str, why: str = "") -> Mutant:
@@ -47,7 +47,7 @@ MUTANTS = (
         "    check_sums(directory, records, checksums(flat_arrays(values)))\n",
         "",
         (f"{_FLIPPED_WEIGHT}[frozen0]",),
-        "pictures and new runs are made of damaged weights",
+        "images and new runs are made of damaged weights",
     ),
     Mutant(
         "ecdit/checkpoints/restore.py",
@@ -116,7 +116,7 @@ MUTANTS = (
     _sampling(
         "model.denoiser(x, time, text,",
         "model.denoiser(x, 1 - time, text,",
-        "test_a_network_that_knows_the_picture_draws_it",
+        "test_a_network_that_knows_the_image_draws_it",
     ),
     _sampling(
         "[config.original_size, config.original_size, 0, 0]",
@@ -126,12 +126,12 @@ MUTANTS = (
     _sampling(
         'tokenize(prompts), tokenize([""])',
         'tokenize(prompts), 0 * tokenize([""])',
-        "test_each_picture_is_of_its_prompt_and_the_null_caption_is_the_empty_one_with_its_end",
+        "test_each_image_is_of_its_prompt_and_the_null_caption_is_the_empty_one_with_its_end",
     ),
     _sampling(
         "sampler(params, tokens[rows], null_tokens",
         "sampler(params, tokens[np.roll(rows, 1)], null_tokens",
-        "test_each_picture_is_of_its_prompt_and_the_null_caption_is_the_empty_one_with_its_end",
+        "test_each_image_is_of_its_prompt_and_the_null_caption_is_the_empty_one_with_its_end",
     ),
     *(
         Mutant(
@@ -170,7 +170,7 @@ MUTANTS = (
         "usual_loss=state.usual_loss + np.inf",
         "usual_loss=state.usual_loss",
         (f"{_USUAL_LOSS}[3]",),
-        "with spike_factor, harder pictures are skipped until the run stops as diverged",
+        "with spike_factor, harder images are skipped until the run stops as diverged",
     ),
     Mutant(
         "ecdit/runs/training_run.py",
@@ -179,48 +179,48 @@ MUTANTS = (
         (f"{_USUAL_LOSS}[4]",),
         "a resumed run differs from one that was not stopped",
     ),
-    # Pictures with the weights and captions that they are said to have.
+    # Images with the weights and captions that they are said to have.
     Mutant(
         "ecdit/training/state.py",
         "return {**state.ema, **state.frozen}",
         "return {**state.params, **state.frozen}",
-        (_EMA_PICTURES,),
+        (_EMA_IMAGES,),
     ),
     Mutant(
         "ecdit/runs/training_run.py",
         "images.write(sampling_params(state), step)",
         "images.write({**state.params, **state.frozen}, step)",
-        (_EMA_PICTURES,),
+        (_EMA_IMAGES,),
     ),
     Mutant(
         "ecdit/runs/sample_grids.py",
-        "save_grid(pictures, prompts, ",
-        "save_grid(pictures, prompts[1:] + prompts[:1], ",
+        "save_grid(images, prompts, ",
+        "save_grid(images, prompts[1:] + prompts[:1], ",
         (_SAMPLES,),
     ),
     Mutant(
         "ecdit/runs/sample_grids.py",
-        "draw_maps(pictures, prompts, ",
-        "draw_maps(pictures, prompts[1:] + prompts[:1], ",
+        "draw_maps(images, prompts, ",
+        "draw_maps(images, prompts[1:] + prompts[:1], ",
         (f"{_SAMPLES}[expert_choice]",),
     ),
     Mutant(
         "ecdit/sampling/grids.py",
-        "zip(pictures, captions, strict=True)",
-        "zip(pictures, [*captions[1:], captions[0]], strict=True)",
-        (f"{_PICTURES}::test_every_picture_of_a_grid_has_its_own_caption",),
+        "zip(images, captions, strict=True)",
+        "zip(images, [*captions[1:], captions[0]], strict=True)",
+        (f"{_IMAGES}::test_every_image_of_a_grid_has_its_own_caption",),
     ),
     Mutant(
         "ecdit/sampling/routing_maps.py",
         "textwrap.wrap(captions[int(record)], ",
         "textwrap.wrap(captions[record - 1], ",
-        (f"{_PICTURES}::test_every_row_of_the_maps_has_its_own_picture_counts_and_caption",),
+        (f"{_IMAGES}::test_every_row_of_the_maps_has_its_own_image_counts_and_caption",),
     ),
     Mutant(
         "ecdit/sample.py",
-        "save_grid(pictures, prompts, ",
-        "save_grid(pictures, prompts[1:] + prompts[:1], ",
-        (f"{_PICTURES}::test_what_the_sample_command_writes_belongs_together",),
+        "save_grid(images, prompts, ",
+        "save_grid(images, prompts[1:] + prompts[:1], ",
+        (f"{_IMAGES}::test_what_the_sample_command_writes_belongs_together",),
     ),
     # What a plan that is kept follows from.
     _plan_follows_from("to_dict(experiment) | {'mesh': 0}, {}, target.name, what, compiler, code_digest()", _CACHE),

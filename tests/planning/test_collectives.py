@@ -6,7 +6,7 @@ import itertools
 import pytest
 
 from ecdit.chips import CHIPS, Chip, chip, chip_named
-from ecdit.planning.collectives import KINDS, DevicePosition, Torus, collective_of, wire_bytes_by_kind
+from ecdit.planning.collectives import KINDS, DevicePosition, Torus, bytes_sent_by_kind, collective_of
 from ecdit.planning.hlo import HloError, parse
 
 GB = 1e9
@@ -42,7 +42,7 @@ MILLION = "f32[250000000]"  # 1 GB
 
 
 @pytest.mark.parametrize(
-    ("opcode", "kind", "wire", "seconds"),
+    ("opcode", "kind", "sent", "seconds"),
     [
         # A ring of four has two links for each chip.
         ("all-gather", "all_gather", 0.75, 0.375),
@@ -51,10 +51,10 @@ MILLION = "f32[250000000]"  # 1 GB
         ("all-to-all", "all_to_all", 0.75, 0.5),
     ],
 )
-def test_a_ring_of_four(opcode, kind, wire, seconds):
+def test_a_ring_of_four(opcode, kind, sent, seconds):
     found = collective(opcode, MILLION, ALL, RING)
     assert (found.kind, found.axis, found.channel, found.dcn_bytes) == (kind, "z", "5", 0)
-    assert found.wire_bytes == pytest.approx(wire * GB)
+    assert found.bytes_sent == pytest.approx(sent * GB)
     assert found.seconds == pytest.approx(seconds)
 
 
@@ -63,7 +63,7 @@ def test_a_reduce_scatter_in_both_of_its_forms():
     plain = collective("reduce-scatter", "f32[62500000]", ALL, RING)
     fused = collective("all-reduce", MILLION, ALL, RING, scattered=True)
     for found in (plain, fused):
-        assert (found.kind, found.wire_bytes, found.seconds) == ("reduce_scatter", 0.75 * GB, pytest.approx(0.375))
+        assert (found.kind, found.bytes_sent, found.seconds) == ("reduce_scatter", 0.75 * GB, pytest.approx(0.375))
 
 
 def test_a_line_has_one_link_to_each_side():
@@ -89,7 +89,7 @@ def test_an_algorithm_over_several_dimensions_uses_their_links():
     several = collective("all-reduce", MILLION, f"replica_groups={{}}, {debug}", cube)
     assert one.seconds == pytest.approx(2 * 63 / 64 / 2)
     assert several.seconds == pytest.approx(2 * 63 / 64 / 6)
-    assert (one.axis, one.wire_bytes) == ("x+y+z", pytest.approx(2 * 63 / 64 * GB))
+    assert (one.axis, one.bytes_sent) == ("x+y+z", pytest.approx(2 * 63 / 64 * GB))
 
 
 def test_small_collectives_cost_a_microsecond_a_hop():
@@ -106,14 +106,14 @@ def test_the_longest_dimension_bounds_an_all_to_all():
 
 def test_a_group_of_one_moves_nothing():
     found = collective("all-reduce", MILLION, "replica_groups={{0},{1},{2},{3}}", RING)
-    assert (found.wire_bytes, found.seconds, found.axis) == (0, 0, "none")
+    assert (found.bytes_sent, found.seconds, found.axis) == (0, 0, "none")
 
 
 def test_between_slices_the_network_of_the_hosts_counts_apart():
     """Two rings: each chip reduces a quarter with its like, 2 x 1/2 x 0.25 GB at 0.1 GB/s, after 1.5 GB inside."""
     found = collective("all-reduce", MILLION, "replica_groups={}", torus((1, 1, 4), slices=2))
     assert found.axis == "slices+z"
-    assert found.wire_bytes == pytest.approx(1.5 * GB)
+    assert found.bytes_sent == pytest.approx(1.5 * GB)
     assert found.dcn_bytes == pytest.approx(0.25 * GB)
     assert found.seconds == pytest.approx(0.75 + 2.5)
 
@@ -122,7 +122,7 @@ def test_a_permute_is_as_slow_as_its_slowest_pair():
     near = collective("collective-permute", MILLION, "source_target_pairs={{0,1},{1,0}}", RING)
     assert (near.kind, near.seconds, near.axis) == ("permute", pytest.approx(1.0), "z")
     far = collective("collective-permute", MILLION, "source_target_pairs={{0,1},{0,4}}", torus((1, 1, 4), slices=2))
-    assert (far.wire_bytes, far.dcn_bytes, far.seconds) == (0, GB, pytest.approx(10.0))
+    assert (far.bytes_sent, far.dcn_bytes, far.seconds) == (0, GB, pytest.approx(10.0))
 
 
 def test_a_permute_goes_the_short_way_round():
@@ -133,7 +133,7 @@ def test_a_permute_goes_the_short_way_round():
 
 
 @pytest.mark.parametrize(
-    ("opcode", "wire", "seconds"),
+    ("opcode", "sent", "seconds"),
     [
         # Each die gathers one half of the array over two links, and gets the other from the other die.
         ("all-gather", 0.875, 0.5 * 0.75 / 2 + 0.5 / 4),
@@ -142,9 +142,9 @@ def test_a_permute_goes_the_short_way_round():
         ("all-to-all", 0.875, 0.5),
     ],
 )
-def test_both_dies_of_a_ring_of_four_chips(opcode, wire, seconds):
+def test_both_dies_of_a_ring_of_four_chips(opcode, sent, seconds):
     found = collective(opcode, MILLION, "replica_groups={{0,1,2,3,4,5,6,7}}", pairs((1, 1, 4)))
-    assert (found.axis, found.wire_bytes) == ("z+die", pytest.approx(wire * GB))
+    assert (found.axis, found.bytes_sent) == ("z+die", pytest.approx(sent * GB))
     assert found.seconds == pytest.approx(seconds)
 
 
@@ -172,14 +172,14 @@ def test_a_permute_between_dies_moves_bytes_and_between_chips_takes_a_link():
     for pair, seconds in (("{0,1}", 0.25), ("{0,2}", 1.0), ("{0,3}", 1.0), ("{0,0}", 0.0)):
         found = collective("collective-permute", MILLION, f"source_target_pairs={{{pair}}}", pairs((1, 1, 4)))
         assert found.seconds == pytest.approx(seconds)
-        assert found.wire_bytes == (GB if seconds else 0)
+        assert found.bytes_sent == (GB if seconds else 0)
 
 
 def test_asynchronous_forms_count_their_results():
     found = collective("all-gather-start", f"(f32[62500000], {MILLION})", ALL, RING)
-    assert found.wire_bytes == pytest.approx(0.75 * GB)
+    assert found.bytes_sent == pytest.approx(0.75 * GB)
     found = collective("all-to-all-start", f"(({MILLION}), {MILLION}, u32[]{{:S(2)}}, u32[]{{:S(2)}})", ALL, RING)
-    assert found.wire_bytes == pytest.approx(0.75 * GB)
+    assert found.bytes_sent == pytest.approx(0.75 * GB)
 
 
 def test_other_instructions_are_no_collectives():
@@ -193,7 +193,7 @@ def test_devices_that_are_not_there_are_an_error():
 
 def test_all_five_kinds_are_always_there():
     found = collective("all-gather", MILLION, ALL, RING)
-    total = wire_bytes_by_kind({found: 3})
+    total = bytes_sent_by_kind({found: 3})
     assert total == dict.fromkeys(KINDS, 0.0) | {"all_gather": pytest.approx(2.25 * GB)}
 
 

@@ -106,7 +106,7 @@ SCATTERED = """\
 def test_a_reduce_scatter_that_hides_in_a_fusion_is_found():
     found = estimate("%f = f32[62500000] fusion(%p), kind=kCustom, calls=%all-reduce-scatter.3", more=SCATTERED)
     (one,) = found.collectives
-    assert (one.kind, one.wire_bytes) == ("reduce_scatter", 0.75e9)
+    assert (one.kind, one.bytes_sent) == ("reduce_scatter", 0.75e9)
     assert found.exposed_seconds == pytest.approx(GATHERED)
 
 
@@ -145,7 +145,7 @@ def test_a_call_to_the_sparse_cores_goes_on_beside(written):
     assert found.exposed_seconds == 0
     assert found.communication_seconds == pytest.approx(GATHERED)
     ((one, times),) = found.collectives.items()
-    assert (one.kind, one.wire_bytes, times) == ("reduce_scatter", 0.75e9, 1)
+    assert (one.kind, one.bytes_sent, times) == ("reduce_scatter", 0.75e9, 1)
 
 
 @pytest.mark.parametrize("written", CALLS)
@@ -187,7 +187,7 @@ def test_what_goes_to_other_slices_is_waited_for_where_it_comes_back():
     )
     found = Estimator(module, torus((1, 1, 4), slices=2)).estimate
     (one,) = found.collectives
-    assert (one.kind, one.axis, one.wire_bytes, one.dcn_bytes) == ("all_reduce", "slices", 0, 1e9)
+    assert (one.kind, one.axis, one.bytes_sent, one.dcn_bytes) == ("all_reduce", "slices", 0, 1e9)
     assert found.exposed_seconds == pytest.approx(1.0)
 
 

@@ -162,14 +162,14 @@ def test_the_peak_is_that_of_all_devices(monkeypatch):
     assert (watch.images, watch.peak) == (16, 8e12)
 
 
-def test_the_time_that_pictures_take_is_no_step_s(tmp_path, monkeypatch):
+def test_the_time_that_images_take_is_no_step_s(tmp_path, monkeypatch):
     clock = Clock(monkeypatch, 2.0)
     reporter = make_reporter(tmp_path)
     for step in range(1, 5):
         reporter.report(step, METRICS, 0.0)
         if step == 2:
             clock.now += 100
-            reporter.pictures(step, {})
+            reporter.images(step, {})
     reporter.close()
     assert [row["images_per_second"] for row in rows(tmp_path)] == [None, 2.0, None, 2.0]
 
@@ -178,20 +178,20 @@ def test_the_time_that_pictures_take_is_no_step_s(tmp_path, monkeypatch):
     ("step", "every", "num_steps", "said"),
     [
         # 0.5 s a step: 1990 steps are 995 s, 490 are 245 s.
-        (10, 500, 2000, "the other 1990 steps will take about 17 min; the next pictures come after step 500, in 5 min"),
+        (10, 500, 2000, "the other 1990 steps will take about 17 min; the next images come after step 500, in 5 min"),
         (
             500,
             500,
             2000,
-            "the other 1500 steps will take about 13 min; the next pictures come after step 500, in 0 min",
+            "the other 1500 steps will take about 13 min; the next images come after step 500, in 0 min",
         ),
-        (501, 500, 600, "the other 99 steps will take about 1 min; the next pictures come after step 600, in 1 min"),
-        (10, 0, 130, "the other 120 steps will take about 1 min; the next pictures come after step 130, in 1 min"),
+        (501, 500, 600, "the other 99 steps will take about 1 min; the next images come after step 600, in 1 min"),
+        (10, 0, 130, "the other 120 steps will take about 1 min; the next images come after step 130, in 1 min"),
         (
             10,
             0,
             80_000,
-            "the other 79990 steps will take about 11.1 hours; the next pictures come after step 80000, in 11.1 hours",
+            "the other 79990 steps will take about 11.1 hours; the next images come after step 80000, in 11.1 hours",
         ),
     ],
 )

@@ -15,7 +15,7 @@ from ecdit.reporting import profiling, writers
 from ecdit.reporting.profiling import Profile
 from ecdit.reporting.writers import TensorBoard, check_writers
 from ecdit.runs.provenance import record_start
-from tests.events import events, pictures, scalars
+from tests.events import events, images, scalars
 from tests.runs import tiny
 
 
@@ -34,8 +34,8 @@ def test_what_was_written_is_there_before_the_file_is_closed(tmp_path):
     board = TensorBoard(tmp_path, 0)
     Image.new("RGB", (5, 3), "red").save(tmp_path / "a.png")
     board.scalars(2, {"loss": math.nan, "coverage_0/layer_1": 0.5})
-    board.picture(2, "samples", tmp_path / "a.png")
-    assert pictures(tmp_path) == [(2, "samples")]
+    board.image(2, "samples", tmp_path / "a.png")
+    assert images(tmp_path) == [(2, "samples")]
     assert scalars(tmp_path)["coverage_0/layer_1"] == [(2, 0.5)]
     assert math.isnan(scalars(tmp_path)["loss"][0][1])
     board.close()

@@ -1,4 +1,4 @@
-"""Grids and pages of pictures: each picture stands above its own caption, in order."""
+"""Grids and pages of images: each image stands above its own caption, in order."""
 
 import json
 
@@ -6,26 +6,26 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ecdit.sample import write_pictures
+from ecdit.sample import write_images
 from ecdit.sampling.grids import save_grid
 from ecdit.sampling.routing_maps import draw_maps
 
 CAPTIONS = ["red heart", "tiger", "owl", "flag of Chad", "fire", "a caption that needs more than a single line", "x"]
-PICTURES = np.random.default_rng(0).integers(0, 256, (7, 32, 32, 3), np.uint8)
-CELL = (136, 160)  # width and height: 128 pixels of picture, with the gap, and the lines of the caption below
+IMAGES = np.random.default_rng(0).integers(0, 256, (7, 32, 32, 3), np.uint8)
+CELL = (136, 160)  # width and height: 128 pixels of image, with the gap, and the lines of the caption below
 
 
 def read(path):
-    with Image.open(path) as picture:
-        return np.asarray(picture.convert("RGB"))
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
 
 
 @pytest.fixture(scope="module")
 def cells(tmp_path_factory):
-    """Each picture with its caption, as a grid of one."""
+    """Each image with its caption, as a grid of one."""
     path, found = tmp_path_factory.mktemp("cells") / "cell.png", []
     for i in range(len(CAPTIONS)):
-        save_grid(PICTURES[i : i + 1], CAPTIONS[i : i + 1], path)
+        save_grid(IMAGES[i : i + 1], CAPTIONS[i : i + 1], path)
         found.append(read(path))
     return found
 
@@ -37,34 +37,34 @@ def assert_cells(grid, cells):
         np.testing.assert_array_equal(row, cells[i] if i < len(cells) else 255, err_msg=f"cell {i}")
 
 
-def test_a_cell_is_the_picture_enlarged_above_its_caption(cells):
-    for picture, cell in zip(PICTURES, cells, strict=True):
+def test_a_cell_is_the_image_enlarged_above_its_caption(cells):
+    for image, cell in zip(IMAGES, cells, strict=True):
         assert cell.shape == (CELL[1], CELL[0], 3)
-        np.testing.assert_array_equal(cell[:128, 4:132], picture.repeat(4, axis=0).repeat(4, axis=1))
+        np.testing.assert_array_equal(cell[:128, 4:132], image.repeat(4, axis=0).repeat(4, axis=1))
     assert len({cell[128:].tobytes() for cell in cells}) == len(CAPTIONS)
 
 
-def test_every_picture_of_a_grid_has_its_own_caption(cells, tmp_path):
-    save_grid(PICTURES, CAPTIONS, tmp_path / "grid.png")
+def test_every_image_of_a_grid_has_its_own_caption(cells, tmp_path):
+    save_grid(IMAGES, CAPTIONS, tmp_path / "grid.png")
     assert_cells(read(tmp_path / "grid.png"), cells)
 
 
 def test_what_the_sample_command_writes_belongs_together(cells, tmp_path):
     repeats = [0, 0, 0, 1, 0, 0, 2]
-    write_pictures(tmp_path / "out", PICTURES, CAPTIONS, repeats, {"step": 3})
+    write_images(tmp_path / "out", IMAGES, CAPTIONS, repeats, {"step": 3})
     manifest = json.loads((tmp_path / "out/manifest.json").read_text())
     assert manifest["step"] == 3
-    assert [(row["prompt"], row["repeat"]) for row in manifest["pictures"]] == list(zip(CAPTIONS, repeats, strict=True))
-    for row, picture in zip(manifest["pictures"], PICTURES, strict=True):
-        np.testing.assert_array_equal(read(tmp_path / "out" / row["file"]), picture)
+    assert [(row["prompt"], row["repeat"]) for row in manifest["images"]] == list(zip(CAPTIONS, repeats, strict=True))
+    for row, image in zip(manifest["images"], IMAGES, strict=True):
+        np.testing.assert_array_equal(read(tmp_path / "out" / row["file"]), image)
     assert_cells(read(tmp_path / "out/grid.png"), cells)
 
 
-def test_every_row_of_the_maps_has_its_own_picture_counts_and_caption():
+def test_every_row_of_the_maps_has_its_own_image_counts_and_caption():
     """A page of seven has the rows of seven pages of one; the largest count, which sets the colours, is in each."""
     counts = np.random.default_rng(1).integers(0, 4, (7, 2, 2, 4))
     counts[:, :, :, 0] = 5
-    page = np.asarray(draw_maps(PICTURES, CAPTIONS, counts))
+    page = np.asarray(draw_maps(IMAGES, CAPTIONS, counts))
     for i in range(7):
-        alone = np.asarray(draw_maps(PICTURES[i : i + 1], CAPTIONS[i : i + 1], counts[i : i + 1]))
+        alone = np.asarray(draw_maps(IMAGES[i : i + 1], CAPTIONS[i : i + 1], counts[i : i + 1]))
         np.testing.assert_array_equal(page[32 + 160 * i :][:160], alone[32:][:160], err_msg=f"row {i}")

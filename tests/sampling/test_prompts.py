@@ -38,14 +38,14 @@ def test_an_unfinished_folder_is_gone_on_with_by_the_same_call_alone(tmp_path):
     sample.begin_folder(out, ["a"], [0], source)
     sample.begin_folder(out, ["a"], [0], source)
     for prompts, other in ((["b"], source), (["a"], {"step": 3, "sampling": {"seed": 2}})):
-        with pytest.raises(UserError, match="holds the unfinished pictures of another call"):
+        with pytest.raises(UserError, match="holds the unfinished images of another call"):
             sample.begin_folder(out, prompts, [0], other)
-    sample.write_pictures(out, np.zeros((1, 8, 8, 3), np.uint8), ["a"], [0], source)
-    with pytest.raises(UserError, match="holds the pictures of another call"):
+    sample.write_images(out, np.zeros((1, 8, 8, 3), np.uint8), ["a"], [0], source)
+    with pytest.raises(UserError, match="holds the images of another call"):
         sample.begin_folder(out, ["a"], [0], source)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "3", '{"pictures": []}'])
+@pytest.mark.parametrize("text", ["{", "[]", "3", '{"images": []}'])
 def test_a_manifest_of_another_kind_is_other_files(tmp_path, text):
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(UserError, match="holds other files"):

@@ -1,4 +1,4 @@
-"""Heat maps of experts per token: what is averaged, how it is coloured, and where it stands in the picture."""
+"""Heat maps of experts per token: what is averaged, how it is coloured, and where it stands in the image."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ def test_stages_are_the_steps_that_start_nearest_to_their_times(num_steps, steps
 
 
 def test_means_by_hand():
-    """One picture, ten steps, two layers, four tokens; layer 2 has thrice layer 1's counts, which are the step's."""
+    """One image, ten steps, two layers, four tokens; layer 2 has thrice layer 1's counts, which are the step's."""
     counts = np.arange(10)[None, :, None, None] * np.array([1, 3])[None, None, :, None] * np.ones((1, 1, 1, 4), int)
     means = {label: values[0, 0] for label, values in summaries(counts).items()}
     assert means == {
@@ -43,11 +43,11 @@ def test_equal_steps_look_equally_large():
 
 
 def test_a_token_is_a_square_at_its_place_under_its_layer():
-    """Eleven pictures of 32 pixels, four tokens: eight rows; the one token that is taken is the upper right one."""
-    pictures = np.full((11, 32, 32, 3), 200, np.uint8)
+    """Eleven images of 32 pixels, four tokens: eight rows; the one token that is taken is the upper right one."""
+    images = np.full((11, 32, 32, 3), 200, np.uint8)
     counts = np.zeros((11, 10, 2, 4), int)
     counts[:, :, 1, 1] = 6  # in layer 2 alone
-    page = np.asarray(draw_maps(pictures, ["a caption"] * 11, counts))
+    page = np.asarray(draw_maps(images, ["a caption"] * 11, counts))
     assert page.shape == (32 + 8 * (128 + 32) + 14 + 26 + 8, 8 + 6 * (128 + 8), 3)
     for row in range(8):
         cells = [page[32 + row * 160 :, 8 + column * 136 :][:128, :128] for column in range(6)]
@@ -75,8 +75,8 @@ def test_one_image_s_maps_stand_in_the_row_of_their_time_and_the_column_of_their
     """Twelve steps, of which eight are drawn; four tokens, three layers; in step 11 all go to layer 2's token 1."""
     counts = np.zeros((12, 3, 4), int)
     counts[11, 1, 1] = 5
-    picture = np.full((32, 32, 3), 200, np.uint8)
-    page = np.asarray(draw_layers(picture, "a caption", counts))
+    image = np.full((32, 32, 3), 200, np.uint8)
+    page = np.asarray(draw_layers(image, "a caption", counts))
     assert (page[19 : 19 + 128, 8 : 8 + 128] == 200).all()
     left, step = 8 + 128 + 8 + 52, 64 + 8
     for row in range(8):

@@ -1,6 +1,6 @@
 """The page of a sample's routing in a real browser: what it shows, by mouse, by keys and to a screen reader.
 
-With ECDIT_SCREENSHOTS=FOLDER it writes the pictures of docs/routing_maps.md, of the page ECDIT_ROUTING_PAGE if that is
+With ECDIT_SCREENSHOTS=FOLDER it writes the images of docs/routing_maps.md, of the page ECDIT_ROUTING_PAGE if that is
 set and else of this test's own.
 """
 
@@ -25,7 +25,7 @@ STEPS, LAYERS, GRID, EXPERTS = 4, 3, 4, 5
 READY = "document.body?.dataset.ready === ''"
 
 
-def draw_pictures():
+def draw_images():
     """Three images of 32 pixels."""
     pages = [Image.new("RGB", (32, 32), shade) for shade in ("#dfe7ee", "#f3ead8", "#e6e6f2")]
     draws = [ImageDraw.Draw(page) for page in pages]
@@ -38,7 +38,7 @@ def draw_pictures():
 def choose(seed=0):
     """Gates of an expert choice in which each expert takes 4 of 16 tokens, more of them on the drawn shapes later."""
     rng = np.random.default_rng(seed)
-    patches = draw_pictures().reshape(3, GRID, 8, GRID, 8, 3).std(axis=(2, 4, 5)).reshape(3, 1, 1, GRID**2, 1) / 30
+    patches = draw_images().reshape(3, GRID, 8, GRID, 8, 3).std(axis=(2, 4, 5)).reshape(3, 1, 1, GRID**2, 1) / 30
     weight = np.linspace(0, 0.5, STEPS)[None, :, None, None, None]
     logits = rng.normal(size=(3, STEPS, LAYERS, GRID**2, EXPERTS)) + weight * patches
     affinity = 1 / (1 + np.exp(-logits))
@@ -53,9 +53,9 @@ SPOT = "#prompt=1&step=2&layer=1&token=6"
 
 
 def render(gates=GATES, num_images=3, steps=range(STEPS)):
-    pictures, found = draw_pictures(), takings(draw_pictures(), gates, 2)
+    images, found = draw_images(), takings(draw_images(), gates, 2)
     when = "in the last 2 of 4 steps"
-    return render_page(PROMPTS, pictures, gates, step_times(STEPS), found, "Made up.", when, num_images, list(steps))
+    return render_page(PROMPTS, images, gates, step_times(STEPS), found, "Made up.", when, num_images, list(steps))
 
 
 @pytest.fixture(scope="module")
@@ -233,7 +233,7 @@ def test_a_selected_expert_shows_what_it_takes_everywhere(browser):
             assert float(label.split("gate ")[1]) == pytest.approx(gate, abs=0.005 + TOP / 255)
         else:
             assert label.endswith("not taken")
-    found = takings(draw_pictures(), GATES, 2)
+    found = takings(draw_images(), GATES, 2)
     mean = "[...document.getElementById('mean').getContext('2d').getImageData(0, 0, 8, 8).data]"
     pixels = np.array(browser.evaluate(mean)).reshape(8, 8, 4)
     np.testing.assert_array_equal(pixels[:, :, :3], found.patches[1, 4])
@@ -247,9 +247,9 @@ def test_the_gallery_darkens_what_the_expert_does_not_take(browser):
     canvas = "document.querySelectorAll('#gallery canvas')[2].getContext('2d').getImageData(0, 0, 32, 32).data"
     pixels = np.array(browser.evaluate(f"[...{canvas}]")).reshape(32, 32, 4)[:, :, :3]
     taken = (GATES[2, 3, 0, :, 0] > 0).reshape(GRID, GRID).repeat(8, axis=0).repeat(8, axis=1)
-    picture = draw_pictures()[2]
-    np.testing.assert_array_equal(pixels[taken], picture[taken])
-    np.testing.assert_allclose(pixels[~taken], 0.2 * picture[~taken], atol=1.5)
+    image = draw_images()[2]
+    np.testing.assert_array_equal(pixels[taken], image[taken])
+    np.testing.assert_allclose(pixels[~taken], 0.2 * image[~taken], atol=1.5)
 
 
 @needs_chromium
@@ -306,6 +306,6 @@ def test_screenshots(page):
             browser.open(f"{shown.as_uri()}#step=3&layer=1&token=5&expert=1", READY)
             file = folder / f"routing_page_{scheme}.png"
             file.write_bytes(browser.screenshot())
-        with Image.open(file) as picture:  # few colours: a small file
-            picture.convert("RGB").quantize(128).save(file, optimize=True)
+        with Image.open(file) as image:  # few colours: a small file
+            image.convert("RGB").quantize(128).save(file, optimize=True)
         assert file.stat().st_size < 200_000

@@ -51,49 +51,49 @@ def test_a_layer_whose_tokens_all_have_one_expert_has_columns_for_more():
 
 
 def test_patches_are_those_of_patchify_s_order():
-    picture = np.arange(16, dtype=np.uint8).reshape(1, 4, 4, 1).repeat(3, axis=3)
-    patches = split_patches(picture, 4)
+    image = np.arange(16, dtype=np.uint8).reshape(1, 4, 4, 1).repeat(3, axis=3)
+    patches = split_patches(image, 4)
     assert patches.shape == (1, 4, 2, 2, 3)
     np.testing.assert_array_equal(patches[0, 1, :, :, 0], [[2, 3], [6, 7]])
     np.testing.assert_array_equal(patches[0, 2, :, :, 0], [[8, 9], [12, 13]])
 
 
 @pytest.fixture
-def pictures():
+def images():
     """Patches of one colour: 10, 20, 30, 40 in the first image, 110 to 140 in the second."""
     tokens = np.array([[10, 20, 30, 40], [110, 120, 130, 140]], np.uint8).reshape(2, 2, 2)
     return tokens.repeat(2, axis=1).repeat(2, axis=2)[..., None].repeat(3, axis=3)
 
 
-def test_takings_in_the_last_step(pictures):
+def test_takings_in_the_last_step(images):
     """Expert 0 takes tokens 0 and 3 of the first image and 1 of the second: (10 + 40 + 120) / 3, rounded."""
-    found = takings(pictures, GATES, last_steps=1)
+    found = takings(images, GATES, last_steps=1)
     np.testing.assert_array_equal(found.patches[0, :, 0, 0, 0], [57, round((10 + 120 + 130) / 3), 10])
     assert (found.patches == found.patches[:, :, :1, :1, :1]).all()
     np.testing.assert_array_equal(found.tokens[0], [[2, 1], [1, 2], [1, 0]])
     np.testing.assert_allclose(found.gates[0], [[0.75, 0.5], [0.1, 1.0], [0.4, 0.0]], rtol=1e-6)
 
 
-def test_takings_of_two_steps_are_averages_over_them(pictures):
-    found = takings(pictures, GATES, last_steps=2)
+def test_takings_of_two_steps_are_averages_over_them(images):
+    found = takings(images, GATES, last_steps=2)
     np.testing.assert_array_equal(found.tokens[0], [[1.5, 1], [1, 1.5], [1, 0.5]])
     assert found.patches[0, 0, 0, 0, 0] == round((10 + 10 + 40 + 110 + 120) / 5)
 
 
-def test_an_expert_that_takes_nothing_has_a_black_patch(pictures):
-    found = takings(pictures, GATES * np.array([1, 1, 0], np.float32), last_steps=1)
+def test_an_expert_that_takes_nothing_has_a_black_patch(images):
+    found = takings(images, GATES * np.array([1, 1, 0], np.float32), last_steps=1)
     assert (found.patches[0, 2] == 0).all()
     assert (found.tokens[0, 2] == 0).all()
 
 
-def test_favourites_are_ordered_by_tokens_and_then_by_gates(pictures):
-    order = favourites(takings(pictures, GATES, last_steps=1), 2)
+def test_favourites_are_ordered_by_tokens_and_then_by_gates(images):
+    order = favourites(takings(images, GATES, last_steps=1), 2)
     np.testing.assert_array_equal(order[0], [[0, 1], [1, 0], [0, 1]])
-    tied = takings(pictures, np.array([[[FIRST]], [[FIRST]]], np.float32) * np.float32([[[[[1]]]], [[[[2]]]]]), 1)
+    tied = takings(images, np.array([[[FIRST]], [[FIRST]]], np.float32) * np.float32([[[[[1]]]], [[[[2]]]]]), 1)
     np.testing.assert_array_equal(favourites(tied, 1)[0, :, 0], [1, 1, 1])
 
 
-def test_many_tokens_with_small_gates_come_before_one_with_a_large_gate(pictures):
+def test_many_tokens_with_small_gates_come_before_one_with_a_large_gate(images):
     gates = np.zeros((2, 1, 1, 4, 1), np.float32)
     gates[0, 0, 0, 0], gates[1, 0, 0, :3] = 0.9, 0.1
-    np.testing.assert_array_equal(favourites(takings(pictures, gates, last_steps=1), 2)[0, 0], [1, 0])
+    np.testing.assert_array_equal(favourites(takings(images, gates, last_steps=1), 2)[0, 0], [1, 0])

@@ -1,4 +1,4 @@
-"""Drawing pictures by hand: what the network is given, which caption is the null one, and whose picture is whose."""
+"""Drawing images by hand: what the network is given, which caption is the null one, and whose image is whose."""
 
 import dataclasses
 
@@ -10,7 +10,7 @@ from ecdit.data.text import EOS, PAD, tokenize, train_vocabulary
 from ecdit.diffusion.flow import sample_keys, sample_noise
 from ecdit.diffusion.guidance import GuidanceConfig
 from ecdit.partitioning import make_mesh
-from ecdit.sampling.sampler import make_sampler, sample_pictures
+from ecdit.sampling.sampler import make_sampler, sample_images
 from tests.knowing import DATA, PIXEL, KnowingSystem
 from tests.runs import tiny
 
@@ -21,7 +21,7 @@ REPEATS = [0, 0, 0, 1, 0, 0]
 
 @pytest.fixture(scope="module")
 def drawn():
-    """What the knowing network was given in four guided steps, the pictures, and the noise they were drawn from."""
+    """What the knowing network was given in four guided steps, the images, and the noise they were drawn from."""
     experiment = tiny(mesh__data=1, sampling__batch_size=BATCH)
     config = dataclasses.replace(
         experiment.sampling, num_steps=4, guidance=GuidanceConfig(3.0, "plain"), original_size=97, solver="euler"
@@ -30,12 +30,12 @@ def drawn():
     sampler = make_sampler(system, config, make_mesh(experiment.mesh, jax.devices()[:1]))
     keys = sample_keys(0, PROMPTS[:BATCH], REPEATS[:BATCH])
     tokens = np.ones((BATCH, experiment.data.caption_length), np.int32)
-    pictures = np.asarray(sampler(system.params(), tokens, tokens[:1], keys))
-    noise = sample_noise(keys, (*pictures.shape[1:3], experiment.model.latent_channels))
-    return system.taken(), pictures, np.asarray(noise)
+    images = np.asarray(sampler(system.params(), tokens, tokens[:1], keys))
+    noise = sample_noise(keys, (*images.shape[1:3], experiment.model.latent_channels))
+    return system.taken(), images, np.asarray(noise)
 
 
-def test_a_network_that_knows_the_picture_draws_it(drawn):
+def test_a_network_that_knows_the_image_draws_it(drawn):
     """From t = 1 on, a velocity of (x_t - data) / t leads to the data, if t is the time that the network is told."""
     assert (drawn[1] == PIXEL).all()
 
@@ -63,15 +63,15 @@ def vocabulary(tmp_path_factory):
     return path
 
 
-def test_each_picture_is_of_its_prompt_and_the_null_caption_is_the_empty_one_with_its_end(vocabulary):
-    """Six prompts in batches of four; a sampler whose pictures are what it is given."""
+def test_each_image_is_of_its_prompt_and_the_null_caption_is_the_empty_one_with_its_end(vocabulary):
+    """Six prompts in batches of four; a sampler whose images are what it is given."""
     config, seen = dataclasses.replace(tiny().sampling, batch_size=BATCH, seed=3), []
 
     def sampler(params, tokens, null_tokens, keys):
         seen.append((params, null_tokens))
         return {"tokens": tokens, "keys": jax.random.key_data(keys)}
 
-    given = sample_pictures(sampler, "ema", lambda texts: tokenize(vocabulary, texts, LENGTH), PROMPTS, REPEATS, config)
+    given = sample_images(sampler, "ema", lambda texts: tokenize(vocabulary, texts, LENGTH), PROMPTS, REPEATS, config)
     np.testing.assert_array_equal(given["tokens"], tokenize(vocabulary, PROMPTS, LENGTH))
     np.testing.assert_array_equal(given["keys"], jax.random.key_data(sample_keys(3, PROMPTS, REPEATS)))
     assert len(seen) == 2

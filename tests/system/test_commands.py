@@ -40,8 +40,8 @@ def workdir(tmp_path_factory, emoji_data, env):
 
 
 def read_png(path):
-    with Image.open(path) as picture:
-        return np.asarray(picture)
+    with Image.open(path) as image:
+        return np.asarray(image)
 
 
 def refused(arguments, env, *said):
@@ -70,7 +70,7 @@ def test_a_finished_run_is_left_as_it_is(workdir, emoji_data, env):
     assert (workdir / "metrics.jsonl").read_text() == before
 
 
-def test_sample_writes_pictures_grid_and_manifest_in_order(workdir, tmp_path, env):
+def test_sample_writes_images_grid_and_manifest_in_order(workdir, tmp_path, env):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("red heart\ntiger\n")
     out = tmp_path / "out"
@@ -79,24 +79,24 @@ def test_sample_writes_pictures_grid_and_manifest_in_order(workdir, tmp_path, en
     assert result.returncode == 0, result.stderr
     manifest = json.loads((out / "manifest.json").read_text())
     assert manifest["step"] == 3
-    named = [(row["prompt"], row["repeat"], row["file"]) for row in manifest["pictures"]]
+    named = [(row["prompt"], row["repeat"], row["file"]) for row in manifest["images"]]
     assert named == [
         ("red heart", 0, "00000.png"),
         ("red heart", 1, "00001.png"),
         ("tiger", 0, "00002.png"),
         ("tiger", 1, "00003.png"),
     ]
-    pictures = [read_png(out / name) for *_, name in named]
-    assert {picture.shape for picture in pictures} == {(32, 32, 3)}
+    images = [read_png(out / name) for *_, name in named]
+    assert {image.shape for image in images} == {(32, 32, 3)}
     assert read_png(out / "grid.png").shape[1] > 200
-    # The same picture alone, by --prompt; and another seed gives another.
+    # The same image alone, by --prompt; and another seed gives another.
     again, other = tmp_path / "again", tmp_path / "other"
     one = [f"--workdir={workdir}", "--prompt=tiger"]
     assert run_forked(command("sample", *one, f"--out={again}"), env).returncode == 0
-    np.testing.assert_array_equal(read_png(again / "00000.png"), pictures[2])
+    np.testing.assert_array_equal(read_png(again / "00000.png"), images[2])
     seeded = run_forked(command("sample", *one, f"--out={other}", "--set=sampling.seed=7"), env)
     assert seeded.returncode == 0
-    assert (read_png(other / "00000.png") != pictures[2]).mean() > 0.5
+    assert (read_png(other / "00000.png") != images[2]).mean() > 0.5
     # The manifest says what they follow from.
     first, second = (json.loads((folder / "manifest.json").read_text()) for folder in (again, other))
     assert (first["sampling"]["solver"], first["sampling"]["num_steps"]) == ("euler", 2)
@@ -105,8 +105,8 @@ def test_sample_writes_pictures_grid_and_manifest_in_order(workdir, tmp_path, en
     assert (first["seed"], second["seed"]) == (opened_sampling(workdir).seed, 7)
     assert first["checkpoint"] == second["checkpoint"] == manifest["checkpoint"]
     assert len(first["checkpoint"]) == 64
-    # Pictures of two calls are not mixed.
-    refused(command("sample", *one, f"--out={again}"), env, f"--out={again}: holds the pictures of another call")
+    # Images of two calls are not mixed.
+    refused(command("sample", *one, f"--out={again}"), env, f"--out={again}: holds the images of another call")
     assert json.loads((again / "manifest.json").read_text()) == first
 
 
@@ -140,7 +140,7 @@ def test_retrieval_prints_and_writes_what_it_measured(workdir, tmp_path, env):
     assert result.returncode == 0, result.stderr
     measured = json.loads(out.read_text())
     assert 0 <= measured["r_at_1"] <= measured["r_at_5"] <= 0.1  # three steps teach nothing
-    assert (measured["num_images"], measured["num_pictures"]) == (32, 1913)
+    assert (measured["num_captions"], measured["num_images"]) == (32, 1913)
     assert measured["seconds"] > 0
     assert (measured["protocol"]["solver"], measured["protocol"]["num_steps"]) == ("euler", 25)
     assert "fit to the training captions" in result.stdout

@@ -293,20 +293,20 @@ def test_a_restart_does_not_compile_again(bucket, starts):
 
 
 @pytest.mark.slow
-def test_pictures_and_events_are_those_of_a_run_on_a_disk(bucket, starts, on_disk, tmp_path):
+def test_images_and_events_are_those_of_a_run_on_a_disk(bucket, starts, on_disk, tmp_path):
     store, (_, after_kill, _) = bucket[0], starts
-    pictures = sorted(path.name for path in (on_disk / "samples").iterdir())
-    assert names(store, "runs/a/samples/") == pictures
-    assert len(pictures) == 2 * STEPS // 4
-    for name in pictures:
+    images = sorted(path.name for path in (on_disk / "samples").iterdir())
+    assert names(store, "runs/a/samples/") == images
+    assert len(images) == 2 * STEPS // 4
+    for name in images:
         data = store.objects[f"runs/a/samples/{name}"][0]
         assert np.array_equal(Image.open(io.BytesIO(data)), Image.open(on_disk / "samples" / name)), name
     found = event_files(store.objects, tmp_path / "end")
     assert events.scalars(found)["loss"] == events.scalars(on_disk)["loss"]
-    assert events.pictures(found) == events.pictures(on_disk)
+    assert events.images(found) == events.images(on_disk)
     # A run that went on from the checkpoint whose save was killed would not draw them again.
     at_kill = event_files(after_kill, tmp_path / "kill")
-    assert [step for step, _ in events.pictures(at_kill)] == [4, 4, KILLED, KILLED]
+    assert [step for step, _ in events.images(at_kill)] == [4, 4, KILLED, KILLED]
     assert [step for step, _ in events.scalars(at_kill)["loss"]] == list(range(1, KILLED + 1))
     assert [start["step"] for start in json.loads(store.objects["runs/a/overrides.json"][0])] == [0, 4, STOPPED]
 

@@ -91,7 +91,7 @@ def test_each_phase_trains_what_it_says(uninterrupted):
     experiment = saved_experiment(uninterrupted)
     (before, meta), (after, last_meta) = (saved(uninterrupted, experiment, step) for step in (BOUNDARY, STEPS))
     assert (meta.next_row, last_meta.next_row) == (16 * BOUNDARY, 16 * BOUNDARY + 8 * (STEPS - BOUNDARY))
-    assert meta.dataset != last_meta.dataset  # of the pictures of each phase
+    assert meta.dataset != last_meta.dataset  # of the images of each phase
     assert int(after.step) == int(before.step) + STEPS - BOUNDARY
     moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), before.params["denoiser"], after.params["denoiser"])
     assert moved["head"]["bias"] > 1e-3  # at the second phase's rate: the first one's is a tenth

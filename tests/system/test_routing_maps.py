@@ -54,14 +54,14 @@ def test_it_writes_arrays_tables_maps_and_a_page(workdir, prompts, tmp_path, cpu
 
     opened = open_run(workdir)
     repeated, repeats = [prompt for prompt in PROMPTS for _ in range(2)], [0, 1] * 3
-    pictures, counts = sample_run(opened, repeated, repeats, with_experts=True)
+    images, counts = sample_run(opened, repeated, repeats, with_experts=True)
     with np.load(out / "routing.npz") as arrays:
         found = dict(arrays)
     assert found["prompts"].tolist() == [f"{p} ({r})" for p, r in zip(repeated, repeats, strict=True)]
     np.testing.assert_allclose(found["times"], [1, 2 / 3, 1 / 3])
     # On other devices and in another program: the last bits differ, and near-ties.
     assert (found["counts"] != counts).mean() < 0.005
-    assert np.abs(found["images"].astype(int) - pictures).max() <= 1
+    assert np.abs(found["images"].astype(int) - images).max() <= 1
     np.testing.assert_array_equal(found["counts"], counts_of(found["gates"]))
     assert found["gates"].shape == (6, 3, 2, 16, 4)
     assert found["coverage"].shape[:2] == (3, 2)
@@ -75,8 +75,8 @@ def test_it_writes_arrays_tables_maps_and_a_page(workdir, prompts, tmp_path, cpu
     rows = list(csv.DictReader((out / "coverage.csv").read_text().splitlines()))
     assert [(row["time"], row["layer"]) for row in rows] == [(t, n) for t in ("1", "0.6667", "0.3333") for n in "12"]
     for i in range(6):
-        with Image.open(out / f"{i:05d}.png") as picture:
-            np.testing.assert_array_equal(picture, found["images"][i])
+        with Image.open(out / f"{i:05d}.png") as image:
+            np.testing.assert_array_equal(image, found["images"][i])
         assert (out / f"{i:05d}_experts.png").exists()
     page = (out / "routing.html").read_text()
     assert "<b>owl" not in page

@@ -21,7 +21,7 @@ from ecdit.evaluation.retrieval import (
 )
 from ecdit.models.moe import MixtureOfExperts
 from ecdit.partitioning import make_mesh
-from ecdit.sampling.sampler import make_sampler, sample_pictures
+from ecdit.sampling.sampler import make_sampler, sample_images
 from ecdit.system import make_system
 from tests.runs import tiny
 
@@ -30,7 +30,7 @@ REPEATS = [0, 0, 0, 0, 0, 1, 0, 0]
 
 
 class Samples:
-    """Draws pictures with weights that are random everywhere, so that nothing is hidden by zeros at the start."""
+    """Draws images with weights that are random everywhere, so that nothing is hidden by zeros at the start."""
 
     def __init__(self, data, **model):
         self.base = tiny(data__directory=str(data), mesh__data=1, **model)
@@ -59,7 +59,7 @@ class Samples:
         sampling = dataclasses.replace(self.base.sampling, **{"num_steps": 4, **changes})
         sampler = self.samplers(sampling, devices, group, with_experts=with_experts, with_gates=with_gates)
         tokens = functools.partial(tokenize_captions, self.base.data)
-        return sample_pictures(sampler, self.params, tokens, prompts, repeats, sampling)
+        return sample_images(sampler, self.params, tokens, prompts, repeats, sampling)
 
 
 @pytest.fixture(scope="module")
@@ -68,50 +68,50 @@ def samples(emoji_data):
 
 
 @pytest.fixture(scope="module")
-def pictures(samples):
+def images(samples):
     return samples()
 
 
-def assert_same(pictures, expected):
+def assert_same(images, expected):
     """Equal but for rounding: two programs, or batch sizes, differ in the last bits, and uint8 shows some of that."""
-    difference = np.abs(pictures.astype(int) - expected.astype(int))
+    difference = np.abs(images.astype(int) - expected.astype(int))
     assert difference.max() <= 1
     assert (difference > 0).mean() < 0.005
 
 
-def test_pictures_of_different_prompts_and_repeats_differ(pictures):
-    assert pictures.shape == (8, 32, 32, 3)
-    assert pictures.dtype == np.uint8
-    flat = pictures.reshape(8, -1).astype(int)
+def test_images_of_different_prompts_and_repeats_differ(images):
+    assert images.shape == (8, 32, 32, 3)
+    assert images.dtype == np.uint8
+    flat = images.reshape(8, -1).astype(int)
     for i in range(8):
         for j in range(i):
             assert (np.abs(flat[i] - flat[j]) > 8).mean() > 0.3, (PROMPTS[i], PROMPTS[j])
 
 
-def test_permuting_the_prompts_permutes_the_pictures(samples, pictures):
+def test_permuting_the_prompts_permutes_the_images(samples, images):
     order = [3, 1, 7, 0, 2, 6, 5, 4]
     permuted = samples([PROMPTS[i] for i in order], [REPEATS[i] for i in order])
-    np.testing.assert_array_equal(permuted, pictures[order])
+    np.testing.assert_array_equal(permuted, images[order])
 
 
 @pytest.mark.parametrize("changes", [{"batch_size": 2}, {"batch_size": 16}, {"devices": 8}, {"devices": 4}])
-def test_batch_size_and_devices_change_no_picture(samples, pictures, changes):
-    assert_same(samples(**changes), pictures)
+def test_batch_size_and_devices_change_no_image(samples, images, changes):
+    assert_same(samples(**changes), images)
 
 
-def test_neighbours_change_no_picture(samples, pictures):
+def test_neighbours_change_no_image(samples, images):
     alone = samples(["tiger"], [0])
-    np.testing.assert_array_equal(alone[0], pictures[1])
-    assert_same(samples(["tiger", "umbrella"], [0, 0])[:1], pictures[1:2])
+    np.testing.assert_array_equal(alone[0], images[1])
+    assert_same(samples(["tiger", "umbrella"], [0, 0])[:1], images[1:2])
 
 
-def test_neighbours_do_change_pictures_in_groups_of_several(samples):
+def test_neighbours_do_change_images_in_groups_of_several(samples):
     """The control: two guided images, 4 x 16 tokens, in one group."""
     first, second = (samples(["tiger", other], [0, 0], batch_size=2, group="64")[0] for other in ("owl", "fire"))
     assert (np.abs(first.astype(int) - second.astype(int)) > 8).any()
 
 
-def test_a_group_of_the_guidance_pair_keeps_pictures_apart(samples):
+def test_a_group_of_the_guidance_pair_keeps_images_apart(samples):
     """An image and its null twin are neighbours in the batch."""
     first, second = (samples(["tiger", other], [0, 0], batch_size=2, group="32")[0] for other in ("owl", "fire"))
     np.testing.assert_array_equal(first, second)
@@ -137,13 +137,13 @@ def test_heun_and_euler_meet_with_many_steps(samples):
 
 
 @pytest.mark.parametrize(("scale", "solver"), [(3.0, "euler"), (1.0, "heun")])
-def test_counting_experts_changes_no_picture_and_counts_each_slot(samples, scale, solver):
+def test_counting_experts_changes_no_image_and_counts_each_slot(samples, scale, solver):
     """Each of 4 experts takes ceil(16 * 2 / 4) = 8 of an image's 16 tokens, in 2 sparse layers and 4 steps."""
     changes = {"guidance": GuidanceConfig(scale, "plain"), "solver": solver}
     order = [3, 1, 7, 0, 2, 6, 5, 4]
     twice = PROMPTS + [PROMPTS[i] for i in order], REPEATS + [REPEATS[i] for i in order]
-    pictures, counts = samples(*twice, with_experts=True, **changes)
-    assert_same(pictures[:8], samples(**changes))  # two compiled programs
+    images, counts = samples(*twice, with_experts=True, **changes)
+    assert_same(images[:8], samples(**changes))  # two compiled programs
     assert counts.shape == (16, 4, 2, 16)
     assert (counts.sum(axis=-1) == 4 * 8).all()
     np.testing.assert_array_equal(counts[8:], counts[order])
@@ -158,11 +158,11 @@ def test_counts_are_those_of_the_pass_with_the_caption(samples):
     assert (guided != plain).mean() < 0.002  # near-ties, rounded differently in a batch of twice the size
 
 
-def test_gates_change_no_picture_and_are_above_0_where_experts_are_counted(samples):
+def test_gates_change_no_image_and_are_above_0_where_experts_are_counted(samples):
     guided = {"guidance": GuidanceConfig(3.0, "plain")}
-    pictures, counts = samples(with_experts=True, **guided)
+    images, counts = samples(with_experts=True, **guided)
     same, gates = samples(with_gates=True, devices=8, **guided)
-    assert_same(same, pictures)  # two compiled programs
+    assert_same(same, images)  # two compiled programs
     assert gates.shape == (8, 4, 2, 16, 4)
     assert (((gates > 0).sum(axis=-1) != counts).mean(axis=(0, 1, 2, 3))) < 0.005  # near-ties
     assert gates.max() <= 1
@@ -208,36 +208,36 @@ def test_token_choice_without_drops_gives_each_token_two_experts(emoji_data):
 
 
 def test_ranks_by_hand():
-    """Four pictures of one pixel on a line; the first two are identical."""
-    pictures = np.array([10, 10, 20, 40], np.uint8).reshape(4, 1, 1, 1)
+    """Four images of one pixel on a line; the first two are identical."""
+    images = np.array([10, 10, 20, 40], np.uint8).reshape(4, 1, 1, 1)
     samples = np.array([12, 12, 16, 39], np.uint8).reshape(4, 1, 1, 1)
-    ranks = target_ranks(samples, pictures, np.array([0, 1, 0, 2]))
+    ranks = target_ranks(samples, images, np.array([0, 1, 0, 2]))
     np.testing.assert_array_equal(ranks, [0, 0, 1, 1])  # 16 is nearer to 20; 39 is nearest to 40
     assert recall(ranks, 1) == 0.5
     assert recall(ranks, 2) == 1.0
 
 
 def test_ranks_among_candidates_by_hand():
-    pictures = np.array([10, 11, 20, 40], np.uint8).reshape(4, 1, 1, 1)
+    images = np.array([10, 11, 20, 40], np.uint8).reshape(4, 1, 1, 1)
     samples = np.array([12, 30], np.uint8).reshape(2, 1, 1, 1)
     candidates = np.array([[True, False, True, True], [False, False, True, True]])
-    ranks = target_ranks(samples, pictures, np.array([2, 0]), candidates)
+    ranks = target_ranks(samples, images, np.array([2, 0]), candidates)
     np.testing.assert_array_equal(ranks, [1, 2])  # 10 alone is nearer to 12 than 20 is; 20 and 40 nearer to 30 than 10
-    np.testing.assert_array_equal(target_ranks(samples, pictures, np.array([2, 0])), [2, 3])
+    np.testing.assert_array_equal(target_ranks(samples, images, np.array([2, 0])), [2, 3])
     assert chance(np.array([2, 10]), 5) == (1 + 0.5) / 2
 
 
 def test_distances_are_exact_over_blocks():
     rng = np.random.default_rng(0)
-    samples, pictures = (rng.integers(0, 256, (n, 3, 3, 3)).astype(np.uint8) for n in (3, 2050))
-    difference = samples[:, None].astype(np.int64) - pictures[None]
-    np.testing.assert_array_equal(squared_distances(samples, pictures), np.square(difference).sum(axis=(2, 3, 4)))
+    samples, images = (rng.integers(0, 256, (n, 3, 3, 3)).astype(np.uint8) for n in (3, 2050))
+    difference = samples[:, None].astype(np.int64) - images[None]
+    np.testing.assert_array_equal(squared_distances(samples, images), np.square(difference).sum(axis=(2, 3, 4)))
 
 
-def test_the_nearest_other_style_is_a_usable_picture_of_the_name():
-    pictures = np.array([10, 11, 14, 40, 10], np.uint8).reshape(5, 1, 1, 1)
+def test_the_nearest_other_style_is_a_usable_image_of_the_name():
+    images = np.array([10, 11, 14, 40, 10], np.uint8).reshape(5, 1, 1, 1)
     names, usable = np.array([0, 0, 0, 0, 1]), np.array([False, False, True, True, True])
-    np.testing.assert_array_equal(nearest_other_styles(pictures, np.array([0, 1]), names, usable), [2, 2])
+    np.testing.assert_array_equal(nearest_other_styles(images, np.array([0, 1]), names, usable), [2, 2])
 
 
 def test_the_fixed_choice_is_fixed_and_spread():
@@ -250,7 +250,7 @@ def test_the_fixed_choice_is_fixed_and_spread():
 
 
 def test_the_protocol_is_the_same_for_every_run():
-    """Only how many pictures are drawn at once, and what size training told the model, are the run's own."""
+    """Only how many images are drawn at once, and what size training told the model, are the run's own."""
     own = dataclasses.replace(tiny().sampling, batch_size=4, original_size=50, num_grid=3)
     other = dataclasses.replace(own, solver="heun", num_steps=7, seed=5, guidance=GuidanceConfig(9.0, "renormalized"))
     expected = dataclasses.replace(own, solver="euler", num_steps=25, seed=0, guidance=GuidanceConfig(3.0, "plain"))

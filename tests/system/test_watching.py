@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from launch.local import cpu_environment
-from tests.events import events, pictures, scalars
+from tests.events import events, images, scalars
 from tests.forking import run_forked
 from tests.runs import ROOT, command, run, train_command
 
@@ -57,15 +57,15 @@ def test_a_line_tells_speed_waits_and_time_left(starts):
 
 
 def test_what_takes_long_is_said_before_it_begins(starts):
-    """In this order, by the start that draws pictures after step 3 and at its end."""
+    """In this order, by the start that draws images after step 3 and at its end."""
     lines, place = starts[1][0].stdout.splitlines(), -1
     for begin in (
         "1 CPU device",
         "compiling, then step 1",
         "step 2/4",
-        "drawing the pictures of step 3",
+        "drawing the images of step 3",
         "step 4/4",
-        "drawing the pictures of step 4",
+        "drawing the images of step 4",
         "done: step 4",
     ):
         (place,) = (i for i, line in enumerate(lines) if line.startswith(begin) and i > place)
@@ -102,13 +102,13 @@ def test_tensorboard_has_every_scalar_once(starts):
     assert sum(event.HasField("session_log") for event in events(starts[0])) == 2
 
 
-def test_pictures_are_files_and_in_tensorboard(starts):
+def test_images_are_files_and_in_tensorboard(starts):
     steps = (3, 4, 6, 7)
     files = {path.name for path in (starts[0] / "samples").iterdir()}
     assert files == {f"step_{step:08d}{kind}.png" for step in steps for kind in ("", "_experts")}
-    assert pictures(starts[0]) == [(step, name) for step in steps for name in ("samples", "experts")]
+    assert images(starts[0]) == [(step, name) for step in steps for name in ("samples", "experts")]
     with Image.open(starts[0] / "samples" / "step_00000007_experts.png") as page:
-        # A column for the picture, two layers and three stages; four captions.
+        # A column for the image, two layers and three stages; four captions.
         assert page.size == (8 + 6 * 136, 32 + 4 * 160 + 48)
         assert np.asarray(page).std() > 20
 
