@@ -85,12 +85,13 @@ def shuffled(rows: RandomAccessDataSource[Row], seed: int, name: str) -> ReadRow
     """Returns the function from an index to a row, epoch after epoch, each in another order."""
     if not len(rows):
         raise DataError(f"{name}: there are no records")
-    dataset = grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
+    # The order is shuffled, not the rows: Grain spends 0.04 ms on each element of a source, a tenth of a JPEG's time.
+    order = grain.MapDataset.range(len(rows)).seed(seed).shuffle().repeat()
 
     def read(index: int) -> Row:
-        row = dataset[index]
-        assert row is not None  # Grain leaves out what is filtered, and nothing is
-        return row
+        place = order[index]
+        assert place is not None  # Grain leaves out what is filtered, and nothing is
+        return rows[int(place)]
 
     return read
 
@@ -123,10 +124,12 @@ def augmented(config: DataConfig, seed: int, read_row: ReadRow) -> Callable[[int
         if config.latent_channels:
             example = {"latents": content}
         else:
-            if _random(seed, row, "flip").random() < config.flip_probability:
+            if config.flip_probability and _random(seed, row, "flip").random() < config.flip_probability:
                 content = content[:, ::-1]
-            content, corner = _crop(content, config.crop_padding, _random(seed, row, "crop"))
-            example, crop = {"image": np.ascontiguousarray(content)}, crop + corner
+            if config.crop_padding:
+                content, corner = _crop(content, config.crop_padding, _random(seed, row, "crop"))
+                crop = crop + corner
+            example = {"image": np.ascontiguousarray(content)}
         size_crop = np.concatenate([found.original_size, crop]).astype(np.float32)
         return {**example, "tokens": tokens, "size_crop": size_crop}
 
@@ -156,8 +159,6 @@ def draw_field(captions: Mapping[str, Any], fields: Sequence[str], chance: float
 
 def _crop(image: np.ndarray, padding: int, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """`image` padded with white by `padding` px and cropped back to its size; the crop's (top, left)."""
-    if not padding:
-        return image, np.zeros(2, np.int64)
     top, left = random.integers(0, 2 * padding, size=2, endpoint=True)
     padded = np.pad(image, ((padding, padding), (padding, padding), (0, 0)), constant_values=255)
     return padded[top : top + image.shape[0], left : left + image.shape[1]], np.array([top, left])

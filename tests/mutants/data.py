@@ -61,8 +61,8 @@ MUTANTS = (
     ),
     Mutant(
         _LOADER,
-        'if _random(seed, row, "flip").random() < config.flip_probability:',
-        'if _random(seed, row, "caption").random() < config.flip_probability:',
+        'if config.flip_probability and _random(seed, row, "flip").random() < config.flip_probability:',
+        'if config.flip_probability and _random(seed, row, "caption").random() < config.flip_probability:',
         _loader("test_chances_do_not_touch_each_other"),
         "images without a caption are flipped, always",
     ),
