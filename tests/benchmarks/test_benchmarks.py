@@ -10,7 +10,17 @@ import numpy as np
 import pytest
 
 from tests import runs
-from tests.benchmarks import checkpoints, curve, ec_over_dense, fits, moe_layer, step, timing
+from tests.benchmarks import (
+    checkpoints,
+    curve,
+    ec_over_dense,
+    fits,
+    interruption,
+    jpeg_decoding,
+    moe_layer,
+    step,
+    timing,
+)
 
 # Three rounds, on a machine that is slow in the second one.
 SECONDS = {"a": [2.0, 20.0, 9.0], "b": [1.0, 16.0, 2.0]}
@@ -329,3 +339,24 @@ def test_the_benchmark_of_data_measures_every_case(cpu_env, tmp_path):
     assert {"images", "latents", "prepare"} == set(found["cases"])
     assert {"ours", "tf.data"} <= set(found["cases"]["images"]["ratios"])
     assert set(found["resume"][0]) == {"0", "1000000000"}
+
+
+def test_jpeg_decoding(monkeypatch):
+    """All decoders that are installed read the same pixels; the ratio is against the fastest peer."""
+    monkeypatch.setattr(os, "sched_setaffinity", lambda *_: None)  # the test's process keeps its cores
+    found = jpeg_decoding.measure(argparse.Namespace(images=2, side=16, quality=90, rounds=2, calls=1))
+    case = found["cases"]["jpeg"]
+    assert {"decode_stored", "simplejpeg", "pillow"} <= set(case["ratios"])
+    assert case["denominator"] != "decode_stored"
+
+
+def test_interruption(tmp_path):
+    """What is read a second time for want of a position is counted, and of our own loader nothing is."""
+    interruption.write_data(tmp_path, None)
+    assert interruption.interrupted(sys.executable, "ours", tmp_path, 4) == {"repeated": 0, "lost": 0}
+    trained = [key for host in (0, 1) for key in _first_batch(tmp_path, host)]
+    assert interruption.counted([*trained, *trained]) == {"repeated": 64, "lost": 576}
+
+
+def _first_batch(place, host):
+    return next(interruption.read_ours(place, host, 2, ""))[0]
