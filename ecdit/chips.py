@@ -1,17 +1,18 @@
-"""What the accelerators can do at most.
+"""Lists the limits of accelerators.
 
-Peaks and memories by the public data sheets (cloud.google.com/tpu/docs; NVIDIA's of H100, H200 and A100, without
-sparsity), links and networks as "How to Scale Your Model" (jax-ml.github.io/scaling-book/tpus) rounds them. A "device"
-is what jax.devices() lists: a chip from v4 to v6e, of which v4 and v5p join the two cores, and one of the two dies of a
+Peaks and memories come from public data sheets (cloud.google.com/tpu/docs; NVIDIA's for H100, H200 and A100, without
+sparsity). Links and networks are rounded as in "How to Scale Your Model" (jax-ml.github.io/scaling-book/tpus). A
+"device" is an entry of jax.devices(): a chip from v4 to v6e (v4 and v5p join two cores), or one of the two dies of a
 TPU7x.
 
 A TPU7x has 2307 TFLOP/s in bfloat16, 192 GB of memory at 7380 GB/s, and 100 Gb/s of the data-centre network
-(cloud.google.com/tpu/docs/tpu7x); each of its links carries 90 GB/s one way (the scaling book). Here each die
-has half of all that. That they send each other six times as much as a link carries is second-hand: others quote
-Google's page.
-What is not published of it: the clock is derived, as that at which its peak is 16 arrays of 128 x 128 multipliers (the
-compiler counts 13 of them for a large product, so eight are too few); the vector unit is assumed to have as many lanes
-as the others', which JAX's pltpu.get_tpu_info says too; the way to the host is assumed to be theirs, shared by two.
+(cloud.google.com/tpu/docs/tpu7x). Each of its links carries 90 GB/s one way (the scaling book). Here each die has half
+of all that. The dies send each other six times as much as a link carries; this number is second-hand, quoted from
+Google's page by others.
+Some of its limits are not published. The clock is the one at which 16 arrays of 128 x 128 multipliers reach the peak
+(the compiler counts 13 arrays for a large product, so eight are too few). The vector unit is assumed to have as many
+lanes as those of other chips, as JAX's pltpu.get_tpu_info also says. The bandwidth to the host is assumed to be that of
+other chips, shared by two dies.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """The limits of one JAX device, whatever it is."""
+    """The limits of a JAX device."""
 
     name: str
     peak_flops: float  # FLOP/s of matrix products in bfloat16
@@ -29,18 +30,18 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True)
 class Chip(Limits):
-    """Those of a TPU, with what plans need beside them."""
+    """The limits of a TPU, with further fields for plans."""
 
     clock: float  # Hz, in which the compiler counts cycles
-    vector_flops: float  # operations/s of one vector unit on each core: 8 x 128 lanes each
-    link_bandwidth: float  # bytes/s of a link to a neighbouring chip, one way: the device's share
-    wraps_at: int  # a dimension of a slice is a ring if it is a multiple of this
-    dcn_bandwidth: float  # bytes/s of the device's share of its host's network, one way
+    vector_flops: float  # operations/s with one vector unit of 8 x 128 lanes per core
+    link_bandwidth: float  # bytes/s, the device's share of a link to a neighbouring chip, one way
+    wraps_at: int  # a dimension of a slice is a ring if it is a multiple of this number
+    dcn_bandwidth: float  # bytes/s, the device's share of its host's network, one way
     host_bandwidth: float  # bytes/s from the device to its host's memory
-    die_bandwidth: float = 0.0  # bytes/s from a device to the other one of its chip, one way; 0: there is none
+    die_bandwidth: float = 0.0  # bytes/s to the chip's other device, one way; 0 if the chip has only one
 
 
-# By jax.Device.device_kind.
+# Keys are jax.Device.device_kind.
 CHIPS = {
     "TPU v4": Chip("v4", 275e12, 32e9, 1.2e12, 1.05e9, 2.2e12, 45e9, 4, 6.25e9, 16e9),
     "TPU v5": Chip("v5p", 459e12, 95e9, 2.765e12, 1.75e9, 3.6e12, 90e9, 4, 6.25e9, 16e9),
@@ -62,15 +63,15 @@ GPUS = {
 
 
 def limits(device_kind: str) -> Limits | None:
-    """The limits of a TPU or GPU that JAX calls `device_kind`; None for one that no table has."""
+    """Returns the limits of the TPU or GPU with a `device_kind` of JAX, or None if no table has it."""
     return CHIPS.get(device_kind) or GPUS.get(device_kind)
 
 
 def chip(device_kind: str) -> Chip | None:
-    """The TPU that JAX calls `device_kind`; None for one that the table lacks: limits are not guessed."""
+    """Returns the TPU with a `device_kind` of JAX, or None if the table lacks it, because limits are not guessed."""
     return CHIPS.get(device_kind)
 
 
 def chip_named(name: str) -> Chip | None:
-    """The TPU of a name such as v5p; None for one that the table lacks."""
+    """Returns the TPU with a name such as v5p, or None if the table lacks it."""
     return next((kind for kind in CHIPS.values() if kind.name == name), None)

@@ -1,4 +1,4 @@
-"""The flags of commands that take a config file, and how a command runs and reports a user's error."""
+"""Defines the flags of commands with a config file, runs commands, and reports users' errors."""
 
 import functools
 import os
@@ -21,13 +21,13 @@ def define_config_flag() -> flags.FlagHolder:
     flag = config_flags.DEFINE_config_file(
         "config", None, "Experiment file FILE.py[:ARGUMENT], which is executed; --config.a.b=value overrides a field."
     )
-    # So that --help, which lists the flags of the command's own module, has it.
+    # --help lists only the flags of the command's own module.
     flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS["config"])
     return flag
 
 
 def config_values(flag: flags.FlagHolder) -> Mapping[str, Any]:
-    """Returns the values of the config file that the flag names.
+    """Returns the values of the config file in the flag.
 
     Raises:
       UserError: no file was named, or it does not exist.
@@ -38,15 +38,15 @@ def config_values(flag: flags.FlagHolder) -> Mapping[str, Any]:
 
 
 def config_origin(flag: flags.FlagHolder) -> dict[str, Any]:
-    """Returns where the values of `config_values` came from: the file with its :argument, and the overrides."""
+    """Returns the config file with its :argument, and the overrides, that `config_values` used."""
     return _origin(flags.FLAGS[flag.name])
 
 
 def parse_config(arguments: Sequence[str]) -> tuple[Mapping[str, Any], dict[str, Any]]:
-    """Returns what `config_values` and `config_origin` would be for a command with these `--config...` flags.
+    """Returns `config_values` and `config_origin` for a command with these `--config...` flags.
 
     Raises:
-      UserError: there is no such file, an unknown key, or a value that its field cannot be.
+      UserError: the file does not exist, a key is unknown, or a field cannot have its value.
     """
     from ml_collections import config_flags
 
@@ -61,7 +61,7 @@ def _existing(chosen: Any) -> Mapping[str, Any]:
 
     if not isinstance(chosen.value, ml_collections.ConfigDict):
         raise UserError(f"--config={chosen.config_filename}: no such config file")
-    return cast(Mapping[str, Any], chosen.value)  # it has the methods of one
+    return cast(Mapping[str, Any], chosen.value)  # a ConfigDict has the methods of a Mapping
 
 
 def _origin(chosen: flags.Flag) -> dict[str, Any]:
@@ -74,21 +74,21 @@ def _origin(chosen: flags.Flag) -> dict[str, Any]:
 def run_command(main: Callable[[list[str]], None], known_only: bool = False, words: bool = False) -> None:
     """Runs a command: parses its flags, calls `main(remaining argv)`, and prints user errors without a traceback.
 
-    The exit code is 2 after a UserError or an OSError, OUTAGE if a bucket or the network stayed away,
-    and 130 after Ctrl-C.
+    The exit code is 2 after a UserError or an OSError, OUTAGE if a bucket or the network could not be reached, and
+    INTERRUPTED after Ctrl-C.
 
     Args:
       main: the command.
       known_only: whether undefined flags stay in the remaining argv.
-      words: whether the command takes arguments that are no flags; otherwise they are refused.
+      words: whether arguments other than flags are allowed.
     """
 
     def quiet_main(argv: list[str]) -> None:
         if not flags.FLAGS["verbosity"].present:
-            logging.set_verbosity(logging.WARNING)  # Orbax logs twenty lines a save
+            logging.set_verbosity(logging.WARNING)  # Orbax logs twenty lines per save
         if len(argv) > 1 and not words and not known_only:
             hint = f"; write --config.{argv[1]}" if "=" in argv[1] else ""
-            raise UserError(f"{argv[1]}: this command takes flags alone, which begin with --{hint}")
+            raise UserError(f"{argv[1]}: this command takes only flags, which begin with --{hint}")
         main(argv)
 
     try:
@@ -100,17 +100,17 @@ def run_command(main: Callable[[list[str]], None], known_only: bool = False, wor
     except (UserError, OSError) as error:  # OSError: a path that is missing, forbidden or on a full disk
         sys.stdout.flush()
         print(f"error: {_printable(str(error))}", file=sys.stderr, flush=True)
-        # Immediately, because threads of a failed save would print or fail while Python shuts down.
+        # Exit immediately, because threads of a failed save would print or fail while Python shuts down.
         os._exit(_exit_code(error))
 
 
 def _printable(message: str) -> str:
-    """Returns a message without control characters but newlines: it may name what a stranger's file has in it."""
+    """Returns a message with control characters escaped, except newlines, because it may quote an untrusted file."""
     return re.sub(r"[\x00-\x09\x0b-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], message)
 
 
 def _plain(message: str) -> str:
-    """Returns absl's message, or a plainer one where a whole number is written as another number."""
+    """Returns absl's message, or a plainer one if a whole number is written differently, such as 1e3."""
     found = re.fullmatch(r"flag --(config\.\S+)=(\S+): invalid literal for int\(\).*", message)
     if not found:
         return message
@@ -123,13 +123,13 @@ def _plain(message: str) -> str:
 
 
 def _exit_code(error: UserError | OSError) -> int:
-    from ecdit.storage import is_temporary  # not at the top: commands that need no bucket start sooner
+    from ecdit.storage import is_temporary  # imported here, so that other commands start faster
 
     return OUTAGE if is_temporary(error) else 2
 
 
 def _parse_flags(argv: list[str], values: flags.FlagValues = flags.FLAGS, known_only: bool = False) -> list[str]:
-    """Parses flags by absl; its errors are long and do not name an unknown override, so it makes short ones of them."""
+    """Parses flags with absl, and shortens its errors, which are long and do not name an unknown override."""
     for word, after in zip(argv, [*argv[1:], "--"], strict=True):
         if word in ("--config", "-config") and after.startswith("-"):
             raise UserError("--config has no value: name a config file, such as --config=configs/emoji.py")

@@ -1,11 +1,11 @@
 """Turns config values into frozen dataclasses, strictly.
 
-An experiment is one Python file with `get_config([argument])` that returns an `ml_collections.ConfigDict`
-in which every field is present. `build` turns it into frozen dataclasses that live beside the code they
-configure. There are no defaults anywhere else: an unknown key, a missing key, a wrong type or an impossible
-value raises `ConfigError` with the key, the value and what is allowed.
+An experiment is one Python file with `get_config([argument])`, which returns an `ml_collections.ConfigDict` with every
+field. `build` turns it into frozen dataclasses that live beside the code they configure. There are no other defaults:
+an unknown key, a missing key, a wrong type or an impossible value raises `ConfigError` with the key, the value and the
+allowed values.
 
-ml_collections is imported only by what reads config files, so that a model can be built where it is not installed.
+Only code that reads config files imports ml_collections, so that a model can be built without that package.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ class ConfigError(UserError, ValueError):
 
 
 class FrozenMapping(dict[str, Any]):
-    """A mapping of a config: hashable, as the frozen dataclasses around it are. Nothing may change it."""
+    """A mapping in a config. It is hashable, like the frozen dataclasses around it, so nothing may change it."""
 
     def __hash__(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride] - dict says that it has none
         return hash(json.dumps(self, sort_keys=True))
@@ -49,7 +49,7 @@ def build(cls: type[T], values: Mapping[str, Any]) -> T:
     """Makes the frozen dataclass `cls` from nested mappings.
 
     Raises:
-      ConfigError: unknown key, missing key, wrong type, or a value that the dataclass refuses.
+      ConfigError: a key is unknown or missing, or its value has the wrong type or is refused by the dataclass.
     """
     known = {field.name for field in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]  # a dataclass
     hints = typing.get_type_hints(cls)
@@ -68,7 +68,7 @@ def build(cls: type[T], values: Mapping[str, Any]) -> T:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Returns a config dataclass as nested plain dicts and lists, which JSON gives back unchanged."""
+    """Returns a config dataclass as nested plain dicts and lists, which survive JSON unchanged."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -89,15 +89,15 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-# Metadata of a config field whose value may change: when a run resumes, from one phase of a run to the next, or both.
-# All other fields are fixed from a run's first step to its last.
+# Metadata of config fields whose value may change when a run resumes, from one phase of a run to the next, or both. All
+# other fields are fixed from a run's first step to its last.
 RESUME: Mapping[str, Any] = {"may_change": ("resume",)}
 PHASE: Mapping[str, Any] = {"may_change": ("phase",)}
 RESUME_OR_PHASE: Mapping[str, Any] = {"may_change": ("resume", "phase")}
 
 
 def changeable(config: Any, when: Literal["resume", "phase"], prefix: str = "") -> set[str]:
-    """Returns the dotted keys of a config dataclass whose values may change `when`: see RESUME and PHASE."""
+    """Returns the dotted keys of a config dataclass whose values may change on a resume or in a phase (`when`)."""
     keys: set[str] = set()
     for field in dataclasses.fields(config):
         value, key = getattr(config, field.name), prefix + field.name
@@ -121,7 +121,7 @@ def _describe(hint: Any) -> str:
 
 
 def _typed(hint: Any, key: str, value: Any) -> Any:
-    """Returns `value` as `hint`; converts ints to floats, lists to tuples, mappings to dataclasses, nothing else."""
+    """Returns `value` as `hint`. It converts only ints to floats, lists to tuples and mappings to dataclasses."""
     wrong = ConfigError(key, value, f"must be {_describe(hint)}")
     origin = typing.get_origin(hint)
     if origin is typing.Literal:

@@ -1,8 +1,8 @@
-"""Says whether this machine can train: devices, versions, data, weights, disk, bucket rights and clock, a line each.
+"""Checks whether this machine can train: its devices, versions, data, weights, disk, bucket rights and clock.
 
     python -m ecdit.doctor [--config=configs/emoji.py] [--workdir=runs/emoji]
 
-A line begins with ok, warn or fail, and says what to do. Exit code 1 if any is fail.
+Each check prints a line that begins with ok, warn or fail and says what to do. The exit code is 1 if any check fails.
 """
 
 import os
@@ -16,7 +16,7 @@ from ecdit.runs.diagnosis import diagnose, is_left_behind
 from ecdit.storage import as_path
 
 CONFIG = define_config_flag()
-WORKDIR = flags.DEFINE_string("workdir", None, "Of the run: a directory or gs://BUCKET/PATH.")
+WORKDIR = flags.DEFINE_string("workdir", None, "The run's workdir: a directory or gs://BUCKET/PATH.")
 
 
 def main(argv: list[str]) -> None:
@@ -29,7 +29,7 @@ def main(argv: list[str]) -> None:
         failed |= finding.verdict == "fail"
         print(finding.line(), flush=True)
     if is_left_behind():
-        os._exit(1)  # what hangs may keep Python from ending
+        os._exit(1)  # a check that hangs may keep Python from exiting
     sys.exit(1 if failed else 0)
 
 

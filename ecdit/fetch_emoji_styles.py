@@ -2,7 +2,7 @@
 
     python -m ecdit.fetch_emoji_styles --out=DIRECTORY    # for a task of your own (docs/emoji_styles.md)
 
-What is there already is kept. No program of the packages runs.
+It keeps sets that are already complete, and runs no code of the packages.
 """
 
 from pathlib import Path
@@ -17,7 +17,7 @@ OUT = flags.DEFINE_string("out", DIRECTORY, "The directory for the sets.")
 
 
 def main(argv: list[str]) -> None:
-    """Fetches, and says under which licence each set is."""
+    """Fetches the sets and prints their licences."""
     del argv
     fetch(Path(OUT.value))
 

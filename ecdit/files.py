@@ -1,4 +1,4 @@
-"""Writes files whole or not at all, and names the path when that fails; on disks and in buckets alike."""
+"""Writes files atomically, on disks and in buckets, with the path in errors."""
 
 import contextlib
 import errno
@@ -11,20 +11,20 @@ from ecdit.errors import UserError
 
 
 def check_writable(path: Path) -> None:
-    """Raises UserError if `path` cannot be made or written. Call it before the work whose result goes there."""
+    """Raises UserError if `path` cannot be created or written. Call it before the work whose result goes there."""
     existing = next(place for place in (path, *path.absolute().parents) if place.exists())
     if (existing != path and not existing.is_dir()) or not os.access(existing, os.W_OK):
-        raise UserError(f"{path} cannot be written: {existing} is no directory to write in")
+        raise UserError(f"{path} cannot be written: {existing} is no writable directory")
 
 
 def is_remote(path: str | os.PathLike) -> bool:
-    """Returns whether a path is in a bucket: see `storage`."""
+    """Returns whether a path is in a bucket (see `storage`)."""
     return os.fspath(path).startswith("gs://")
 
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turns an OSError, or whatever a bucket's libraries raise, into a UserError that names `path`."""
+    """Turns an OSError, or any exception of a bucket's libraries, into a UserError that names `path`."""
     try:
         yield
     except UserError:
@@ -36,9 +36,9 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all: a reader finds the old text or the new, even after a kill or a power failure.
+    """Writes a file atomically: readers find the old or the new text, even after a kill or a power failure.
 
-    Several processes may write the same file: the last one wins.
+    Several processes may write the same file; the last one wins.
 
     Raises:
       UserError: the file cannot be written; it keeps the old text.
@@ -47,7 +47,7 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def replace_bytes(path: Path, data: bytes) -> None:
-    """Writes a file whole or not at all, as `replace_text` does.
+    """Writes a file atomically, like `replace_text`.
 
     Raises:
       UserError: the file cannot be written; it keeps the old contents.
@@ -56,7 +56,7 @@ def replace_bytes(path: Path, data: bytes) -> None:
 
 
 def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    if is_remote(path):  # buckets write objects whole
+    if is_remote(path):  # buckets write objects atomically
         with writing(path):
             write(path)
         return
@@ -64,7 +64,7 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
     with writing(path):
         try:
             write(scratch)
-            sync(scratch)  # or a power failure could leave the new name with an empty file
+            sync(scratch)  # otherwise a power failure could leave an empty file under the new name
             os.replace(scratch, path)
         except BaseException:
             scratch.unlink(missing_ok=True)
@@ -73,7 +73,7 @@ def _replace(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def sync(path: Path) -> None:
-    """Returns when a file, or the entries of a directory, are on the disk; at once where a file system cannot say."""
+    """Waits until a file or the entries of a directory are on the disk, if the file system supports it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -85,6 +85,6 @@ def sync(path: Path) -> None:
 
 
 def sync_tree(directory: Path) -> None:
-    """Does what `sync` does, for a directory and all that is below it."""
+    """Applies `sync` to a directory and everything below it."""
     for path in (*directory.rglob("*"), directory):
         sync(path)

@@ -1,4 +1,4 @@
-"""Functions without parameters that `models` and `tuned` share.
+"""Defines functions without learned parameters that `models` and `tuned` share.
 
 Axes: B batch, N tokens, f hidden width, k head width, pairs k / 2.
 """
@@ -10,18 +10,18 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-NORM_EPSILON = 1e-6  # of LayerNorms and RMSNorms
+NORM_EPSILON = 1e-6  # added to the variance in LayerNorms and RMSNorms
 
 
 @jax.checkpoint  # the backward pass recomputes it from x instead of reading four saved intermediates
 def gelu(x: Float[Array, "*b f"]) -> Float[Array, "*b f"]:
-    """Applies GELU by its tanh approximation (arXiv 1606.08415), as x sigmoid(2 u), which takes fewer operations."""
+    """Applies the tanh approximation of GELU (arXiv 1606.08415) as x sigmoid(2 u), which takes fewer operations."""
     u = math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)
     return x * jax.nn.sigmoid(2 * u)
 
 
 def rotate(x: Float[Array, "B heads k N"], angles: Float[Array, "B N pairs"]) -> Float[Array, "B heads k N"]:
-    """Turns the pairs (x_i, x_{i + k/2}) by `angles` (RoFormer, arXiv 2104.09864), in float32."""
+    """Rotates the pairs (x_i, x_{i + k/2}) by `angles` (RoFormer, arXiv 2104.09864), in float32."""
     angles = angles.swapaxes(1, 2)[:, None]
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=2)

@@ -1,4 +1,4 @@
-"""Prints what the time of a run went into: `python -m ecdit.goodput --workdir=runs/emoji`; a run may be under way."""
+"""Prints how a run spent its time: `python -m ecdit.goodput --workdir=runs/emoji`. It works while the run trains."""
 
 from absl import flags
 

@@ -1,4 +1,4 @@
-"""Agreement between processes: what fails on one of them fails on all, and what must be equal is compared."""
+"""Makes processes agree: an error on one fails all of them, and values that must be equal are compared."""
 
 import json
 import socket
@@ -10,7 +10,7 @@ import numpy as np
 
 
 def anywhere(problem: str | None) -> str | None:
-    """Returns `problem`, or says which other process has one, or None if none has. Collective."""
+    """Returns `problem`, or a text that names another process with one, or None if no process has one. Collective."""
     if jax.process_count() == 1:
         return problem
     from jax.experimental import multihost_utils
@@ -20,7 +20,7 @@ def anywhere(problem: str | None) -> str | None:
 
 
 def wait_for_all(name: str) -> None:
-    """Returns when all processes have called it. Collective."""
+    """Waits until all processes have called it. Collective."""
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
 
@@ -28,10 +28,10 @@ def wait_for_all(name: str) -> None:
 
 
 def host_differences(facts: Mapping[str, str]) -> list[str]:
-    """Returns a line for every fact that is not the same on all processes, the same lines on all. Collective.
+    """Returns the same lines on all processes: one for each process and fact that differs from most. Collective.
 
     Args:
-      facts: what must be equal, by a name for people; short texts, or hashes.
+      facts: values that must be equal, as short texts or hashes, by a readable name.
     """
     if jax.process_count() == 1:
         return []
@@ -39,11 +39,11 @@ def host_differences(facts: Mapping[str, str]) -> list[str]:
 
 
 def differing(processes: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Returns a line for every fact in which a process differs from most; by process its host and facts."""
+    """Returns a line for each fact in which a process differs from most; `processes` have a host and facts."""
     lines = []
     for name in sorted({name for process in processes for name in process["facts"]}):
         values = [process["facts"].get(name, "nothing") for process in processes]
-        usual = max(values, key=values.count)  # of equally frequent ones that of the first process
+        usual = max(values, key=values.count)  # ties go to the first process
         example = processes[values.index(usual)]["host"]
         lines += [
             f"{name}: process {number} (host {process['host']}) has {value}, most have {usual} (as host {example})"
@@ -54,7 +54,7 @@ def differing(processes: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _gathered(value: Any) -> list[Any]:
-    """Returns a JSON value of every process, in their order. Collective."""
+    """Returns the JSON values of all processes in order. Collective."""
     from jax.experimental import multihost_utils
 
     data = np.frombuffer(json.dumps(value).encode(), np.uint8)

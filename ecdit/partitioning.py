@@ -1,11 +1,11 @@
-"""The device mesh, and the one table from logical axes to mesh axes.
+"""Makes the device mesh, and maps logical axes to mesh axes by one table.
 
-Every parameter names its logical axes where it is created (T5X's names where they exist); `AXIS_RULES` maps each to the
+Every parameter names its logical axes where it is created (T5X's names where they exist). `AXIS_RULES` maps each to the
 mesh axes over which it is sharded. An axis without a rule is an error.
 
-Mesh axes: `slices` (pods joined by the data-centre network), `data` (replicas), `fsdp` (parameters sharded, gathered at
-use), `expert` (experts sharded, tokens sent to them by all-to-all), `tensor` (heads and hidden units sharded). The
-batch is split over all of them except `tensor`.
+Mesh axes: `slices` (pods joined by the data-centre network), `data` (replicas), `fsdp` (parameters are sharded, and
+gathered at use), `expert` (experts are sharded, and an all-to-all sends tokens to them), `tensor` (heads and hidden
+units are sharded). The batch is split over all of them except `tensor`.
 """
 
 import dataclasses
@@ -24,8 +24,8 @@ from ecdit.errors import UserError
 
 MESH_AXES = ("slices", "data", "fsdp", "expert", "tensor")
 BATCH_AXES = ("slices", "data", "fsdp", "expert")
-Devices = Sequence[jax.Device]  # named, because jax declares Device as a variable, which no signature may have
-TILE_ROWS = 16  # of a TPU's tile of bfloat16
+Devices = Sequence[jax.Device]  # an alias, because jax declares Device as a variable, which signatures cannot name
+TILE_ROWS = 16  # rows of a TPU's tile of bfloat16
 
 
 class ShardingError(UserError, ValueError):
@@ -34,13 +34,13 @@ class ShardingError(UserError, ValueError):
 
 AXIS_RULES: Mapping[str, tuple[str, ...]] = {
     # parameters
-    "embed": ("fsdp", "expert"),  # the width of everything that is not an expert; see `param_axes`
-    "small_embed": (),  # a width of small arrays, whose gather nothing would hide
+    "embed": ("fsdp", "expert"),  # the width outside experts; see `param_axes`
+    "small_embed": (),  # the width of small arrays, whose gather nothing would hide
     "experts": ("expert",),
-    "expert_embed": (),  # the width inside an expert: `expert` already holds its E
-    "expert_mlp": ("tensor", "fsdp"),  # hidden units, which more chips divide into whole tiles than a width
+    "expert_embed": (),  # the width inside an expert, whose E is already sharded over `expert`
+    "expert_mlp": ("tensor", "fsdp"),  # hidden units, which divide into whole tiles over more chips than a width
     "mlp": ("tensor",),
-    "joined_kv": ("tensor",),  # heads side by side
+    "joined_kv": ("tensor",),  # joined heads
     "vocab": ("tensor",),
     "layers": (),
     "length": (),
@@ -50,13 +50,13 @@ AXIS_RULES: Mapping[str, tuple[str, ...]] = {
     # activations
     "batch": BATCH_AXES,
     "heads": ("tensor",),
-    "expert_groups": ("slices", "data", "fsdp"),  # groups of tokens while they are with their experts
+    "expert_groups": ("slices", "data", "fsdp"),  # groups of tokens on the devices of their experts
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Sizes of the mesh axes. One of them may be -1, for all remaining devices."""
+    """Sizes of the mesh axes. One of them may be -1 for all remaining devices."""
 
     slices: int
     data: int
@@ -67,7 +67,7 @@ class MeshConfig:
     def __post_init__(self):
         sizes = dataclasses.asdict(self)
         for axis, size in sizes.items():
-            require(size == -1 or size >= 1, axis, size, "must be 1 or more, or -1 for what the devices leave")
+            require(size == -1 or size >= 1, axis, size, "must be 1 or more, or -1 for all remaining devices")
         free = [axis for axis, size in sizes.items() if size == -1]
         require(len(free) <= 1, free[-1] if free else "", -1, f"only one axis can be -1, {' and '.join(free)} are")
 
@@ -89,7 +89,7 @@ def mesh_shape(config: MeshConfig, num_devices: int) -> tuple[int, ...]:
 
 
 def make_mesh(config: MeshConfig, devices: Devices | None = None) -> Mesh:
-    """Makes the mesh over `devices` (default: all), laid out so that neighbours on the last axes are nearest."""
+    """Makes the mesh over `devices` (default: all), with neighbours along the last axes nearest to each other."""
     devices = jax.devices() if devices is None else devices
     shape = mesh_shape(config, len(devices))
     if getattr(devices[0], "platform", "cpu") == "cpu":
@@ -125,7 +125,7 @@ def logical_spec(axes: Sequence[str | None], name: str) -> PartitionSpec:
     """Returns the PartitionSpec of an array whose dimensions have these logical axes (None: not sharded).
 
     Raises:
-      ShardingError: an axis without a rule; the message names the array and the axis.
+      ShardingError: an axis has no rule; the message names the array and the axis.
     """
     for axis in axes:
         if axis is not None and axis not in AXIS_RULES:
@@ -138,8 +138,8 @@ def logical_spec(axes: Sequence[str | None], name: str) -> PartitionSpec:
 def param_axes(axis: str | None, size: int, mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
     """Returns the mesh axes over which a parameter's dimension of `size` is sharded.
 
-    These are the axes of AXIS_RULES. A width uses fewer of them where only then its shards are whole tiles (multiples
-    of TILE_ROWS): a TPU does not gather other shards, but adds up padded copies.
+    These are the axes of AXIS_RULES. A width uses fewer of them if only then its shards are whole tiles (multiples of
+    TILE_ROWS), because a TPU sums padded copies of other shards instead of gathering them.
     """
     axes = AXIS_RULES[axis] if axis is not None else ()
     if axis != "embed":
@@ -155,15 +155,15 @@ def param_shardings(params: nnx.State, mesh: Mesh | AbstractMesh) -> dict[str, A
     """Returns NamedShardings for a state of annotated Params, abstract or real, nested like its pure dict.
 
     Raises:
-      ShardingError: a parameter without logical axes, with an axis without a rule, or with a size that does not divide;
-        the message names the parameter, the axis and the sizes.
+      ShardingError: a parameter has no logical axes, an axis without a rule, or a size that does not divide. The
+        message names the parameter, the axis and the sizes.
     """
     shardings: dict[tuple, NamedSharding] = {}
     for path, variable in nnx.to_flat_state(params):
         name = "/".join(map(str, path))
         shape, axes = variable.get_value().shape, variable.get_metadata().get("out_sharding")
         if axes is None or len(axes) != len(shape):
-            raise ShardingError(f"{name}: shape {shape} needs one logical axis a dimension, it has {axes}")
+            raise ShardingError(f"{name}: shape {shape} needs one logical axis per dimension, but it has {axes}")
         logical_spec(axes, name)  # refuses an axis without a rule
         check_divides(name, shape, axes, mesh)
         over = (param_axes(axis, size, mesh) for axis, size in zip(axes, shape, strict=True))
@@ -188,21 +188,21 @@ def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
 
 
 def batch_shards(mesh: Mesh | AbstractMesh) -> int:
-    """Returns into how many parts the batch is split."""
+    """Returns the number of parts into which the batch is split."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
-    """Returns the sharding of arrays that every device holds whole."""
+    """Returns the sharding of arrays of which every device has a whole copy."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def on_each_shard(function: Callable[..., Any], in_dims: Sequence[int] = (0,), out_dim: int = 0) -> Callable[..., Any]:
     """Returns a function that runs `function` on each device's part of arrays that are split like a batch.
 
-    It is for operations, such as top-k, for which the compiler would gather the whole batch. Dimension `in_dims[i]` of
-    argument i (of each array of a tuple), and `out_dim` of the results, is split and must be a multiple of
-    `batch_shards`. Without a mesh it returns `function` itself.
+    It is for operations such as top-k, for which the compiler would otherwise gather the whole batch. It splits
+    dimension `in_dims[i]` of argument i (or of each array in it) and `out_dim` of the results, which must be multiples
+    of `batch_shards`. Without a mesh it returns `function` itself.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return function

@@ -4,8 +4,8 @@
     python -m ecdit.plan --config=configs/ec_dit.py:M-64E --topology=v5p:4x4x8     # memory, bytes sent, time
     python -m ecdit.plan --config=configs/ec_dit.py --table                        # the table of configs/README.md
 
-With --topology it compiles the trainer's own step for that slice by the real TPU compiler, which needs libtpu and no
-TPU, and takes minutes. Exit code 1 if the step does not fit the chips' memory.
+With --topology it compiles the trainer's own step for that slice with the real TPU compiler, which needs libtpu but no
+TPU and takes minutes. The exit code is 1 if the step does not fit the chips' memory.
 """
 
 import dataclasses
@@ -32,16 +32,16 @@ from ecdit.planning.table import known_better, row, write_rows
 
 CONFIG = define_config_flag()
 JSON = flags.DEFINE_string("json", None, "File for the result.")
-TABLE_PARITY = flags.DEFINE_bool("table-parity", False, "Count parameters by the rule behind the paper's Table 1.")
-TOPOLOGY = flags.DEFINE_string("topology", None, "Slice to plan for: v5p:4x4x8, v5p-256, 2xv5p:4x4x8 for two.")
+TABLE_PARITY = flags.DEFINE_bool("table-parity", False, "Count parameters by the rule of the paper's Table 1.")
+TOPOLOGY = flags.DEFINE_string("topology", None, "The slice: v5p:4x4x8, v5p-256, or 2xv5p:4x4x8 for two slices.")
 TABLE = flags.DEFINE_bool(
-    "table", False, "Plan the PLANS of the file NAME_plans.py beside the config's, into README.md there."
+    "table", False, "Plan each entry of PLANS in NAME_plans.py beside the config NAME.py, into README.md there."
 )
 WHAT = flags.DEFINE_enum("what", "train", ["train", "sample"], "The step to plan.")
 
 
 def main(argv: list[str]) -> None:
-    """Prints the plan; with --json writes it too."""
+    """Prints the plan, and writes it with --json."""
     del argv
     experiment = make_experiment(config_values(CONFIG))
     target = find_target(TOPOLOGY.value) if TOPOLOGY.value else None
@@ -78,12 +78,13 @@ def main(argv: list[str]) -> None:
 
 
 def write_table(config_file: Path) -> None:
-    """Plans what NAME_plans.py lists as PLANS for the config NAME.py: (argument, topology), and overrides in a dict.
+    """Plans each entry of PLANS in NAME_plans.py for the config NAME.py, and writes the table's rows.
 
-    Writes rows as they come, so it can be resumed.
+    An entry is (argument, topology), with overrides in a third dict if there are any. Each row is written at once, so
+    that an interrupted call can be repeated.
 
     Raises:
-      UserError: there is no such list.
+      UserError: NAME_plans.py does not exist.
     """
     use_compiler()
     plans = config_file.with_name(f"{config_file.stem}_plans.py")
@@ -107,7 +108,7 @@ def write_table(config_file: Path) -> None:
 
 
 def write(values: dict[str, Any]) -> None:
-    """Writes --json, if it was given."""
+    """Writes the values to --json if it is set."""
     if JSON.value:
         replace_text(Path(JSON.value), json.dumps(values, indent=2) + "\n")
 

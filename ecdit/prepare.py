@@ -1,10 +1,10 @@
 """Prepares a config's data: `python -m ecdit.prepare --config=configs/emoji.py`. Does nothing if it is prepared.
 
-    python -m ecdit.prepare --config=... --limit=1000      # a first look: what would be left out, and ten images
-    python -m ecdit.prepare --config=... --verify          # reads all of it again and compares checksums
-    python -m ecdit.prepare --config=... --vocabulary=F.model    # the records and the tokenizer, which is copied there
+    python -m ecdit.prepare --config=... --limit=1000            # a first look: rejections, speed, and ten images
+    python -m ecdit.prepare --config=... --verify                # reads everything again and compares checksums
+    python -m ecdit.prepare --config=... --vocabulary=F.model    # prepares records and tokenizer, and copies the latter
 
-It can be killed at any moment: the same command goes on, and ends with the same bytes.
+It can be killed at any time. The same command then continues and ends with the same bytes.
 """
 
 import os
@@ -27,16 +27,16 @@ CONFIG = define_config_flag()
 CORES = len(os.sched_getaffinity(0))
 WORKERS = flags.DEFINE_integer("workers", CORES, "Processes that read, decode and write.", lower_bound=1)
 LIMIT = flags.DEFINE_integer(
-    "limit", None, "Look at so many pairs only, and write nothing but an image.", lower_bound=1
+    "limit", None, "Prepare only this many pairs in memory, and write only an image.", lower_bound=1
 )
 VERIFY = flags.DEFINE_bool("verify", False, "Read all prepared data again and compare its checksums.")
 VOCABULARY = flags.DEFINE_string(
-    "vocabulary", None, "Prepare records and tokenizer alone, and copy it to this .model file."
+    "vocabulary", None, "Prepare only the records and the tokenizer, and copy the tokenizer to this .model file."
 )
 
 
 def main(argv: list[str]) -> None:
-    """Prepares, and says where the data is."""
+    """Prepares the data and prints where it is."""
     del argv
     config = make_experiment(config_values(CONFIG)).data
     if LIMIT.value:

@@ -1,11 +1,11 @@
-"""The paper's recipe as a config: every field, with what it means and where its value comes from.
+"""The paper's recipe as a config: every field with its meaning and the source of its value.
 
-A config file takes it and changes what is its own: `configs/ec_dit.py` the sizes. `small_recipe` is the same for small
-images on two CPU cores, from which `configs/emoji.py`, `configs/emoji_styles.py` and `configs/shapes.py` begin.
+Config files start from it and change some fields; `configs/ec_dit.py` changes the sizes. `configs/emoji.py`,
+`configs/emoji_styles.py` and `configs/shapes.py` start from `small_recipe`, for small images on two CPU cores.
 The values are those of XL with 32 experts.
 
-Marks of certainty: [P] the paper (arXiv 2410.02098), [N] notes of it by a third party, [S] sister papers on the same
-base model (arXiv 2412.07730, 2503.10618), [A] arithmetic or inference, [?] unknown there, chosen here.
+Marks of certainty: [P] the paper (arXiv 2410.02098), [N] third-party notes on it, [S] sister papers on the same base
+model (arXiv 2412.07730, 2503.10618), [A] arithmetic or inference, [?] not stated there, chosen here.
 """
 
 from typing import Any
@@ -16,10 +16,10 @@ from ecdit.tuned.compiler_options import TPU_OPTIONS
 
 
 def paper_recipe() -> ConfigDict:
-    """Returns a new config of the paper's XL with 32 experts, on latents that the data holds."""
+    """Returns a new config of the paper's XL with 32 experts, on latents stored in the data."""
     config = ConfigDict()
     config.seed = 0
-    config.denoiser = "ec_dit"  # the paper's, or FILE.py:Class, one of your own (docs/model.md)
+    config.denoiser = "ec_dit"  # the paper's denoiser, or FILE.py:Class for your own (docs/model.md)
     _set_model(config)
     _set_inputs(config)
     _set_training(config)
@@ -30,12 +30,12 @@ def paper_recipe() -> ConfigDict:
 def small_recipe(image_size: int) -> ConfigDict:
     """Returns a new config of 2.9 million parameters for small images without an autoencoder, for two CPU cores.
 
-    The data, the number of steps and what goes with it are a config file's own.
+    Config files set the data, the number of steps and related fields.
     """
-    config: Any = paper_recipe()  # ml_collections types a group of keys as any value
+    config: Any = paper_recipe()  # Any, because ml_collections gives groups of keys no types
 
     model = config.model
-    model.latent_size = image_size  # pixels here, as the autoencoder is the identity
+    model.latent_size = image_size  # pixels, because the autoencoder is the identity
     model.latent_channels = 3
     model.patch_size = 4
     model.width = 128
@@ -46,7 +46,7 @@ def small_recipe(image_size: int) -> ConfigDict:
     model.attention = "plain"
     model.projections = "plain"
     model.expert_products = "plain"
-    model.absolute_positions = True  # beside RoPE: with RoPE alone images come out shuffled
+    model.absolute_positions = True  # in addition to RoPE, with which alone images come out shuffled
     model.num_experts = 8
     model.group = "image"
     model.mask_ratio = 0.0
@@ -68,12 +68,12 @@ def small_recipe(image_size: int) -> ConfigDict:
     data = config.data
     data.image_size = image_size
     data.latent_channels = 0  # the data holds images
-    data.flip_probability = 0.0  # arrows, flags and "left of" would lie
+    data.flip_probability = 0.0  # flips would make captions of arrows, flags and "left of" false
     data.num_threads = 1
     data.prefetch = 2
 
-    config.flow.time_mean = 1.5  # noisy times are where the caption decides
-    config.flow.time_std = 1.3  # a wide spread, for the fine detail that is drawn at low noise
+    config.flow.time_mean = 1.5  # favours noisy times, at which the caption matters most
+    config.flow.time_std = 1.3  # wide, to include low noise, at which fine detail is drawn
 
     train = config.train
     train.batch_size = 64
@@ -96,13 +96,13 @@ def small_recipe(image_size: int) -> ConfigDict:
     runtime = config.runtime
     runtime.xla_flags = ("--xla_cpu_enable_fast_math=true",)  # reorders sums; infinities and NaN are still honoured
     runtime.tpu_options = ()
-    runtime.keep_host_memory = True  # reuse freed memory: on CPU the kernel's fresh pages cost half of a step
+    runtime.keep_host_memory = True  # reuses freed memory, because the kernel's fresh pages cost half of a step on CPU
     runtime.distributed = False
     return config
 
 
 def _set_model(config: ConfigDict) -> None:
-    """Sets the denoiser."""
+    """Sets the denoiser's fields."""
     config.model = model = ConfigDict()
     model.latent_size = 32  # latent pixels along a side: 256 px [P] / 8
     model.latent_channels = 8  # [S]; 4 in the public SD VAE
@@ -110,42 +110,42 @@ def _set_model(config: ConfigDict) -> None:
     model.width = 1152
     model.depth = 28  # blocks, dense and sparse in turn [P]
     model.extra_blocks = 2  # dense blocks on all tokens, after unmasking [S]
-    model.heads = 18  # of 64 [A]
-    model.kv_heads = 6  # of self-attention
+    model.heads = 18  # heads of width 64 [A]
+    model.kv_heads = 6  # key-value heads of self-attention
     model.rope_theta = 1e4  # [?]
-    model.attention = "fused"  # plain | fused: by a kernel of its own on TPUs | cudnn: on GPUs
-    model.projections = "tokens_last"  # around attention: plain | tokens_last: faster on TPUs, slower on CPUs
+    model.attention = "fused"  # plain | fused: this project's kernel on TPUs | cudnn: on GPUs
+    model.projections = "tokens_last"  # plain | tokens_last: faster on TPUs, slower on CPUs
     model.absolute_positions = False  # [?]
     model.ffn_multiplier = 4  # hidden width of an FFN and of each expert, in widths [N]
-    model.ffn = "expert_choice"  # of the sparse blocks: dense | token_choice | expert_choice [P]
-    model.even_ffn_multiplier = 4  # of even blocks where ffn is dense; 8: as many activated FLOPs as experts at f_c 2
+    model.ffn = "expert_choice"  # even blocks: dense | token_choice | expert_choice [P]
+    model.even_ffn_multiplier = 4  # for even blocks if ffn is dense; 8 has the activated FLOPs of experts at f_c 2
     model.num_experts = 32  # 8 to 64 [P]
     model.capacity_factor = 2.0  # f_c [N]
     model.token_choice_dropless = False  # [?]
-    model.balance_loss_weight = 0.01  # of token choice [?]
+    model.balance_loss_weight = 0.01  # only for token choice [?]
     model.expert_width = 0  # hidden units of an expert; 0: ffn_multiplier widths
-    model.num_shared_experts = 0  # work on every token, ungated
+    model.num_shared_experts = 0  # experts on every token, without gates
     model.router_input = "modulated"  # [A] | decoupled
     model.gate_norm = "none"  # [N] | renormalized: a token's gates sum to route_scale
     model.route_scale = 1.0
     model.router_z_loss = 0.0
     model.router_init_std = 0.006  # [?]
-    model.group = "1024"  # tokens that compete in training: eight masked images [N]
-    model.sampling_group = "image"  # in sampling: an image must not depend on its neighbours [A]; 512 in the paper [N]
+    model.group = "1024"  # tokens that compete for experts in training: eight masked images [N]
+    model.sampling_group = "image"  # so that an image does not depend on its neighbours [A]; 512 in the paper [N]
     model.dispatch = "gather"  # gather | one_hot: the same result
-    # plain | scattered, halves: for TPUs with mesh.fsdp above 1; halves: with mesh.fsdp = 2 alone. See docs/model.md.
+    # plain | scattered: for TPUs with mesh.fsdp above 1 | halves: for TPUs with mesh.fsdp = 2. See docs/model.md.
     model.expert_products = "scattered"
     model.moe_output_norm = "expert"  # sandwich [S] | none | expert [?]: compared in docs/emoji.md
     model.mask_ratio = 0.5  # share of tokens dropped in training [P]
-    model.block_table = True  # a learned offset of the shared modulation in every block [?]
-    model.gate_init = 0.2  # where that offset's gates start [?]
+    model.block_table = True  # every block adds a learned offset to the shared modulation [?]
+    model.gate_init = 0.2  # initial value of that offset's gates [?]
     model.remat = "minimal"  # none | minimal | offload | attention_out | full
     model.scan_unroll = 1  # pairs of blocks in one iteration of the loop over them
-    model.dtype = "bfloat16"  # of activations [?]; parameters are float32
+    model.dtype = "bfloat16"  # dtype of activations [?]; parameters are float32
 
 
 def _set_inputs(config: ConfigDict) -> None:
-    """Sets text encoder, autoencoder, data and flow."""
+    """Sets the fields of text encoder, autoencoder, data and flow."""
     config.text = text = ConfigDict()
     text.vocab_size = 32128  # T5's [P], rows of the embedding
     text.width = 1280  # [S]
@@ -155,9 +155,9 @@ def _set_inputs(config: ConfigDict) -> None:
     text.frozen = True  # [S]
     text.remat = "minimal"  # as model.remat
     text.projections = "tokens_last"  # as model.projections
-    text.dtype = "bfloat16"  # of activations
+    text.dtype = "bfloat16"  # dtype of activations
 
-    config.autoencoder = "latents"  # the data holds them
+    config.autoencoder = "latents"  # the data has stored latents
 
     config.data = data = ConfigDict()
     data.module = ""  # a Python file that registers tasks of your own (docs/data.md)
@@ -165,37 +165,37 @@ def _set_inputs(config: ConfigDict) -> None:
     data.directory = "data"  # prepared data goes into <directory>/<task>
     data.image_size = 256  # pixels [P]
     data.prepare = prepare = ConfigDict()
-    prepare.image_format = "webp"  # png | webp | jpeg, of stored images
-    prepare.quality = 95  # 1 to 100, of webp, which is lossless at 100, and of jpeg
-    prepare.background = "white"  # what transparent images are put on; "" leaves them out
-    prepare.max_pixels = 100_000_000  # an image with more is left out
+    prepare.image_format = "webp"  # format of stored images: png | webp | jpeg
+    prepare.quality = 95  # 1 to 100, for webp (lossless at 100) and jpeg
+    prepare.background = "white"  # colour behind transparent images; "" rejects them
+    prepare.max_pixels = 100_000_000  # larger images are rejected
     prepare.held_out = 0.001  # share of the keys that training never reads
     prepare.filters = filters = ConfigDict()
     filters.min_side = 0  # px; 0 for no limit, here and below
     filters.max_aspect = 0.0  # longer side over shorter side
     filters.min_caption = 0  # characters
     filters.max_caption = 0
-    filters.columns = {}  # {"aesthetic": (5.0, 10.0)}: what a pair's own columns must be, ends included
+    filters.columns = {}  # inclusive ranges of pairs' columns, such as {"aesthetic": (5.0, 10.0)}
     data.captions = {"caption": 1.0}  # rates at which a row's caption is drawn from these fields
-    data.tokenizer = ""  # a SentencePiece .model file; "" for one that is trained on the captions
-    data.vocab_size = 32128  # pieces at most
-    data.caption_length = 128  # tokens with the end of sequence [?]
+    data.tokenizer = ""  # a SentencePiece .model file; "" trains one on the captions
+    data.vocab_size = 32128  # upper limit of the tokenizer's pieces
+    data.caption_length = 128  # tokens, including the end of sequence [?]
     data.latent_channels = 8  # [S], as model.latent_channels
-    data.latents = ""  # the column latents-<name> that holds them
-    data.caption_dropout = 0.1  # share of captions replaced by the empty one [S]
+    data.latents = ""  # <name> of the column latents-<name> that holds them
+    data.caption_dropout = 0.1  # share of captions replaced by the null caption [S]
     data.flip_probability = 0.0  # latents cannot be flipped
-    data.crop_padding = 0  # pixels
-    data.num_threads = 16  # of a host
-    data.prefetch = 4  # batches
+    data.crop_padding = 0  # pixels of white before a random crop
+    data.num_threads = 16  # threads per host that read records
+    data.prefetch = 4  # batches read ahead
 
     config.flow = flow = ConfigDict()
     flow.time_mean = 0.0  # times are sigmoid(N(mean, std)) [N, 0 and 1 ?]
     flow.time_std = 1.0
-    flow.dropped_token_weight = 0.0  # of the error on dropped tokens [S]
+    flow.dropped_token_weight = 0.0  # weight of the error on dropped tokens [S]
 
 
 def _set_training(config: ConfigDict) -> None:
-    """Sets optimizer, steps, phases and checkpoints."""
+    """Sets the fields of optimizer, training, phases and checkpoints."""
     config.optimizer = optimizer = ConfigDict()
     optimizer.name = "rmsprop"  # rmsprop [P] | adamw | adafactor
     optimizer.learning_rate = 1e-4  # [P]
@@ -215,41 +215,41 @@ def _set_training(config: ConfigDict) -> None:
     config.train = train = ConfigDict()
     train.num_steps = 800_000  # [P]
     train.batch_size = 4096  # images [P]
-    train.accumulation = 1  # microbatches of a step
+    train.accumulation = 1  # microbatches per step
     train.ema_decay = 0.9999  # [S]
     train.max_bad_steps = 5  # skipped steps in a row before the run stops
-    train.spike_factor = 0.0  # skip steps whose loss is above so many times its running mean; 0: only if not finite
-    train.watchdog_seconds = 1200  # in a step or waiting for its batch until exit code 43; 0 for no watchdog
-    train.watchdog = ConfigDict()  # seconds of other phases; 0: ten times train.watchdog_seconds
-    train.watchdog.start = 0  # until all processes have joined and devices are there
+    train.spike_factor = 0.0  # skips steps whose loss exceeds its running mean by this factor; 0: only non-finite ones
+    train.watchdog_seconds = 1200  # longest wait for a step or its batch before exit code 43; 0 for no watchdog
+    train.watchdog = ConfigDict()  # the same for other activities; 0: ten times train.watchdog_seconds
+    train.watchdog.start = 0  # joining all processes and finding devices
     train.watchdog.prepare = 0  # preparing data
     train.watchdog.restore = 0  # reading a checkpoint, or drawing parameters
-    train.watchdog.compile = 0  # the first steps of a start or phase
+    train.watchdog.compile = 0  # the first steps of a start or a phase
     train.watchdog.save = 0  # waiting for a save
     train.watchdog.draw = 0  # drawing images
-    train.slow_host_factor = 1.2  # warn of a host whose steps stay so many times as long as those of the others
-    train.replay_every = 0  # steps between replays, which look for silent errors of the hardware; 0 for none
-    train.log_every = 100  # steps between printed lines and TensorBoard's points
-    train.images_every = 0  # steps between images; latents alone draw none
+    train.slow_host_factor = 1.2  # warns about a host whose steps stay this many times as long as those of others
+    train.replay_every = 0  # steps between replays, which detect silent hardware errors; 0 for none
+    train.log_every = 100  # steps between printed lines and between points in TensorBoard
+    train.images_every = 0  # steps between sample grids; 0: only at the end; stored latents alone draw none
     train.profile_start = 20  # the first step of the profile, from 1
     train.profile_steps = 0  # steps to profile; 0 for none
-    train.wandb_project = ""  # of Weights & Biases (the extra wandb); "" for none
+    train.wandb_project = ""  # project in Weights & Biases (the extra wandb); "" for none
 
-    # What changes after so many steps: {"after": 750_000, "changes": {"model.mask_ratio": 0.0}}, see docs/configs.md.
+    # Changes after some steps: {"after": 750_000, "changes": {"model.mask_ratio": 0.0}}. See docs/configs.md.
     config.phases = ()
 
     config.checkpoint = checkpoint = ConfigDict()
-    checkpoint.every = 2000  # steps
-    checkpoint.keep = 3  # the newest ones
-    checkpoint.keep_every = 0  # steps; also keep the checkpoints of its multiples, for ever. 0 for none
-    checkpoint.init_from = ""  # a workdir whose EMA weights to start from
-    checkpoint.verify = "always"  # always | background | never: compare what is restored with its checksums
-    checkpoint.max_failed_saves = 3  # in a row that the run goes on after
+    checkpoint.every = 2000  # steps between checkpoints
+    checkpoint.keep = 3  # number of newest checkpoints to keep
+    checkpoint.keep_every = 0  # also keeps checkpoints at multiples of this step forever; 0 for none
+    checkpoint.init_from = ""  # workdir of a run with whose EMA weights to start
+    checkpoint.verify = "always"  # always | background | never: compares restored arrays with their checksums
+    checkpoint.max_failed_saves = 3  # failed saves in a row that a run tolerates
 
 
 def _set_machines(config: ConfigDict) -> None:
-    """Sets the mesh, sampling and the process."""
-    config.mesh = mesh = ConfigDict()  # sizes; -1 is what the devices leave
+    """Sets the fields of mesh, sampling and runtime."""
+    config.mesh = mesh = ConfigDict()  # sizes; -1 is all remaining devices
     mesh.slices = 1
     mesh.data = 1
     mesh.fsdp = -1
@@ -269,8 +269,8 @@ def _set_machines(config: ConfigDict) -> None:
 
     config.runtime = runtime = ConfigDict()
     runtime.xla_flags = ()
-    runtime.tpu_options = TPU_OPTIONS  # of the training step's compilation
+    runtime.tpu_options = TPU_OPTIONS  # compiler options of the training step on TPUs
     runtime.keep_host_memory = False  # for training on CPU
     runtime.compilation_cache = "~/.cache/ecdit"  # "" for none
-    runtime.distributed = True  # a pod; False for one host
-    runtime.heartbeat_seconds = 100  # of silence until a process counts as dead and the others end
+    runtime.distributed = True  # for a pod; False for one host
+    runtime.heartbeat_seconds = 100  # seconds of silence after which a process counts as dead and the others end

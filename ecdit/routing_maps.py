@@ -28,17 +28,17 @@ from ecdit.system import make_system
 
 WORKDIR = flags.DEFINE_string("workdir", None, "The run to sample from.", required=True)
 PROMPTS = flags.DEFINE_string("prompts", None, "A UTF-8 file with one prompt a line.", required=True)
-OUT = flags.DEFINE_string("out", None, "A new or empty directory for what is written.", required=True)
-STEP = flags.DEFINE_integer("step", None, "Of the checkpoint; by default the newest.")
+OUT = flags.DEFINE_string("out", None, "A new or empty directory for the files.", required=True)
+STEP = flags.DEFINE_integer("step", None, "The checkpoint's step; by default the newest.")
 REPEATS = flags.DEFINE_integer("repeats", 1, "Images of each prompt.", lower_bound=1)
-LAST_STEPS = flags.DEFINE_integer("last_steps", 5, "Solver steps at the end in which an expert's takings count.", 1)
-PAGE_IMAGES = flags.DEFINE_integer("page_images", 8, "Images that the page shows, the first ones.", lower_bound=1)
-PAGE_TIMES = flags.DEFINE_integer("page_times", 10, "Solver steps that the page shows, evenly spread.", lower_bound=1)
-SET = flags.DEFINE_multi_string("set", [], "KEY=VALUE of the run's sampling, such as sampling.num_steps=25.")
+LAST_STEPS = flags.DEFINE_integer("last_steps", 5, "The last solver steps, in which experts' tokens are counted.", 1)
+PAGE_IMAGES = flags.DEFINE_integer("page_images", 8, "The number of images on the page.", lower_bound=1)
+PAGE_TIMES = flags.DEFINE_integer("page_times", 10, "The number of solver steps on the page.", lower_bound=1)
+SET = flags.DEFINE_multi_string("set", [], "KEY=VALUE changes the run's sampling, such as sampling.num_steps=25.")
 
 
 def main(argv: list[str]) -> None:
-    """Samples, and writes all that docs/routing_maps.md describes."""
+    """Samples, and writes the files that docs/routing_maps.md describes."""
     del argv
     prompts = [prompt for prompt in prompt_lines(PROMPTS.value) for _ in range(REPEATS.value)]
     repeats = [i % REPEATS.value for i in range(len(prompts))]
@@ -71,7 +71,7 @@ def write_all(
     gates: Float[np.ndarray, "n steps P N E"],
     about: str,
 ) -> str:
-    """Writes all files into `out`; returns what to print."""
+    """Writes all files into `out`; returns the text to print."""
     num_steps, num_experts = gates.shape[1], gates.shape[4]
     times, last = step_times(num_steps), min(LAST_STEPS.value, num_steps)
     counts = counts_of(gates)
@@ -97,7 +97,7 @@ def write_all(
     np.savez_compressed(file, **arrays)
     replace_bytes(out / "routing.npz", file.getvalue())
     replace_text(out / "coverage.csv", coverage_csv(shares, busiest, times))
-    # Last, because it may be refused as too large.
+    # The page comes last, because it may be too large, which is an error.
     page = render_page(prompts, images, gates, times, found, about, when, shown, steps)
     replace_text(out / "routing.html", page)
     return (

@@ -15,8 +15,8 @@ from ecdit.config import require
 from ecdit.files import is_remote
 from ecdit.storage import as_path
 
-# The only kinds of device on which an option is safe. Elsewhere it may give wrong results or hang, as the compiler says
-# (libtpu 0.0.52); older compilers accept it silently.
+# The only kinds of device on which an option is safe. On others, libtpu 0.0.52 warns that it may give wrong results or
+# hang, and older compilers accept it silently.
 SAFE_ON = {"xla_tpu_enable_async_collective_fusion_fuse_all_gather": ("TPU v5 lite",)}
 
 
@@ -25,11 +25,11 @@ class RuntimeConfig:
     """Process-wide settings."""
 
     xla_flags: tuple[str, ...]  # each "--xla_...=value", added to XLA_FLAGS
-    tpu_options: tuple[str, ...]  # each "xla_...=value", of the training step's compilation for TPUs
-    keep_host_memory: bool  # do not give freed memory back to the system: halves the time of a step on CPU
+    tpu_options: tuple[str, ...]  # each "xla_...=value", for compiling the training step for TPUs
+    keep_host_memory: bool  # reuses freed memory instead of returning it, which halves the time of a step on CPU
     compilation_cache: str  # directory of the persistent compilation cache; "" for none (see `configure`)
-    distributed: bool  # join the other hosts by jax.distributed (a TPU pod; needs no further setting there)
-    heartbeat_seconds: int  # of silence after which a process counts as dead, and the others end
+    distributed: bool  # joins the other hosts by jax.distributed, which needs no further setting on a TPU pod
+    heartbeat_seconds: int  # seconds of silence after which a process counts as dead and the others end
 
     def __post_init__(self):
         for flag in self.xla_flags:
@@ -43,9 +43,9 @@ class RuntimeConfig:
 def configure(config: RuntimeConfig, workdir: Path | None = None) -> None:
     """Applies `config`. Call it before the first use of a device.
 
-    A run whose `workdir` is in a bucket keeps its compiled programs there, unless the config names no directory or one
-    in a bucket: a restarted host has a new disk. ECDIT_COORDINATOR, ECDIT_NUM_PROCESSES and ECDIT_PROCESS_ID, which
-    `launch.local` sets, say which processes to join.
+    A run with its `workdir` in a bucket caches compiled programs there, because a restarted host has a new disk. It
+    does not if the config names no cache or another bucket. `launch.local` sets ECDIT_COORDINATOR, ECDIT_NUM_PROCESSES
+    and ECDIT_PROCESS_ID, which say which processes to join.
     """
     present = os.environ.get("XLA_FLAGS", "").split()
     os.environ["XLA_FLAGS"] = " ".join(present + [flag for flag in config.xla_flags if flag not in present])
@@ -72,10 +72,10 @@ def _cache_directory(named: str, workdir: Path | None) -> str:
 
 
 def compiler_options(config: RuntimeConfig, mesh: Mesh) -> dict[str, str] | None:
-    """Returns jax.jit's compiler_options for a mesh of TPUs, and None for others, whose compilers refuse them.
+    """Returns jax.jit's compiler_options for a mesh of TPUs, or None for other devices, whose compilers refuse them.
 
     Raises:
-      ConfigError: an option that may give wrong results on these devices.
+      ConfigError: an option may give wrong results on these devices.
     """
     device = mesh.devices.flat[0]
     if device.platform != "tpu" or not config.tpu_options:
@@ -86,16 +86,16 @@ def compiler_options(config: RuntimeConfig, mesh: Mesh) -> dict[str, str] | None
             options.get(name, "false") == "false" or device.device_kind in kinds,
             "runtime.tpu_options",
             f"{name}={options.get(name)}",
-            f"may give wrong results on {device.device_kind}: allowed on {', '.join(kinds)} alone",
+            f"may give wrong results on {device.device_kind}: allowed only on {', '.join(kinds)}",
         )
     return options
 
 
 def _keep_freed_memory() -> None:
-    """Tells glibc to reuse freed memory. Does nothing where the C library has no mallopt.
+    """Tells glibc to reuse freed memory. Does nothing if the C library has no mallopt.
 
-    XLA's CPU client takes and frees its buffers anew in each step. By default malloc maps and unmaps the large ones,
-    and the kernel zeroes about a gigabyte of fresh pages a step.
+    XLA's CPU client allocates and frees its buffers in each step. By default malloc maps and unmaps the large ones, and
+    the kernel zeroes about a gigabyte of fresh pages per step.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:

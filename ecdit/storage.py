@@ -1,8 +1,8 @@
-"""Workdirs in a bucket of Google Cloud Storage: the operations that differ from those on a disk.
+"""Supports workdirs in a bucket of Google Cloud Storage, by the operations that differ from those on a disk.
 
-A path on a disk is pathlib's; gs://BUCKET/PATH is one of etils.epath, which goes through gcsfs. Most operations on
-paths work with both, so signatures say Path for either. A bucket has no directories to make, and an object is written
-whole or not at all; but nothing can be appended to an object, and renaming one copies it.
+A path on a disk is pathlib's, and gs://BUCKET/PATH is one of etils.epath, which uses gcsfs. Most operations on paths
+work with both, so signatures say Path for either. A bucket has no directories to make and writes objects atomically,
+but it cannot append to an object, and renaming copies it.
 """
 
 import contextlib
@@ -21,24 +21,24 @@ from etils import epath
 from ecdit.errors import UserError, chain
 from ecdit.files import is_remote
 
-# Otherwise epath takes TensorFlow's file system where TensorFlow is installed, which takes seconds to import and cannot
+# Otherwise epath would use TensorFlow's file system if TensorFlow is installed. Its import takes seconds, and it cannot
 # use an emulator.
 os.environ.setdefault("EPATH_USE_TF", "false")
 
 PART_SECONDS = 60.0  # age at which buffered data is written as an object
-# How tensorstore begins the message of an error of a service.
+# Beginnings of tensorstore's messages for errors of a service.
 STATUSES = ("PERMISSION_DENIED", "UNAUTHENTICATED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED")
-OUTAGE_SECONDS = 1800.0  # for which data that cannot be written is kept and tried again, before that is an error
-CLOSE_SECONDS = 120.0  # the same when a run ends, which waits for it
-_CLIENTS = ("aiohttp", "gcsfs", "google", "requests")  # packages whose errors mean network or permissions
-COMMITTED = "commit_success.txt"  # Orbax's mark, in a bucket, of a checkpoint that was saved to its end
+OUTAGE_SECONDS = 1800.0  # time for which data that cannot be written is kept and retried before it is an error
+CLOSE_SECONDS = 120.0  # the same time at the end of a run, which waits for it
+_CLIENTS = ("aiohttp", "gcsfs", "google", "requests")  # packages whose errors come from network or permissions
+COMMITTED = "commit_success.txt"  # Orbax's mark of a complete checkpoint in a bucket
 
 
 def as_path(text: str, name: str = "--workdir") -> Path:
     """Returns `text` as a path; messages call it `name`.
 
     Raises:
-      UserError: it has another scheme than gs://, names no path in the bucket, or needs a package that is missing.
+      UserError: the scheme is not gs://, the text names no path in the bucket, or a package is missing.
     """
     if "://" not in text:
         return Path(text)
@@ -48,23 +48,23 @@ def as_path(text: str, name: str = "--workdir") -> Path:
         raise UserError(f"{name}={text}: needs the package gcsfs: pip install -e '.[gcs]'")
     import fsspec.config
 
-    # Its cache of listings does not notice what tensorstore or another process writes.
+    # gcsfs's cache of listings would not notice writes of tensorstore or of other processes.
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
-    return epath.Path(text)  # pyright: ignore[reportReturnType]  # it has all that a pathlib.Path has
+    return epath.Path(text)  # pyright: ignore[reportReturnType]  # it has the methods of a pathlib.Path
 
 
 def check_workdir(workdir: Path) -> None:
-    """Raises UserError if a workdir is a file, or if this process lacks a right to one in a bucket.
+    """Raises UserError if a workdir is a file, or in a bucket in which this process lacks permissions.
 
-    Without the right to list, it would not see the checkpoints, and the run would start over.
+    Without permission to list, a run would not find its checkpoints and would start over.
     """
     if not is_remote(workdir):
         if workdir.exists() and not workdir.is_dir():
-            raise UserError(f"--workdir={workdir}: is a file, must be a directory")
+            raise UserError(f"--workdir={workdir}: must be a directory, not a file")
         return
     probe = workdir / f"write_check_{secrets.token_hex(4)}"
     try:
-        probe.write_bytes(b"to be deleted")  # an empty one would be read without asking the bucket
+        probe.write_bytes(b"to be deleted")  # gcsfs would read an empty object without asking the bucket
         list(workdir.iterdir())
         _bucket().cat_file(str(probe))
         probe.unlink()
@@ -73,7 +73,7 @@ def check_workdir(workdir: Path) -> None:
 
 
 def write_time(workdir: Path) -> float:
-    """Returns the Unix time that a bucket gives to an object written now; deletes the object."""
+    """Returns the Unix time of a bucket's clock, by writing an object and deleting it."""
     probe = workdir / f"clock_check_{secrets.token_hex(4)}"
     with reading(workdir):
         probe.write_bytes(b"to be deleted")
@@ -94,12 +94,12 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def is_outage(error: BaseException) -> bool:
-    """Returns whether an error comes from network or permissions, and not from what a bucket holds."""
+    """Returns whether an error comes from network or permissions, and not from a bucket's contents."""
     return any(_is_outage(one) for one in chain(error))
 
 
 def _is_outage(error: BaseException) -> bool:
-    refused = type(error) is OSError and error.errno is None  # gcsfs's for 401 and 403; those of disks have a number
+    refused = type(error) is OSError and error.errno is None  # gcsfs raises it for 401 and 403; a disk's has a number
     away = isinstance(error, ConnectionError | TimeoutError) or _package(error) in _CLIENTS
     return refused or away or str(error).startswith(STATUSES)
 
@@ -109,37 +109,37 @@ def _package(error: BaseException) -> str:
 
 
 def seconds_since_change(path: Path, workdir: Path) -> float:
-    """Returns the age of an object by the bucket's own clock; writes and deletes an object in `workdir` to read it."""
+    """Returns the age of an object by the bucket's own clock. Writes and deletes an object in `workdir` for that."""
     return write_time(workdir) - _bucket().info(str(path))["mtime"].timestamp()
 
 
 def read_generation(path: Path) -> tuple[bytes | None, bytes]:
-    """Returns the contents of an object in a bucket, None if it is missing, and its generation."""
+    """Returns the contents of an object in a bucket, or None if it is missing, and its generation."""
     found = _key_value_store(path).read(path.name).result()
     return (found.value if found.state == "value" else None), found.stamp.generation
 
 
 def replace_generation(path: Path, data: bytes | None, generation: bytes) -> bytes | None:
-    """Writes an object in a bucket, or deletes it for None, if it is still of `generation`.
+    """Writes an object in a bucket, or deletes it if `data` is None, unless its generation has changed.
 
-    Returns the new generation; None if it was of another one. Of several processes that try at once, one succeeds.
+    Returns the new generation, or None if another process changed it first. Only one of several processes succeeds.
     """
     written = _key_value_store(path).write(path.name, data, if_equal=generation).result()
     return written.generation or None
 
 
 def is_temporary(error: BaseException) -> bool:
-    """Returns whether an error, or one behind it, comes from an outage that may end, and not from missing rights."""
+    """Returns whether an error or one of its causes comes from an outage that may end, not from missing permissions."""
     return any(_is_temporary(one) for one in chain(error))
 
 
 def _is_temporary(error: BaseException) -> bool:
-    code = getattr(error, "code", None)  # gcsfs's and google's, an HTTP status or an enumeration
+    code = getattr(error, "code", None)  # an HTTP status or an enumeration, in errors of gcsfs and google
     if _package(error) in _CLIENTS and str(code) not in ("401", "403", "404"):
         return True
     if isinstance(error, ConnectionError | TimeoutError) and not isinstance(error, BrokenPipeError):
         return True
-    return bool(re.search(r"\b(UNAVAILABLE|DEADLINE_EXCEEDED)\b", str(error)))  # tensorstore's, which has no types
+    return bool(re.search(r"\b(UNAVAILABLE|DEADLINE_EXCEEDED)\b", str(error)))  # tensorstore has no error types
 
 
 def make_directory(path: Path) -> None:
@@ -149,9 +149,9 @@ def make_directory(path: Path) -> None:
 
 
 def children(directory: Path) -> list[Path]:
-    """Returns the entries of a directory, none if it is missing.
+    """Returns the entries of a directory, or none if it is missing.
 
-    (`is_dir` would also be False where a bucket refuses to be read.)
+    Checking `is_dir` first would hide a bucket that cannot be read, because it returns False then, too.
     """
     try:
         return list(directory.iterdir())
@@ -160,7 +160,7 @@ def children(directory: Path) -> list[Path]:
 
 
 def size_and_time(directory: Path) -> tuple[int, datetime.datetime]:
-    """Returns the bytes of all files below a directory, and the local time of the last change."""
+    """Returns the bytes of all files below a directory, and the local time of the newest change."""
     if not is_remote(directory):
         size = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
         return size, datetime.datetime.fromtimestamp(directory.stat().st_mtime)
@@ -170,7 +170,7 @@ def size_and_time(directory: Path) -> tuple[int, datetime.datetime]:
 
 
 def move_aside(paths: Sequence[Path], directory: Path) -> None:
-    """Moves files and directories into `directory`, which is made. In a bucket the service copies and deletes them."""
+    """Moves files and directories into a new `directory`. In a bucket the service copies and deletes them."""
     make_directory(directory)
     for path in paths:
         if is_remote(path):
@@ -180,10 +180,10 @@ def move_aside(paths: Sequence[Path], directory: Path) -> None:
 
 
 def move_checkpoint(directory: Path, place: Path) -> None:
-    """Moves a checkpoint. In a bucket the service copies it, then the original is deleted.
+    """Moves a checkpoint. In a bucket the service copies it, and then this function deletes the original.
 
-    A kill in between leaves it complete where it was, or complete in its new place while the original has lost its
-    mark, so that the next start removes the original.
+    A kill in between leaves the original complete, or the copy complete and the original without its mark, so that the
+    next start removes the original.
     """
     if not is_remote(directory):
         place.parent.mkdir(exist_ok=True)
@@ -196,12 +196,12 @@ def move_checkpoint(directory: Path, place: Path) -> None:
 
 
 def upload(directory: Path, target: Path) -> None:
-    """Copies all files of a directory on a disk below `target` in a bucket."""
+    """Copies all files of a directory on a disk to `target` in a bucket."""
     _bucket().put(f"{directory}/", f"{target}/", recursive=True)
 
 
 def read_all(paths: list[Path]) -> list[bytes]:
-    """Returns the contents of files; those of a bucket are read concurrently."""
+    """Returns the contents of files. It reads those in a bucket concurrently."""
     if not paths or not is_remote(paths[0]):
         return [path.read_bytes() for path in paths]
     found = _bucket().cat([str(path) for path in paths])
@@ -209,13 +209,13 @@ def read_all(paths: list[Path]) -> list[bytes]:
 
 
 class AppendedObjects:
-    """Behaves like a file opened for appending, in a bucket: buffers data and writes it as one object after another.
+    """Behaves like a file opened for appending: buffers data and writes it as one object of a bucket after another.
 
-    In an outage it keeps the data, and tries again a while later: training goes on.
+    In an outage it keeps the data and retries later, so that training continues.
     """
 
     def __init__(self, name: Callable[[bytes], Path]):
-        """`name` returns the path of an object by its contents."""
+        """Makes an empty buffer. `name` returns the path of an object by its contents."""
         self.name, self.buffer, self.began = name, [], time.monotonic()
         self.failing_since: float | None = None
 
@@ -224,16 +224,16 @@ class AppendedObjects:
         self.buffer.append(data)
 
     def flush(self) -> None:
-        """Writes an object if the last one is PART_SECONDS old. Call it between lines or records."""
+        """Writes an object if the last attempt is PART_SECONDS old. Call it between lines or records."""
         if time.monotonic() - self.began >= PART_SECONDS:
             self.save()
 
     def save(self) -> None:
-        """Writes an object now, if anything is buffered; keeps the data for up to OUTAGE_SECONDS if that fails."""
+        """Writes buffered data as an object now. If that fails, keeps the data for up to OUTAGE_SECONDS."""
         self._save(OUTAGE_SECONDS)
 
     def close(self) -> None:
-        """Writes the last object; tries for up to CLOSE_SECONDS."""
+        """Writes the last object, with retries for up to CLOSE_SECONDS."""
         self.failing_since = None
         self._save(CLOSE_SECONDS)
         while self.buffer:
@@ -251,7 +251,7 @@ class AppendedObjects:
                 now = time.monotonic()
                 if self.failing_since is None:
                     self.failing_since = now
-                    print(f"a bucket cannot be written, its data is kept and tried again: {_said(error)}", flush=True)
+                    print(f"a bucket cannot be written; its data is kept and retried: {_said(error)}", flush=True)
                 if now - self.failing_since >= limit:
                     raise
             else:
@@ -264,14 +264,14 @@ def _said(error: Exception) -> str:
 
 
 def _key_value_store(path: Path) -> Any:
-    """Returns tensorstore's view of an object's directory: it can write on the condition of a generation."""
+    """Returns tensorstore's view of an object's directory, which can write if a generation is unchanged."""
     import tensorstore
 
     return tensorstore.KvStore.open(f"{path.parent}/").result()
 
 
 def _bucket() -> Any:
-    """Returns the file system that epath uses too."""
+    """Returns the file system that epath also uses."""
     import fsspec
 
     return fsspec.filesystem("gcs", finalize_on_close=True)

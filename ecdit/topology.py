@@ -1,9 +1,9 @@
-"""Describes slices of TPUs by name: their chips, layout and hosts.
+"""Finds the chips, layout and hosts of TPU slices by name.
 
-A slice has two spellings: Google Cloud's accelerator name (`v5p-256`), with the usual layout, and the generation with
-an explicit layout (`v5p:4x4x8`), as JAX's compile-only topologies spell it. The number in a name counts TensorCores of
-v4, v5p and TPU7x, two a chip, and chips of v5e and v6e. Layouts always count chips. Sources:
-cloud.google.com/tpu/docs/{v4,v5p,v5e,v6e,tpu7x}; for names of TPU7x, github.com/AI-Hypercomputer/xpk.
+A slice has two spellings: Google Cloud's accelerator name (`v5p-256`) for the usual layout, and the generation with an
+explicit layout (`v5p:4x4x8`), as in JAX's compile-only topologies. The number in an accelerator name counts TensorCores
+of v4, v5p and TPU7x (two per chip), and chips of v5e and v6e. Layouts always count chips. Sources:
+cloud.google.com/tpu/docs/{v4,v5p,v5e,v6e,tpu7x}, and github.com/AI-Hypercomputer/xpk for names of TPU7x.
 """
 
 import dataclasses
@@ -14,19 +14,19 @@ from ecdit.errors import UserError
 
 
 class SliceError(UserError, ValueError):
-    """No TPU slice has this name."""
+    """No TPU slice has the given name."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Generation:
-    """A generation of TPUs, and the slices that it comes in."""
+    """A generation of TPUs, with the limits of its slices."""
 
-    chip: str  # as `chips.Chip.name`
-    prefix: str  # of accelerator names
-    cores: int  # what the number in an accelerator's name counts of a chip
-    dimensions: int  # of the network between chips
-    max_chips: int  # of a slice
-    devices_per_chip: int = 1  # as JAX lists them
+    chip: str  # `chips.Chip.name`
+    prefix: str  # prefix of accelerator names
+    cores: int  # number that an accelerator's name counts for one chip
+    dimensions: int  # dimensions of the network between chips
+    max_chips: int  # chips of the largest slice
+    devices_per_chip: int = 1  # JAX devices per chip
 
 
 GENERATIONS = {
@@ -40,75 +40,75 @@ GENERATIONS = {
     )
 }
 FLAT = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
-PARTS_OF_CUBE = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))  # below 4x4x4, of which larger slices are made
+PARTS_OF_CUBE = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))  # smaller than the 4x4x4 cubes of larger slices
 CUBE, MAX_SIDE = 4, 256  # chips along a side
-HOST_CHIPS = 4  # of a host, where a slice has so many
-LARGE_HOST_CHIPS = 8  # the hosts that v5e and v6e also come with, alone
+HOST_CHIPS = 4  # chips of a host, unless the slice has fewer
+LARGE_HOST_CHIPS = 8  # chips of the larger hosts of v5e and v6e, which are slices of one host
 
 
 @dataclasses.dataclass(frozen=True)
 class Slice:
-    """Chips that are joined by their own network, and the hosts they are in."""
+    """Chips joined by their own network, and their hosts."""
 
-    chip: str  # as `chips.Chip.name`
+    chip: str  # `chips.Chip.name`
     shape: tuple[int, ...]  # chips along each dimension
     chips_per_host: int
 
     @property
     def chips(self) -> int:
-        """All of them."""
+        """Returns the number of chips."""
         return math.prod(self.shape)
 
     @property
     def devices(self) -> int:
-        """What JAX lists on all hosts, and meshes are made of: a chip, or one of the two dies of a TPU7x."""
+        """Returns the number of JAX devices on all hosts; a device is a chip, or one of the two dies of a TPU7x."""
         return self.chips * GENERATIONS[self.chip].devices_per_chip
 
     @property
     def devices_per_host(self) -> int:
-        """What JAX lists as one process's own."""
+        """Returns the number of JAX devices of one process."""
         return self.chips_per_host * GENERATIONS[self.chip].devices_per_chip
 
     @property
     def hosts(self) -> int:
-        """Hosts, each with one process."""
+        """Returns the number of hosts, each of which runs one process."""
         return self.chips // self.chips_per_host
 
     @property
     def topology(self) -> str:
-        """The layout as Google Cloud spells it, such as 4x4x8."""
+        """Returns the layout in Google Cloud's spelling, such as 4x4x8."""
         return "x".join(map(str, self.shape))
 
     @property
     def accelerator(self) -> str:
-        """The accelerator's name, such as v5p-256; slices of several layouts share it."""
+        """Returns the accelerator's name, such as v5p-256, which slices of several layouts share."""
         generation = GENERATIONS[self.chip]
         return f"{generation.prefix}-{self.chips * generation.cores}"
 
     @property
     def is_usual(self) -> bool:
-        """Whether the accelerator's name alone gives this layout."""
+        """Returns whether the accelerator's name alone stands for this layout."""
         return usual_shapes(self.chip).get(self.chips) == self.shape
 
     def on_large_hosts(self) -> "Slice":
-        """The same chips in as few hosts as there can be: eight of v5e or v6e can be in one."""
+        """Returns the same chips on the fewest hosts, because one host can have eight chips of v5e or v6e."""
         if len(self.shape) == 2 and self.chips == LARGE_HOST_CHIPS:
             return dataclasses.replace(self, chips_per_host=LARGE_HOST_CHIPS)
         return self
 
 
 def find_slice(name: str) -> Slice:
-    """The slice called `name`: `v5p-256`, or `v5p:4x4x8` for that layout (`v5e-16` is `v5litepod-16`).
+    """Returns the slice called `name`: `v5p-256`, or `v5p:4x4x8` for that layout (`v5e-16` is `v5litepod-16`).
 
     Raises:
-      SliceError: there is none; the message says which there are.
+      SliceError: no slice has the name; the message says which names exist.
     """
     head, separator, size = name.partition(":" if ":" in name else "-")
     found = [g for g in GENERATIONS.values() if head in (g.chip, g.prefix)]
     if not found or not size:
         number = " or ".join(f"{g.prefix}-N" for g in GENERATIONS.values())
         raise SliceError(
-            f"accelerator {name!r}: must be {number} (N: TensorCores of v4, v5p and TPU7x, two a chip; else "
+            f"accelerator {name!r}: must be {number} (N: TensorCores of v4, v5p and TPU7x, two per chip; else "
             f"chips), or a layout, such as v5p:4x4x8 or v6e:4x4"
         )
     shape = _shape_of_layout(name, found[0], size) if separator == ":" else _shape_of_size(name, found[0], size)
@@ -117,7 +117,7 @@ def find_slice(name: str) -> Slice:
 
 @functools.cache
 def usual_shapes(chip: str) -> dict[int, tuple[int, ...]]:
-    """By chips, ascending: the layout of a slice where none is asked for, which is the one most like a cube."""
+    """Returns the usual layouts by number of chips, ascending: each is the layout closest to a cube."""
     generation = GENERATIONS[chip]
     if generation.dimensions == 2:
         return {math.prod(shape): shape for shape in FLAT}

@@ -1,4 +1,4 @@
-"""Trains: `python -m ecdit.train --config=configs/emoji.py --workdir=runs/emoji`. The same command again resumes."""
+"""Trains: `python -m ecdit.train --config=configs/emoji.py --workdir=runs/emoji`. The same command also resumes."""
 
 import contextlib
 import sys
@@ -15,25 +15,25 @@ from ecdit.storage import as_path
 
 CONFIG = define_config_flag()
 WORKDIR = flags.DEFINE_string(
-    "workdir", None, "For checkpoints, metrics and samples: a directory or gs://BUCKET/PATH.", required=True
+    "workdir", None, "Directory or gs://BUCKET/PATH for checkpoints, metrics and samples.", required=True
 )
 START_OVER = flags.DEFINE_bool(
     "start_over",
     False,
-    "Where the workdir has lost its checkpoints, begin at step 0 and move its metrics and records to "
-    "before_start_over/. A run that has checkpoints goes on from them, with this flag too.",
+    "If the workdir has lost its checkpoints, start at step 0 and move its metrics and records to before_start_over/. "
+    "A run with checkpoints resumes from them even with this flag.",
 )
 DATA_ORDER = flags.DEFINE_bool(
     "accept_data_order",
     False,
-    "Go on from a checkpoint though another version of grain has written it, which may order the data in another way.",
+    "Resume from a checkpoint of another version of grain, which may order the data differently.",
 )
 INIT_DIFFERENCES = flags.DEFINE_bool(
     "accept_init_differences",
     False,
-    "Start from the weights of checkpoint.init_from though its model, text encoder or vocabulary differs.",
+    "Start from the weights of checkpoint.init_from although its model, text encoder or vocabulary differs.",
 )
-CHECKED = flags.DEFINE_string("checked", "", "What a launcher checked; anything else is refused. Launchers set it.")
+CHECKED = flags.DEFINE_string("checked", "", "Config and code that a launcher checked; others are refused.")
 
 
 def main(argv: list[str]) -> None:

@@ -27,7 +27,7 @@ def test_an_option_that_may_give_wrong_results_is_refused_where_it_may():
     with pytest.raises(ConfigError) as error:
         options("xla_a=1", f"{FUSED}=true")
     assert str(error.value) == (
-        f"config.runtime.tpu_options = '{FUSED}=true': may give wrong results on TPU v5: allowed on TPU v5 lite alone"
+        f"config.runtime.tpu_options = '{FUSED}=true': may give wrong results on TPU v5: allowed only on TPU v5 lite"
     )
     assert options(f"{FUSED}=true", kind="TPU v5 lite") == {FUSED: "true"}
     assert options(f"{FUSED}=false") == {FUSED: "false"}

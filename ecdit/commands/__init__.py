@@ -1,1 +1,1 @@
-"""The evaluations of `python -m ecdit.evaluate NAME`: a file each that has the flags and calls the scorer."""
+"""The evaluations of `python -m ecdit.evaluate NAME`. Each file defines the flags of one and calls its scorer."""

@@ -36,7 +36,7 @@ def run(values: flags.FlagValues) -> None:
 
 
 def check_lengths(embeddings: np.ndarray, name: str) -> None:
-    """Raises UserError unless all embeddings have length 1, to 1e-2: the kernel's width is chosen for that."""
+    """Raises UserError unless all embeddings have length 1 to within 1e-2, for which the kernel's width is chosen."""
     lengths = np.linalg.norm(embeddings, axis=1)
     wrong = np.flatnonzero(np.abs(lengths - 1) > 1e-2)
     if len(wrong):

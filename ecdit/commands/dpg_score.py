@@ -32,5 +32,5 @@ def run(values: flags.FlagValues) -> None:
     for name, found in result["l1"].items():
         print(f"{name:<16} {found:.2f}")
     images = sorted({len(item.questions[0].answers) for item in items})
-    print(f"images of an item: {', '.join(map(str, images))}")
+    print(f"images per item: {', '.join(map(str, images))}")
     print_overall(result)

@@ -26,12 +26,12 @@ def run(values: flags.FlagValues) -> None:
         write_results(out, json_text(result))
     malformed = [item.item_id for item in items if any(question.parents is None for question in item.questions)]
     if malformed:
-        print(f"{len(malformed)} items have a malformed dependency, so that none of theirs counts: {malformed[:5]}")
+        print(f"{len(malformed)} items have a malformed dependency, so their dependencies are ignored: {malformed[:5]}")
     print_overall(result)
 
 
 def print_overall(result: dict) -> None:
-    """Prints the mean, and which items it leaves out."""
+    """Prints the mean and the items that it leaves out."""
     left_out = [item_id for item_id, found in result["items"].items() if found is None]
     if left_out:
         print(f"{len(left_out)} items depend on a question that does not exist, and do not count: {left_out[:5]}")

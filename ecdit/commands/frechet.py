@@ -1,4 +1,4 @@
-"""`frechet --features=A.npy --reference=B.npz` measures the Fréchet distance of features (FID, of Inception's)."""
+"""`frechet --features=A.npy --reference=B.npz` measures the Fréchet distance of features (FID for Inception's)."""
 
 from pathlib import Path
 
@@ -15,8 +15,8 @@ from ecdit.evaluation.moments import Moments, write_moments
 def define_flags(values: flags.FlagValues) -> None:
     """Adds the flags of this evaluation."""
     define_feature_flags(values, "; or one .npz file with mu and sigma")
-    flags.DEFINE_string("save", None, "File, .npz, for mu and sigma of --features.", flag_values=values)
-    few = "Compare sets that have fewer samples than dimensions: the distance is then mostly their lack of samples."
+    flags.DEFINE_string("save", None, "A .npz file for mu and sigma of --features.", flag_values=values)
+    few = "Compare sets with fewer samples than dimensions, although the distance then mostly measures that lack."
     flags.DEFINE_bool("allow_few_samples", False, few, flag_values=values)
 
 
@@ -50,10 +50,8 @@ def run(values: flags.FlagValues) -> None:
 
 
 def check_samples(found: Moments, name: str) -> None:
-    """Raises UserError where a set of known size has fewer samples than dimensions."""
+    """Raises UserError if a set of known size has fewer samples than dimensions."""
     dimensions = len(found.mean)
     if found.count is not None and found.count < dimensions:
-        reason = (
-            "its covariance would be that of the few directions it has; --allow_few_samples compares it all the same"
-        )
+        reason = "its covariance would cover only a few directions; --allow_few_samples compares it nevertheless"
         raise UserError(f"--{name}: {found.count} samples, fewer than the {dimensions} dimensions: {reason}")

@@ -32,5 +32,5 @@ def run(values: flags.FlagValues) -> None:
     for tag, share in summary["tasks"].items():
         print(f"{tag:<16} {share:.2%}")
     missing = [task for task in TASKS if task not in summary["tasks"]]
-    note = f"; not GenEval's whole: there are no images of {', '.join(missing)}" if missing else ""
+    note = f"; not all of GenEval: there are no images of {', '.join(missing)}" if missing else ""
     print(f"overall {summary['overall']:.5f}, the mean of {len(summary['tasks'])} tasks, {len(verdicts)} images{note}")

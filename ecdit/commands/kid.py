@@ -13,9 +13,9 @@ from ecdit.evaluation.kernel_distance import kernel_inception_distance
 def define_flags(values: flags.FlagValues) -> None:
     """Adds the flags of this evaluation."""
     define_feature_flags(values)
-    flags.DEFINE_integer("subsets", 100, "How many random subsets are compared.", 1, flag_values=values)
-    flags.DEFINE_integer("subset_size", 1000, "How many rows of each set a subset has.", 2, flag_values=values)
-    flags.DEFINE_integer("seed", 0, "Chooses the subsets.", 0, flag_values=values)
+    flags.DEFINE_integer("subsets", 100, "The number of random subsets.", 1, flag_values=values)
+    flags.DEFINE_integer("subset_size", 1000, "The rows of each set in a subset.", 2, flag_values=values)
+    flags.DEFINE_integer("seed", 0, "The seed that chooses the subsets.", 0, flag_values=values)
 
 
 def run(values: flags.FlagValues) -> None:

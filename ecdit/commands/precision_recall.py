@@ -13,7 +13,7 @@ from ecdit.evaluation.precision_recall import NEIGHBOURS, precision_recall
 def define_flags(values: flags.FlagValues) -> None:
     """Adds the flags of this evaluation."""
     define_feature_flags(values)
-    flags.DEFINE_integer("neighbours", NEIGHBOURS, "A ball reaches to the neighbour so far.", 1, flag_values=values)
+    flags.DEFINE_integer("neighbours", NEIGHBOURS, "The neighbour to which a ball reaches.", 1, flag_values=values)
 
 
 def run(values: flags.FlagValues) -> None:

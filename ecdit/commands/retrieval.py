@@ -1,4 +1,4 @@
-"""`retrieval --workdir=runs/emoji` samples captions of a run and looks the images up among its data."""
+"""`retrieval --workdir=runs/emoji` samples captions of a run and searches its data for the nearest images."""
 
 import time
 from collections.abc import Sequence
@@ -36,13 +36,13 @@ Split = Literal["train", "held_out"]
 def define_flags(values: flags.FlagValues) -> None:
     """Adds the flags of this evaluation."""
     flags.DEFINE_string("workdir", None, "The run.", required=True, flag_values=values)
-    flags.DEFINE_integer("step", None, "Of the checkpoint; by default the newest.", flag_values=values)
-    captions = "How many are sampled, always the same ones; 0 for all."
+    flags.DEFINE_integer("step", None, "The checkpoint's step; by default the newest.", flag_values=values)
+    captions = "The number of captions to sample, always the same ones; 0 samples all."
     flags.DEFINE_integer("captions", NUM_CAPTIONS, captions, 0, flag_values=values)
-    splits = "Whose captions are sampled: those of training, or those that it never read."
+    splits = "The captions' split: train, or held_out, which training never reads."
     flags.DEFINE_enum("split", "train", SPLITS, splits, flag_values=values)
-    flags.DEFINE_integer("seed", 0, "Of the samples' noise.", 0, flag_values=values)
-    flags.DEFINE_string("grid", None, "PNG for some samples beside their true images.", flag_values=values)
+    flags.DEFINE_integer("seed", 0, "The seed of the samples' noise.", 0, flag_values=values)
+    flags.DEFINE_string("grid", None, "A PNG file for some samples beside their true images.", flag_values=values)
     flags.DEFINE_string("json", None, "File for the result.", flag_values=values)
 
 
@@ -59,13 +59,13 @@ def run(values: flags.FlagValues) -> None:
 def retrieval(
     workdir: Path, step: int | None, count: int, split: Split = "train", seed: int = 0, grid: Path | None = None
 ) -> dict:
-    """Samples `count` captions of a split, 0 for all; prints and returns how often their images are the nearest.
+    """Samples `count` captions of a split (0: all); prints and returns how often the true image is the nearest.
 
-    Training captions are looked up among the training images, held-out ones among all, and among those of their
-    style. `grid` is a PNG for some samples beside their true images.
+    Samples of training captions are compared with the training images. Samples of held-out captions are compared with
+    all images, and with those of their style. `grid` is a PNG file for some samples beside their true images.
 
     Raises:
-      DataError: the run's data has no such record.
+      DataError: the run's data has no stored record in the split.
     """
     start = time.monotonic()
     run = each_image_alone(open_run(workdir, step=step))
@@ -108,14 +108,16 @@ def retrieval(
 def compared(
     samples: np.ndarray, images: np.ndarray, chosen: np.ndarray, keys: Sequence[str], trained: np.ndarray
 ) -> dict:
-    """Returns recall among all images and among those of the sample's style, beside chance and a copied image.
+    """Returns recall among all images and among those of the sample's style, with two baselines.
+
+    The baselines are chance, and a copy of the nearest training image with the same name in another style.
 
     Args:
-      samples: of the captions of `chosen`, uint8[n, h, w, 3].
-      images: all, uint8[N, h, w, 3].
-      chosen: int[n], places in `images`.
-      keys: of the images; without styles, there is only the recall among all, beside chance.
-      trained: bool[N], those that training reads.
+      samples: samples of the captions of `chosen`, uint8[n, h, w, 3].
+      images: all images, uint8[N, h, w, 3].
+      chosen: int[n], indices in `images`.
+      keys: keys of the images; if they have no styles, the result has only the recall among all and chance.
+      trained: bool[N], whether training reads the image.
     """
     known = [style_and_name(key) for key in keys]
     every = np.ones((len(chosen), len(keys)), bool)
@@ -124,7 +126,7 @@ def compared(
     styles, names = (np.unique([one[part] for one in known if one], return_inverse=True)[1] for part in range(2))
     copied = nearest_other_styles(images, chosen, names, trained)
     others = every.copy()
-    others[np.arange(len(chosen)), copied] = False  # it would find itself first
+    others[np.arange(len(chosen)), copied] = False  # a copy would find itself first
     of_style = styles[chosen][:, None] == styles[None]
     copies = images[copied]
     return {
@@ -150,7 +152,7 @@ def _both(ranks: np.ndarray) -> dict[str, float]:
 
 
 def _draw(samples: np.ndarray, images: np.ndarray, captions: Sequence[str], path: Path) -> None:
-    """Writes a few samples, spread over all, each with its true image to its right."""
+    """Writes a grid of a few evenly spaced samples, each with its true image to its right."""
     some = np.linspace(0, len(samples) - 1, min(_DRAWN, len(samples))).astype(int)
     pairs = np.stack([samples[some], images[some]], axis=1).reshape(-1, *samples.shape[1:])
     save_grid(pairs, [text for i in some for text in (str(captions[i]), "true image")], path, columns=8)
@@ -163,7 +165,8 @@ def _say(result: dict, sampling: SamplingConfig) -> None:
         f"(chance {1 / total:.2%} and {5 / total:.2%}) over {result['num_captions']} "
         f"{'held-out' if held_out else 'training'} captions, the nearest of {total} images; {sampling.solver}, "
         f"{sampling.num_steps} steps, guidance {sampling.guidance.scale}, seed {sampling.seed}, EMA weights; "
-        f"{result['seconds']} s." + ("" if held_out else " This measures fit to the training captions, not generality.")
+        f"{result['seconds']} s."
+        + ("" if held_out else " This measures fit to the training captions, not generalisation.")
     )
     for key, among in (("of_all", "all images"), ("of_style", "the images of the style")):
         for who, found in result.get(key, {}).items():

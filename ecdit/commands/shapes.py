@@ -19,17 +19,18 @@ from ecdit.runs.trained_run import each_image_alone, open_run, sample_run
 from ecdit.storage import as_path
 
 SPLITS: dict[str, Split] = {"train": "train", "held_out": "held_out"}
-SEED = 0x5EED  # of the captions: those of rows that a run of another seed does not read
+SEED = 0x5EED  # the seed of the captions, whose rows a run with another seed does not read
 
 
 def define_flags(values: flags.FlagValues) -> None:
     """Adds the flags of this evaluation."""
     flags.DEFINE_string("workdir", None, "The run.", required=True, flag_values=values)
-    flags.DEFINE_integer("step", None, "Of the checkpoint; by default the newest.", flag_values=values)
-    flags.DEFINE_integer("captions", 50, "How many captions of each kind, always the same ones.", 1, flag_values=values)
-    split = "Captions of combinations that training has, or of those that it never has."
+    flags.DEFINE_integer("step", None, "The checkpoint's step; by default the newest.", flag_values=values)
+    captions = "The number of captions of each kind, always the same ones."
+    flags.DEFINE_integer("captions", 50, captions, 1, flag_values=values)
+    split = "The captions' split: train, or held_out, whose combinations training never has."
     flags.DEFINE_enum("split", "train", list(SPLITS), split, flag_values=values)
-    flags.DEFINE_integer("seed", 0, "Of the samples' noise.", flag_values=values)
+    flags.DEFINE_integer("seed", 0, "The seed of the samples' noise.", flag_values=values)
     flags.DEFINE_string("json", None, "File for the result.", flag_values=values)
 
 
@@ -75,7 +76,7 @@ def shapes(workdir: Path, step: int | None, captions: int, split: Split, seed: i
 def wanted(
     image_size: int, ground: Ground, split: Split, count: int
 ) -> list[tuple[str, tuple[str, Mapping[str, Any]]]]:
-    """Returns the kind, caption and metadata of `count` rows of each kind: the same for every run."""
+    """Returns the kind, caption and metadata of `count` rows of each kind, the same for every run."""
     kinds = KINDS if split == "train" else KINDS_HELD_OUT
     found = []
     for kind in kinds:
@@ -86,7 +87,7 @@ def wanted(
 
 
 def scores(kinds: Sequence[str], verdicts: Sequence[bool]) -> dict[str, Any]:
-    """Returns the share of correct images of each kind, and the mean over kinds as `overall`, as GenEval does."""
+    """Returns the share of correct images of each kind, and as `overall` the mean over kinds, as in GenEval."""
     correct = collections.defaultdict(list)
     for kind, verdict in zip(kinds, verdicts, strict=True):
         correct[kind].append(verdict)

@@ -1,7 +1,7 @@
-"""Images with captions: prepared once into ArrayRecord, read by global row while training."""
+"""Prepares images with captions once as ArrayRecord, and reads them by global row during training."""
 
 from ecdit.errors import UserError
 
 
 class DataError(UserError):
-    """The data, or what the config says about it, cannot be used: the message says what to do."""
+    """The data or its config cannot be used; the message says what to do."""

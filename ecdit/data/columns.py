@@ -1,4 +1,4 @@
-"""Columns: what was computed for each record of a task, in shards beside the records' and in their order."""
+"""Columns: values computed for each record of a task, in shards beside the records and in the same order."""
 
 import collections
 import dataclasses
@@ -20,30 +20,30 @@ from ecdit.data.record import Record, decode_record
 from ecdit.data.shards import Shard, ShardReader, combined, read_summary, summary_path, write_shard, write_summary
 from ecdit.files import replace_text
 
-_MADE_OF = "made_of"  # the file that says of which records, and by what
+_MADE_OF = "made_of"  # file with the fingerprints of the records and of the tokenizer or weights
 Say = Callable[[str], None]
 
 
 class ColumnMaker(Protocol):
-    """Computes a column; it is pickled, so that several processes can."""
+    """Computes a column. It must be picklable, because several processes run it."""
 
     @property
     def name(self) -> str:
-        """The column's name."""
+        """Returns the column's name."""
         ...
 
     @property
     def made_by(self) -> str:
-        """The sha256 of what computes it."""
+        """Returns the sha256 of the tokenizer or the weights that compute it."""
         ...
 
     def values(self, records: Iterable[Record]) -> Iterator[tuple[bytes, Mapping[str, int]]]:
-        """Yields for each record, in order, what is stored, and numbers whose histograms the column's details keep."""
+        """Yields for each record, in order, the bytes to store and the numbers to count in the column's histograms."""
         ...
 
 
 def column_directory(task: Path, name: str) -> Path:
-    """Returns where the column `name` of a task lives."""
+    """Returns the directory of a task's column `name`."""
     return task / "columns" / name
 
 
@@ -52,12 +52,13 @@ def read_column(task: Path, manifest: Manifest, name: str, made_by: str) -> Colu
 
     Args:
       task: directory of the task.
-      manifest: of its records.
-      name: of the column.
-      made_by: sha256 of the tokenizer or the weights that must have made it; "" for any.
+      manifest: manifest of its records.
+      name: name of the column.
+      made_by: sha256 of the tokenizer or the weights that must have made it; "" accepts any.
 
     Raises:
-      DataError: there is none, it is incomplete or damaged, or it was made of other records or by something else.
+      DataError: the column is missing, incomplete or damaged, or was made from other records, or by another tokenizer
+        or other weights.
     """
     directory = column_directory(task, name)
     if not (directory / COLUMN).exists():
@@ -72,23 +73,23 @@ def read_column(task: Path, manifest: Manifest, name: str, made_by: str) -> Colu
             )
         raise DataError(f"{task} has no column {name}: run python -m ecdit.prepare --config=... first")
     column = read_json(directory / COLUMN, Column)
-    for what, made, wanted in (
+    for origin, made, wanted in (
         ("records", column.records, manifest.fingerprint),
         ("tokenizer or weights", column.made_by, made_by or column.made_by),
     ):
         if made != wanted:
             raise DataError(
-                f"{directory} was made of other {what}: its fingerprint is {made[:12]}, and {wanted[:12]} is wanted; "
+                f"{directory} was made from other {origin}: their fingerprint is {made[:12]}, not {wanted[:12]}; "
                 "delete it and run python -m ecdit.prepare --config=... again"
             )
     return column
 
 
 def make_column(task: Path, manifest: Manifest, maker: ColumnMaker, workers: int, say: Say) -> Column:
-    """Computes a column unless it is there; goes on where an earlier call was killed.
+    """Returns a task's column and computes it if it is missing. Resumes where an earlier call was killed.
 
     Raises:
-      DataError: there is one of that name that was made of other records or by something else.
+      DataError: a column of that name was made from other records, or by another tokenizer or other weights.
     """
     directory = column_directory(task, maker.name)
     if (directory / COLUMN).exists():
@@ -103,13 +104,13 @@ def make_column(task: Path, manifest: Manifest, maker: ColumnMaker, workers: int
             shutil.rmtree(working)
         working.mkdir(exist_ok=True)
         replace_text(working / _MADE_OF, key)
-        if not (working / COLUMN).exists():  # or a kill came just before the end
+        if not (working / COLUMN).exists():  # else an earlier call was killed just before the rename
             left = [shard for shard in shards if read_summary(working / shard.name) is None]
             written = _written(task, working, left, maker, workers)
             for _ in tqdm(written, maker.name, len(left), unit="shard", disable=None):
                 pass
             replace_text(working / COLUMN, to_json(_described(manifest, maker, working)))
-        for shard in shards:  # what only this call needed
+        for shard in shards:  # training does not read summaries
             summary_path(working / shard.name).unlink(missing_ok=True)
         remove_scratch(working)
         working.rename(directory)
@@ -137,7 +138,7 @@ def _written(task: Path, working: Path, shards: list[Shard], maker: ColumnMaker,
 
 
 def _write_one(task: Path, working: Path, shard: Shard, maker: ColumnMaker) -> None:
-    """Writes the column's shard beside one of the records."""
+    """Writes the column's shard for one shard of records."""
     place = working / shard.name
     scratch = place.with_name(f".{place.name}")
     place.parent.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""Which data a run reads, how preparation stores it, and how training reads it."""
+"""Configures which data a run reads, how preparation stores it, and how training reads it."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -12,13 +12,13 @@ from ecdit.encoders.autoencoder import StoredLatents
 
 @dataclasses.dataclass(frozen=True)
 class PrepareConfig:
-    """What preparation keeps of images and captions, and how it stores images. Prepared data depends on all of it."""
+    """Says which images and captions preparation keeps, and how it stores images. Every field changes the records."""
 
-    image_format: Literal["png", "webp", "jpeg"]  # of stored images
-    quality: int  # 1 to 100, of webp, which is lossless at 100, and of jpeg; png has none
-    background: Literal["", "white"]  # what transparent images are put on; "" leaves them out
-    max_pixels: int  # an image with more is taken for a decompression bomb and left out
-    held_out: float  # share of the keys that the split `held_out` gets and training never reads
+    image_format: Literal["png", "webp", "jpeg"]  # format of stored images
+    quality: int  # 1 to 100, for webp (lossless at 100) and jpeg; png ignores it
+    background: Literal["", "white"]  # colour behind transparent images; "" rejects them
+    max_pixels: int  # larger images are rejected as decompression bombs
+    held_out: float  # share of the keys in the split `held_out`, which training never reads
     filters: Filters
 
     def __post_init__(self):
@@ -29,25 +29,25 @@ class PrepareConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Which data, how it is stored, and how training reads it."""
+    """Names the data, and says how it is stored and how training reads it."""
 
-    module: str  # Python file that registers the task, a seqio Task or Mixture; "" for the tasks of ecdit/data/tasks.py
-    task: str  # its name
-    directory: str = field(metadata=RESUME_OR_PHASE)  # where prepared data lives; each task in its own subdirectory
+    module: str  # Python file that registers the task; "" for the tasks of ecdit/data/tasks.py
+    task: str  # name of the seqio Task or Mixture
+    directory: str = field(metadata=RESUME_OR_PHASE)  # holds prepared data, each task in a subdirectory
     image_size: int = field(metadata=PHASE)  # px, side of the square image
     prepare: PrepareConfig
-    # Rates at which a row's caption is drawn from the named fields; those that a record lacks leave theirs to the
-    # others. A field `captions` stands for `captions.0`, `captions.1` and so on, each equally often.
+    # Rates at which a row's caption is drawn from the named fields; the draw leaves out fields that a record lacks. The
+    # field `captions` stands for `captions.0`, `captions.1` and so on, which are drawn equally often.
     captions: Mapping[str, Any] = field(metadata=PHASE)
-    tokenizer: str  # a SentencePiece .model file; "" for one of vocab_size pieces that is trained on the captions
-    vocab_size: int  # pieces at most
+    tokenizer: str  # a SentencePiece .model file; "" trains one of vocab_size pieces on the captions
+    vocab_size: int  # upper limit of the tokenizer's pieces
     caption_length: int  # tokens, EOS and padding included
-    latent_channels: int  # of latents, a pixel for 8 x 8 px, that are read in place of images; 0: images are
-    latents: str  # the column that holds them, latents-<name>; generated latents need none
-    caption_dropout: float  # probability that a caption becomes the empty one
-    flip_probability: float  # of a left-right flip
-    crop_padding: int  # px of white around the image before it is cropped back at random; 0 is off
-    num_threads: int = field(metadata=RESUME)  # that read records; 0 reads in the training thread
+    latent_channels: int  # channels of stored latents (one position per 8 x 8 px); 0 reads images instead
+    latents: str  # <name> of the column latents-<name> that holds them; generated latents need none
+    caption_dropout: float  # probability that the null caption replaces a caption
+    flip_probability: float  # probability of a left-right flip
+    crop_padding: int  # px of white added on each side before a random crop back to image_size; 0 is off
+    num_threads: int = field(metadata=RESUME)  # threads that read records; 0 reads in the training thread
     prefetch: int = field(metadata=RESUME)  # batches read ahead
 
     def __post_init__(self):
@@ -77,7 +77,7 @@ class DataConfig:
 
 
 def field_group(field: str) -> str:
-    """Returns the name of the list that a stored caption field is of, `captions` of `captions.2`; others themselves."""
+    """Returns the list that a stored caption field belongs to (`captions` for `captions.2`), or the field itself."""
     group, dot, number = field.rpartition(".")
     return group if dot and number.isdigit() else field
 

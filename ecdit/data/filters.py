@@ -1,6 +1,6 @@
-"""Filters of a preparation: which images and captions are good enough, by size, length and numeric columns.
+"""Filters records during preparation by image size, caption length and numeric columns.
 
-The functions return a reason of `ecdit.data.reasons`, or None where nothing is wrong.
+The functions return a reason of `ecdit.data.reasons`, or None if they accept the value.
 """
 
 import dataclasses
@@ -13,13 +13,13 @@ from ecdit.data import reasons
 
 @dataclasses.dataclass(frozen=True)
 class Filters:
-    """Limits that are inclusive; 0 is no limit."""
+    """Inclusive limits; 0 is no limit."""
 
-    min_side: int  # px, of the shorter side as found, before resizing
+    min_side: int  # px of the shorter side before resizing
     max_aspect: float  # longer side / shorter side
     min_caption: int  # characters
     max_caption: int  # characters
-    columns: Mapping[str, Any]  # ranges by column: {"aesthetic": (5.0, 10.0)}; a record without the number is rejected
+    columns: Mapping[str, Any]  # ranges by column: {"aesthetic": (5.0, 10.0)}; records without the number are rejected
 
     def __post_init__(self):
         for key in ("min_side", "min_caption", "max_caption"):
@@ -41,7 +41,7 @@ class Filters:
 
 
 def size_reason(filters: Filters, height: int, width: int) -> str | None:
-    """Returns why an image of this size (px, as found) is rejected, or None."""
+    """Returns why an image of this size (px, before resizing) is rejected, or None."""
     shorter, longer = sorted((height, width))
     if shorter < filters.min_side:
         return "too small"
@@ -60,12 +60,12 @@ def caption_reason(filters: Filters, caption: str) -> str | None:
 
 
 def column_reason(filters: Filters, columns: Mapping[str, Any]) -> str | None:
-    """Returns why a record with these columns is rejected, or None; the first column of the config decides."""
+    """Returns why a record with these columns is rejected, or None. Checks columns in the order of the config."""
     for name, (lowest, highest) in filters.columns.items():
         value = columns.get(name)
         if not _is_number(value):
             return reasons.no_column(name)
-        if not lowest <= value <= highest:  # so that NaN, which compares with nothing, is out of range
+        if not lowest <= value <= highest:  # written so that NaN is out of range
             return reasons.column_out_of_range(name)
     return None
 

@@ -1,4 +1,4 @@
-"""A first look at data: some pairs go through preparation, and the rest is estimated from them. Writes no records."""
+"""Prepares some pairs of each part in memory to show rejections, speed and sizes. Writes no records."""
 
 import itertools
 import time
@@ -22,20 +22,20 @@ Draw = Callable[[np.ndarray, Sequence[str], Path], None]
 
 
 def first_look(config: DataConfig, limit: int, draw: Draw, say: Callable[[str], None] = print) -> None:
-    """Prepares `limit` pairs of every part in memory; says what is left out, how fast and how large, and draws ten.
+    """Prepares `limit` pairs of every part in memory, prints rejections, speed and record size, and draws ten images.
 
     Args:
-      config: of the data.
-      limit: pairs of each part.
+      config: the data's config.
+      limit: pairs read from each part.
       draw: writes a grid of images with their captions to a path.
-      say: is called with each line.
+      say: prints a line.
 
     Raises:
       DataError: no pair of a part can be used.
     """
     for part in find_parts(config):
         if part.task in GENERATED:
-            say(f"{part.task} is made when it is read")
+            say(f"{part.task} is generated when it is read")
             continue
         task = find_task(config, part.task)
         begun, kept, rejected, size = time.monotonic(), [], [], 0

@@ -1,7 +1,6 @@
-"""Data that is made when it is read: row r is a function of seed and r, so there is nothing to store and no last row.
+"""Generates data while it is read. Row r is a function of the seed and r, so nothing is stored and rows never end.
 
-`GENERATED` has the package's: a mixture may have them as parts, and a run may train on one alone. None needs
-TensorFlow.
+`GENERATED` lists the package's sources. A run may train on one alone or in a mixture. None needs TensorFlow.
 """
 
 import dataclasses
@@ -22,9 +21,9 @@ Ground = Literal["plain", "textured"]
 
 
 class Example(NamedTuple):
-    """A row before chance has its way with it."""
+    """A row before augmentation."""
 
-    content: UInt8[np.ndarray, "H W 3"] | Float16[np.ndarray, "h w 2c"]  # an image, or the moments of its latents
+    content: UInt8[np.ndarray, "H W 3"] | Float16[np.ndarray, "h w 2c"]  # an image, or latents' mean and log variance
     captions: dict[str, str]  # by field
     original_size: Int[np.ndarray, "2"]  # height and width, px
     crop: Int[np.ndarray, "2"]  # top and left, px
@@ -35,12 +34,12 @@ class Generated(Protocol):
 
     @property
     def attribution(self) -> str:
-        """Who made it, and under which licence."""
+        """Returns who made it, and under which licence."""
         ...
 
     @property
     def words(self) -> tuple[str, ...]:
-        """All words of its captions, if these are few: a tokenizer that is trained has a piece for each."""
+        """Returns all words of its captions if these are few, so that a trained tokenizer has a piece for each."""
         ...
 
     def example(self, config: DataConfig, split: Split, seed: int, row: int) -> Example:
@@ -48,17 +47,17 @@ class Generated(Protocol):
         ...
 
     def captions(self, config: DataConfig, split: Split, seed: int, row: int) -> dict[str, str]:
-        """Returns the captions of a row, without what makes its image."""
+        """Returns the captions of a row without drawing its image."""
         ...
 
     def fingerprint(self, config: DataConfig) -> str:
-        """Returns a sha256 of all that decides the rows."""
+        """Returns a sha256 of everything that determines the rows."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Shapes:
-    """Coloured shapes with captions that a judge can check: docs/shapes.md."""
+    """Generates images of coloured shapes with captions that a judge can check (docs/shapes.md)."""
 
     ground: Ground
     attribution = "made by rule"
@@ -80,7 +79,7 @@ class Shapes:
 
     def _config(self, config: DataConfig, split: Split) -> ShapesConfig:
         require(config.latent_channels == 0, "data.latent_channels", config.latent_channels, "shapes are images: 0")
-        # Left and right are in the captions, and white around a textured ground is on no image without padding.
+        # Captions say left and right, which flips exchange. Padding would put white borders on textured grounds.
         for key in ("flip_probability", "crop_padding"):
             value = getattr(config, key)
             require(value == 0, f"data.{key}", value, "must be 0 with shapes, whose captions say where things are")
@@ -90,13 +89,13 @@ class Shapes:
 
 @dataclasses.dataclass(frozen=True)
 class RandomLatents:
-    """Noise with captions of random words: to time and try a run of latents before there are any."""
+    """Generates noise with captions of random words, to test and time runs on latents before any are stored."""
 
     attribution = "random numbers"
     words = ()
 
     def example(self, config: DataConfig, split: Split, seed: int, row: int) -> Example:
-        """Returns a row's mean latents, with a variance that is next to none, and its caption."""
+        """Returns a row's mean latents, with the smallest variance, and its caption."""
         side, random = self._side(config), self._random(split, seed, row)
         caption = self._caption(random)
         mean = random.standard_normal((side, side, config.latent_channels), np.float32)
@@ -110,7 +109,7 @@ class RandomLatents:
         return {"caption": self._caption(self._random(split, seed, row))}
 
     def fingerprint(self, config: DataConfig) -> str:
-        """Returns the fingerprint of the shape and of the rows that NumPy makes here."""
+        """Returns the fingerprint of the latents' shape and of the first row, which changes with NumPy's generators."""
         first = self.example(config, "train", 0, 0)
         text = f"{config.image_size} {config.latent_channels} {first.captions}"
         return hashlib.sha256(text.encode() + first.content.tobytes()).hexdigest()
@@ -129,7 +128,7 @@ class RandomLatents:
         return config.image_size // StoredLatents.downsampling
 
 
-LOG_VARIANCES = (-30.0, 20.0)  # between which autoencoders clamp them
+LOG_VARIANCES = (-30.0, 20.0)  # autoencoders clamp log variances to this range
 
 GENERATED: dict[str, Generated] = {
     "random_latents": RandomLatents(),

@@ -1,7 +1,7 @@
-"""Encoded images to arrays and back: untrusted ones with Pillow and every check, stored ones fast.
+"""Decodes and encodes images.
 
-`decode` turns the bytes that a source found into uint8[H, W, 3] or says why it does not. `decode_stored` is the
-loader's: it reads what `encode` wrote. Embedded colour profiles are ignored.
+`decode` reads untrusted bytes of a source with every check, and returns uint8[H, W, 3] or raises the reason of the
+rejection. `decode_stored` reads what `encode` wrote, fast, for the loader. Both ignore embedded colour profiles.
 """
 
 import io
@@ -16,8 +16,8 @@ from PIL import Image, UnidentifiedImageError
 from ecdit.data import DataError
 from ecdit.data.reasons import entry
 
-# What `decode` converts to RGB; all else is "colour mode": CMYK, YCCK and LAB need a profile, and 16-bit greyscale a
-# range. Pillow itself reduces colours of 16 bits to 8.
+# Modes that `decode` converts to RGB. It rejects others as "colour mode": CMYK, YCCK and LAB need a profile, and 16-bit
+# greyscale needs a range. Pillow itself reduces 16-bit colours to 8 bits.
 CONVERTED_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
 _FORMATS = ("JPEG", "PNG", "WEBP")
 _JPEG, _PNG = b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"
@@ -41,19 +41,19 @@ class ImageRejected(DataError):
 def decode(data: bytes, background: str, max_pixels: int) -> Pixels:
     """Decodes a JPEG, PNG or WebP image from an untrusted source, by its content and not by its name.
 
-    Not for several threads at once: it changes the process's filters of warnings while it runs.
+    Not thread-safe: it changes the process's warning filters while it runs.
 
     Args:
       data: the file's bytes.
       background: the colour, as Pillow names it, under transparent pixels; "" rejects images that have any.
-      max_pixels: height times width at most, checked before anything is decoded. Pillow has a limit of its own, about
-        179 million pixels, which counts too.
+      max_pixels: largest height times width, checked before decoding. Pillow's own limit of about 179 million pixels
+        applies too.
 
     Raises:
-      ImageRejected: with its reason.
+      ImageRejected: the image cannot be used; the error has the reason.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # of damaged metadata, for example
+        warnings.simplefilter("error", UserWarning)  # for example about damaged metadata
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is max_pixels
         if data.startswith(_PNG):
             _check_png(data)
@@ -74,7 +74,7 @@ def fit_square(image: Pixels, side: int) -> tuple[UInt8[np.ndarray, "side side 3
       The square, and the crop's (top, left) in px of the resized image.
 
     Raises:
-      ImageRejected: an image without pixels.
+      ImageRejected: the image has no pixels.
     """
     height, width = image.shape[:2]
     if not height or not width:
@@ -82,15 +82,15 @@ def fit_square(image: Pixels, side: int) -> tuple[UInt8[np.ndarray, "side side 3
     shorter = min(height, width)
     resized = [max(side, round(length * side / shorter)) for length in (height, width)]
     top, left = ((length - side) // 2 for length in resized)
-    y, x = height / resized[0], width / resized[1]  # px of `image` for one px of the resized image
-    # Of the resized image only the crop is computed: a strip of 1 x 60 000 px would become one of gigabytes.
+    y, x = height / resized[0], width / resized[1]  # px of `image` per px of the resized image
+    # Only the crop of the resized image is computed: a whole strip of 1 x 60 000 px would take gigabytes.
     box = (left * x, top * y, min((left + side) * x, width), min((top + side) * y, height))
     square = Image.fromarray(image).resize((side, side), Image.Resampling.LANCZOS, box)
     return np.asarray(square), np.array([top, left], np.int32)
 
 
 def encode(image: Pixels, kind: Kind, quality: int) -> bytes:
-    """Encodes an image; the same pixels give the same bytes with the same Pillow.
+    """Encodes an image. One version of Pillow always encodes the same pixels as the same bytes.
 
     Args:
       image: the pixels.
@@ -110,7 +110,7 @@ def encode(image: Pixels, kind: Kind, quality: int) -> bytes:
 
 
 def decode_stored(data: bytes) -> Pixels:
-    """Decodes what `encode` wrote, for any number of threads; the caller checks the size. May be read-only.
+    """Decodes what `encode` wrote. Thread-safe; the caller checks the size. The array may be read-only.
 
     Raises:
       ImageRejected: the bytes are damaged.
@@ -139,7 +139,7 @@ def _open(data: bytes) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise ImageRejected("too many pixels", str(error)) from None
     except Exception as error:
-        if "EXIF" in str(error):  # of a JPEG, which is read on opening; the pixels may well be sound
+        if "EXIF" in str(error):  # Pillow reads a JPEG's EXIF on opening; the pixels may still be valid
             raise ImageRejected("orientation", f"EXIF cannot be read: {_described(error)}") from None
         raise _undecodable(error) from error
 
@@ -149,7 +149,7 @@ def _check_png(data: bytes) -> None:
     width, height = struct.unpack(">II", data[16:24].ljust(8, b"\xff"))
     if data[12:16] == b"IHDR" and not (width and height):
         raise ImageRejected("zero-sized", f"{width} x {height} px")
-    with _open(data) as file:  # `verify` leaves a file that cannot be decoded
+    with _open(data) as file:  # a separate file, because `verify` makes it undecodable
         try:
             file.verify()
         except Exception as error:
@@ -157,10 +157,10 @@ def _check_png(data: bytes) -> None:
 
 
 def _check_header(file: Image.Image, max_pixels: int) -> None:
-    """Rejects what the header tells, before pixels are decoded."""
+    """Rejects an image by its header, before its pixels are decoded."""
     if file.width * file.height > max_pixels:
         raise ImageRejected("too many pixels", f"{file.width} x {file.height} px, more than {max_pixels}")
-    # The further images of an MPO, a JPEG of many cameras, are previews and depth maps of the first.
+    # Many cameras write MPO, a JPEG whose further frames are previews and depth maps of the first.
     if file.format in ("PNG", "WEBP") and getattr(file, "n_frames", 1) > 1:
         raise ImageRejected("animated", f"{getattr(file, 'n_frames', 1)} frames")
     if file.mode not in CONVERTED_MODES:
@@ -168,7 +168,7 @@ def _check_header(file: Image.Image, max_pixels: int) -> None:
 
 
 def _check_orientation(file: Image.Image) -> None:
-    """Rejects rotated and mirrored images. A PNG's EXIF may follow its pixels: it is known after they are loaded."""
+    """Rejects rotated and mirrored images. Call it after loading pixels, because a PNG's EXIF may follow them."""
     try:
         orientation = file.getexif().get(_ORIENTATION, 1)
     except Exception as error:

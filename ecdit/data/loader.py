@@ -1,8 +1,8 @@
-"""What training reads: batches by global row, the same on any number of processes and threads.
+"""Reads training batches by global row, identically on any number of processes and threads.
 
-The run is one endless sequence of rows: batch b has the rows b * batch_size + [0, batch_size). Which record a row is,
-and what chance does to it (caption, dropout, flip, crop), depends on (seed, row) alone, so a process computes the rows
-it holds and no others, and resuming at a row costs the same anywhere. Grain shuffles, anew each epoch, and prefetches.
+A run is one endless sequence of rows: batch b has the rows b * batch_size + [0, batch_size). The record of a row and
+its augmentation (caption, dropout, flip, crop) depend on (seed, row) alone, so a process computes only the rows that it
+holds, and a resume costs the same at any row. Grain shuffles each epoch anew and prefetches.
 """
 
 import sys
@@ -24,29 +24,29 @@ from ecdit.data.text import EOS, fit
 
 Example = dict[str, np.ndarray]
 ReadRow = Callable[[int], Row]
-# One random stream each: what one draws never moves another.
+# Each purpose has its own random stream, so that draws for one never change another.
 _PURPOSES = {"caption": 0, "flip": 1, "crop": 2, "field": 3}
 
 
 def make_loader(
     config: DataConfig, seed: int, batch_size: int, start_row: int, rows: Sequence[int] | np.ndarray
 ) -> Iterator[Example]:
-    """Endless batches of this process, from global row `start_row` on.
+    """Returns an endless iterator over this process's batches, from global row `start_row` on.
 
     Args:
       config: prepared data, and how to augment and prefetch it.
-      seed: of the shuffle and the augmentation, uint32.
+      seed: seed of shuffling and augmentation, uint32.
       batch_size: rows of the global batch.
-      start_row: the first row to read, where a checkpoint stopped.
-      rows: positions in the global batch that this process holds, in the order it wants them.
+      start_row: the first row to read; on a resume, the first one after the checkpoint.
+      rows: positions in the global batch that this process holds, in the order in which it reads them.
 
     Yields:
       image uint8[b, H, W, 3] or latents float16[b, h, w, 2c] (mean and log variance), tokens int32[b, caption_length],
       size_crop float32[b, 4] in px: the original's height and width, then top and left of the crop.
 
     Raises:
-      DataError: not prepared, prepared with other settings, incomplete, or a start_row inside a batch.
-      ConfigError: a seed that is no uint32.
+      DataError: the data is not prepared, prepared with other settings or incomplete, or start_row is inside a batch.
+      ConfigError: the seed is no uint32.
     """
     positions = [int(row) for row in rows]
     if not positions or not all(0 <= position < batch_size for position in positions):
@@ -66,7 +66,7 @@ def make_loader(
 
 
 def row_reader(prepared: Prepared, seed: int, split: Split = "train") -> ReadRow:
-    """Returns the function from a global row to the row as it is stored or generated; it reads one record a row.
+    """Returns the function from a global row to the stored or generated row; it reads one record per row.
 
     Raises:
       DataError: shards are missing, or a part has no records in this split.
@@ -82,7 +82,7 @@ def row_reader(prepared: Prepared, seed: int, split: Split = "train") -> ReadRow
 
 
 def shuffled(rows: RandomAccessDataSource[Row], seed: int, name: str) -> ReadRow:
-    """Returns the function from an index to a row, epoch after epoch, each in another order."""
+    """Returns the function from an endless index to a row; each epoch has another order."""
     if not len(rows):
         raise DataError(f"{name}: there are no records")
     # The order is shuffled, not the rows: Grain spends 0.04 ms on each element of a source, a tenth of a JPEG's time.
@@ -90,14 +90,14 @@ def shuffled(rows: RandomAccessDataSource[Row], seed: int, name: str) -> ReadRow
 
     def read(index: int) -> Row:
         place = order[index]
-        assert place is not None  # Grain leaves out what is filtered, and nothing is
+        assert place is not None  # Grain returns None only for filtered rows, and nothing filters
         return rows[int(place)]
 
     return read
 
 
 def mixed(rates: Mixing, readers: Sequence[ReadRow]) -> ReadRow:
-    """Returns the function from a row to that of the part whose turn it is."""
+    """Returns the function from a global row to the row of the part that the mixture assigns to it."""
 
     def read(row: int) -> Row:
         part, index = rates.locate(row)
@@ -111,7 +111,7 @@ def _seeded(rows: GeneratedRows, seed: int) -> ReadRow:
 
 
 def augmented(config: DataConfig, seed: int, read_row: ReadRow) -> Callable[[int], Example]:
-    """Returns the function from a global row to its example, a batch of `make_loader` without b."""
+    """Returns the function from a global row to its example: a batch of `make_loader` without the batch axis."""
 
     def read(row: int) -> Example:
         found = read_row(row)
@@ -140,7 +140,7 @@ def draw_field(captions: Mapping[str, Any], fields: Sequence[str], chance: float
     """Returns one of a row's caption fields at the rates of `data.captions`; `chance` is uniform in [0, 1).
 
     Raises:
-      DataError: the row has none of them.
+      DataError: none of the row's fields has a rate.
     """
     groups: dict[str, list[str]] = {}
     for field in sorted(fields):
@@ -158,13 +158,13 @@ def draw_field(captions: Mapping[str, Any], fields: Sequence[str], chance: float
 
 
 def _crop(image: np.ndarray, padding: int, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """`image` padded with white by `padding` px and cropped back to its size; the crop's (top, left)."""
+    """Pads `image` with `padding` px of white and crops it back at random; returns it with the crop's (top, left)."""
     top, left = random.integers(0, 2 * padding, size=2, endpoint=True)
     padded = np.pad(image, ((padding, padding), (padding, padding), (0, 0)), constant_values=255)
     return padded[top : top + image.shape[0], left : left + image.shape[1]], np.array([top, left])
 
 
 def _random(seed: int, row: int, purpose: str) -> np.random.Generator:
-    # Philox counts in the lowest of its four counter words: the row is above, so streams never meet.
+    # Philox counts in the lowest of its four counter words. The row is in a higher one, so streams never overlap.
     key, counter = np.array([seed, _PURPOSES[purpose]], np.uint64), np.array([0, row, 0, 0], np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=counter))

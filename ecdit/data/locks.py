@@ -1,4 +1,4 @@
-"""What several preparing processes need: one of them at a time, and none that outlives its parent."""
+"""Keeps several preparing processes apart: one holds the lock at a time, and workers end with their parent."""
 
 import contextlib
 import ctypes
@@ -11,7 +11,7 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def locked(path: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Holds a lock file, which the end of the process frees however it comes. The file stays."""
+    """Holds a lock file. The kernel frees the lock when the process ends, even if it is killed. The file stays."""
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -22,13 +22,13 @@ def locked(path: Path, say: Callable[[str], None]) -> Iterator[None]:
 
 
 def remove_scratch(directory: Path) -> None:
-    """Removes what killed processes have left of files that they were replacing: see `files.replace_text`."""
+    """Removes temporary files of `files.replace_text` that killed processes have left."""
     for path in directory.rglob(".*.tmp"):
         path.unlink()
 
 
 def ends_with_its_parent(parent: int) -> None:
-    """Makes a worker end when its parent is killed, so that no two preparations write the same file. Linux."""
+    """Makes a worker end when its parent is killed, so that it cannot disturb the next preparation. Linux only."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if os.getppid() != parent:
         os._exit(1)

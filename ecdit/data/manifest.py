@@ -1,13 +1,13 @@
-"""What prepared data says about itself: the manifests of records, columns and mixtures.
+"""Manifests of prepared data: of records, columns and mixtures.
 
     <directory>/<task>/dataset.json                    the Manifest of the task's records
-                       000000/train.array_record ...   records (`record.Record`) that training reads, part by part
-                       000000/held_out.array_record    those that it never reads
-                       quarantine.jsonl                a line for each pair that was left out
-                       columns/tokens-<name>/          a Column and its shards, named and ordered as the records'
+                       000000/train.array_record ...   records (`record.Record`) for training, one directory per part
+                       000000/held_out.array_record    records that training never reads
+                       quarantine.jsonl                a line for each rejected pair
+                       columns/tokens-<name>/          a Column and its shards, named and ordered like the records'
                        composition.json                the Composition: the task itself, or the parts of a mixture
                        tokenizers/<name>.model         SentencePiece
-A mixture, and data that is generated, has only the last two; the parts of a mixture are tasks of their own.
+Mixtures and generated data have only the last two. The parts of a mixture are tasks with directories of their own.
 """
 
 import dataclasses
@@ -29,38 +29,38 @@ SPLITS = ("train", "held_out")
 
 @dataclasses.dataclass(frozen=True)
 class Component:
-    """A part of a mixture, or the only one of a task by itself."""
+    """A part of a mixture; a single task has one."""
 
     task: str
     rate: str  # a fraction
-    fingerprint: str  # of its records, or of what generates them
+    fingerprint: str  # fingerprint of its records, or of their generator
     generated: bool
 
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """The records of a task."""
+    """Describes the records of a task."""
 
     format: int
-    settings: Mapping[str, Any]  # that the files depend on: see `settings_of`
+    settings: Mapping[str, Any]  # the settings that the records depend on: `settings_of`
     module: str  # sha256 of the user's file that registered the task
-    num_records: int  # of the split train
+    num_records: int  # records of the split train
     num_held_out: int
     train: tuple[Shard, ...]
     held_out: tuple[Shard, ...]
     fingerprint: str  # sha256 over all records, in order
-    rejected: Mapping[str, Any]  # pairs that were left out, by reason
-    caption_characters: Mapping[str, Any]  # for each caption field a histogram: {"16": captions of 16 to 31}, ...
-    caption_fields: Mapping[str, Any]  # records by the fields that they have, a JSON list without numbers: captions.0
-    identical_images: int  # records whose stored image another record has, too
-    identical_captions: int  # records whose captions another record has, too
-    counted: float  # share of the records that the last two were counted in and scaled up from
+    rejected: Mapping[str, Any]  # counts of rejected pairs by reason
+    caption_characters: Mapping[str, Any]  # a histogram of each caption field: {"16": captions of 16 to 31}, ...
+    caption_fields: Mapping[str, Any]  # counts of records by their caption fields: {'["caption"]': 1913}
+    identical_images: int  # records that share their stored image with another record
+    identical_captions: int  # records that share their captions with another record
+    counted: float  # share of the records from which the last two were scaled up
     attribution: str
 
 
 @dataclasses.dataclass(frozen=True)
 class Composition:
-    """What a run reads: a task, a mixture of tasks, or generated rows."""
+    """Lists the parts that a run reads, with their rates."""
 
     format: int
     components: tuple[Component, ...]
@@ -69,7 +69,7 @@ class Composition:
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """What was computed for each record of a task."""
+    """Describes values computed for each record of a task."""
 
     format: int
     name: str  # tokens-<tokenizer>, latents-<weights>, text-<weights>
@@ -77,17 +77,17 @@ class Column:
     made_by: str  # sha256 of the tokenizer or the weights
     train: tuple[Shard, ...]
     held_out: tuple[Shard, ...]
-    fingerprint: str  # sha256 over its records, in order
-    histograms: Mapping[str, Any]  # of tokens, by caption field: {"caption": {"7": captions of 7 tokens, ...}}
+    fingerprint: str  # sha256 over its values, in order
+    histograms: Mapping[str, Any]  # token counts by caption field: {"caption": {"7": captions of 7 tokens, ...}}
 
 
 def task_directory(config: DataConfig, task: str = "") -> Path:
-    """Returns where a task's prepared data lives; by default that of the config's own."""
+    """Returns the directory of a task's prepared data, by default of `data.task`."""
     return Path(config.directory) / (task or config.task)
 
 
 def settings_of(config: DataConfig, task: str) -> dict[str, Any]:
-    """Returns what a task's records depend on."""
+    """Returns the settings that a task's records depend on."""
     return {"task": task, "image_size": config.image_size, **to_dict(config.prepare)}
 
 
@@ -95,7 +95,7 @@ def read_records_manifest(config: DataConfig, task: str) -> Manifest:
     """Returns the manifest of a task's records.
 
     Raises:
-      DataError: not prepared, made with other settings, or damaged.
+      DataError: the task is not prepared, prepared with other settings, or its manifest is damaged.
     """
     directory = task_directory(config, task)
     manifest = read_json(directory / MANIFEST, Manifest)
@@ -115,7 +115,7 @@ def read_json(path: Path, cls: type[T]) -> T:
     """Returns a manifest of type `cls`.
 
     Raises:
-      DataError: it is not there, of another format, or damaged.
+      DataError: the file is missing, damaged or of another format.
     """
     try:
         stored = json.loads(path.read_text())
@@ -130,7 +130,7 @@ def read_json(path: Path, cls: type[T]) -> T:
 
 
 def to_json(manifest: Any) -> str:
-    """Returns a manifest as `read_json` reads it."""
+    """Returns a manifest as the JSON that `read_json` reads."""
     return json.dumps(to_dict(manifest), indent=1) + "\n"
 
 

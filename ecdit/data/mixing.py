@@ -1,4 +1,4 @@
-"""Which part of a mixture a row is from: exact at any row, in constant time."""
+"""Assigns rows to the parts of a mixture: exactly at any row, in constant time."""
 
 import dataclasses
 import functools
@@ -14,16 +14,16 @@ MAX_PERIOD = 1_000_000  # rows; the sequence of a million takes some seconds and
 
 @dataclasses.dataclass(frozen=True)
 class Mixing:
-    """An endless sequence of parts in which the first n have rate * n of each part, give or take less than one.
+    """An endless sequence of parts whose first n rows have rate * n rows of each part, to within less than one.
 
-    Rates are exact fractions that sum to 1. The sequence repeats after their common denominator, so that any row is
-    found without counting from the first one.
+    Rates are exact fractions that sum to 1. The sequence repeats after their common denominator, so that `locate` need
+    not count from the first row.
     """
 
     rates: tuple[Fraction, ...]
 
     def locate(self, row: int) -> tuple[int, int]:
-        """Returns a row's part, and how many rows before it are of that part."""
+        """Returns a row's part, and how many earlier rows have that part."""
         period = len(self._parts)
         rounds, within = divmod(row, period)
         part = int(self._parts[within])
@@ -31,13 +31,13 @@ class Mixing:
 
     @functools.cached_property
     def _parts(self) -> np.ndarray:
-        """The parts of one period, int32, by the quota method of Balinski and Young (1975).
+        """Returns the parts of one period, int32, by the quota method of Balinski and Young (1975).
 
-        Of the parts that may get one more without being more than one ahead of their share, it is the turn of the one
-        whose share per row it then has is largest. No part is ever ahead or behind by a whole row.
+        A part is eligible if one more row would not put it a whole row ahead of its share. The next row goes to the
+        eligible part with the largest share / (count + 1). No part is ever ahead or behind by a whole row.
         """
         period = int(np.lcm.reduce([rate.denominator for rate in self.rates]))
-        shares = np.array([int(rate * period) for rate in self.rates], np.int64)  # rows of a period
+        shares = np.array([int(rate * period) for rate in self.rates], np.int64)  # rows of a period for each part
         counts, parts = np.zeros(len(shares), np.int64), np.empty(period, np.int32)
         for row in range(period):
             eligible = counts * period < shares * (row + 1)
@@ -48,7 +48,7 @@ class Mixing:
 
     @functools.cached_property
     def _places(self) -> np.ndarray:
-        """How many rows of the same part a row of a period has before it."""
+        """Returns, for each row of a period, how many earlier rows of the period have the same part."""
         places = np.empty(len(self._parts), np.int64)
         for part in range(len(self.rates)):
             rows = np.flatnonzero(self._parts == part)
@@ -60,7 +60,7 @@ def mixing(rates: Sequence[Fraction]) -> Mixing:
     """Returns the mixing of parts by rates, which need not sum to 1.
 
     Raises:
-      DataError: a rate that is not positive, or rates whose sequence would be too long.
+      DataError: a rate is not positive, or the period of the rates would be too long.
     """
     if not rates or min(rates) <= 0:
         raise DataError(f"rates of a mixture must be above 0: {', '.join(str(float(rate)) for rate in rates)}")

@@ -1,4 +1,4 @@
-"""One shard of a source to shards of records: the unit that preparation repeats, in any process and any order."""
+"""Turns one part of a source into shards of records. Preparation does this in any process and any order."""
 
 import collections
 import dataclasses
@@ -29,17 +29,17 @@ SUMMARY, HASHES = "part.json", "hashes.npy"
 
 @dataclasses.dataclass(frozen=True)
 class PartSummary:
-    """What one part became."""
+    """Describes what preparation wrote for one part."""
 
-    stamp: str  # of what it was made from
-    shards: tuple[Shard, ...]  # <part>/train.array_record and <part>/held_out.array_record, those that have records
-    rejected: dict[str, int]  # by reason
-    caption_characters: dict[str, dict[str, int]]  # by field: see `manifest.Manifest`
+    stamp: str  # the source's stamp of the part
+    shards: tuple[Shard, ...]  # <part>/train.array_record and <part>/held_out.array_record, unless empty
+    rejected: dict[str, int]  # counts by reason
+    caption_characters: dict[str, dict[str, int]]  # as in `manifest.Manifest`
     caption_fields: dict[str, int]
 
 
 def record_of(pair: Pair, config: DataConfig, part: str) -> Record | Rejected:
-    """Returns the record of a pair of a part: its image decoded, checked, resized, cropped and encoded; or why none."""
+    """Returns the record of a pair, with the image checked, resized, cropped and encoded, or why it is rejected."""
     name = f"{part}:{pair.key}"
     prepare = config.prepare
     if reason := column_reason(prepare.filters, pair.columns):
@@ -64,16 +64,16 @@ def record_of(pair: Pair, config: DataConfig, part: str) -> Record | Rejected:
 
 
 def _kept_captions(captions: Mapping[str, str], filters: Filters) -> tuple[dict[str, str], str | None]:
-    """Returns the captions that pass the filters; where none does, why the first one does not."""
+    """Returns the captions that pass the filters; if none does, also the reason for the first one."""
     reasons = {field: caption_reason(filters, text) for field, text in captions.items()}
     kept = {field: text for field, text in captions.items() if not reasons[field]}
     return kept, None if kept else next(iter(reasons.values()), "no caption")
 
 
 def write_part(config: DataConfig, pairs: Iterable[Pair | Rejected], part: str, stamp: str, place: Path) -> None:
-    """Writes a part's shards and its summary as the directory `place`, which appears when it is complete."""
+    """Writes a part's shards and summary to the directory `place`, which appears only when it is complete."""
     scratch = place.with_name(f".{place.name}")
-    shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed
+    shutil.rmtree(scratch, ignore_errors=True)  # left by a killed process
     scratch.mkdir(parents=True)
     fields, hashes = Counter[tuple[str, ...]](), []
     lengths: dict[str, Counter[int]] = collections.defaultdict(Counter)
@@ -108,7 +108,7 @@ def write_part(config: DataConfig, pairs: Iterable[Pair | Rejected], part: str, 
 
 
 def _by_groups(fields: Mapping[tuple[str, ...], int]) -> dict[str, int]:
-    """Returns the counts by fields as a JSON list, with `captions` for `captions.0` and so on."""
+    """Returns counts by a JSON list of fields, with `captions` in place of `captions.0` and so on."""
     counts = Counter[str]()
     for names, count in fields.items():
         counts[json.dumps(sorted({field_group(name) for name in names}))] += count
@@ -121,7 +121,7 @@ def _closed(writer: ShardWriter, part: str) -> Shard:
 
 
 def read_summary(place: Path) -> PartSummary | None:
-    """Returns the summary of a part that is complete, or None."""
+    """Returns the summary of a part, or None if the part is incomplete."""
     try:
         stored: dict[str, Any] = json.loads((place / SUMMARY).read_text())
     except FileNotFoundError:
@@ -131,7 +131,7 @@ def read_summary(place: Path) -> PartSummary | None:
 
 
 def part_name(index: int) -> str:
-    """Returns the name of a part's directory."""
+    """Returns the directory name of a part."""
     return f"{index:06d}"
 
 

@@ -1,7 +1,7 @@
-"""Prepares data once: records part by part in several processes, then a tokenizer and the tokens of every caption.
+"""Prepares records once, part by part, in several processes.
 
-Whatever is half done lies in directories whose names begin with a dot, and goes on where it was when the same command
-is started again. Each step ends in a rename, so that what has its final name is whole.
+Unfinished work lies in directories whose names begin with a dot; the same command, started again, continues it. Each
+step ends in a rename, so that a directory with its final name is complete.
 """
 
 import collections
@@ -46,15 +46,15 @@ from ecdit.data.sources.protocol import Source
 from ecdit.files import replace_text
 
 _SETTINGS = "settings.json"
-_COUNTED_RECORDS = 1 << 26  # whose hashes fit in half a GB; of more, a share is counted
+_COUNTED_RECORDS = 1 << 26  # records whose hashes fit in half a GB; beyond that, a share is counted
 Say = Callable[[str], None]
 
 
 def prepare_records(config: DataConfig, workers: int, say: Say) -> Composition:
-    """Prepares the records of every part of `data.task` that are not prepared, and returns what a run reads.
+    """Prepares the missing records of every part of `data.task`, and returns the parts with their rates.
 
     Raises:
-      DataError: no usable image, a package that is missing, or a directory that is taken by other data.
+      DataError: there is no usable image, a package is missing, or other data has the directory.
     """
     composition, module = _composition_path(config), module_sha256(config)
     if composition.exists():
@@ -73,7 +73,7 @@ def prepare_records(config: DataConfig, workers: int, say: Say) -> Composition:
 
 
 def read_composition(config: DataConfig) -> Composition:
-    """Returns what a run reads. Raises DataError if it is not prepared."""
+    """Returns the parts that a run reads. Raises DataError if they are not prepared."""
     return read_json(_composition_path(config), Composition)
 
 
@@ -89,7 +89,7 @@ def _component(config: DataConfig, part: Part, workers: int, say: Say) -> Compon
 
 
 def _records(config: DataConfig, task: str, workers: int, say: Say) -> Manifest:
-    """Prepares a task's records, unless they are prepared."""
+    """Returns the manifest of a task's records and prepares them if they are missing."""
     target = task_directory(config, task)
     if (target / MANIFEST).exists():
         manifest = read_records_manifest(config, task)
@@ -113,7 +113,7 @@ def _records(config: DataConfig, task: str, workers: int, say: Say) -> Manifest:
                 raise DataError(_nothing_left(task, manifest))
             merge([working / part_name(index) / QUARANTINE for index in range(len(summaries))], working / QUARANTINE)
             replace_text(working / MANIFEST, to_json(manifest))
-        for index in range(len(found.shards)):  # what only this preparation needed
+        for index in range(len(found.shards)):  # training does not read these
             for name in (HASHES, SUMMARY, QUARANTINE):
                 (working / part_name(index) / name).unlink(missing_ok=True)
         (working / _SETTINGS).unlink(missing_ok=True)
@@ -130,11 +130,11 @@ def _nothing_left(task: str, manifest: Manifest) -> str:
 
 
 def _working_directory(config: DataConfig, task: str, found: Task) -> Path:
-    """Returns the directory of a preparation that goes on, or a new one."""
+    """Returns the directory of an interrupted preparation, or a new one."""
     working = task_directory(config, task).with_name(f".{task}.preparing")
     settings = json.dumps({**settings_of(config, task), "shards": len(found.shards)}, indent=1)
     path = working / _SETTINGS
-    if (working / MANIFEST).exists():  # a kill came just before the end
+    if (working / MANIFEST).exists():  # a preparation was killed just before the rename
         return working
     if path.exists() and path.read_text() != settings:
         raise DataError(f"{working} was begun with other settings or other input: delete it and start again")
@@ -144,7 +144,7 @@ def _working_directory(config: DataConfig, task: str, found: Task) -> Path:
 
 
 def _write_parts(config: DataConfig, task: Task, working: Path, workers: int) -> list[PartSummary]:
-    """Writes the parts that are missing."""
+    """Writes the missing parts and returns the summaries of all parts."""
     places = [working / part_name(index) for index in range(len(task.shards))]
     left = []
     for index, place in enumerate(places):
@@ -175,7 +175,7 @@ def _write_parts(config: DataConfig, task: Task, working: Path, workers: int) ->
 
 
 def _write_one(config: DataConfig, task: str, source: Source | None, index: int, shard: str, place: Path) -> None:
-    """Writes a part in a process of its own, which loads seqio only if it has to: that takes ten seconds."""
+    """Writes a part in a worker process. Loads seqio only if needed, because that takes ten seconds."""
     if source is not None:
         write_part(config, source.read(shard), shard, source.stamp(shard), place)
         return
@@ -190,7 +190,7 @@ def _summary_of(place: Path) -> PartSummary:
 
 
 def _joined(config: DataConfig, task: Task, working: Path, summaries: Sequence[PartSummary]) -> Manifest:
-    """Returns the manifest of all parts."""
+    """Returns the manifest that joins all parts."""
     rejected, fields, characters = Counter[str](), Counter[str](), collections.defaultdict(Counter)
     for done in summaries:
         rejected.update(done.rejected)
@@ -222,9 +222,9 @@ def _joined(config: DataConfig, task: Task, working: Path, summaries: Sequence[P
 
 
 def _identical(paths: Sequence[Path]) -> tuple[int, int, float]:
-    """Returns how many records share their image, how many their captions, and the share that this was counted in.
+    """Returns how many records share their image, how many their captions, and the share of records counted.
 
-    Of very many records it looks at those with the lowest hashes, in which identical ones are together.
+    Above `_COUNTED_RECORDS` it counts only the lowest hashes, which either have all copies of a record or none.
     """
     total = sum(np.load(path, mmap_mode="r").shape[0] for path in paths)
     share = min(1.0, _COUNTED_RECORDS / max(total, 1))
@@ -238,7 +238,7 @@ def _identical(paths: Sequence[Path]) -> tuple[int, int, float]:
 
 
 def summary(manifest: Manifest) -> str:
-    """Returns what a line says of prepared records."""
+    """Returns a line that summarizes prepared records."""
     left_out = ", ".join(f"{count} for {reason}" for reason, count in manifest.rejected.items())
     return (
         f"{manifest.num_records} records of {manifest.settings['image_size']} px, {manifest.num_held_out} held out, "

@@ -1,4 +1,4 @@
-"""Prepared data as a run uses it: checked before the first step, read by index, with the tokenizer of its captions."""
+"""Opens prepared data for a run: checks it before the first step, reads rows by index, and names its tokenizer."""
 
 import dataclasses
 import json
@@ -33,7 +33,7 @@ from ecdit.encoders.autoencoder import StoredLatents
 
 @dataclasses.dataclass(frozen=True)
 class StoredPart:
-    """A part of a run's data that is stored."""
+    """A stored part of a run's data."""
 
     component: Component
     directory: Path
@@ -44,28 +44,27 @@ class StoredPart:
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A run's data, whole and of the config's settings."""
+    """A run's data, complete and prepared with the config's settings."""
 
     config: DataConfig
     composition: Composition
     tokenizer: Path
-    stored: tuple[StoredPart | None, ...]  # for each component; None for one that is generated
-    fingerprint: str  # of all that decides a row but its seed
+    stored: tuple[StoredPart | None, ...]  # one per component; None if it is generated
+    fingerprint: str  # sha256 of everything but the seed that determines a row
 
     @property
     def num_records(self) -> int | None:
-        """How many records training reads, or None where there is no last one."""
+        """Returns how many records training reads, or None if a part is generated and so endless."""
         if None in self.stored:
             return None
         return sum(part.manifest.num_records for part in self.stored if part)
 
 
 def prepare(config: DataConfig, workers: int = 1, say: Callable[[str], None] = print) -> Prepared:
-    """Prepares what is not prepared of `data.task`, and prints a line before and after it.
+    """Prepares missing records, tokenizer and tokens of `data.task`, and prints a line before and after.
 
     Raises:
-      DataError: no usable image, a package that is missing, or the directory is taken by other data or by data of
-        other settings.
+      DataError: there is no usable image, a package is missing, or the directory has other data or other settings.
     """
     done = tokenizer_path(config).exists()
     composition = prepare_records(config, workers, say)
@@ -84,10 +83,10 @@ def prepare(config: DataConfig, workers: int = 1, say: Callable[[str], None] = p
 
 
 def open_prepared(config: DataConfig) -> Prepared:
-    """Checks that all that a run reads is there, whole and of the config's settings.
+    """Returns a run's data after checking that it is complete and prepared with the config's settings.
 
     Raises:
-      DataError: not prepared, made with other settings, incomplete or damaged.
+      DataError: the data is not prepared, prepared with other settings, incomplete or damaged.
     """
     composition, tokenizer = read_composition(config), tokenizer_path(config)
     if not tokenizer.exists():
@@ -97,7 +96,7 @@ def open_prepared(config: DataConfig) -> Prepared:
     for component in composition.components:
         if component.generated:
             made = GENERATED[component.task].fingerprint(config)
-            _same(component, made, "what generates it")
+            _same(component, made, "its generator")
             decides.append(made)
             stored.append(None)
             continue
@@ -115,10 +114,10 @@ def open_prepared(config: DataConfig) -> Prepared:
     return Prepared(config, composition, tokenizer, tuple(stored), fingerprint)
 
 
-def _same(component: Component, found: str, what: str) -> None:
+def _same(component: Component, found: str, name: str) -> None:
     if component.fingerprint != found:
         raise DataError(
-            f"{component.task} is not what was prepared: {what} has the fingerprint {found[:12]}, not "
+            f"{component.task} has changed since it was prepared: {name} has the fingerprint {found[:12]}, not "
             f"{component.fingerprint[:12]}; delete composition.json of the task that names it, and prepare again"
         )
 
@@ -137,7 +136,7 @@ def _check_captions(config: DataConfig, task: str, fields: Mapping[str, int]) ->
 
 
 def _check_whole(part: StoredPart) -> None:
-    """Raises DataError unless every shard that training reads is there, as long as it was written."""
+    """Raises DataError unless every shard that training reads exists with its original size."""
     columns = part.directory / "columns"
     read = {part.directory: part.manifest} if part.latents is None else {columns / part.latents.name: part.latents}
     for directory, manifest in {**read, columns / part.tokens.name: part.tokens}.items():
@@ -145,31 +144,31 @@ def _check_whole(part: StoredPart) -> None:
 
 
 def describe(prepared: Prepared) -> str:
-    """Returns what a line says of a run's data."""
+    """Returns a line that summarizes a run's data."""
     config, told = prepared.config, []
     for component, part in zip(prepared.composition.components, prepared.stored, strict=True):
         cut = truncated_captions(part.tokens.histograms, config.caption_length) if part else 0
         what = f"{summary(part.manifest)}, {cut} captions longer than {config.caption_length} tokens" if part else ""
-        told.append(f"{component.task}: {what or 'made when it is read'}" if len(prepared.stored) > 1 else what)
+        told.append(f"{component.task}: {what or 'generated when it is read'}" if len(prepared.stored) > 1 else what)
     pieces = load_vocabulary(prepared.tokenizer).vocab_size()
     return "; ".join([*filter(None, told), f"{pieces} pieces in {prepared.tokenizer.name}"])
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A row before chance has its way with it."""
+    """A row before augmentation."""
 
-    content: np.ndarray  # uint8[H, W, 3], or float16[h, w, 2c], the moments of its latents
-    tokens: dict[str, Int[np.ndarray, " l"]]  # of every caption field, EOS at the end
+    content: np.ndarray  # uint8[H, W, 3], or float16[h, w, 2c], the mean and log variance of latents
+    tokens: dict[str, Int[np.ndarray, " l"]]  # by caption field, EOS at the end
     original_size: Int[np.ndarray, "2"]
     crop: Int[np.ndarray, "2"]
 
 
 class StoredRows:
-    """The rows of a part's split, by record; for any number of threads.
+    """Reads the rows of a part's split by record. Thread-safe.
 
     Raises:
-      DataError: shards are missing, or latents of another shape; on reading one, it is damaged.
+      DataError: a record that is read is missing, damaged, or of another shape.
     """
 
     def __init__(self, part: StoredPart, config: DataConfig, split: Split):
@@ -199,7 +198,7 @@ class StoredRows:
 
 
 class GeneratedRows:
-    """The rows of a part that is generated."""
+    """Generates the rows of a part."""
 
     def __init__(self, task: str, config: DataConfig, split: Split, tokenizer: Path):
         self._source, self._config = GENERATED[task], config
@@ -207,7 +206,7 @@ class GeneratedRows:
         self._encode = load_vocabulary(tokenizer).encode
 
     def row(self, seed: int, index: int) -> Row:
-        """Returns a row: a function of seed and index."""
+        """Returns the row of a seed and an index."""
         made = self._source.example(self._config, self._split, seed, index)
         tokens = {field: np.array([*self._encode(text), EOS], np.int32) for field, text in made.captions.items()}
         return Row(made.content, tokens, made.original_size, made.crop)
@@ -221,7 +220,7 @@ def stored_records(prepared: Prepared, split: Split) -> Iterator[Record]:
 
 
 def sample_captions(prepared: Prepared, count: int) -> list[str]:
-    """Returns captions that training reads: of one stored task evenly spaced, of others those of the first rows."""
+    """Returns captions that training reads, evenly spaced over a stored task, or from the first rows of other data."""
     parts, config = prepared.stored, prepared.config
     readers = [part and ShardReader(part.directory, part.manifest.train) for part in parts]
     rates = mixing([Fraction(one.rate) for one in prepared.composition.components])
@@ -246,7 +245,7 @@ def caption_of(config: DataConfig, captions: Mapping[str, str]) -> str:
     """Returns the first of a record's captions that training may read.
 
     Raises:
-      DataError: there is none.
+      DataError: none of the record's captions has a rate.
     """
     for field, text in captions.items():
         if rate_of(config.captions, field) is not None:
@@ -255,7 +254,7 @@ def caption_of(config: DataConfig, captions: Mapping[str, str]) -> str:
 
 
 def check_tokenizers(all_prepared: Sequence[Prepared]) -> None:
-    """Raises DataError where the data sets that one run reads in turn do not share their tokenizer."""
+    """Raises DataError unless the data sets that one run reads in turn share their tokenizer."""
     first = all_prepared[0].tokenizer
     for prepared in all_prepared[1:]:
         if file_sha256(prepared.tokenizer) != file_sha256(first):
@@ -263,5 +262,5 @@ def check_tokenizers(all_prepared: Sequence[Prepared]) -> None:
 
 
 def tokenize_captions(config: DataConfig, captions: Sequence[str]) -> Int[np.ndarray, "n L"]:
-    """Returns the tokens of captions by the tokenizer of prepared data, int32, padded to the caption length."""
+    """Returns the captions' tokens by the prepared tokenizer, int32, padded to the caption length."""
     return tokenize(tokenizer_path(config), captions, config.caption_length)

@@ -1,8 +1,8 @@
 """The quarantine file: one JSON line for each rejected record.
 
     {"name": "00012.tar:000120034.jpg", "reason": "truncated", "detail": "image file is truncated (3 bytes ...)"}
-Names come from untrusted archives, so lines are ASCII without control characters: a terminal that shows them runs
-nothing. `json.loads` returns the names as they were, lone surrogates of undecodable bytes included.
+Names come from untrusted archives, so lines are ASCII without control characters, which could act on a terminal.
+`json.loads` restores the original names, including lone surrogates of undecodable bytes.
 """
 
 import collections
@@ -31,7 +31,7 @@ class Quarantine:
         self.counts[rejected.reason] += 1
 
     def close(self) -> None:
-        """Closes the file after its lines have reached the disk."""
+        """Flushes the lines to the disk and closes the file."""
         if not self._file.closed:
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -66,7 +66,7 @@ def read(path: str | os.PathLike[str]) -> Iterator[Rejected]:
 
 
 def merge(paths: Iterable[str | os.PathLike[str]], target: str | os.PathLike[str]) -> dict[str, int]:
-    """Joins quarantine files in the order given into `target`, at once, and returns the counts by reason, most first.
+    """Joins quarantine files in the given order into `target`, atomically; returns the counts by reason, most first.
 
     Raises:
       DataError: a line is no rejected record.

@@ -1,11 +1,11 @@
-"""The reasons for which a record of a source is rejected: one table, which docs/data_sources.md repeats.
+"""Lists every reason for which a record of a source is rejected; docs/data_sources.md repeats the table.
 
-Sources, images and filters name a reason from here, so that counts of one preparation compare with those of another.
+Sources, images and filters name a reason from here, so that counts of two preparations can be compared.
 """
 
-# NAME stands for a column's name, which the config gives.
+# NAME stands for the name of a column in the config.
 REASONS: dict[str, str] = {
-    # The archive or table that a record comes from.
+    # Archives and tables.
     "damaged tar": "bytes of a tar that are no member: skipped up to the next valid header, or missing at its end",
     "unsafe name": "a name that is absolute, leaves its folder, is empty, or is not UTF-8",
     "not a file": "a link, a device, a pipe or a folder in the place of a file",
@@ -19,7 +19,7 @@ REASONS: dict[str, str] = {
     "no caption": "a record without any caption field",
     "empty caption": "a record whose captions are all empty or white space",
     "predicate": "the source's `keep` returned false",
-    # The image.
+    # Images.
     "unknown format": "bytes that are no JPEG, PNG or WebP image",
     "undecodable": "an image that its decoder refuses, or a PNG with a wrong checksum",
     "truncated": "an image that ends early",
@@ -52,7 +52,7 @@ def column_out_of_range(name: str) -> str:
 
 
 def entry(reason: str) -> str:
-    """Returns the key of REASONS that a reason belongs to: itself, but for those that name a column.
+    """Returns the key of REASONS that a reason belongs to: the reason itself, unless it names a column.
 
     Raises:
       ValueError: the reason is not in the table.

@@ -1,4 +1,4 @@
-"""Stored records as msgpack: encoded images with their captions, and what columns hold beside them."""
+"""Encodes records and values of columns as msgpack."""
 
 import dataclasses
 from typing import Any
@@ -10,7 +10,7 @@ from jaxtyping import Int
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """An image with its captions, as prepared data holds it."""
+    """An image with its captions, as prepared data stores it."""
 
     key: str
     image: bytes  # PNG, WebP or JPEG
@@ -25,7 +25,7 @@ def pack(values: dict[str, Any]) -> bytes:
 
 
 def unpack(data: bytes) -> dict[str, Any]:
-    """Returns what `pack` was given; arrays are read-only. Raises ValueError for anything else."""
+    """Returns the map that `pack` encoded, with read-only arrays. Raises ValueError for other data."""
     values = serialization.msgpack_restore(data)
     if not isinstance(values, dict):
         raise ValueError("a record is no map")
@@ -46,7 +46,7 @@ def encode_record(record: Record) -> bytes:
 
 
 def decode_record(data: bytes) -> Record:
-    """Returns a stored record. Raises ValueError if it is none."""
+    """Returns a stored record. Raises ValueError if the data is no record."""
     try:
         return Record(**unpack(data))
     except TypeError as error:

@@ -1,4 +1,4 @@
-"""Finds the task or mixture that a config names, among the package's or in the user's own file."""
+"""Finds the task or mixture that a config names, in the package or in the user's own file."""
 
 import dataclasses
 import functools
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
     import seqio
 
 
-_MODULE = "ecdit_tasks_"  # how the modules of users' files are named
+_MODULE = "ecdit_tasks_"  # begins the module names of users' files
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A task of a mixture; of a task by itself the only one."""
+    """A part of a mixture; a single task has one."""
 
     task: str
     rate: Fraction
@@ -40,7 +40,7 @@ def module_sha256(config: DataConfig) -> str:
     """Returns the sha256 of the user's file, or "" without one.
 
     Raises:
-      ConfigError: there is no such file.
+      ConfigError: the file does not exist.
     """
     if not config.module:
         return ""
@@ -50,10 +50,10 @@ def module_sha256(config: DataConfig) -> str:
 
 
 def find_parts(config: DataConfig) -> tuple[Part, ...]:
-    """Returns the parts of `data.task` with their rates. Imports TensorFlow, but for a task that is generated.
+    """Returns the parts of `data.task` with their rates. Imports TensorFlow unless the task is generated.
 
     Raises:
-      DataError: no such task, the user's file fails, or a package is missing.
+      DataError: the task is not registered, the user's file fails, or a package is missing.
     """
     if config.task in GENERATED and not config.module:
         return (Part(config.task, Fraction(1)),)
@@ -67,13 +67,13 @@ def find_parts(config: DataConfig) -> tuple[Part, ...]:
         known = sorted({*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()})
         raise DataError(f"data.task = {config.task!r} is not registered in {where}; known: {', '.join(known)}")
     mixture = seqio.MixtureRegistry.get(config.task)
-    # As they were written: 0.3 is 3/10, not the binary fraction next to it.
+    # `str` gives the rate as it was written: 0.3 is 3/10, not the nearest binary fraction.
     return tuple(Part(task.name, Fraction(str(mixture.get_rate(task)))) for task in mixture.tasks)
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A registered task as preparation reads it: shard by shard."""
+    """A registered task, which preparation reads shard by shard."""
 
     name: str
     attribution: str
@@ -81,7 +81,7 @@ class Task:
     _task: "seqio.Task"
 
     def stamp(self, index: int) -> str:
-        """Returns what identifies a shard's files without reading them; "" where the source cannot say."""
+        """Returns a string that identifies a shard's files without reading them; "" if the source has none."""
         source = _pairs(self._task)
         return source.pairs.stamp(self.shards[index]) if source else ""
 
@@ -92,17 +92,17 @@ class Task:
             return None
         try:
             pickled = pickle.dumps(source.pairs)
-        except Exception:  # such as of a lambda
+        except Exception:  # for example, a lambda cannot be pickled
             return None
-        # What is defined in the user's file is known by a module that only this process has.
+        # Objects of the user's file belong to a module that exists only in this process.
         return None if _MODULE.encode() in pickled else source.pairs
 
     def read(self, index: int) -> Iterator[Pair | Rejected]:
-        """Yields the pairs of a shard in order, and what its source rejects."""
+        """Yields the pairs of a shard in order, and the records that its source rejects."""
         import seqio
 
         source = _pairs(self._task)
-        if source and not self._task.preprocessors:  # TensorFlow has nothing to do
+        if source and not self._task.preprocessors:  # without preprocessors, TensorFlow is not needed
             yield from source.pairs.read(self.shards[index])
             return
         rejected = source.rejected if source else []
@@ -119,7 +119,7 @@ def find_task(config: DataConfig, name: str) -> Task:
     """Returns a registered task that preparation can read. Imports TensorFlow.
 
     Raises:
-      DataError: as `find_parts`, or a source without shards.
+      DataError: as in `find_parts`, or the source has no shards.
     """
     with preparing():
         import seqio
@@ -133,7 +133,7 @@ def find_task(config: DataConfig, name: str) -> Task:
 
 
 def _register(config: DataConfig) -> None:
-    """Runs the package's file and the user's, once each."""
+    """Runs the package's file and the user's file, each once."""
     with preparing():
         import ecdit.data.tasks  # noqa: F401 - registers
     if config.module:
@@ -164,14 +164,14 @@ def _pairs(task: "seqio.Task") -> Any:
 
 def _drained(rejected: list[Rejected]) -> list[Rejected]:
     taken = list(rejected)
-    del rejected[: len(taken)]  # not all: TensorFlow reads ahead in a thread, and may have added more
+    del rejected[: len(taken)]  # TensorFlow reads ahead in a thread, and may have added more
     return taken
 
 
 def _pair(example: dict[str, Any], name: str) -> Pair | Rejected:
-    """Returns the pair of an example by `tensorflow_pairs.SIGNATURE`, or of one with other features.
+    """Returns the pair of an example, either with the features of `tensorflow_pairs.SIGNATURE` or with others.
 
-    Of those `image` is an image, uint8[H, W, 3] or encoded; every other feature of text is a caption, and numbers
+    With others, the feature `image` is the image, uint8[H, W, 3] or encoded, text features are captions, and numbers
     are columns.
     """
     try:

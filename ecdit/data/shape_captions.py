@@ -1,4 +1,4 @@
-"""Captions of the `shapes` data, in GenEval's six kinds, and the metadata that a judge reads."""
+"""Writes captions of the `shapes` data, in GenEval's six kinds, and the metadata that a judge reads."""
 
 from typing import Any
 
@@ -22,7 +22,7 @@ def _vocabulary() -> tuple[str, ...]:
     return tuple(dict.fromkeys(words))
 
 
-VOCABULARY = _vocabulary()  # every word that a caption can have
+VOCABULARY = _vocabulary()  # all words of captions
 
 
 def caption_of(scene: Scene, draws: Draws) -> str:
@@ -38,7 +38,7 @@ def caption_of(scene: Scene, draws: Draws) -> str:
 
 
 def metadata_of(scene: Scene, caption: str) -> dict[str, Any]:
-    """Returns what the caption says, as GenEval's metadata: tag, include, exclude (counting only) and prompt.
+    """Returns the caption's claims as GenEval's metadata: tag, include, exclude (counting only) and prompt.
 
     An item of `include` is {"class", "count", "color" if it is stated, "position": [relation, index of its target]}.
     """

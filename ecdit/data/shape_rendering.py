@@ -1,7 +1,7 @@
 """Draws scenes of the `shapes` data, in NumPy alone.
 
-Only comparisons, sums and products of single numbers decide a pixel, in a fixed order, so that all hosts draw the same:
-sines, or sums whose order a library chooses, would differ in their last bits.
+A pixel is computed by comparisons, sums and products in a fixed order, so that all hosts draw the same image. Sines, or
+sums in an order that a library chooses, would differ in their last bits.
 """
 
 from collections.abc import Callable
@@ -11,13 +11,13 @@ from jaxtyping import Bool, Float, UInt8
 
 from ecdit.data.shape_scenes import LATTICE, Box, Ground, Scene
 
-SAMPLES = 4  # a pixel's side; its coverage is the share of SAMPLES x SAMPLES points inside the shape
+SAMPLES = 4  # points per side of a pixel; its coverage is the share of SAMPLES x SAMPLES points inside the shape
 
 Coordinate = Float[np.ndarray, "..."]
 
 
 def _star(x: Coordinate, y: Coordinate) -> Bool[np.ndarray, "..."]:
-    """Returns whether points are in a pentagram: on the inner side of at least four of its five lines."""
+    """Returns whether points are in a pentagram, that is, on the inner side of at least four of its five lines."""
     inner = np.zeros(np.broadcast_shapes(x.shape, y.shape), np.int64)
     for i, (x0, y0) in enumerate(STAR_TIPS):
         x1, y1 = STAR_TIPS[(i + 2) % 5]
@@ -25,12 +25,12 @@ def _star(x: Coordinate, y: Coordinate) -> Bool[np.ndarray, "..."]:
     return inner >= 4
 
 
-# Clockwise from the top: a regular pentagon's corners, stretched to touch all four sides of the box.
+# Corners of a regular pentagon, clockwise from the top, stretched to touch all four sides of the box.
 STAR_TIPS = ((0.0, -1.0), (1.0, -0.236068), (0.618034, 1.0), (-0.618034, 1.0), (-1.0, -0.236068))
 RING_HOLE = 0.5  # radius
 CROSS_ARM = 0.3  # half an arm's width
 
-# Whether points of the box [-1, 1] x [-1, 1], y down, are inside the shape.
+# Functions that return whether points of the box [-1, 1] x [-1, 1], y down, are inside the shape.
 INSIDE: dict[str, Callable[[Coordinate, Coordinate], Bool[np.ndarray, "..."]]] = {
     "circle": lambda x, y: x * x + y * y <= 1,
     "square": lambda x, y: (abs(x) <= 1) & (abs(y) <= 1),
@@ -53,7 +53,7 @@ def render(scene: Scene, image_size: int) -> UInt8[np.ndarray, "H W 3"]:
 
 
 def coverage(shape: str, box: Box, image_size: int) -> tuple[slice, slice, Float[np.ndarray, "h w"]]:
-    """Returns the rows and columns of the image that a shape in `box` touches, and its share of each pixel."""
+    """Returns the rows and columns of pixels that a shape in `box` touches, and the share of each that it covers."""
     columns, x = _samples(box.x, box.half, image_size)
     rows, y = _samples(box.y, box.half, image_size)
     inside = INSIDE[shape](x[None, :], y[:, None])

@@ -1,10 +1,10 @@
-"""Scenes of the `shapes` data: which coloured shapes a row has, where they are, and what ground they are on.
+"""Draws scenes of the `shapes` data: a row's coloured shapes, their boxes, and their ground.
 
-A scene is a function of (config, seed, row) and knows no pixels: positions and sizes are shares of the image's side,
-x to the right and y down. So a row shows the same scene at every resolution. Boxes of two shapes never overlap.
+A scene is a function of (config, seed, row). Positions and sizes are shares of the image's side, x to the right and y
+down, so a row shows the same scene at every resolution. Boxes of two shapes never overlap.
 
-Two kinds of combinations are held out. Training rows contain neither; every row of the split `held_out` has one, and
-its caption states it.
+Two kinds of combinations are held out: shapes with colours, and relations of shapes. Training rows contain neither;
+every row of the split `held_out` has one, and its caption states it.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ HELD_OUT_COLORS = {
     "cross": "orange",
     "ring": "white",
 }
-# "A left of B" is also "B right of A". At most one of a pair of shapes, so that exchanging the two always removes it.
+# "A left of B" is also "B right of A". Each pair of shapes has at most one, so that exchanging the two removes it.
 HELD_OUT_RELATIONS = (
     ("circle", "left of", "square"),
     ("square", "above", "triangle"),
@@ -54,26 +54,26 @@ HELD_OUT_RELATIONS = (
 )
 KINDS_HELD_OUT = ("counting", "colors", "position", "color_attr")  # their captions can state a held-out combination
 
-MARGIN = 0.035  # between a box and its cell's edge; so twice as much between boxes: 2.2 px of 32
-SMALLEST, LARGEST = 0.15, 0.34  # half a box's side
-JITTER = 8  # of every channel of a colour, either way
-GROUND_LEVELS = (95, 165)  # grey, far from every colour
+MARGIN = 0.035  # between a box and its cell's edge; boxes are twice as far apart: 2.2 px of 32
+SMALLEST, LARGEST = 0.15, 0.34  # limits of half a box's side
+JITTER = 8  # levels by which every channel of a colour may differ
+GROUND_LEVELS = (95, 165)  # limits of the ground's grey, far from every colour
 TEXTURES = ("stripes", "checks", "clouds")
-TEXTURE_CONTRAST = (5, 12)  # levels, either way
-LATTICE = 5  # points a side of the clouds' random values
+TEXTURE_CONTRAST = (5, 12)  # limits of the levels that a texture adds and subtracts
+LATTICE = 5  # points per side of the lattice of random values that makes clouds
 
-# One random stream each, apart from those of ecdit/data/loader.py: what one draws never moves another.
+# Each purpose has its own random stream, apart from those of ecdit/data/loader.py: draws never change another stream.
 _PURPOSES = {"scene": 16, "ground": 17, "caption": 18}
 
 
 @dataclasses.dataclass(frozen=True)
 class ShapesConfig:
-    """Which scenes are drawn, and how large."""
+    """Says which scenes are drawn, and at which size."""
 
     image_size: int  # px, side of the square image
     ground: Literal["plain", "textured"]
     split: Literal["train", "held_out"]
-    kinds: tuple[str, ...]  # of captions, equally often; from KINDS
+    kinds: tuple[str, ...]  # kinds of captions from KINDS, equally often
 
     def __post_init__(self):
         require(32 <= self.image_size <= 512, "image_size", self.image_size, "must be between 32 and 512 px")
@@ -85,7 +85,7 @@ class ShapesConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Box:
-    """A square by its centre and half its side, in shares of the side of the image."""
+    """A square, given by its centre and half its side as shares of the image's side."""
 
     x: float
     y: float
@@ -104,37 +104,37 @@ class Object:
 
 @dataclasses.dataclass(frozen=True)
 class Ground:
-    """A plain or textured ground: `rgb` plus `contrast` levels times a pattern between -1 and 1."""
+    """A ground: `rgb` plus `contrast` levels times a pattern between -1 and 1."""
 
     rgb: Color
     texture: str  # "plain" or one of TEXTURES
     contrast: int
-    period: float  # of stripes and checks, as a share of the image's side
-    direction: tuple[int, int]  # of stripes: (1, 0) across, (0, 1) down, (1, 1) and (1, -1) diagonal
+    period: float  # period of stripes and checks, as a share of the image's side
+    direction: tuple[int, int]  # in which stripes alternate: (1, 0) across, (0, 1) down, (1, 1) and (1, -1) diagonal
     phase: float
-    lattice: tuple[float, ...]  # of clouds, LATTICE x LATTICE values by rows
+    lattice: tuple[float, ...]  # LATTICE x LATTICE values of clouds, row by row
 
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """Everything a row shows, and what its caption is about."""
+    """Everything that a row shows, with the kind and the relation of its caption."""
 
     kind: str
     objects: tuple[Object, ...]
     ground: Ground
     states_colors: bool
-    relation: str | None  # of kind position: objects[0] is `relation` objects[1]
+    relation: str | None  # for kind position: objects[0] is `relation` objects[1]
 
 
 class Draws:
-    """Random numbers of one purpose and row.
+    """Draws random numbers for one purpose and row.
 
-    They come from Philox's raw words alone: NumPy promises that these never change, and does not promise it of
-    `Generator`'s methods.
+    It uses Philox's raw words alone, because NumPy promises that these never change, and makes no such promise for the
+    methods of `Generator`.
     """
 
     def __init__(self, seed: int, row: int, purpose: str):
-        # Philox counts in the lowest of its four counter words: the row is above, so streams never meet.
+        # Philox counts in the lowest of its four counter words. The row is in a higher one, so streams never overlap.
         key, counter = (np.array(words, np.uint64) for words in ([seed, _PURPOSES[purpose]], [0, row, 0, 0]))
         self._philox = np.random.Philox(key=key, counter=counter)
 
@@ -151,13 +151,13 @@ class Draws:
         return options[self.integer(0, len(options) - 1)]
 
     def jittered(self, color: Color) -> Color:
-        """Draws a colour with every channel moved by up to JITTER levels."""
+        """Draws a colour whose channels differ from `color` by up to JITTER levels."""
         red, green, blue = (min(max(level + self.integer(-JITTER, JITTER), 0), 255) for level in color)
         return red, green, blue
 
 
 def scene_of(config: ShapesConfig, seed: int, row: int) -> Scene:
-    """Returns the scene of a row: a pure function, in bounded time, the same at every `image_size` and on every host.
+    """Returns the scene of a row in bounded time. It is the same at every `image_size` and on every host.
 
     Raises:
       ConfigError: a seed that is no uint32, or a row that is no uint64.
@@ -191,10 +191,10 @@ def scene_of(config: ShapesConfig, seed: int, row: int) -> Scene:
 
 
 def relations(a: Box, b: Box) -> tuple[str, ...]:
-    """Returns which of RELATIONS hold of box a to box b, by GenEval's rule: none, one, or two on a diagonal.
+    """Returns the RELATIONS in which box a stands to box b by GenEval's rule: none, one, or two on a diagonal.
 
     The offset of the centres is shortened, in each direction, by a tenth of the sum of the boxes' sides. A relation
-    holds if what is left is more than half of the whole offset's length.
+    holds if the shortened offset in its direction is more than half of the whole offset's length.
     """
     offset = np.array([a.x - b.x, a.y - b.y])
     shortened = np.sign(offset) * np.maximum(np.abs(offset) - 0.1 * (2 * a.half + 2 * b.half), 0)
@@ -205,12 +205,12 @@ def relations(a: Box, b: Box) -> tuple[str, ...]:
 
 
 def is_held_out(shape: str, relation: str, other: str) -> bool:
-    """Whether "a `shape` `relation` a `other`" is kept from training, as it stands or as its converse."""
+    """Returns whether training never shows "a `shape` `relation` a `other`", as it stands or as its converse."""
     return bool({(shape, relation, other), (other, OPPOSITE[relation], shape)} & set(HELD_OUT_RELATIONS))
 
 
 def is_held_out_relation(objects: Sequence[Object]) -> bool:
-    """Whether some two of `objects` stand in a relation that is kept from training."""
+    """Returns whether two of `objects` stand in a held-out relation."""
     return any(
         is_held_out(a.shape, relation, b.shape)
         for a in objects
@@ -238,7 +238,7 @@ def _related_shapes(draws: Draws, held_out: bool) -> tuple[list[str], str]:
 
 
 def _colors(draws: Draws, kind: str, shapes: Sequence[str], states_colors: bool, held_out: bool) -> list[str]:
-    """Returns a colour for each shape: shapes of one stated count share it, and those of color_attr differ."""
+    """Returns a colour for each shape. Counted shapes with a stated colour share it; those of color_attr differ."""
     allowed = {shape: [color for color in COLORS if color != HELD_OUT_COLORS[shape]] for shape in shapes}
     if held_out and kind != "position":
         chosen = draws.choice(shapes)
@@ -255,7 +255,7 @@ def _colors(draws: Draws, kind: str, shapes: Sequence[str], states_colors: bool,
 
 
 def _boxes(draws: Draws, count: int) -> list[Box]:
-    """Returns boxes of 1 to 4 shapes, each in its own cell: the image, halved again and again at a random place."""
+    """Returns boxes of 1 to 4 shapes, each in its own cell. Cells come from halving the image at random places."""
     cells = [(0.0, 0.0, 1.0, 1.0)]  # left, top, right, bottom
     while len(cells) < count:
         left, top, right, bottom = cell = max(cells, key=lambda cell: (cell[2] - cell[0]) * (cell[3] - cell[1]))
@@ -270,7 +270,7 @@ def _boxes(draws: Draws, count: int) -> list[Box]:
         else:
             middle = top + share * (bottom - top)
             cells += [(left, top, right, middle), (left, middle, right, bottom)]
-    # Otherwise a caption's first shape would tend to be on the left.
+    # Cells are shuffled, because otherwise a caption's first shape would tend to be on the left.
     cells = [cells[int(place)] for place in _distinct(draws, [str(place) for place in range(count)], count)]
     return [_box_in(draws, *cell) for cell in cells]
 
@@ -283,10 +283,10 @@ def _box_in(draws: Draws, left: float, top: float, right: float, bottom: float) 
 
 
 def _related_boxes(draws: Draws, relation: str) -> list[Box]:
-    """Returns two boxes, the first `relation` the second, and in no other relation."""
+    """Returns two boxes that stand in `relation` and in no other."""
     middle = draws.uniform(0.46, 0.54)
     near, far = _box_in(draws, 0, 0, middle, 1), _box_in(draws, middle, 0, 1, 1)
-    # A box far up or down beside the other would be above or below it as well.
+    # The offset in y is limited, because a box far up or down beside the other would also be above or below it.
     y = near.y + draws.uniform(-0.25, 0.25) * (far.x - near.x)
     far = dataclasses.replace(far, y=min(max(y, MARGIN + far.half), 1 - MARGIN - far.half))
     if relation in ("above", "below"):

@@ -1,7 +1,7 @@
-"""The `shapes` data: images of coloured shapes with captions, made from (seed, row) when they are read.
+"""Generates the `shapes` data: images of coloured shapes with captions, computed from (seed, row).
 
-There is nothing to prepare or store, and no last row. Every caption is exactly true of its image, and
-`ecdit.evaluation.shapes_judge` decides from pixels alone whether a caption is true. docs/shapes.md describes it.
+Nothing is stored, and rows never end. Every caption is exactly true of its image, and `ecdit.evaluation.shapes_judge`
+decides from pixels alone whether a caption is true. docs/shapes.md describes the data.
 """
 
 import dataclasses
@@ -17,8 +17,8 @@ from ecdit.data.shape_captions import VOCABULARY, caption_of, metadata_of
 from ecdit.data.shape_rendering import render
 from ecdit.data.shape_scenes import Draws, Scene, ShapesConfig, scene_of
 
-VERSION = 1  # raise it when a change makes other images or captions of the same rows
-_ROWS = 64  # that the fingerprint covers
+VERSION = 1  # raise it when a change alters the images or captions of rows
+_ROWS = 64  # rows in the fingerprint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,11 +27,11 @@ class Example:
 
     image: UInt8[np.ndarray, "H W 3"]
     caption: str
-    metadata: dict[str, Any]  # what the caption says, in GenEval's form
+    metadata: dict[str, Any]  # the caption's claims, in GenEval's form
 
 
 def example(config: ShapesConfig, seed: int, row: int) -> Example:
-    """Returns the example of a row: a pure function, the same on every host, as fast at row 10^9 as at row 0.
+    """Returns the example of a row. It is the same on every host, and row 10^9 is as fast as row 0.
 
     Raises:
       ConfigError: a seed that is no uint32, or a row that is no uint64.
@@ -41,15 +41,15 @@ def example(config: ShapesConfig, seed: int, row: int) -> Example:
 
 
 def scene_and_caption(config: ShapesConfig, seed: int, row: int) -> tuple[Scene, str]:
-    """Returns what a row shows and its caption, without drawing it. Raises as `example`."""
+    """Returns the scene and the caption of a row without drawing it. Raises the errors of `example`."""
     scene = scene_of(config, seed, row)
     return scene, caption_of(scene, Draws(seed, row, "caption"))
 
 
 def fingerprint(config: ShapesConfig) -> str:
-    """Returns the sha256 of all that decides rows: VERSION, config, held-out combinations, vocabulary, first rows.
+    """Returns the sha256 of VERSION, config, held-out combinations, vocabulary and the first rows.
 
-    The rows make it change with the code even where VERSION was not raised.
+    The first rows change it with the code even if nobody raised VERSION.
     """
     tables = [VERSION, dataclasses.asdict(config), scenes.HELD_OUT_COLORS, scenes.HELD_OUT_RELATIONS, VOCABULARY]
     digest = hashlib.sha256(json.dumps(tables).encode())

@@ -1,4 +1,4 @@
-"""Which split a record belongs to: by a hash of its key, unless its source says so."""
+"""Assigns records to splits by a hash of their key, unless their source assigns one."""
 
 import hashlib
 
@@ -6,10 +6,10 @@ from ecdit.data.config import PrepareConfig
 
 
 def place_of(key: str) -> float:
-    """Returns where a key's hash lies in [0, 1): the same as the data grows, and in every data set with the key."""
+    """Returns a key's hash in [0, 1). It does not change as the data grows, and is the same in every data set."""
     return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8]) / 2**64
 
 
 def split_of(key: str, prepare: PrepareConfig) -> str:
-    """Returns the split of a key: `held_out` for those whose place is below the share that is held out."""
+    """Returns the split of a key: `held_out` if its hash is below the held-out share."""
     return "held_out" if place_of(key) < prepare.held_out else "train"

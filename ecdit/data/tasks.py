@@ -1,6 +1,6 @@
-"""The package's tasks, registered with seqio. Imports TensorFlow: import this module only while preparing.
+"""Registers the package's tasks with seqio. Imports TensorFlow: import this module only while preparing.
 
-A file of your own that `data.module` names does the same for your data; it may use the tasks here in its mixtures.
+The file that `data.module` names does the same for your own data; its mixtures may use the tasks here.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,15 +20,15 @@ def add_task(name: str, source: Source, preprocessors: Sequence[Callable[..., An
     """Registers a source of image-text pairs as the seqio Task `name`.
 
     Args:
-      name: as configs write it in `data.task`, or mixtures.
-      source: of `ecdit.data.sources`, or any of its protocol.
-      preprocessors: of seqio, over `tensorflow_pairs.SIGNATURE`; without any, pairs never pass through TensorFlow.
+      name: the name in `data.task` and in mixtures.
+      source: a source of `ecdit.data.sources` or of your own.
+      preprocessors: seqio preprocessors on `tensorflow_pairs.SIGNATURE`; without any, pairs bypass TensorFlow.
     """
     _register(name, PairsSource(source), preprocessors)
 
 
 def add_mixture(name: str, rates: Sequence[tuple[str, float]]) -> None:
-    """Registers a mixture of tasks as the seqio Mixture `name`: pairs of a task's name and its rate."""
+    """Registers the seqio Mixture `name` from pairs of a task's name and its rate."""
     seqio.MixtureRegistry.add(name, list(rates))
 
 
@@ -38,7 +38,7 @@ def _register(name: str, source: Any, preprocessors: Sequence[Callable[..., Any]
 
 add_task("emoji", Emoji())
 add_task("emoji_styles", EmojiStyles())
-# All five captions of an image are kept, and each is drawn equally often.
+# Keeps all five captions of an image; training draws each equally often.
 add_task("coco", TfdsBuilder("coco_captions", image="image", captions=("captions/text",), key="image/filename"))
 for _name in GENERATED:
     _register(_name, MadeWhenRead())

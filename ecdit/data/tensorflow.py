@@ -1,6 +1,6 @@
-"""Loads seqio and TensorFlow, with which images are prepared and nothing else is done: on the CPU, and quietly.
+"""Loads seqio and TensorFlow for preparation, on the CPU and without their startup messages.
 
-They come with the extras `data` and `emoji`; a machine that only reads prepared data needs neither.
+The extras `data` and `emoji` install them; a machine that only reads prepared data needs neither.
 """
 
 import contextlib
@@ -12,20 +12,20 @@ from collections.abc import Iterator
 
 from ecdit.data import DataError
 
-# Lines that TensorFlow's libraries print as they are loaded, before any setting of theirs could stop them.
+# Lines that TensorFlow's libraries print while loading, before any of their settings takes effect.
 _INFORMATION = re.compile(rb"I\d{4} |WARNING: All log messages before absl::InitializeLog\(\)")
 
 
 @contextlib.contextmanager
 def preparing() -> Iterator[None]:
-    """Loads both for the code inside, which may import them and what else preparing takes.
+    """Loads both for the code inside the context, which may import further packages for preparation.
 
     Raises:
-      DataError: a package is missing, there or inside.
+      DataError: a package is missing, here or in the code inside.
     """
-    # TensorFlow would look for GPUs, complain of missing ones, and take the memory of those that it finds.
+    # Otherwise TensorFlow would look for GPUs, warn about missing ones, and reserve the memory of the others.
     os.environ.setdefault("TF_ENABLED_DEVICE_TYPES", "CPU")
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # no information, such as on the instructions of this CPU
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # hides information, such as on the CPU's instructions
     try:
         with _without_information():
             import seqio  # noqa: F401 - imports TensorFlow, tensorflow-text and tensorflow-datasets
@@ -40,7 +40,7 @@ def preparing() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_information() -> Iterator[None]:
-    """Holds back what is written to stderr, by C++ too, and writes it at the end without lines of information."""
+    """Buffers stderr, including C++ output, and writes it at the end without lines of information."""
     sys.stderr.flush()
     with tempfile.TemporaryFile() as held:
         stderr = os.dup(2)

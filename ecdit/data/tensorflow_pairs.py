@@ -1,4 +1,4 @@
-"""Sources of pairs as seqio knows them. Imports TensorFlow: import this module only while preparing."""
+"""Adapts sources of pairs to seqio. Imports TensorFlow: import this module only while preparing."""
 
 import json
 from collections.abc import Iterator
@@ -10,28 +10,28 @@ import tensorflow as tf
 
 from ecdit.data.sources.protocol import Pair, Rejected, Source
 
-# What a seqio Task of a `PairsSource` has: preprocessors may change all of it, or filter.
+# Features of a seqio Task with a `PairsSource`. Preprocessors may change or filter them.
 SIGNATURE = {
     "key": tf.TensorSpec((), tf.string),
     "image": tf.TensorSpec((), tf.string),  # encoded
     "fields": tf.TensorSpec((None,), tf.string),  # names of the captions
     "captions": tf.TensorSpec((None,), tf.string),
-    "columns": tf.TensorSpec((), tf.string),  # a JSON object, to filter by
-    "split": tf.TensorSpec((), tf.string),  # "" for one by the key
+    "columns": tf.TensorSpec((), tf.string),  # a JSON object
+    "split": tf.TensorSpec((), tf.string),  # "" assigns it by the key's hash
 }
 
 
 class PairsSource(seqio.DataSource):
-    """A source of pairs as a seqio DataSource: each part of the source is a shard."""
+    """A seqio DataSource over a source of pairs. Each part of the source is a shard."""
 
     def __init__(self, source: Source):
         self.pairs = source
-        self.rejected: list[Rejected] = []  # of what was read since the list was last cleared
+        self.rejected: list[Rejected] = []  # records rejected since the list was last cleared
         super().__init__(splits=("train",), caching_permitted=False)
 
     @property
     def supports_arbitrary_sharding(self) -> bool:
-        """Returns False: a part is read whole."""
+        """Returns False, because a part can only be read whole."""
         return False
 
     def list_shards(self, split: str) -> tuple[str, ...]:
@@ -47,7 +47,7 @@ class PairsSource(seqio.DataSource):
         shard_info: seqio.ShardInfo | None = None,
         **unused: Any,
     ) -> tf.data.Dataset:
-        """Returns the pairs of the parts, in order, by SIGNATURE; what is rejected goes to `rejected` meanwhile."""
+        """Returns the pairs of the parts in order, with the features of SIGNATURE. Reading them fills `rejected`."""
         del split, shuffle, seed, unused
         parts = self.pairs.parts()
         chosen = parts if shard_info is None else parts[shard_info.index :: shard_info.num_shards]
@@ -64,14 +64,14 @@ class PairsSource(seqio.DataSource):
 
 
 class MadeWhenRead(seqio.DataSource):
-    """The source of a task of `GENERATED`: its rows are made while training, so that it gives none."""
+    """The empty source of a task of `GENERATED`, whose rows are generated during training."""
 
     def __init__(self):
         super().__init__(splits=("train",), caching_permitted=False)
 
     @property
     def supports_arbitrary_sharding(self) -> bool:
-        """Returns True: there is nothing to read."""
+        """Returns True, because there is nothing to read."""
         return True
 
     def list_shards(self, split: str) -> tuple[str, ...]:
@@ -81,7 +81,7 @@ class MadeWhenRead(seqio.DataSource):
 
     def get_dataset(self, *args: Any, **kwargs: Any) -> tf.data.Dataset:
         """Raises NotImplementedError."""
-        raise NotImplementedError("its rows are made while training")
+        raise NotImplementedError("its rows are generated during training")
 
 
 def _example(pair: Pair) -> dict[str, Any]:

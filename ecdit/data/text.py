@@ -1,6 +1,6 @@
-"""Captions to tokens: a SentencePiece vocabulary, trained with the data and kept beside it.
+"""Turns captions into tokens with a SentencePiece vocabulary, which is trained on the data and stored beside it.
 
-Needs the `sentencepiece` package only, so that sampling never imports TensorFlow.
+This module needs only the `sentencepiece` package, so that sampling never imports TensorFlow.
 """
 
 import io
@@ -33,15 +33,15 @@ def train_vocabulary(captions: Iterable[str], vocab_size: int, path: Path, words
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            # Letters by themselves: where all captions are made of `words`, the trainer would find none.
+            # Single letters are added, because the trainer would find none in captions made of `words` alone.
             sentence_iterator=itertools.chain(captions, sorted(set("".join(words)))),
             model_writer=model,
             vocab_size=vocab_size,
             model_type="unigram",
             byte_fallback=True,
-            hard_vocab_limit=False,  # few captions give fewer pieces
-            user_defined_symbols=[f"\u2581{word}" for word in words],  # with the mark of a word's beginning
-            num_threads=1,  # the order of its sums decides the pieces
+            hard_vocab_limit=False,  # few captions may yield fewer pieces
+            user_defined_symbols=[f"\u2581{word}" for word in words],  # the mark of a word's beginning
+            num_threads=1,  # several threads would add in another order and yield other pieces
             minloglevel=2,
             pad_id=PAD,
             eos_id=EOS,
@@ -54,12 +54,12 @@ def train_vocabulary(captions: Iterable[str], vocab_size: int, path: Path, words
 
 
 def tokenize(tokenizer: Path, captions: Sequence[str], caption_length: int) -> Int[np.ndarray, "n L"]:
-    """Returns tokens of `captions`, int32.
+    """Returns the captions' tokens, int32.
 
     Each row ends in EOS, then zeros; a caption that is too long is cut before its EOS.
 
     Raises:
-      DataError: there is no such tokenizer.
+      DataError: the tokenizer does not exist.
     """
     encode = load_vocabulary(tokenizer).encode
     rows = [fit([*encode(caption), EOS], caption_length) for caption in captions]
@@ -70,7 +70,7 @@ def load_vocabulary(path: Path) -> "sentencepiece.SentencePieceProcessor":
     """Returns the vocabulary of a SentencePiece .model file, whose special tokens are PAD, EOS and UNKNOWN.
 
     Raises:
-      DataError: it is not there, cannot be read, or has other special tokens.
+      DataError: the file is missing, cannot be read, or has other special tokens.
     """
     import sentencepiece
 
@@ -87,7 +87,7 @@ def load_vocabulary(path: Path) -> "sentencepiece.SentencePieceProcessor":
 
 
 def fit(tokens: Sequence[int] | np.ndarray, caption_length: int) -> np.ndarray:
-    """Tokens that end in EOS as int32[caption_length]: padded with zeros, or cut with the EOS kept."""
+    """Returns `tokens`, which end in EOS, as int32[caption_length]: padded with zeros, or cut before the EOS."""
     row = np.full(caption_length, PAD, np.int32)
     kept = tokens if len(tokens) <= caption_length else [*tokens[: caption_length - 1], EOS]
     row[: len(kept)] = kept

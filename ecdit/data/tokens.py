@@ -1,4 +1,4 @@
-"""The tokenizer of a run's data, and the column with the tokens of every caption."""
+"""Makes the tokenizer of a run's data and the column with every caption's tokens."""
 
 import dataclasses
 import shutil
@@ -17,15 +17,15 @@ from ecdit.data.record import Record, decode_record, pack
 from ecdit.data.shards import ShardReader, file_sha256
 from ecdit.data.text import EOS, load_vocabulary, train_vocabulary
 
-_CAPTIONS = 1_000_000  # more teach a vocabulary little and would have to fit in memory
+_CAPTIONS = 1_000_000  # more hardly improve a vocabulary and would have to fit in memory
 _GENERATED_CAPTIONS = 4096
 
 
 def tokenizer_name(config: DataConfig) -> str:
-    """Returns the name of the tokenizer: of a file's its stem and the beginning of its sha256.
+    """Returns the tokenizer's name; for `data.tokenizer`, the file's stem and the beginning of its sha256.
 
     Raises:
-      DataError: there is no such file.
+      DataError: the file does not exist.
     """
     if not config.tokenizer:
         return f"{config.task}-{config.vocab_size}"
@@ -36,15 +36,15 @@ def tokenizer_name(config: DataConfig) -> str:
 
 
 def tokenizer_path(config: DataConfig) -> Path:
-    """Returns where prepared data keeps its tokenizer."""
+    """Returns the path of the tokenizer in prepared data."""
     return task_directory(config) / "tokenizers" / f"{tokenizer_name(config)}.model"
 
 
 def make_tokenizer(config: DataConfig, composition: Composition) -> Path:
-    """Trains the tokenizer on the captions of all parts by their rates, or copies the one that the config names.
+    """Trains the tokenizer on the captions of all parts by their rates, or copies `data.tokenizer`. Returns its path.
 
     Raises:
-      DataError: the captions have more characters than vocab_size has room for, or there is no such file.
+      DataError: the captions have more distinct characters than vocab_size has room for, or the file does not exist.
     """
     path = tokenizer_path(config)
     if path.exists():
@@ -64,14 +64,14 @@ def make_tokenizer(config: DataConfig, composition: Composition) -> Path:
 
 
 def check_size(config: DataConfig, tokenizer: Path) -> None:
-    """Raises DataError if a tokenizer has more pieces than `data.vocab_size`, by which embeddings are sized."""
+    """Raises DataError if a tokenizer has more pieces than `data.vocab_size`, the number of token embeddings."""
     pieces = load_vocabulary(tokenizer).vocab_size()
     if pieces > config.vocab_size:
         raise DataError(f"data.vocab_size = {config.vocab_size}: must be at least {pieces}, the pieces of {tokenizer}")
 
 
 def _captions(config: DataConfig, composition: Composition) -> Iterator[str]:
-    """Yields captions of the parts in the proportion in which training reads them, spread over each part."""
+    """Yields captions of the parts in the proportion in which training reads them, evenly spaced over each part."""
     rates = mixing([Fraction(one.rate) for one in composition.components])
     readers = []
     for one in composition.components:
@@ -80,7 +80,7 @@ def _captions(config: DataConfig, composition: Composition) -> Iterator[str]:
         else:
             manifest = read_records_manifest(config, one.task)
             readers.append(ShardReader(task_directory(config, one.task), manifest.train))
-    # So many rows that no part is read twice.
+    # The number of rows is limited so that no part is read twice.
     limits = [
         int((len(reader) if reader else _GENERATED_CAPTIONS) / rate)
         for reader, rate in zip(readers, rates.rates, strict=True)
@@ -99,18 +99,18 @@ def _captions(config: DataConfig, composition: Composition) -> Iterator[str]:
 
 @dataclasses.dataclass(frozen=True)
 class TokensColumn:
-    """The column tokens-<tokenizer>: for every caption field int32 tokens, EOS at the end, of the true length."""
+    """The column tokens-<tokenizer>: int32 tokens of every caption field, with EOS at the end and without padding."""
 
     tokenizer: Path
 
     @property
     def name(self) -> str:
-        """The column's name."""
+        """Returns the column's name."""
         return f"tokens-{self.tokenizer.stem}"
 
     @property
     def made_by(self) -> str:
-        """The tokenizer's sha256."""
+        """Returns the tokenizer's sha256."""
         return file_sha256(self.tokenizer)
 
     def values(self, records: Iterable[Record]) -> Iterator[tuple[bytes, Mapping[str, int]]]:

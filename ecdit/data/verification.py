@@ -1,4 +1,4 @@
-"""Reads prepared data again: every checksum, every record, every image."""
+"""Verifies prepared data: every checksum, every record, every image."""
 
 from collections.abc import Callable
 
@@ -14,11 +14,11 @@ from ecdit.data.shards import Shard, ShardReader, file_sha256
 
 
 def verify(config: DataConfig, say: Callable[[str], None] = print) -> Prepared:
-    """Reads all that a run of `config` reads and more, and says how much was right.
+    """Reads all prepared data of `config`, prints how much was verified, and returns it opened.
 
     Raises:
-      DataError: a shard's checksum is not the manifest's, or a record or an image cannot be decoded; it names all
-        shards in which that is so.
+      DataError: a shard's checksum differs from the manifest's, or a record or an image cannot be decoded. The message
+        names all damaged shards.
     """
     prepared, damaged, records, shards = open_prepared(config), [], 0, 0
     for part in filter(None, prepared.stored):
@@ -32,18 +32,18 @@ def verify(config: DataConfig, say: Callable[[str], None] = print) -> Prepared:
                 directory = part.directory / "columns" / column.name
                 for shard in shards_of(column, split):
                     if file_sha256(directory / shard.name) != shard.sha256:
-                        damaged.append(f"{directory / shard.name}: has another sha256 than its manifest says")
+                        damaged.append(f"{directory / shard.name}: its sha256 differs from the manifest's")
                     shards += 1
     if damaged:
         raise DataError(f"{len(damaged)} of {shards} shards are damaged:\n  " + "\n  ".join(damaged))
-    say(f"verified {shards} shards: {records} records, their images and their columns are as they were written")
+    say(f"verified {shards} shards: {records} records, their images and their columns are unchanged")
     return prepared
 
 
 def _problem(part: StoredPart, shard: Shard, side: int) -> str | None:
-    """Returns what is wrong with a shard of records."""
+    """Returns why a shard of records is damaged, or None."""
     if file_sha256(part.directory / shard.name) != shard.sha256:
-        return "has another sha256 than its manifest says"
+        return "its sha256 differs from the manifest's"
     try:
         reader = ShardReader(part.directory, [shard])
         for index in range(len(reader)):

@@ -1,1 +1,1 @@
-"""Rectified flow: objective, guidance, solvers. No network in here."""
+"""Rectified flow: its objective, guidance and solvers, without any network."""

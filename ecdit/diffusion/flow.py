@@ -1,21 +1,21 @@
-"""The flow objective: path, times, loss, and the random keys behind both training and sampling.
+"""Defines the flow objective: path, times and loss, and the random keys of training and sampling.
 
 Time: t = 0 is data, t = 1 is noise. Rectified flow (arXiv 2209.03003, with its time axis reversed):
 
     x_t = t noise + (1 - t) data                    (1)
-    v   = d x_t / dt = noise - data                 (2)  what the network predicts
+    v   = d x_t / dt = noise - data                 (2)  the network's prediction
     t   = sigmoid(z),  z ~ N(time_mean, time_std^2) (3)  arXiv 2403.03206, section 3.1
 
 A sampler integrates v from t = 1 down to t = 0. Path and velocity are float32, whatever the dtype of their inputs.
 
-Keys: nothing random is stored; keys are rebuilt from numbers that a run already has.
+Keys: no random state is stored, because keys are recomputed from numbers that a run already has.
 
     training   fold_in(fold_in(fold_in(key, step), row), use)   row: index in the global batch; use: ExampleKeys' order
     sampling   fold_in(fold_in(fold_in(key(seed), word_0), word_1), repeat)
                word_0, word_1: the first 8 bytes of sha256(prompt in UTF-8) as two big-endian uint32
 
-So an example's noise depends neither on how many hosts share the batch nor on its neighbours, and an image depends
-only on (seed, prompt, repeat). A new use of randomness goes to the end of ExampleKeys and leaves the others unchanged.
+So an example's noise depends neither on the number of hosts nor on other examples, and an image depends only on (seed,
+prompt, repeat). A new use of randomness goes to the end of ExampleKeys and leaves the others unchanged.
 
 Axes: B batch, N tokens, D channels of a token (patch^2 * channels); `...` any shape of one example.
 """
@@ -33,20 +33,20 @@ from jaxtyping import Array, Float, Float32, Int, Key
 
 from ecdit.config import PHASE, require
 
-# Threefry by name: with the `rbg` generator, numbers drawn under vmap depend on the rest of the batch.
+# Threefry is named, because numbers of the `rbg` generator under vmap depend on the rest of the batch.
 SAMPLE_KEY_IMPL = "threefry2x32"
 
-# (x_t, t) -> velocity: all that guidance and solvers know of a network.
+# (x_t, t) -> velocity, the only view of a network in guidance and solvers.
 Velocity: TypeAlias = Callable[[Float[Array, "B ..."], Float[Array, " B"]], Float[Array, "B ..."]]
 
 
 @dataclass(frozen=True)
 class FlowConfig:
-    """How times are drawn and the loss is weighted."""
+    """Configures the distribution of times and the weights of the loss."""
 
-    time_mean: float = field(metadata=PHASE)  # of z in (3); above 0 favours noise
-    time_std: float = field(metadata=PHASE)  # of z in (3)
-    # of the mean squared error on dropped tokens; 0: the loss sees kept tokens only
+    time_mean: float = field(metadata=PHASE)  # mean of z in (3); above 0 favours noise
+    time_std: float = field(metadata=PHASE)  # standard deviation of z in (3)
+    # weight of the mean squared error on dropped tokens; 0 ignores them
     dropped_token_weight: float = field(metadata=PHASE)
 
     def __post_init__(self):
@@ -57,7 +57,7 @@ class FlowConfig:
 
 
 def sample_time(key: Key[Array, ""], config: FlowConfig) -> Float32[Array, ""]:
-    """Draws one example's time, equation (3)."""
+    """Draws one example's time by equation (3)."""
     return jax.nn.sigmoid(config.time_mean + config.time_std * jax.random.normal(key, (), jnp.float32))
 
 
@@ -82,9 +82,9 @@ def loss_per_example(
 ) -> Float32[Array, " B"]:
     """Returns the mean squared error over kept tokens + weight * the mean squared error over dropped tokens.
 
-    `weights` are 1 on kept tokens and 0 on dropped ones, or between. Each mean is over its tokens' elements, so that
-    the masked share does not change the loss's scale; a mean over no tokens is 0. With weight 0 dropped tokens do not
-    enter at all: even a NaN there changes neither loss nor gradient.
+    `weights` are 1 on kept tokens and 0 on dropped ones, or between. Each mean is over its own tokens' elements, so
+    that the masked share does not change the loss's scale; a mean over no tokens is 0. With dropped_token_weight 0,
+    even a NaN on a dropped token changes neither loss nor gradient.
     """
     error = predicted.astype(jnp.float32) - target.astype(jnp.float32)
     kept = _mean_square(error, weights)
@@ -94,7 +94,7 @@ def loss_per_example(
 
 
 def _mean_square(error: Float32[Array, "B N D"], weights: Float[Array, "B N"]) -> Float32[Array, " B"]:
-    # Errors without weight go before the square: after it, the gradient of a NaN would be NaN * 0.
+    # Errors without weight are zeroed before the square; after it, the gradient of a NaN would be NaN * 0.
     error = jnp.where(weights[..., None] > 0, error, 0)
     num_elements = jnp.sum(weights, axis=-1, dtype=jnp.float32) * error.shape[-1]
     total = jnp.sum(weights[..., None] * jnp.square(error), axis=(-2, -1))
@@ -102,7 +102,7 @@ def _mean_square(error: Float32[Array, "B N D"], weights: Float[Array, "B N"]) -
 
 
 class ExampleKeys(NamedTuple):
-    """One training example's keys, by use. The order is part of the recipe: append only."""
+    """One training example's keys by use. Only append, because the order determines the keys."""
 
     noise: Key[Array, ""]
     time: Key[Array, ""]
@@ -111,12 +111,12 @@ class ExampleKeys(NamedTuple):
 
 
 def example_key(key: Key[Array, ""], step: int | Int[Array, ""], row: int | Int[Array, ""]) -> Key[Array, ""]:
-    """Returns the key of one example: `row` counts from 0 in the global batch of `step`."""
+    """Returns the key of one example; `row` counts from 0 in the global batch of `step`."""
     return jax.random.fold_in(jax.random.fold_in(key, step), row)
 
 
 def example_keys(key: Key[Array, ""], step: int | Int[Array, ""], row: int | Int[Array, ""]) -> ExampleKeys:
-    """Returns `example_key`, split by use. For a batch: `jax.vmap(example_keys, (None, None, 0))(key, step, rows)`."""
+    """Returns an example's keys by use. For a batch: `jax.vmap(example_keys, (None, None, 0))(key, step, rows)`."""
     key = example_key(key, step, row)
     return ExampleKeys(*(jax.random.fold_in(key, use) for use in range(len(ExampleKeys._fields))))
 
@@ -127,9 +127,9 @@ def sample_key(seed: int, prompt: str, repeat: int) -> Key[Array, ""]:
 
 
 def sample_keys(seed: int, prompts: Sequence[str], repeats: Sequence[int]) -> Key[Array, " B"]:
-    """Returns `sample_key` of each (prompt, repeat), stacked.
+    """Returns the stacked `sample_key` of each (prompt, repeat).
 
-    `prompts` and `repeats` are equally long, repeats at least 0.
+    `prompts` and `repeats` have the same length; repeats are at least 0.
     """
     digests = b"".join(hashlib.sha256(prompt.encode("utf-8")).digest()[:8] for prompt in prompts)
     words = np.frombuffer(digests, dtype=">u4").astype(np.uint32).reshape(len(prompts), 2)
@@ -142,5 +142,5 @@ def sample_keys(seed: int, prompts: Sequence[str], repeats: Sequence[int]) -> Ke
 
 
 def sample_noise(keys: Key[Array, " B"], shape: tuple[int, ...]) -> Float32[Array, "B ..."]:
-    """Returns standard normal noise of `shape` (of one example) for each key: x at t = 1."""
+    """Returns x at t = 1: standard normal noise of `shape` for each key."""
     return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)

@@ -1,10 +1,10 @@
-"""Classifier-free guidance (arXiv 2207.12598), plain and renormalised (STIV, arXiv 2412.07730).
+"""Implements classifier-free guidance (arXiv 2207.12598), plain and renormalised (STIV, arXiv 2412.07730).
 
     v = u + s (c - u)            (1)  c conditional, u unconditional (null caption) velocity, s the guidance scale
     v' = v ||c|| / ||v||         (2)  norms per image, over all its elements
 
-s = 1 is the conditional model, s = 0 the unconditional one, s > 1 guides. (The 2207.12598 weight w is s - 1.)
-Arithmetic is float32 whatever the network's dtype: at s = 7.5 a bfloat16 difference is mostly rounding.
+s = 1 is the conditional model, s = 0 the unconditional one, and s > 1 guides. (The weight w of 2207.12598 is s - 1.)
+Arithmetic is float32 for any dtype of the network, because at s = 7.5 a bfloat16 difference is mostly rounding.
 """
 
 import math
@@ -19,7 +19,7 @@ from ecdit.config import require
 
 @dataclass(frozen=True)
 class GuidanceConfig:
-    """How strongly a sample follows its caption."""
+    """Configures how strongly a sample follows its caption."""
 
     scale: float  # s in (1)
     mode: Literal["plain", "renormalized"]  # (1), or (1) and (2)
@@ -34,7 +34,7 @@ def guide(
 ) -> Float32[Array, "B ..."]:
     """Applies equation (1). `scale` is a Python number."""
     conditional = conditional.astype(jnp.float32)
-    if scale == 1:  # u + (c - u) rounds: it is not c
+    if scale == 1:  # u + (c - u) would round
         return conditional
     unconditional = unconditional.astype(jnp.float32)
     return unconditional + scale * (conditional - unconditional)
@@ -56,8 +56,8 @@ def _norm(velocity: Float[Array, "B ..."]) -> Float32[Array, "B ..."]:
 def combine(
     conditional: Float[Array, "B ..."], unconditional: Float[Array, "B ..."], config: GuidanceConfig
 ) -> Float32[Array, "B ..."]:
-    """Returns the guided velocity from both passes; at scale 1 it is the conditional one."""
+    """Returns the guided velocity from both passes. At scale 1 it is the conditional one."""
     velocity = guide(conditional, unconditional, config.scale)
-    if config.mode == "plain" or config.scale == 1:  # at scale 1 the norms agree already; dividing them could round
+    if config.mode == "plain" or config.scale == 1:  # at scale 1 the norms are equal, and dividing them could round
         return velocity
     return renormalize(velocity, conditional)

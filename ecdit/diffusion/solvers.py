@@ -1,10 +1,10 @@
-"""Solvers of dx/dt = velocity(x, t) from noise at t = 1 to data at t = 0, on uniform times.
+"""Solves dx/dt = velocity(x, t) from noise at t = 1 to data at t = 0, on uniform times.
 
-The state is float32 whatever the network's dtype, so that small steps are not rounded away. The loop is a `scan`: the
-network is compiled once, however many steps there are.
+The state is float32 for any dtype of the network, so that small steps are not rounded away. The loop is a `scan`, which
+compiles the network once for any number of steps.
 
-As in jax.grad, `has_aux` says that `velocity` returns (velocity, aux) with an aux of any arrays; the solver then
-returns (x, aux), with that of each step's first call stacked along a new first axis.
+As in jax.grad, `has_aux` means that `velocity` returns (velocity, aux) with arrays in aux. The solver then returns
+(x, aux), with the aux of each step's first call stacked along a new first axis.
 """
 
 from collections.abc import Callable
@@ -16,20 +16,20 @@ from jaxtyping import Array, Float
 
 from ecdit.diffusion.flow import Velocity
 
-Solver = Callable[..., Any]  # (velocity, x[B, ...], num_steps, has_aux = False) -> float32[B, ...], or that and aux
+Solver = Callable[..., Any]  # (velocity, x[B, ...], num_steps, has_aux = False) -> float32[B, ...], or with aux
 
 
 def euler(velocity: Velocity, x: Float[Array, "B ..."], num_steps: int, has_aux: bool = False) -> Any:
-    """Integrates to first order, with one call of `velocity` a step. `x` is at t = 1, the result at t = 0."""
+    """Integrates to first order, with one call of `velocity` per step. `x` is at t = 1, the result at t = 0."""
     call = _with_aux(velocity, has_aux)
     return _integrate(lambda x, start, end: call(x, start), x, num_steps, has_aux)
 
 
 def heun(velocity: Velocity, x: Float[Array, "B ..."], num_steps: int, has_aux: bool = False) -> Any:
-    """Integrates to second order, with two calls of `velocity` a step. `x` is at t = 1, the result at t = 0.
+    """Integrates to second order, with two calls of `velocity` per step. `x` is at t = 1, the result at t = 0.
 
-    The last step is a full one as well: it calls `velocity` at t = 0, where a flow is regular. (Solvers for
-    parametrisations that divide by the noise level, as arXiv 2206.00364, must end with an Euler step.)
+    The last step is also a full one: it calls `velocity` at t = 0, where a flow is regular. (Solvers for
+    parametrisations that divide by the noise level, as in arXiv 2206.00364, must end with an Euler step.)
     """
     call = _with_aux(velocity, has_aux)
 
@@ -55,7 +55,7 @@ def _integrate(slope: Callable[..., tuple[Array, Any]], x: Array, num_steps: int
     if num_steps < 1:
         raise ValueError(f"num_steps = {num_steps}: must be at least 1")
 
-    def time(step: Array) -> Array:  # from the index: a running sum would drift, and miss t = 0
+    def time(step: Array) -> Array:  # from the index, because a running sum would drift and miss t = 0
         return jnp.full(x.shape[:1], 1 - step / num_steps, jnp.float32)
 
     def body(x: Array, step: Array) -> tuple[Array, Any]:

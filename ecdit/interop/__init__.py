@@ -1,1 +1,1 @@
-"""Weights in other formats."""
+"""Writes weights in other formats."""

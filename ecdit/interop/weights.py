@@ -1,4 +1,4 @@
-"""Weights as one safetensors file."""
+"""Writes weights as one safetensors file."""
 
 import os
 from pathlib import Path
@@ -13,13 +13,13 @@ from ecdit.files import check_writable
 
 
 def flat_names(params: dict[str, Any]) -> dict[str, Any]:
-    """A nested dict of arrays as {'denoiser.pairs.even.experts.up': array}."""
+    """Returns a nested dict of arrays as {'denoiser.pairs.even.experts.up': array}."""
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]
     return {".".join(str(key.key) for key in path): leaf for path, leaf in leaves}
 
 
 def save_weights(params: dict[str, Any], path: Path, metadata: dict[str, str]) -> None:
-    """Writes the arrays under their dotted names; the file appears whole or not at all.
+    """Writes the arrays under their dotted names. The file appears only when it is complete.
 
     Raises:
       UserError: `path` cannot be written.

@@ -1,1 +1,1 @@
-"""The denoiser."""
+"""The denoiser, as a plain reference."""

@@ -1,11 +1,11 @@
-"""Self-attention with grouped queries and 2D RoPE, and cross-attention to the text.
+"""Computes self-attention with grouped queries and 2D RoPE, and cross-attention to the text.
 
-This is the plain reference. Config fields replace two parts of it by functions of `ecdit.tuned` that give the same up
-to rounding: `ATTENTIONS` is the attention between its projections, `PROJECTIONS` the products around it. All of them
-hold heads as [B, H, k, N], tokens last, and a kernel holds its heads side by side.
+This is the plain reference. Config fields replace two parts of it by functions of `ecdit.tuned` that are equal up to
+rounding: `ATTENTIONS` lists forms of the attention between projections, and `PROJECTIONS` forms of the products around
+it. All of them hold heads as [B, H, k, N], with tokens last. Kernels hold their heads joined in one axis.
 
 Axes: B batch, N tokens, M tokens attended to, L text tokens, H heads, K key-value heads, k head width, pairs k / 2, d
-width, f heads side by side.
+width, f joined heads.
 """
 
 from typing import Literal
@@ -22,8 +22,8 @@ from ecdit.tuned import projections as tuned
 from ecdit.tuned.cudnn_attention import cudnn_attention
 from ecdit.tuned.fused_attention import fused_attention
 
-Kind = Literal["plain", "fused", "cudnn"]  # of ATTENTIONS
-Projections = Literal["plain", "tokens_last"]  # of PROJECTIONS
+Kind = Literal["plain", "fused", "cudnn"]  # keys of ATTENTIONS
+Projections = Literal["plain", "tokens_last"]  # keys of PROJECTIONS
 
 ones = jax.nn.initializers.ones
 
@@ -52,7 +52,7 @@ class SelfAttention(nnx.Module):
         self.out = param(rngs, xavier, (width, width), ("joined_kv", "embed"))
 
     def __call__(self, x: Float[Array, "B N d"], angles: Float[Array, "B N pairs"]) -> Float[Array, "B N d"]:
-        """Attends within each image; `angles` are the tokens' positions (see embeddings.rope_angles)."""
+        """Attends within each image; `angles` encode the tokens' positions (see embeddings.rope_angles)."""
         norms = self.query_scale[...], self.key_scale[...]
         query = _project(x, self.query, self.heads, self.projections)
         key, value = (_project(x, kernel, self.kv_heads, self.projections) for kernel in (self.key, self.value))
@@ -60,7 +60,7 @@ class SelfAttention(nnx.Module):
 
 
 class CrossAttention(nnx.Module):
-    """Attention of image tokens to text states, all heads; its output is zero at the start (arXiv 2310.00426)."""
+    """Attention of image tokens to text states with all heads. Its output starts at zero (arXiv 2310.00426)."""
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class CrossAttention(nnx.Module):
     def __call__(
         self, x: Float[Array, "B N d"], states: Float[Array, "B L t"], mask: Bool[Array, "B L"]
     ) -> Float[Array, "B N d"]:
-        """Attends to the states whose `mask` is True: one a row at least, or the row gets the padding's mean."""
+        """Attends to the states whose `mask` is True. A row without any gets the mean of its padding."""
         norms = self.query_scale[...], self.key_scale[...]
         query = _project(x, self.query, self.heads, self.projections)
         key, value = (_project(states, kernel, self.heads, self.projections) for kernel in (self.key, self.value))
@@ -94,7 +94,7 @@ class CrossAttention(nnx.Module):
 
 
 class CausalAttention(nnx.Module):
-    """A text tower's attention: with biases, no norm, every token sees itself and those before it."""
+    """A text tower's causal attention, with biases and without norms."""
 
     def __init__(self, width: int, heads: int, rngs: nnx.Rngs, projections: Projections = "plain"):
         self.heads = heads
@@ -106,7 +106,7 @@ class CausalAttention(nnx.Module):
         self.out_bias = param(rngs, zeros, (width,), ("embed",))
 
     def __call__(self, x: Float[Array, "B L d"]) -> Float[Array, "B L d"]:
-        """Attends to earlier tokens and the token itself."""
+        """Attends from each token to itself and to earlier tokens."""
         query, key, value = (
             _project(x, getattr(self, name), self.heads, self.projections, getattr(self, f"{name}_bias"))
             for name in ("query", "key", "value")
@@ -124,18 +124,18 @@ def normed_attention(
     angles: Float[Array, "B N pairs"] | None = None,
     mask: Bool[Array, "B 1 M"] | None = None,
 ) -> Float[Array, "B H k N"]:
-    """Attends with queries and keys RMS-normed over each head, and rotated where there are angles; see `attend`.
+    """Applies RMSNorm to each head of queries and keys, rotates them if there are angles, and calls `attend`.
 
     Args:
-      query: its heads.
-      key: K divides H.
-      value: as key.
+      query: heads of the queries.
+      key: heads of the keys; K divides H.
+      value: heads of the values.
       norms: learned scales of queries and of keys.
-      angles: of the tokens' positions, for queries and keys.
+      angles: rotations of queries and keys, which encode positions.
       mask: True where a token may be attended to.
     """
     scales = _inverse_rms(query), _inverse_rms(key)
-    if angles is None:  # nothing turns between the norms' scales: one pass for both
+    if angles is None:  # without a rotation between them, both scales apply to the key in one pass
         key = _scaled(_scaled(key, norms[1]), norms[0])
     else:
         query, key = rotate(_scaled(query, norms[0]), angles), rotate(_scaled(key, norms[1]), angles)
@@ -152,16 +152,16 @@ def attend(
     scales: tuple[Float[Array, "B H N"], Float[Array, "B K M"]] | None = None,
     mask: Bool[Array, "#B #N M"] | None = None,
 ) -> Float[Array, "B H k N"]:
-    """Returns softmax(query key / sqrt(k)) value, scores and softmax in float32.
+    """Returns softmax(query key / sqrt(k)) value. Scores and softmax are float32.
 
     Query head h reads key head h // (H / K).
 
     Args:
-      query: its heads.
-      key: K divides H.
-      value: as key.
-      scales: what each query and each key is to be multiplied by, float32. A norm's factor belongs here: on scores
-        it costs nothing, on queries a pass over them.
+      query: heads of the queries.
+      key: heads of the keys; K divides H.
+      value: heads of the values.
+      scales: factors of each query and each key, float32. A norm's factor belongs here, because it costs nothing on
+        scores, and a pass over the queries otherwise.
       mask: True where a token may attend.
     """
     (batch, heads, width, tokens), kv_heads = query.shape, key.shape[1]
@@ -177,13 +177,13 @@ def attend(
 
 
 def to_heads(x: Float[Array, "B N d"], kernel: Float[Array, "d f"]) -> Float[Array, "B f N"]:
-    """Returns x @ kernel with tokens last: one product of all rows, then transposed."""
+    """Returns x @ kernel with tokens last, by one product of all rows and a transpose."""
     batch, tokens, width = x.shape
     return (x.reshape(batch * tokens, width) @ kernel).reshape(batch, tokens, -1).swapaxes(1, 2)
 
 
 def from_heads(heads: Float[Array, "B f N"], kernel: Float[Array, "f d"]) -> Float[Array, "B N d"]:
-    """Returns the heads' rows @ kernel."""
+    """Returns the tokens' joined heads @ kernel."""
     batch, width, tokens = heads.shape
     rows = named(heads, "attention_out").swapaxes(1, 2).reshape(batch * tokens, width)
     return (rows @ kernel).reshape(batch, tokens, -1)

@@ -1,4 +1,4 @@
-"""The denoiser's hyper-parameters. Marks of certainty and sources stand beside the values in configs/."""
+"""Configures the denoiser. `ecdit/recipe.py` has the values with their sources and marks of certainty."""
 
 import dataclasses
 from dataclasses import field
@@ -15,50 +15,50 @@ from ecdit.tuned.fused_attention import SCORE_BYTES, score_bytes
 class DiTConfig:
     """An EC-DIT or one of its baselines."""
 
-    latent_size: int = field(metadata=PHASE)  # side of the square latent, in latent pixels
+    latent_size: int = field(metadata=PHASE)  # latent pixels, side of the square latent
     latent_channels: int
-    patch_size: int  # latent pixels
+    patch_size: int  # latent pixels, side of a patch
     width: int  # d
-    depth: int  # blocks on masked tokens, even: odd ones are dense, even ones sparse
+    depth: int  # blocks on kept tokens, an even number: odd blocks are dense, even blocks sparse
     extra_blocks: int  # dense blocks on all tokens, after the mask tokens are filled in
     heads: int
-    kv_heads: int  # of self-attention; cross-attention has all heads
+    kv_heads: int  # key-value heads of self-attention; cross-attention has `heads`
     rope_theta: float
-    # Attention between its projections. fused: a kernel of its own on TPUs; cudnn: cuDNN's kernel, on GPUs alone.
+    # Attention between its projections. fused: this project's kernel on TPUs; cudnn: cuDNN's kernel, only on GPUs.
     attention: Literal["plain", "fused", "cudnn"] = field(metadata=RESUME_OR_PHASE)
-    # The products around attention. plain: of all rows, then transposed; tokens_last: without the transpose, for TPUs.
+    # Products around attention. plain: multiplies rows, then transposes; tokens_last: for TPUs, without the transpose.
     projections: Literal["plain", "tokens_last"] = field(metadata=RESUME_OR_PHASE)
-    absolute_positions: bool  # adds sine-cosine positions to tokens and mask tokens: RoPE alone says nothing absolute
-    ffn_multiplier: int  # hidden width of an FFN, and of an expert that expert_width does not say, in d
-    ffn: Literal["dense", "token_choice", "expert_choice"]  # of the even blocks
-    even_ffn_multiplier: int  # hidden width of even blocks' FFNs where ffn is dense, in d
+    absolute_positions: bool  # adds sine-cosine positions to tokens and mask tokens, because RoPE is only relative
+    ffn_multiplier: int  # hidden width of an FFN, and of an expert if expert_width is 0, in multiples of d
+    ffn: Literal["dense", "token_choice", "expert_choice"]  # kind of the even blocks
+    even_ffn_multiplier: int  # hidden width of even blocks' FFNs if ffn is dense, in multiples of d
     num_experts: int  # E
     capacity_factor: float = field(metadata=PHASE)  # f_c of expert choice
-    token_choice_dropless: bool  # C = S instead of ceil(2 S / E)
-    balance_loss_weight: float  # of token choice
+    token_choice_dropless: bool  # token choice has C = S instead of ceil(2 S / E)
+    balance_loss_weight: float  # weight of token choice's balance loss
     expert_width: int  # hidden units of an expert; 0: ffn_multiplier d
-    num_shared_experts: int  # that work on every token, without a gate
-    router_input: Literal["modulated", "decoupled"]  # what the experts see, or the time with the unmodulated norm
+    num_shared_experts: int  # experts that work on every token, without a gate
+    router_input: Literal["modulated", "decoupled"]  # the experts' input, or the time and the unmodulated norm
     gate_norm: Literal["none", "renormalized"]  # renormalized: a token's gates sum to route_scale
     route_scale: float
     router_z_loss: float  # weight of the mean squared logsumexp of the router's logits
     router_init_std: float
     group: str = field(metadata=PHASE)  # tokens that compete for experts in training: "image" or a number of tokens
-    # The same in sampling, where a guided image and its null-caption twin are neighbours.
+    # The same for sampling, where each image's conditional and null-caption passes are neighbours in the batch.
     sampling_group: str = field(metadata=RESUME_OR_PHASE)
-    # one_hot: by matrix products, a second opinion on gather
+    # one_hot: moves tokens by matrix products, as a second opinion on gather
     dispatch: Literal["gather", "one_hot"] = field(metadata=RESUME)
-    # The experts' matrices over mesh.fsdp. plain: left to the compiler; scattered: gradients are reduce-scattered by
-    # hand; halves: two chips (mesh.fsdp = 2) send each other their halves while they multiply by their own. For TPUs.
+    # Experts' products with matrices sharded over mesh.fsdp. plain: the compiler decides. For TPUs: scattered
+    # reduce-scatters gradients explicitly; halves (mesh.fsdp = 2) sends one half while it multiplies by the other.
     expert_products: Literal["plain", "scattered", "halves"] = field(metadata=RESUME_OR_PHASE)
     moe_output_norm: Literal["sandwich", "none", "expert"]
     mask_ratio: float = field(metadata=PHASE)  # share of tokens dropped in training
     block_table: bool  # a learned offset of (shift, scale, gate) x 2 per block
-    gate_init: float  # of the block table's gates
+    gate_init: float  # initial value of the block table's gates
     remat: Literal["none", "minimal", "offload", "attention_out", "full"] = field(metadata=RESUME_OR_PHASE)
-    # pairs of blocks in one iteration of the loop over them; depth / 2 or more: no loop
+    # pairs of blocks in one iteration of the loop over them; depth / 2 or more unrolls it fully
     scan_unroll: int = field(metadata=RESUME_OR_PHASE)
-    dtype: Literal["float32", "bfloat16"]  # of activations; parameters are float32
+    dtype: Literal["float32", "bfloat16"]  # dtype of activations; parameters are float32
 
     def __post_init__(self):
         sizes = ("latent_size", "latent_channels", "patch_size", "width", "heads", "kv_heads")
@@ -98,8 +98,8 @@ class DiTConfig:
             self.attention != "fused" or scores <= SCORE_BYTES,
             "attention",
             self.attention,
-            f"of {self.num_tokens} tokens and {self.heads // self.kv_heads} heads on a key it does not fit a TPU's own "
-            'memory: must be "plain"',
+            f"with {self.num_tokens} tokens and {self.heads // self.kv_heads} heads per key it does not fit a TPU's "
+            'VMEM: must be "plain"',
         )
         require(
             self.attention != "cudnn" or (self.dtype == "bfloat16" and self.head_dim % 8 == 0),
@@ -117,37 +117,37 @@ class DiTConfig:
 
     @property
     def head_dim(self) -> int:
-        """Width of an attention head."""
+        """Returns the width of an attention head."""
         return self.width // self.heads
 
     @property
     def grid(self) -> int:
-        """Patches along a side."""
+        """Returns the patches along a side."""
         return self.latent_size // self.patch_size
 
     @property
     def num_tokens(self) -> int:
-        """N: patches of an image."""
+        """Returns N, the patches of an image."""
         return self.grid**2
 
     @property
     def num_kept(self) -> int:
-        """Tokens that training keeps after masking."""
+        """Returns the tokens that training keeps after masking."""
         return max(1, round(self.num_tokens * (1 - self.mask_ratio)))
 
     @property
     def expert_hidden(self) -> int:
-        """Hidden units of an expert."""
+        """Returns the hidden units of an expert."""
         return self.expert_width or self.ffn_multiplier * self.width
 
     @property
     def patch_dim(self) -> int:
-        """Numbers in a patch."""
+        """Returns the numbers in a patch."""
         return self.patch_size**2 * self.latent_channels
 
 
 def check_group(key: str, group: str, num_tokens: int) -> None:
-    """Raises ConfigError unless `group` is "image" or holds whole images of `num_tokens`, or divides them."""
+    """Raises ConfigError unless `group` is "image", or a multiple or a divisor of `num_tokens`."""
     if group == "image":
         return
     require(group.isdigit() and int(group) > 0, key, group, 'must be "image" or a number of tokens')
@@ -161,13 +161,13 @@ def check_group(key: str, group: str, num_tokens: int) -> None:
 
 
 def check_tuned(config: DiTConfig, mesh: Mesh | AbstractMesh) -> None:
-    """Raises ConfigError where the config chose functions of `ecdit.tuned` that the mesh or its devices cannot run."""
+    """Raises ConfigError if the config chooses functions of `ecdit.tuned` that the mesh or its devices cannot run."""
     fsdp = mesh.shape["fsdp"]
     require(
         config.expert_products != "halves" or config.ffn == "dense" or fsdp == 2,
         "model.expert_products",
         config.expert_products,
-        f'must be "scattered" or "plain": halves are for two chips, mesh.fsdp = 2, and here it is {fsdp}',
+        f'must be "scattered" or "plain": "halves" needs mesh.fsdp = 2, not {fsdp}',
     )
     if not isinstance(mesh, Mesh):
         return
@@ -181,5 +181,5 @@ def check_tuned(config: DiTConfig, mesh: Mesh | AbstractMesh) -> None:
 
 
 def group_size(group: str, num_tokens: int) -> int:
-    """Returns S, the tokens of a group, if an image has `num_tokens`."""
+    """Returns S, the tokens of a group, for images of `num_tokens`."""
     return num_tokens if group == "image" else int(group)

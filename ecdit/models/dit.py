@@ -26,7 +26,10 @@ from ecdit.patches import patchify, unpatchify
 
 
 class Block(nnx.Module):
-    """x + gate norm(f(norm(x) (1 + scale) + shift)) for self-attention and FFN, with cross-attention between them."""
+    """Computes x + gate norm(f(norm(x) (1 + scale) + shift)) for f = self-attention, then for f = FFN or experts.
+
+    Cross-attention comes between the two.
+    """
 
     def __init__(self, config: DiTConfig, text_width: int, ffn_multiplier: int | None, rngs: nnx.Rngs):
         """Makes a block with an FFN of `ffn_multiplier` times the width, or with experts if that is None."""
@@ -52,7 +55,7 @@ class Block(nnx.Module):
         group_size: int,
         with_gates: bool = False,
     ) -> tuple[Float[Array, "B N d"], RoutingReport | None]:
-        """Returns the output and, from a sparse block, its tokens' routing; only decoupled routers use `time`."""
+        """Returns the output and, for a sparse block, the report of its routing. Only decoupled routers use `time`."""
         if self.table is not None:
             modulation = modulation + self.table[...][None]
         modulation = modulation.astype(x.dtype)
@@ -75,7 +78,7 @@ class Block(nnx.Module):
 
 
 class Pair(nnx.Module):
-    """A dense block, then a sparse one (dense too where the config says so)."""
+    """A dense block, then a sparse one, which is also dense if `config.ffn` is "dense"."""
 
     def __init__(self, config: DiTConfig, text_width: int, rngs: nnx.Rngs):
         self.odd = Block(config, text_width, config.ffn_multiplier, rngs)
@@ -83,7 +86,7 @@ class Pair(nnx.Module):
 
 
 class DiT(nnx.Module):
-    """The paper's denoiser: the velocity of a noisy latent, given time, caption and micro-conditions."""
+    """The paper's denoiser, which predicts the velocity of a noisy latent from time, caption and micro-conditions."""
 
     Config: ClassVar[type] = DiTConfig
 
@@ -114,7 +117,7 @@ class DiT(nnx.Module):
         mask_keys: Key[Array, " B"] | None,
         mode: Mode,
     ) -> Prediction:
-        """Predicts the velocity: see `components.Denoiser`."""
+        """Predicts the velocity (see `components.Denoiser`)."""
         config = self.config
         kept, seen, loss_weights = None, config.num_tokens, jnp.ones((latents.shape[0], config.num_tokens))
         if mask_keys is not None and config.mask_ratio > 0:
@@ -135,7 +138,7 @@ class DiT(nnx.Module):
         return Prediction(velocity, loss_weights, loss, metrics)
 
     def images_together(self, mode: Mode) -> int:
-        """Returns the images of a group, 1 where an image has whole groups."""
+        """Returns the images of a group, or 1 if an image has whole groups."""
         tokens, group = self._tokens_and_group(mode)
         return max(1, group_size(group, tokens) // tokens)
 
@@ -155,11 +158,11 @@ class DiT(nnx.Module):
             require(count % tensor == 0, key, count, f"must be a multiple of mesh.tensor, {tensor}")
 
     def flops(self, mode: Mode, text_width: int, text_length: int) -> tuple[PartFlops, ...]:
-        """Returns the work of one image: see `models.flops` for what counts."""
+        """Returns the FLOPs of one image; `models.flops` says which operations count."""
         return denoiser_parts(self.config, text_width, text_length, *self._tokens_and_group(mode))
 
     def idle_params(self) -> int:
-        """Returns the parameters of the experts that a token does not meet, on average."""
+        """Returns the parameters of experts that an average token does not use."""
         return idle_expert_params(self.config)
 
     def counts_experts(self) -> bool:
@@ -171,7 +174,7 @@ class DiT(nnx.Module):
         return {"router_grad_norm": router_grad_norm(gradients)}
 
     def _tokens_and_group(self, mode: Mode) -> tuple[int, str]:
-        """Returns the tokens of an image that the first blocks see, and how many compete for experts."""
+        """Returns the tokens of an image in the first blocks, and the group of tokens that compete for experts."""
         if mode == "train":
             return self.config.num_kept, self.config.group
         return self.config.num_tokens, self.config.sampling_group
@@ -237,7 +240,7 @@ class DiT(nnx.Module):
     def condition(
         self, time: Float[Array, " B"], text: TextStates, size_crop: Float[Array, "B 4"], dtype: jnp.dtype
     ) -> tuple[Float[Array, "B d"], Float[Array, "B d"]]:
-        """Returns the time's normed embedding, and SiLU of its sum with those of pooled caption and micro-conditions.
+        """Returns the normed embedding of time, and SiLU of the sum of those of time, caption and micro-conditions.
 
         Source: arXiv 2412.07730.
         """
@@ -252,9 +255,9 @@ class DiT(nnx.Module):
 
     @jax.named_scope("head")
     def velocity(self, x: Float[Array, "B N d"], condition: Float[Array, "B d"]) -> Float[Array, "B N p"]:
-        """Applies the head, a modulated norm and a linear map; the result is zero at initialisation."""
+        """Applies the head: a modulated norm and a linear map. The result is zero at initialisation."""
         shift, scale = jnp.split(_modulate(condition, self.head_modulation, self.head_modulation_bias), 2, axis=1)
-        # In float32, because guidance takes differences of velocities, and bfloat16 would round them away.
+        # float32, because guidance takes differences of velocities, which bfloat16 would round away.
         return self.head(layer_norm(x.astype(jnp.float32)) * (1 + scale) + shift)
 
 
@@ -265,7 +268,7 @@ def kept_tokens(key: Key[Array, ""], config: DiTConfig) -> Int[Array, " M"]:
 
 
 def _block_table(config: DiTConfig, rngs: nnx.Rngs) -> nnx.Param:
-    """Makes the (shift, scale, gate) x 2 that a block adds to the modulation: 0, and `gate_init` for the gates."""
+    """Makes the (shift, scale, gate) x 2 that a block adds to the modulation, 0 or `gate_init` for the gates."""
 
     def init(_: jax.Array, shape: Sequence[int], dtype: Any) -> jax.Array:
         return jnp.broadcast_to(jnp.array([0.0, 0.0, config.gate_init] * 2, dtype)[:, None], shape)
@@ -274,7 +277,7 @@ def _block_table(config: DiTConfig, rngs: nnx.Rngs) -> nnx.Param:
 
 
 def _modulate(condition: Float[Array, "B d"], kernel: nnx.Param, bias: nnx.Param) -> Float[Array, "B rows d"]:
-    """Returns `rows` modulation vectors in float32, because their gradient is a sum over all blocks."""
+    """Returns `rows` modulation vectors, float32 because their gradient is a sum over all blocks."""
     modulation = jnp.einsum("bd,dre->bre", condition, kernel[...].astype(condition.dtype)).astype(jnp.float32)
-    modulation = constrain(modulation, "batch", None, None)  # small, whereas each use of it would gather tokens instead
+    modulation = constrain(modulation, "batch", None, None)  # without it each use would gather tokens, which are larger
     return modulation + bias[...].astype(jnp.float32)[None]

@@ -1,10 +1,10 @@
-"""Positions and scalars as vectors. Axes: B batch, N tokens, k head width."""
+"""Embeds positions and scalars as vectors. Axes: B batch, N tokens, M kept tokens, d width."""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Real
 
-SINUSOID_WIDTH = 256  # of the embeddings of times, sizes and crops
+SINUSOID_WIDTH = 256  # width of the sinusoids of times, sizes and crops
 
 
 def sinusoid(x: Real[Array, " B"], width: int, max_period: float = 10_000.0) -> Float[Array, "B {width}"]:
@@ -19,7 +19,7 @@ def sinusoid(x: Real[Array, " B"], width: int, max_period: float = 10_000.0) -> 
 
 
 def grid_positions(grid: int, width: int) -> Float[Array, "{grid**2} {width}"]:
-    """Returns sine-cosine embeddings of patches' places: half of the width for the row, half for the column (ViT)."""
+    """Returns sine-cosine embeddings of patches' positions (ViT): half of the width for rows, half for columns."""
     position = jnp.arange(grid * grid)
     return jnp.concatenate([sinusoid(position // grid, width // 2), sinusoid(position % grid, width // 2)], axis=-1)
 

@@ -1,7 +1,8 @@
 """Counts the floating-point operations of the denoiser, part by part, from its config alone.
 
-A multiply-add counts as two operations, and only matrix products and attention count: the rest (norms, softmax,
-GELU, gates, positions) is a few per cent. The products of dispatch = "one_hot" do not count: they only move tokens.
+A multiply-add counts as two operations. Only matrix products and attention count, because the rest (norms, softmax,
+GELU, gates, positions) is a few per cent. The products of dispatch = "one_hot" do not count, because they only move
+tokens.
 Axes: N tokens of an image, M kept tokens, L text tokens, t text width, d width, f hidden width, E experts, C capacity.
 """
 
@@ -14,15 +15,15 @@ from ecdit.models.moe import TOKEN_CHOICES, capacity
 def denoiser_parts(
     config: DiTConfig, text_width: int, text_length: int, tokens: int, group: str
 ) -> tuple[PartFlops, ...]:
-    """Returns the work of one forward pass of the DiT on one image.
+    """Returns the FLOPs of one forward pass of the DiT on one image.
 
     Args:
-      config: the denoiser's.
+      config: the denoiser's config.
       text_width: t.
-      text_length: L, with padding: it is computed with, then masked.
-      tokens: that the first blocks see: config.num_kept in training, config.num_tokens in sampling.
-      group: tokens that compete for experts, config.group in training; where a group holds several images, an
-        image's share of its slots is counted.
+      text_length: L, including padding, which is computed and then masked.
+      tokens: tokens in the first blocks: config.num_kept in training, config.num_tokens in sampling.
+      group: tokens that compete for experts, config.group in training. For a group of several images, the result
+        counts one image's share of its slots.
     """
     width, all_tokens = config.width, config.num_tokens
     rows = config.depth * tokens + config.extra_blocks * all_tokens
@@ -39,7 +40,7 @@ def denoiser_parts(
     # Token choice looks up each expert's gate by a product over a token's choices.
     router = routed * config.num_experts * (width + (TOKEN_CHOICES if config.ffn == "token_choice" else 0))
     if config.router_input == "decoupled":
-        router += sparse_layers * config.num_experts * width  # of the time
+        router += sparse_layers * config.num_experts * width  # the time's projection
     embeddings = (SINUSOID_WIDTH + text_width + 4 * SINUSOID_WIDTH + 3 * width) * width
     counts = (
         ("self_attention", rows, projections + 2 * squares * width),
@@ -58,11 +59,11 @@ def denoiser_parts(
 
 
 def idle_expert_params(config: DiTConfig) -> int:
-    """Returns the parameters of the experts that a token does not meet, on average, in training."""
+    """Returns the parameters of experts that an average token does not use in training."""
     if config.ffn == "dense":
         return 0
     size = group_size(config.group, config.num_kept)
-    # Share of the experts. Tokens that choose meet two, however many slots there are.
+    # Share of the experts that a token uses. With token choice it uses two, however many slots there are.
     met = capacity(config, size) / size if config.ffn == "expert_choice" else TOKEN_CHOICES / config.num_experts
     params = config.depth // 2 * config.num_experts * 2 * config.width * config.expert_hidden
     return round(params * (1 - met))

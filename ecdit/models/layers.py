@@ -1,4 +1,4 @@
-"""Parameters with logical axes, norms, and stacks of equal blocks. Axes: B batch, N tokens, d width."""
+"""Layers with annotated parameters, norms, and stacks of equal blocks. Axes: B batch, i inputs, o outputs, d width."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -15,14 +15,13 @@ Initializer = Callable[[jax.Array, Sequence[int], Any], jax.Array]
 
 zeros = jax.nn.initializers.zeros
 xavier = jax.nn.initializers.xavier_uniform()
-# For [E, in, out]: draws every expert as if it were alone.
+# Initialises [E, in, out], each expert as if it were alone.
 xavier_experts = jax.nn.initializers.variance_scaling(1.0, "fan_avg", "uniform", in_axis=-2, out_axis=-1, batch_axis=0)
 
-# What the forward pass saves for the backward pass, which recomputes the rest. Every policy saves "routing": see
-# moe.MixtureOfExperts.
-# Products with a batch dimension (the expert, or image and head) are saved by name only.
+# Activations that the forward pass saves; the backward pass recomputes the others. Every policy saves "routing" (see
+# moe.MixtureOfExperts). Products with a batch dimension (the expert, or image and head) are saved only by name.
 SAVED_NAMES = ("routing", "norm", "attention_out", "expert_in", "expert_hidden", "expert_out", "expert_sum")
-ON_CHIP = ("routing", "norm")  # where the others are offloaded to the host
+ON_CHIP = ("routing", "norm")  # policy "offload" keeps these on the chip and sends the others to the host
 REMAT_POLICIES = {
     "none": jax.checkpoint_policies.everything_saveable,
     "minimal": jax.checkpoint_policies.save_from_both_policies(
@@ -46,7 +45,7 @@ def param(rngs: nnx.Rngs, init: Initializer, shape: Sequence[int], axes: Sequenc
 
 
 class Linear(nnx.Module):
-    """x @ kernel + bias, computed in the dtype of x."""
+    """Computes x @ kernel + bias in the dtype of x."""
 
     def __init__(
         self,
@@ -67,7 +66,7 @@ class Linear(nnx.Module):
 
 
 class Mlp(nnx.Module):
-    """inputs -> width -> width with SiLU between: for conditions."""
+    """Maps a condition: inputs -> width -> width, with SiLU between them."""
 
     def __init__(self, inputs: int, width: int, rngs: nnx.Rngs):
         self.hidden = Linear(inputs, width, ("features", "embed"), rngs)
@@ -81,9 +80,9 @@ class Mlp(nnx.Module):
 def layer_norm(x: Float[Array, "*b d"], epsilon: float = NORM_EPSILON) -> Float[Array, "*b d"]:
     """Applies LayerNorm without parameters, in float32; returns the dtype of x."""
     y = x.astype(jnp.float32)
-    # Both moments in one pass over x: the centred form reads it twice, which costs more than the norm's arithmetic.
+    # Computes both moments in one pass over x. The centred form reads x twice, which costs more than the arithmetic.
     mean, square = y.mean(axis=-1, keepdims=True), jnp.square(y).mean(axis=-1, keepdims=True)
-    # Both are small; without saving them the backward pass would read x once more.
+    # Both are small. Without saving them the backward pass would read x once more.
     mean, square = named(mean, "norm"), named(square, "norm")
     variance = jnp.maximum(square - jnp.square(mean), 0.0)
     return ((y - mean) * jax.lax.rsqrt(variance + epsilon)).astype(x.dtype)
@@ -105,8 +104,7 @@ def scan_stack(
 ) -> tuple[Any, Any]:
     """Runs the blocks of a `stack` in order: apply(block, carry) -> (carry, output); outputs are stacked.
 
-    `remat` names the policy of REMAT_POLICIES that says what is saved for the backward pass; `unroll` is the number of
-    blocks in one iteration of the loop.
+    `remat` names one of REMAT_POLICIES; `unroll` is the number of blocks in one iteration of the loop.
     """
     graphdef, params = nnx.split(blocks)
 

@@ -1,7 +1,7 @@
-"""Which expert works on which token: expert choice (arXiv 2410.02098, Algorithm 1) and token choice (2006.16668).
+"""Assigns tokens to experts by expert choice (arXiv 2410.02098, Algorithm 1) or token choice (arXiv 2006.16668).
 
 Axes: G groups, S tokens of a group, E experts, C capacity (slots of an expert in a group), K choices of a token.
-Both rules return the same record, so the same dispatch and combine serve both. Everything here is float32.
+Both rules return the same record, so that they share dispatch and combine. Everything here is float32.
 """
 
 import math
@@ -13,11 +13,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 
 class Routing(NamedTuple):
-    """The slots of every expert. A slot that took no token has taken False, gate 0 and index 0 or a masked token's."""
+    """The slots of every expert. An empty slot has taken False, gate 0, and index 0 or that of a masked token."""
 
-    # The token in the slot, int32. The field hides `tuple.index`, which nobody calls here.
+    # The token in the slot, int32. The field hides `tuple.index`, which is not used here.
     index: Int[Array, "G E C"]  # pyright: ignore[reportIncompatibleMethodOverride]
-    gate: Float[Array, "G E C"]  # what its output is multiplied by, float32
+    gate: Float[Array, "G E C"]  # factor of the slot's output, float32
     taken: Bool[Array, "G E C"]
     balance_loss: Float[Array, " G"]  # unweighted; 0 for expert choice, which is balanced by construction
     drop_rate: Float[Array, " G"]  # share of the (token, choice) pairs that found no slot; 0 for expert choice
@@ -25,17 +25,17 @@ class Routing(NamedTuple):
 
 def expert_capacity(group_size: int, num_experts: int, capacity_factor: float) -> int:
     """Returns C = clip(ceil(S f_c / E), 1, S), the slots of an expert in a group. The effective factor is E C / S."""
-    # A product such as 1.1 * 10 is 11.000000000000002 in binary: it must not round up to one more slot.
+    # The subtraction keeps products such as 1.1 * 10, which is 11.000000000000002 in binary, from adding a slot.
     return min(max(math.ceil(group_size * capacity_factor / num_experts - 1e-9), 1), group_size)
 
 
 def expert_choice(
     router_logits: Float[Array, "G S E"], capacity: int, token_mask: Bool[Array, "G S"] | None = None
 ) -> Routing:
-    """Routes so that each expert takes the `capacity` tokens of a group for which its softmax affinity is highest.
+    """Lets each expert take the `capacity` tokens of a group with its highest softmax affinities.
 
     Ties go to the lowest index. The gate is the affinity itself, not renormalised. Gradients reach the logits through
-    the gates. `token_mask` is for padded tokens: no expert takes a token for which it is False.
+    the gates. `token_mask` is for padded tokens: no expert takes a token whose mask is False.
 
     Raises:
       ValueError: capacity is not in 1..S.
@@ -46,7 +46,7 @@ def expert_choice(
     if token_mask is not None:
         affinity = jnp.where(token_mask[:, None, :], affinity, -jnp.inf)
     gate, index = jax.lax.top_k(affinity, capacity)
-    taken = gate != -jnp.inf  # NaN stays taken, so that it shows in the output
+    taken = gate != -jnp.inf  # NaN counts as taken, so that it shows in the output
     nothing = jnp.zeros(router_logits.shape[0], jnp.float32)
     return Routing(index, jnp.where(taken, gate, 0.0), taken, nothing, nothing)
 
@@ -57,12 +57,12 @@ def token_choice(
     token_mask: Bool[Array, "G S"] | None = None,
     num_choices: int = 2,
 ) -> Routing:
-    """Routes so that each token chooses its `num_choices` best experts; an expert takes at most `capacity` of them.
+    """Lets each token choose its `num_choices` best experts; an expert takes at most `capacity` of these tokens.
 
-    Gates are renormalised over a token's choices, even if one of them is dropped. All first choices are placed before
-    second ones; within a choice the higher affinity goes first. (By position, the bottom of every image would drop.)
+    Gates are renormalised over a token's choices, even if one of them is dropped. All first choices come before second
+    ones, and within a choice higher affinities come first. (By position, the bottom of every image would be dropped.)
     The balance loss of a group is E * sum_e f_e p_e, with f_e the share of tokens whose first choice is e and p_e
-    the mean affinity (arXiv 2006.16668, Algorithm 1): 1 when balanced.
+    the mean affinity (arXiv 2006.16668, Algorithm 1). It is 1 when balanced.
 
     Raises:
       ValueError: capacity is not in 1..S, or num_choices not in 1..E.
@@ -95,7 +95,7 @@ def token_choice(
 
 
 def renormalize_gates(routing: Routing, group_size: int, scale: float) -> Routing:
-    """Returns the same slots, with gates that sum to `scale` for every token that an expert took (arXiv 2604.12163)."""
+    """Returns the same slots with gates that sum to `scale` for every token that an expert took (arXiv 2604.12163)."""
 
     def renormalize(gate: Float[Array, "E C"], index: Int[Array, "E C"]) -> Float[Array, "E C"]:
         total = jnp.zeros(group_size, jnp.float32).at[index].add(gate)
@@ -105,7 +105,7 @@ def renormalize_gates(routing: Routing, group_size: int, scale: float) -> Routin
 
 
 def experts_per_token(routing: Routing, group_size: int) -> Int[Array, "G S"]:
-    """Returns how many experts took each token, int32: 0 means that the branch gives it exactly 0."""
+    """Returns how many experts took each token, int32. With 0, the branch's output is exactly 0."""
 
     def count(index: Int[Array, "E C"], taken: Bool[Array, "E C"]) -> Int[Array, " S"]:
         return jnp.zeros(group_size, jnp.int32).at[index].add(taken.astype(jnp.int32))
@@ -114,9 +114,9 @@ def experts_per_token(routing: Routing, group_size: int) -> Int[Array, "G S"]:
 
 
 def gates_per_token(routing: Routing, group_size: int) -> Float[Array, "G S E"]:
-    """Returns every expert's gate for every token, float32: 0 where the expert did not take the token, else above 0.
+    """Returns every expert's gate for every token, float32: above 0 exactly if the expert took the token.
 
-    A gate that underflowed to 0 counts as the smallest normal number, so that the zeros say which tokens were taken.
+    A gate that underflowed to 0 is replaced by the smallest normal number.
     """
 
     def gates(gate: Float[Array, " C"], index: Int[Array, " C"], taken: Bool[Array, " C"]) -> Float[Array, " S"]:

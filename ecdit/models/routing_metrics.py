@@ -1,4 +1,4 @@
-"""The routing metrics of a denoiser with experts, and the auxiliary losses of its routing.
+"""Computes the routing metrics and the auxiliary losses of a denoiser with experts.
 
 Axes: P sparse layers, B batch, N tokens of an image.
 """
@@ -14,7 +14,7 @@ from ecdit.models.moe import RoutingReport
 
 
 def routing_losses(report: RoutingReport, config: DiTConfig) -> tuple[Float[Array, ""], Metrics]:
-    """Returns the weighted sum of the losses that the config asks for, and each of them unweighted."""
+    """Returns the weighted sum of the configured auxiliary losses, and each unweighted loss as a metric."""
     loss, metrics = jnp.float32(0.0), {}
     if config.ffn == "token_choice":
         metrics["balance_loss"] = report.balance_loss.mean()

@@ -1,1 +1,1 @@
-"""Plans a run before it starts: parameters, operations, memory, time."""
+"""Plans a run before it starts: its parameters, FLOPs, memory and time."""

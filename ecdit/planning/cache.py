@@ -1,4 +1,4 @@
-"""Keeps plans on disk, by a hash of all they depend on: config, topology, compiler with its flags, and code."""
+"""Caches plans on disk by a hash of their config, topology, compiler with its flags, and code."""
 
 import contextlib
 import dataclasses
@@ -19,15 +19,15 @@ from ecdit.runs.checked import code_digest
 from ecdit.system import user_files
 
 _LIBRARIES = ("jax", "jaxlib", "libtpu", "flax", "optax")
-_FLAGS = ("LIBTPU_INIT_ARGS", "XLA_FLAGS")  # variables that change what the compiler makes
+_FLAGS = ("LIBTPU_INIT_ARGS", "XLA_FLAGS")  # environment variables that change the compiled program
 
 
 def plan_phases(experiment: Experiment, target: Target, what: What = "train") -> list[tuple[ResolvedPhase, Plan]]:
-    """Returns each phase of a run with its plan: a later phase may need more memory than the longest.
+    """Returns each phase of a run with its plan, because a short phase may need the most memory.
 
     Raises:
-      DoesNotFit: a phase needs more memory than the chips have; the message says which.
-      UserError: as `plan.make_plan`.
+      DoesNotFit: a phase needs more memory than the chips have; the message names the phase.
+      UserError: as in `plan.make_plan`.
     """
     plans = []
     for phase in experiment.resolved_phases():
@@ -40,7 +40,7 @@ def plan_phases(experiment: Experiment, target: Target, what: What = "train") ->
 
 
 def longest(plans: Sequence[tuple[ResolvedPhase, Plan]]) -> Plan:
-    """Returns the plan of the phase with the most steps, whose time is that of the run."""
+    """Returns the plan of the phase with the most steps, which stands for the run's time."""
     return max(plans, key=lambda pair: pair[0].last - pair[0].after)[1]
 
 
@@ -50,14 +50,14 @@ def largest(plans: Sequence[tuple[ResolvedPhase, Plan]]) -> Plan:
 
 
 def cached_plan(experiment: Experiment, target: Target, what: What = "train") -> Plan:
-    """Returns the plan of a run's longest phase, after planning all of them. Raises as `plan_phases`."""
+    """Returns the plan of a run's longest phase, after planning all phases. Raises the errors of `plan_phases`."""
     return longest(plan_phases(experiment, target, what))
 
 
 def _cached(experiment: Experiment, target: Target, what: What) -> Plan:
-    """Returns the plan of an experiment without phases, and makes it only if it is not on disk.
+    """Returns the plan of an experiment without phases, from disk if it is there.
 
-    Plans are kept in the directory of the compilation cache. If the config names none, or one in a bucket, every call
+    Plans are stored in the directory of the compilation cache. Without a directory, or with one in a bucket, every call
     makes the plan.
     """
     path = _path(experiment, target, what)
@@ -69,13 +69,13 @@ def _cached(experiment: Experiment, target: Target, what: What) -> Plan:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             replace_text(path, json.dumps(dataclasses.asdict(plan), indent=2) + "\n")
-        except (OSError, UserError) as error:  # the plan took minutes, and is not lost
-            print(f"warning: the plan is not kept: {error}", flush=True)
+        except (OSError, UserError) as error:  # the plan took minutes, so return it anyway
+            print(f"warning: the plan is not cached: {error}", flush=True)
     return plan
 
 
 def _path(experiment: Experiment, target: Target, what: What) -> Path | None:
-    """Returns the file of a plan, or None if plans are not kept."""
+    """Returns the file of a plan, or None if plans are not cached."""
     directory = experiment.runtime.compilation_cache
     if not directory or is_remote(directory):
         return None

@@ -1,12 +1,12 @@
-"""Computes bytes sent and seconds of collectives on a torus of chips, each of which is one device or two.
+"""Computes the bytes sent and the seconds of collectives on a torus of chips with one or two devices each.
 
-Rings after "How to Scale Your Model" (jax-ml.github.io/scaling-book/sharding): a bidirectional ring of n chips gathers
-or scatters S bytes in S (n - 1) / n / (links x bandwidth) with links = 2, and takes at least a microsecond for every
-hop. An all-reduce is both. An all-to-all is bound by the links that cross the middle of the group. Between slices, the
-network of the hosts is the bound.
+Rings follow "How to Scale Your Model" (jax-ml.github.io/scaling-book/sharding): a bidirectional ring of n chips gathers
+or scatters S bytes in S (n - 1) / n / (links x bandwidth) with links = 2, and takes at least a microsecond per hop. An
+all-reduce scatters and gathers. The links across the middle of the group limit an all-to-all. The hosts' network limits
+collectives between slices.
 
-The two devices of a chip (the dies of a TPU7x) share its links in halves, whatever each of them sends. A group that has
-both gathers in two steps: each device its half of the array over the links, then the other half from the other die.
+Each of the two devices of a chip (the dies of a TPU7x) has half of its links, whatever the other sends. A group with
+both devices gathers in two steps: each device its half of the array over the links, then the rest from the other die.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from ecdit.planning.hlo import HloError, Instruction, replica_groups, source_tar
 Kind = Literal["all_reduce", "reduce_scatter", "all_gather", "all_to_all", "permute"]
 KINDS: tuple[Kind, ...] = ("all_reduce", "reduce_scatter", "all_gather", "all_to_all", "permute")
 _TRANSFERS: dict[str, Kind] = {kind: kind for kind in KINDS}
-HOP_SECONDS = 1e-6  # from a chip to its neighbour, whatever the size
+HOP_SECONDS = 1e-6  # least time from a chip to its neighbour
 
 _OPCODES: dict[str, Kind] = {
     "all-reduce": "all_reduce",
@@ -38,10 +38,10 @@ _OPCODES: dict[str, Kind] = {
 class DevicePosition:
     """The position of a device."""
 
-    coords: tuple[int, ...]  # in the torus of its slice
+    coords: tuple[int, ...]  # coordinates of its chip in the torus of its slice
     slice: int
     mesh: tuple[int, ...]  # index in the mesh
-    die: int = 0  # of the chip at `coords`
+    die: int = 0  # its number in the chip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Torus:
     """The devices of a program; `places[i]` is the position of partition i."""
 
     chip: Chip
-    shape: tuple[int, ...]  # of one slice, in chips
+    shape: tuple[int, ...]  # chips of one slice, by dimension
     places: Sequence[DevicePosition]
     axes: tuple[str, ...]  # names of the mesh axes
 
@@ -59,30 +59,30 @@ class Collective:
     """A collective, as one device sees it."""
 
     kind: Kind
-    axis: str  # the mesh axes that it joins, such as "fsdp+expert"
-    bytes_sent: float  # that a device sends to others inside its slice
-    dcn_bytes: float  # that it sends to other slices
+    axis: str  # the mesh axes of its group, such as "fsdp+expert"
+    bytes_sent: float  # bytes that a device sends inside its slice
+    dcn_bytes: float  # bytes that a device sends to other slices
     seconds: float
-    channel: str  # equal in all instructions that are parts of it; "" without one
+    channel: str  # shared by all instructions of the collective; "" without one
 
 
 def collective_of(instruction: Instruction, torus: Torus, scattered: bool = False) -> Collective | None:
     """Returns the cost of a collective instruction, or None for other instructions.
 
     Args:
-      instruction: with the replica groups among its attributes.
+      instruction: an instruction, with any replica groups among its attributes.
       torus: the devices.
-      scattered: an all-reduce of which each device keeps only its part, so that it is a reduce-scatter.
+      scattered: whether an all-reduce is in fact a reduce-scatter, because each device keeps only its part.
 
     Raises:
-      HloError: replica groups that cannot be read.
+      HloError: the replica groups cannot be read.
     """
     kind = _OPCODES.get(instruction.opcode.removesuffix("-start"))
     if kind is None:
         return None
     kind = "reduce_scatter" if scattered else kind
     shapes = instruction.shapes
-    if instruction.opcode.endswith("-start") and len(shapes) > 1:  # (operands, results, u32[] of the runtime's)
+    if instruction.opcode.endswith("-start") and len(shapes) > 1:  # (operands, results, the runtime's u32[])
         arrays = [shape for shape in shapes if shape.dtype != "u32" or len(shape)]
         shapes = arrays[len(arrays) // 2 :]
     size = sum(shape.bytes for shape in shapes)
@@ -94,7 +94,7 @@ def collective_of(instruction: Instruction, torus: Torus, scattered: bool = Fals
         raise HloError(f"{instruction.name}: replica groups of more than {len(torus.places)} devices")
     group = [torus.places[i] for i in groups[0]]
     if kind == "reduce_scatter" and not scattered:
-        size *= len(group)  # its result is a part
+        size *= len(group)  # its result is only a part of the array
     slices = len({place.slice for place in group})
     inner = [place for place in group if place.slice == group[0].slice]
     sent, dcn = _bytes(kind, size, len(inner)), _bytes(kind, size / len(inner), slices)
@@ -103,7 +103,7 @@ def collective_of(instruction: Instruction, torus: Torus, scattered: bool = Fals
 
 
 def between_slices(send: Instruction, torus: Torus) -> Collective:
-    """Returns the cost of a `send` to other slices: its part of a collective over all slices."""
+    """Returns the cost of a `send`, a device's part of a collective over all slices."""
     found = re.search(r'_xla_megascale_transfer_type="(\w+)"', send.attributes)
     name = found.group(1).lower() if found else ""
     kind = _TRANSFERS.get(name, "permute")
@@ -119,7 +119,7 @@ def rendezvous(transfer: Instruction) -> str:
 
 
 def bytes_sent_by_kind(collectives: Mapping[Collective, float]) -> dict[str, float]:
-    """Returns the bytes that a device sends inside its slice in a step, by kind, always all five."""
+    """Returns the bytes that a device sends inside its slice in a step, for each of the five kinds."""
     total: dict[str, float] = dict.fromkeys(KINDS, 0.0)
     for one, times in collectives.items():
         total[one.kind] += one.bytes_sent * times
@@ -127,7 +127,7 @@ def bytes_sent_by_kind(collectives: Mapping[Collective, float]) -> dict[str, flo
 
 
 def _bytes(kind: Kind, size: float, members: int) -> float:
-    """Returns the bytes that each of `members` sends; `size` is that of the whole array."""
+    """Returns the bytes that each of `members` devices sends; `size` is the bytes of the whole array."""
     share = (members - 1) / members
     return 2 * share * size if kind == "all_reduce" else share * size
 
@@ -138,15 +138,15 @@ def _seconds(kind: Kind, sent: float, group: Sequence[DevicePosition], colors: i
         return 0.0
     chips = len({place.coords for place in group})
     passes = 2 if kind == "all_reduce" else 1
-    # The part of the bytes sent that goes to the other die of the same chip.
+    # Bytes sent to the other die of the same chip.
     nearby = sent * (members - chips) / (members - 1)
     between_dies = max(nearby / torus.chip.die_bandwidth, passes * HOP_SECONDS) if nearby else 0.0
     if chips == 1:
         return between_dies
     links, stride, extent = _ring(group, torus)
-    if kind == "all_to_all":  # what crosses to the other die does so meanwhile, in less time
+    if kind == "all_to_all":  # bytes for the other die travel at the same time and take less
         return max(sent / torus.chip.link_bandwidth * _cut(group, torus), extent * HOP_SECONDS)
-    # An algorithm over several dimensions at once uses so many rings in one direction each, and says so.
+    # An algorithm over several dimensions at once states its number of one-way rings as colors.
     links = max(links, colors) if colors else links
     hops = passes * (chips - 1) * (0.5 if links > 1 else 1.0)
     far = (sent - nearby) * stride / (links * torus.chip.link_bandwidth)
@@ -154,7 +154,7 @@ def _seconds(kind: Kind, sent: float, group: Sequence[DevicePosition], colors: i
 
 
 def _spans(group: Sequence[DevicePosition], torus: Torus) -> list[tuple[int, int, bool]]:
-    """Returns for each dimension of the group: its chips, the hops between two of them, whether they form a ring."""
+    """Returns for each dimension of the group its chips, the hops between neighbours, and whether it is a ring."""
     spans = []
     for dimension, size in enumerate(torus.shape):
         values = sorted({place.coords[dimension] for place in group})
@@ -166,13 +166,13 @@ def _spans(group: Sequence[DevicePosition], torus: Torus) -> list[tuple[int, int
 
 
 def _ring(group: Sequence[DevicePosition], torus: Torus) -> tuple[int, int, int]:
-    """Returns the links a chip has in a ring through the group, the groups that share a link, and the ring's hops."""
+    """Returns a chip's links in a ring through the group, the groups that share a link, and the ring's hops."""
     spans = _spans(group, torus)
     if not spans:
         return 1, 1, 1
     stride = max(stride for _, stride, _ in spans)
     extent = sum(count * stride // (2 if wraps else 1) for count, stride, wraps in spans)
-    # A line has one way to each end; a plane or a cube with an even side holds a ring of neighbours.
+    # A line has one link in each direction. A plane or a cube with an even side contains a ring of neighbours.
     closed = any(wraps for *_, wraps in spans) or (len(spans) > 1 and any(count % 2 == 0 for count, *_ in spans))
     return (2 if closed else 1), stride, extent
 
@@ -180,12 +180,14 @@ def _ring(group: Sequence[DevicePosition], torus: Torus) -> tuple[int, int, int]
 def _cut(group: Sequence[DevicePosition], torus: Torus) -> float:
     """Returns the seconds of an all-to-all for each byte that a device sends, in units of 1 / link bandwidth.
 
-    Half of the n devices send half of their bytes over a cut of n / n_d links, twice as many where that dimension is a
-    ring: n_d / 4 or n_d / 8 each; groups that share links share them here too.
+    Half of the n devices send half of their bytes over a cut of n / n_d links, or twice as many if dimension d is a
+    ring. That is n_d / 4 or n_d / 8 for each byte. Groups that share links take proportionally longer.
     """
     members = len(group)
     cuts = (count * stride / (8 if wraps else 4) for count, stride, wraps in _spans(group, torus))
-    return max(cuts, default=1.0) * members / (members - 1)  # of the bytes it keeps too: callers count those it sends
+    return (
+        max(cuts, default=1.0) * members / (members - 1)
+    )  # the formula counts the bytes that a device keeps, `sent` does not
 
 
 def _permute(source: int, target: int, size: float, instruction: Instruction, torus: Torus) -> Collective:

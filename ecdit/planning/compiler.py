@@ -1,4 +1,4 @@
-"""Compiles a run's own step by the TPU compiler, which needs no TPU."""
+"""Compiles a run's own step with the TPU compiler, which needs no TPU."""
 
 import dataclasses
 import math
@@ -30,7 +30,7 @@ What = Mode
 
 
 class DoesNotFit(UserError):
-    """The step needs more memory than a device has. The message is the compiler's, shortened."""
+    """The step needs more memory than a device has. The message is a shortened message of the compiler."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,12 +44,12 @@ class Target:
 
     @property
     def num_chips(self) -> int:
-        """Chips of all slices."""
+        """Returns the number of chips of all slices."""
         return self.slice.chips * self.num_slices
 
     @property
     def num_devices(self) -> int:
-        """Devices of all slices, as JAX lists them: the size of the mesh."""
+        """Returns the number of JAX devices of all slices, which is the size of the mesh."""
         return self.slice.devices * self.num_slices
 
 
@@ -58,21 +58,21 @@ class CompiledStep:
     """The compiler's result."""
 
     text: str  # scheduled HLO
-    memory: Any  # the compiler's account, bytes of a device
+    memory: Any  # the compiler's memory analysis, bytes per device
     state: TrainState | None  # shapes and shardings; None for sampling
     torus: Torus
 
 
 def find_target(name: str) -> Target:
-    """Returns the target of a topology's name: `v5p:4x4x8`, `v5p-256`, or `2xv5p:4x4x8` for two slices.
+    """Returns the target with a topology's name: `v5p:4x4x8`, `v5p-256`, or `2xv5p:4x4x8` for two slices.
 
     Raises:
-      UserError: no such slice.
+      UserError: the slice does not exist.
     """
     several = re.fullmatch(r"(\d+)x(\D.+)", name)
     count, single = (int(several.group(1)), several.group(2)) if several else (1, name)
     if count < 1:
-        raise UserError(f"topology {name!r}: needs a slice at least")
+        raise UserError(f"topology {name!r}: needs at least one slice")
     found = find_slice(single)
     chip = chip_named(found.chip)
     assert chip is not None  # the tables of slices and of chips have the same names
@@ -80,16 +80,16 @@ def find_target(name: str) -> Target:
 
 
 def use_compiler() -> None:
-    """Prepares this process to compile for TPUs without one. Call it before the first use of a device.
+    """Prepares this process to compile for TPUs without a TPU. Call it before the first use of a device.
 
-    The environment variables keep libtpu from looking for a host's metadata and from locking out other processes.
+    The environment variables keep libtpu from querying the host's metadata and from locking out other processes.
     """
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5p-8")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     jax.config.update("jax_platforms", "cpu")
-    # Without a TPU, JAX cannot read back from its cache what it compiled for one.
+    # Without a TPU, JAX cannot read programs for TPUs back from its cache.
     jax.config.update("jax_enable_compilation_cache", False)
 
 
@@ -103,7 +103,7 @@ def target_devices(target: Target) -> list[Any]:
 
     options: dict[str, Any] = {"num_slices": target.num_slices} if target.num_slices > 1 else {}
     if target.chip.name == "v4":
-        options["chip_config_name"] = "megacore"  # both cores of a chip as one device, as v5p has them anyway
+        options["chip_config_name"] = "megacore"  # both cores of a chip form one device, as on v5p
     try:
         described = topologies.get_topology_desc(
             platform="tpu", topology_name=f"{target.chip.name}:{target.slice.topology}", **options
@@ -111,16 +111,16 @@ def target_devices(target: Target) -> list[Any]:
     except Exception as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{target.name}: the TPU compiler cannot be used: {first}. It comes with pip install libtpu"
+            f"{target.name}: the TPU compiler cannot be used: {first}. Install it with pip install libtpu"
         ) from error
     return list(described.devices)
 
 
 def compile_step(experiment: Experiment, target: Target, what: What = "train") -> CompiledStep:
-    """Compiles the step of `experiment`, which has no phases, as a run on the target would compile it.
+    """Compiles the step of `experiment`, which has no phases, exactly as a run on the target would.
 
     Raises:
-      ConfigError: mesh, batch or groups do not fit the target.
+      ConfigError: the mesh, batch or groups do not fit the target.
       DoesNotFit: the step needs more memory than the chips have.
     """
     mesh = make_mesh(experiment.mesh, target_devices(target))
@@ -131,10 +131,8 @@ def compile_step(experiment: Experiment, target: Target, what: What = "train") -
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        if "vmem" in str(error).lower():  # not HBM: no remat policy and no larger slice would help
-            message = (
-                f"a kernel does not fit a chip's own memory; model.attention=plain has none: {_shortened(str(error))}"
-            )
+        if "vmem" in str(error).lower():  # other remat policies or larger slices would not help
+            message = f"a kernel does not fit the chip's VMEM; set model.attention=plain: {_shortened(str(error))}"
             raise UserError(message) from error
         raise DoesNotFit(_shortened(str(error))) from error
     return CompiledStep(compiled.as_text() or "", compiled.memory_analysis(), state, make_torus(mesh, target.chip))
@@ -151,7 +149,7 @@ def make_torus(mesh: Mesh, chip: Chip) -> Torus:
 
 
 def shard_bytes(tree: Any) -> int:
-    """Returns the bytes of a tree of sharded arrays that one device holds, without padding."""
+    """Returns the bytes of a tree of sharded arrays on one device, without padding."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
@@ -163,7 +161,9 @@ def _lower_train(experiment: Experiment, mesh: Mesh) -> tuple[jax.stages.Lowered
     system, optimizer = make_system(experiment.system), make_optimizer(experiment.optimizer)
     state = abstract_state(system, optimizer, state_shardings(system, optimizer, mesh))
     options = compiler_options(experiment.runtime, mesh)
-    step = make_train_step(experiment.step_config, system, mesh, options)  # before the mesh is set: optax makes arrays
+    step = make_train_step(
+        experiment.step_config, system, mesh, options
+    )  # before the mesh is set, because optax makes arrays
     with jax.set_mesh(mesh):
         return step.lower(state, abstract_batch(experiment.system, experiment.train.batch_size, mesh)), state
 
@@ -183,7 +183,7 @@ def _lower_sample(experiment: Experiment, mesh: Mesh) -> jax.stages.Lowered:
 
 
 def _shortened(message: str) -> str:
-    """Returns the first sentence of the compiler's message, and its largest allocations by name."""
+    """Returns the first line of the compiler's message and its three largest allocations."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     sizes = [i for i, line in enumerate(lines) if re.match(r"\d+\. Size: ", line)]
     largest = [" ".join(lines[i : i + 4]) for i in sizes[:3]]

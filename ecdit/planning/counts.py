@@ -1,4 +1,4 @@
-"""Counts parameters and floating-point operations of an experiment; allocates nothing."""
+"""Counts parameters and floating-point operations of an experiment without allocating them."""
 
 import dataclasses
 import math
@@ -12,25 +12,25 @@ from ecdit.experiment import Experiment
 from ecdit.models.config import DiTConfig
 from ecdit.system import SystemConfig, make_system
 
-# What the paper's Table 1 counts beside the denoiser [A].
+# Sizes that the paper's Table 1 counts beside the denoiser [A].
 TABLE_TEXT_WIDTH, TABLE_TEXT_PARAMS, TABLE_VAE_PARAMS = 1280, 32 * 12 * 1280**2 + 32128 * 1280, 84e6
 
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """Parameters of a model, and FLOPs of one image and its caption, forward, in training."""
+    """Parameters of a model, and FLOPs of a forward pass in training for one image and its caption."""
 
-    total_params: int  # with text encoder and autoencoder, as the paper counts
+    total_params: int  # includes the text encoder and the autoencoder, as in the paper
     denoiser_params: int
-    activated_params: int  # of the denoiser, with as many experts as work on a token on average
+    activated_params: int  # parameters of the denoiser with the average number of experts per token
     text_params: int
-    vae_params: int  # of the autoencoder that made the stored latents; 0 without one
-    flops_per_image: dict[str, dict[str, float]]  # by part: flops, and tokens, the rows it sees over all its layers
-    encoding_flops_per_image: float  # of that autoencoder, once, when latents are stored: no step runs it
+    vae_params: int  # parameters of the autoencoder that made the stored latents; 0 without one
+    flops_per_image: dict[str, dict[str, float]]  # by part: flops, and tokens, its input rows over all its layers
+    encoding_flops_per_image: float  # that autoencoder's FLOPs when latents are stored; no step runs it
 
 
 def count(experiment: Experiment) -> Counts:
-    """Sums over the leaves of the abstract parameters; what counts as an operation says `models.sizes`."""
+    """Counts an experiment's abstract parameters and its FLOPs. `models.flops` says which operations count."""
     config = experiment.system
     system = make_system(config)
     abstract = system.shapes()
@@ -51,14 +51,14 @@ def count(experiment: Experiment) -> Counts:
 def table_params(system: SystemConfig) -> int:
     """Counts parameters by the rule that reproduces all totals of the paper's Table 1 to their last digit [A].
 
-    The rule has two grouped-query modules a block, of which this model has one. It checks the table, not the model.
+    The rule has two grouped-query modules per block, whereas this model has one. It checks the table, not the model.
 
     Raises:
-      ConfigError: an option beyond the paper, which the table does not have.
+      ConfigError: the config has an option that the paper's table does not have.
     """
     model = system.model
     if not isinstance(model, DiTConfig):
-        raise ConfigError("denoiser", system.denoiser, "the table has the paper's denoiser alone")
+        raise ConfigError("denoiser", system.denoiser, "the table has only the paper's denoiser")
     options = {"expert_width": 0, "num_shared_experts": 0, "router_input": "modulated", "extra_blocks": 2}
     for key, wanted in (options | {"ffn_multiplier": 4, "even_ffn_multiplier": 4}).items():
         require(getattr(model, key) == wanted, f"model.{key}", getattr(model, key), f"Table 1 has {wanted}")

@@ -1,7 +1,7 @@
-"""Estimates the seconds of a compiled step from the compiler's own cycles and the torus's links. Nothing is measured.
+"""Estimates the seconds of a compiled step from the compiler's own cycles and the torus's links, without measuring.
 
-The estimator walks the schedule as the chip would: computation in order; collectives and copies that have a start and a
-done run beside it, each on its own engine. Computation between start and done hides them; the rest is waited for.
+The estimator walks the schedule as the chip would. Computation runs in order. Collectives and copies with a start and a
+done run beside it, each on its own engine: computation between start and done hides them, and done waits for the rest.
 """
 
 import collections
@@ -12,15 +12,15 @@ from collections.abc import Iterable
 from ecdit.planning.collectives import Collective, Torus, between_slices, collective_of, rendezvous
 from ecdit.planning.hlo import HloError, Instruction, Module
 
-# Operations that neither move nor compute anything.
+# Operations that neither move data nor compute.
 FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id", "replica-id"}
 FREE |= {"opt-barrier", "add-dependency", "domain"}
 FREE_CALLS = {"AllocateBuffer", "AssumeGatherIndicesInBound", "PrepareAsyncCallStart", "PrepareAsyncCallDone"}
 FREE_CALLS |= {"AsyncCollectiveStart", "AsyncCollectiveDone", "Sharding", "SPMDFullToShardShape"}
-HOST_MEMORY = "S(5)"  # in the type of an array in the memory of the chip's host
-# The share of peak that attention's kernels reach at least, by their schedules: see tests/planning/test_kernels.py.
+HOST_MEMORY = "S(5)"  # marks the type of an array in the memory of the chip's host
+# Least share of peak FLOP/s that attention's kernels reach by their schedules: see tests/planning/test_kernels.py.
 KERNEL_SHARE = 1 / 9.6
-SORT_OPERATIONS = 4  # of a vector unit, for each element, operand and stage: compare, two selects, a move
+SORT_OPERATIONS = 4  # vector operations per element, operand and stage: compare, two selects, a move
 
 PARTS = ("self_attention", "cross_attention", "ffn", "experts", "router", "conditioning", "head")
 PARTS += ("text_tower", "optimizer")
@@ -30,32 +30,32 @@ PARTS += ("text_tower", "optimizer")
 class Estimate:
     """The estimate of one step on one device, in seconds."""
 
-    seconds: float = 0.0  # of the step, with the overlap that the schedule has
-    compute_seconds: float = 0.0  # of computation alone
-    communication_seconds: float = 0.0  # of all collectives, hidden or not
-    exposed_seconds: float = 0.0  # that computation waits for collectives
-    memory_wait_seconds: float = 0.0  # for copies between HBM and on-chip memory, or the host's
-    parts: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # compute, by PARTS or "rest"
-    priced: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # compute we priced, by opcode
-    collectives: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # how often each runs
-    instructions: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # compute, the slowest
+    seconds: float = 0.0  # the step, with the overlap in its schedule
+    compute_seconds: float = 0.0  # computation alone
+    communication_seconds: float = 0.0  # all collectives, hidden or not
+    exposed_seconds: float = 0.0  # waits of computation for collectives
+    memory_wait_seconds: float = 0.0  # waits for copies between HBM and on-chip memory or the host's memory
+    parts: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # compute by PARTS or "rest"
+    priced: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # compute without cycles
+    collectives: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # number of runs
+    instructions: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # compute by name
 
 
 class _Engines:
-    """The times at which the engines become free, in one pass through a computation."""
+    """Keeps the times at which engines become free in one pass through a computation."""
 
     def __init__(self) -> None:
         self.now = 0.0
         self.free = {"network": 0.0, "hosts": 0.0, "host memory": 0.0, "memory": 0.0, "sparse core": 0.0}
-        self.pending: dict[str, tuple[str, float]] = {}  # by name or channel: engine, and time when done
+        self.pending: dict[str, tuple[str, float]] = {}  # engine and end time by name or channel
 
     def start(self, key: str, engine: str, seconds: float) -> None:
-        """Begins work that runs beside computation."""
+        """Starts work that runs beside computation."""
         self.free[engine] = max(self.now, self.free[engine]) + seconds
         self.pending[key] = engine, self.free[engine]
 
     def wait(self, key: str) -> tuple[str, float]:
-        """Waits for work; returns its engine, and the seconds in which nothing was computed."""
+        """Waits for work; returns its engine and the seconds without computation."""
         engine, done = self.pending.pop(key)
         waited = max(0.0, done - self.now)
         self.now += waited
@@ -77,7 +77,7 @@ class Estimator:
         sizes = {instruction.name: instruction for instruction in computation}
         for instruction in computation:
             self._step(instruction, sizes, engines, times)
-        for key in list(engines.pending):  # ends with the computation
+        for key in list(engines.pending):  # the computation ends when all its work has ended
             self._waited(engines.wait(key), times)
         return engines.now
 
@@ -91,7 +91,7 @@ class Estimator:
             raise HloError(f"{one.name}: a conditional's cost depends on its data")
         elif one.opcode.endswith("-update") and one.opcode != "dynamic-update-slice":
             self._update(one, known, engines, times)
-        elif one.opcode == "send":  # to other slices, by way of the hosts
+        elif one.opcode == "send":  # sends to other slices through the hosts
             collective = between_slices(one, self.torus)
             self._count(collective, times)
             engines.start(collective.channel, "hosts", collective.seconds)
@@ -130,7 +130,7 @@ class Estimator:
         self._waited(("network", waited), times)
 
     def _update(self, one: Instruction, known: dict[str, Instruction], engines: _Engines, times: int) -> None:
-        """Begins a call to the SparseCores that was only prepared, or gives work that is running another name."""
+        """Starts a prepared call to the SparseCores, or renames work that is running."""
         start = known[one.operands[0]]
         if _prepares(start):
             begun = dataclasses.replace(one, operands=one.operands[1:], attributes=start.attributes)
@@ -148,7 +148,9 @@ class Estimator:
             self._count(collective, times)
             engines.start(one.name, engine, collective.seconds)
         elif HOST_MEMORY in one.result:
-            moved = min((shape.bytes for shape in one.shapes if len(shape)), default=0)  # of a stack there, a slice
+            moved = min(
+                (shape.bytes for shape in one.shapes if len(shape)), default=0
+            )  # the slice, not the stack in host memory
             engines.start(one.name, "host memory", moved / self.chip.host_bandwidth)
         elif one.opcode == "copy-start":
             engines.start(one.name, "memory", one.shapes[0].bytes / self.chip.hbm_bandwidth)
@@ -171,11 +173,11 @@ class Estimator:
     def _continued(self, one: Instruction) -> Collective:
         """Returns the collective of a fusion that begins or ends one."""
         found = self._inside(one)
-        assert found is not None  # the marker stands beside it
+        assert found is not None  # the fusion with the marker also has the collective
         return found
 
     def _marker(self, one: Instruction) -> str | None:
-        """Returns whether a fusion begins or ends a collective that the fusions between them continue."""
+        """Returns the marker in a fusion that begins or ends a collective spread over several fusions, or None."""
         body = self.module.computations.get(one.attribute("calls") or "", ()) if one.opcode == "fusion" else ()
         targets = {_target(i) for i in body if i.opcode == "custom-call"}
         return next((name for name in ("AsyncCollectiveStart", "AsyncCollectiveDone") if name in targets), None)
@@ -194,11 +196,11 @@ class Estimator:
         return seconds
 
     def _by_bytes(self, one: Instruction, known: dict[str, Instruction]) -> float:
-        """Prices an operation without an estimate by its bytes at HBM's rate, and a kernel by its work too."""
+        """Prices an operation without an estimate by its bytes at HBM's rate, and a kernel also by its FLOPs."""
         size = float(one.bytes)
         if one.opcode == "dynamic-update-slice":  # in place
             size = 2.0 * known[one.operands[1]].bytes if one.operands[1] in known else size
-        elif "gather" in one.name and "fusion" in one.opcode:  # the rows that it takes
+        elif "gather" in one.name and "fusion" in one.opcode:  # reads only the gathered rows
             size *= 2
         else:
             size += sum(known[operand].bytes for operand in one.operands if operand in known)
@@ -225,19 +227,19 @@ class Estimator:
 
 
 def part_of(op_name: str) -> str:
-    """Returns the part of the model that an operation's path names last, or "rest"."""
+    """Returns the part of the model that comes last in an operation's path, or "rest"."""
     places = {part: op_name.rfind(part) for part in PARTS}
     part = max(places, key=places.__getitem__)
     return part if places[part] >= 0 else "rest"
 
 
 def slowest(estimate: Estimate, count: int) -> Iterable[tuple[str, float]]:
-    """Returns the instructions that take longest, over all their runs."""
+    """Returns the instructions with the most seconds over all their runs."""
     return estimate.instructions.most_common(count)
 
 
 def _prepares(one: Instruction) -> bool:
-    """Returns whether this prepares a call to the SparseCores; its update has the operands and begins the call."""
+    """Returns whether this only prepares a call to the SparseCores, which its update starts with operands."""
     return one.opcode == "custom-call-start" and not one.operands
 
 

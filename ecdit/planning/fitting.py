@@ -1,4 +1,4 @@
-"""Finds what to change in a run that does not fit its chips' memory."""
+"""Finds a config change or a slice with which a run fits its chips' memory."""
 
 import dataclasses
 
@@ -8,15 +8,15 @@ from ecdit.partitioning import ShardingError
 from ecdit.planning.compiler import DoesNotFit, Target, compile_step, find_target
 from ecdit.topology import usual_shapes
 
-# Remat policies, from the most memory to the least. Not "offload", whose time depends on the hosts.
+# Remat policies, from the most memory to the least, without "offload", whose time depends on the hosts.
 SPARING = ("minimal", "attention_out", "full")
 
 
 def what_fits(experiment: Experiment, target: Target) -> str:
-    """Returns which remat policy fits the target, or else which larger slice does with the most sparing policy.
+    """Returns which remat policy fits the target, or else which larger slice fits with the most sparing policy.
 
-    Compiles one after another until one fits, each in minutes. Skips slices that the config's mesh does not divide
-    over.
+    Compiles one candidate after another until one fits, which takes minutes each. Skips slices over which the config's
+    mesh does not divide.
     """
     remat = getattr(experiment.model, "remat", None)
     if remat is None:
@@ -28,12 +28,12 @@ def what_fits(experiment: Experiment, target: Target) -> str:
     sparing, flags = _with_remat(experiment, SPARING[-1]), f"--config.model.remat={SPARING[-1]}"
     if (
         getattr(experiment.model, "expert_products", "") == "halves" and experiment.mesh.fsdp == -1
-    ):  # which a larger slice makes larger
+    ):  # "halves" needs fsdp = 2, and a larger slice has more
         sparing = dataclasses.replace(sparing, model=dataclasses.replace(sparing.model, expert_products="scattered"))
         flags += " --config.model.expert_products=scattered"
     for chips in usual_shapes(target.chip.name):
         larger = 2 * target.slice.chips <= chips <= 8 * target.slice.chips
-        if larger and chips & (chips - 1) == 0:  # doublings: what meshes are made for
+        if larger and chips & (chips - 1) == 0:  # meshes divide over powers of two
             shape = "x".join(map(str, usual_shapes(target.chip.name)[chips]))
             name = f"{target.chip.name}:{shape}"
             name = f"{target.num_slices}x{name}" if target.num_slices > 1 else name

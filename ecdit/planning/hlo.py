@@ -22,7 +22,7 @@ _MESH = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\((.*?\]T?(?
 
 
 class HloError(ValueError):
-    """HLO in a form that this parser does not know."""
+    """This parser does not know the form of some HLO."""
 
 
 class Shape(tuple):
@@ -31,22 +31,22 @@ class Shape(tuple):
     dtype: str
 
     def __new__(cls, dtype: str, dimensions: tuple[int, ...]) -> "Shape":
-        """Makes the shape of an array of `dtype`, an HLO name."""
+        """Makes the shape of an array; `dtype` is an HLO name."""
         shape = super().__new__(cls, dimensions)
         shape.dtype = dtype
         return shape
 
     @property
     def bytes(self) -> int:
-        """Bytes without the padding of tiles.
+        """Returns the bytes without the padding of tiles.
 
         Raises:
-          HloError: an element type that the reader does not know.
+          HloError: the element type is unknown.
         """
         if self.dtype not in ITEM_BYTES:
             size = re.fullmatch(r"[a-z](\d+)\w*", self.dtype)  # f8e4m3fn, s4, ...
             if not size:
-                raise HloError(f"element type {self.dtype!r}: its size is not known")
+                raise HloError(f"element type {self.dtype!r}: its size is unknown")
             return math.ceil(math.prod(self) * int(size.group(1)) / 8)
         return math.prod(self) * ITEM_BYTES[self.dtype]
 
@@ -60,16 +60,16 @@ class Instruction:
     result: str  # its type, as text
     operands: tuple[str, ...]  # names
     attributes: str  # the text after the operands
-    literal: str  # in place of operands: a constant's value, a parameter's number
+    literal: str  # a constant's value or a parameter's number, which stands in the place of operands
 
     @functools.cached_property
     def shapes(self) -> tuple[Shape, ...]:
-        """The arrays of the result: one, or a tuple's."""
+        """Returns the arrays of the result, which is one array or a tuple."""
         return tuple(array_shapes(self.result))
 
     @property
     def bytes(self) -> int:
-        """Bytes of the result."""
+        """Returns the bytes of the result."""
         return sum(shape.bytes for shape in self.shapes)
 
     def attribute(self, key: str) -> str | None:
@@ -79,25 +79,25 @@ class Instruction:
 
     @property
     def called(self) -> str | None:
-        """The computation that a fusion, a call or an asynchronous call runs."""
+        """Returns the computation that a fusion, a call or an asynchronous call runs."""
         custom = re.search(r"\bcalled_computations=\{%?([\w.\-]+)\}", self.attributes)
         return self.attribute("calls") or self.attribute("to_apply") or (custom and custom.group(1))
 
     @functools.cached_property
     def cycles(self) -> int | None:
-        """The compiler's own estimate, or None."""
+        """Returns the compiler's own estimate, or None."""
         found = re.search(r'"estimated_cycles":"(\d+)"', self.attributes)
         return found and int(found.group(1))
 
     @functools.cached_property
     def kernel_flops(self) -> float:
-        """The FLOPs that a Pallas kernel declares; 0 for other instructions."""
+        """Returns the FLOPs that a Pallas kernel declares; 0 for other instructions."""
         found = re.search(r'"cost_estimate":\{"flops":"(\d+)"', self.attributes)
         return float(found.group(1)) if found else 0.0
 
     @functools.cached_property
     def op_name(self) -> str:
-        """The path of the operation in the traced program; "" for what the compiler added."""
+        """Returns the path of the operation in the traced program; "" for operations of the compiler."""
         found = re.search(r'op_name="([^"]*)"', self.attributes)
         return found.group(1) if found else ""
 
@@ -110,10 +110,10 @@ class Module:
     entry: str
 
     def trip_count(self, loop: Instruction) -> int:
-        """Returns how often the body of a `while` runs: the bound with which its condition compares a counter from 0.
+        """Returns how often the body of a `while` runs, which is the bound of its condition on a counter from 0.
 
         Raises:
-          HloError: the condition is of another form.
+          HloError: the condition has another form.
         """
         known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
         if known:
@@ -126,7 +126,7 @@ class Module:
         return bounds[0]
 
     def reachable(self, computation: tuple[Instruction, ...]) -> Iterator[Instruction]:
-        """Yields its instructions, and those of the fusions and calls in it."""
+        """Yields the instructions of a computation and of its fusions and calls."""
         for instruction in computation:
             yield instruction
             if (called := instruction.called) is not None and called in self.computations:
@@ -137,7 +137,7 @@ def parse(text: str) -> Module:
     """Parses the text of `compiled.as_text()`.
 
     Raises:
-      HloError: no entry computation, or a line that cannot be read.
+      HloError: there is no entry computation, or a line cannot be read.
     """
     computations: dict[str, tuple[Instruction, ...]] = {}
     entry, name, lines = None, None, []
@@ -165,7 +165,7 @@ def replica_groups(instruction: Instruction) -> tuple[tuple[int, ...], ...] | No
     """Returns the groups of partitions of a collective, or None for one group of all.
 
     Raises:
-      HloError: groups in a form that the reader does not know.
+      HloError: the groups have an unknown form.
     """
     attributes = instruction.attributes
     if "replica_groups={}" in attributes or "replica_groups" not in attributes:
@@ -178,7 +178,7 @@ def replica_groups(instruction: Instruction) -> tuple[tuple[int, ...], ...] | No
         return tuple(map(tuple, _iota(iota.group(1))))
     listed = re.search(r"replica_groups=\{(\{[\d,{}]*\})\}", attributes)
     if not listed:
-        raise HloError(f"{instruction.name}: replica groups not understood")
+        raise HloError(f"{instruction.name}: the replica groups have an unknown form")
     return tuple(tuple(map(int, group.split(","))) for group in re.findall(r"\{([\d,]+)\}", listed.group(1)))
 
 
@@ -189,7 +189,7 @@ def source_target_pairs(instruction: Instruction) -> tuple[tuple[int, int], ...]
 
 
 def _mesh_groups(axes: str, device_ids: str | None, over: str) -> tuple[tuple[int, ...], ...]:
-    """Returns groups that are written as a mesh and the mesh axes that they join."""
+    """Returns the groups of a mesh and the mesh axes that they join."""
     sizes = {key: int(size) for key, size in re.findall(r"'([^']+)'=(\d+)", axes)}
     shape = tuple(sizes.values())
     ids = np.arange(math.prod(shape)) if device_ids is None else np.concatenate(_iota(device_ids))
@@ -204,7 +204,7 @@ def _iota(text: str) -> list[list[int]]:
     pattern = r"\[([\d,]+)\](?:<=\[([\d,]+)\])?(?:T\(([\d,]+)\))?"
     found = re.fullmatch(pattern, text)
     if found is None:
-        raise HloError(f"list {text!r}: not in a form that this reader knows")
+        raise HloError(f"list {text!r}: its form is unknown")
     shape, source, order = (tuple(map(int, part.split(","))) if part else None for part in found.groups())
     grid = np.arange(math.prod(shape or ())).reshape(source or shape or ())
     grid = grid if order is None else grid.transpose(order)
@@ -231,7 +231,7 @@ _BRACKETS = re.compile(r"[()]")
 
 
 def _closing(text: str, opening: int) -> int:
-    """Returns where the parenthesis at `opening` is closed."""
+    """Returns where the parenthesis at `opening` closes."""
     depth = 0
     for found in _BRACKETS.finditer(text, opening):
         depth += 1 if found.group() == "(" else -1

@@ -1,7 +1,7 @@
-"""Plans a run on a slice: memory, bytes sent, and an estimate of the step's time.
+"""Plans a run on a slice: its memory, bytes sent, and an estimate of the step's time.
 
-Every time is an estimate from the TPU compiler's own cycles and formulas for the torus's links. Compare it with
-estimates of other configs, and with that of a model whose speed is known (configs/README.md), not with a clock.
+Every time is an estimate from the TPU compiler's own cycles and from formulas for the torus's links. Compare it with
+estimates of other configs and with the estimate for a model of known speed (configs/README.md), not with a clock.
 """
 
 import collections
@@ -25,37 +25,37 @@ DAY = 86_400.0
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The plan of a step on a slice. Bytes and seconds are those of a device and a step unless a comment says else."""
+    """The plan of a step on a slice. Bytes and seconds are per device and step unless a comment says otherwise."""
 
     topology: str
     what: What
     num_chips: int
     num_devices: int  # as JAX lists them: twice the chips for TPU7x
-    batch_size: int  # images of a step
+    batch_size: int  # images per step
     hbm_bytes_per_device: int
     hbm_limit: int
-    hbm_parts: dict[str, int]  # parameters (with frozen ones), optimizer, ema, other arguments, padding, temporaries
+    hbm_parts: dict[str, int]  # parameters (also frozen ones), optimizer, ema, batch and padding, temporaries
     checkpoint_bytes_per_host: int
-    save_blocks_seconds: float  # to copy the arrays to the hosts, before which the next step cannot start
+    save_blocks_seconds: float  # copies the arrays to the hosts, before which the next step cannot start
     compute_seconds: float
     compute_seconds_by_part: dict[str, float]
     priced_by_bytes: dict[str, float]  # part of compute_seconds without the compiler's estimate, by opcode
-    collective_bytes: dict[str, float]  # sent inside a slice, by kind, always all five
+    collective_bytes: dict[str, float]  # bytes sent inside a slice, for each of the five kinds
     collective_bytes_by_axis: dict[str, float]
     collective_seconds: dict[str, float]  # by kind and axis, hidden or not
-    dcn_bytes: float  # sent to other slices
+    dcn_bytes: float  # bytes sent to other slices
     exposed_communication_seconds: float
-    memory_wait_seconds: float  # for copies between HBM and on-chip memory or the host's
+    memory_wait_seconds: float  # waits for copies between HBM and on-chip memory or the host's memory
     estimated_step_seconds: float
-    seconds_all_hidden: float  # if all communication were hidden behind computation
+    seconds_all_hidden: float  # a step if computation hid all communication
     seconds_none_hidden: float
-    model_flops_per_step: float  # of the denoiser: 3 x forward in training, 1 x for each call in sampling
+    model_flops_per_step: float  # the denoiser's, 3 x forward in training, 1 x per call in sampling
     peak_flops_per_device: float
     estimated_mfu: float
     images_per_second: float
-    days: float  # to the last step; 0 for sampling
+    days: float  # time to the last step; 0 for sampling
     chip_hours: float
-    slowest: dict[str, float]  # seconds of instructions over all their runs
+    slowest: dict[str, float]  # seconds of the slowest instructions, over all their runs
     warnings: list[str]
 
 
@@ -63,7 +63,7 @@ def make_plan(experiment: Experiment, target: Target, what: What = "train") -> P
     """Plans `experiment`, which has no phases, by compiling its step. Takes minutes.
 
     Raises:
-      ConfigError: mesh, batch or groups do not fit the target.
+      ConfigError: the mesh, batch or groups do not fit the target.
       DoesNotFit: the step needs more memory than the chips have.
     """
     step = compile_step(experiment, target, what)
@@ -133,7 +133,7 @@ def report(plan: Plan) -> list[str]:
 
 
 def report_phases(plans: Sequence[tuple[ResolvedPhase, Plan]]) -> list[str]:
-    """Returns a line for each phase of a run that has several; the first lines of `report` are of the longest."""
+    """Returns a line for each phase of a run with several phases. `report` describes the longest one."""
     if len(plans) == 1:
         return []
     return [
@@ -143,7 +143,7 @@ def report_phases(plans: Sequence[tuple[ResolvedPhase, Plan]]) -> list[str]:
     ]
 
 
-# Which field to change if a part takes most of the step.
+# The field to change if a part takes most of the step.
 _FIELDS = {
     "experts": "the experts' products: model.capacity_factor sets their work, mesh.expert the layout of their slots",
     "ffn": "the dense FFNs: their products are near the chips' peak",
@@ -161,7 +161,7 @@ _FIELDS = {
 
 
 def advice(plan: Plan) -> str:
-    """Returns what takes most of the step, and which field changes that."""
+    """Returns the part that takes most of the step, and the field that changes it."""
     shares = collections.Counter(plan.compute_seconds_by_part)
     hidden = plan.exposed_communication_seconds / max(sum(plan.collective_seconds.values()), 1e-12)
     for name, seconds in plan.collective_seconds.items():
@@ -174,7 +174,7 @@ def advice(plan: Plan) -> str:
 def misaligned(step: CompiledStep) -> list[str]:
     """Returns warnings about large parameters whose shards are no multiple of a tile's rows.
 
-    See `partitioning.param_axes`.
+    `partitioning.param_axes` says why such shards are slow.
     """
     if step.state is None:
         return []
@@ -205,7 +205,7 @@ def _memory_parts(step: CompiledStep) -> dict[str, int]:
             "ema": shard_bytes(state.ema),
         }
     rest = memory.argument_size_in_bytes - sum(parts.values())
-    parts["batch and padding"] = rest  # of the state's arrays to whole tiles
+    parts["batch and padding"] = rest  # the compiler pads the state's arrays to whole tiles
     return parts | {"temporaries": _needed(step) - memory.argument_size_in_bytes}
 
 
@@ -219,7 +219,7 @@ def _images(experiment: Experiment, what: What) -> int:
 
 
 def _model_flops(experiment: Experiment, what: What) -> float:
-    """Returns the denoiser's FLOPs of a step, without text encoder, autoencoder and rematerialisation."""
+    """Returns the denoiser's FLOPs of a step, without the text encoder, the autoencoder and rematerialisation."""
     denoiser = total_flops(make_system(experiment.system).denoiser_flops(what))
     if what == "train":
         return 3 * denoiser * experiment.train.batch_size

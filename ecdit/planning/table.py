@@ -1,4 +1,4 @@
-"""Keeps the plans of a family of configs as a table in a markdown file, between two marks."""
+"""Reads and writes the table of plans of a family of configs, between two marks of a markdown file."""
 
 import dataclasses
 import re
@@ -22,7 +22,7 @@ _HEAD = (
 
 
 def row(name: str, values: Mapping[str, Any], compiler: str) -> str:
-    """Returns the row of a plan's values as `ecdit.plan --json` writes them, or of one that does not fit.
+    """Returns the table's row for a plan's values as `ecdit.plan --json` writes them, also if it does not fit.
 
     `compiler` is the version of libtpu that made the plan.
     """
@@ -37,16 +37,16 @@ def row(name: str, values: Mapping[str, Any], compiler: str) -> str:
 
 
 def known_better(origin: Mapping[str, Any], experiment: Experiment, where: Slice, slices: int = 1) -> str:
-    """Returns half a line that names a faster layout of a run, if the table beside its config has one; else "".
+    """Returns text that names a faster layout of a run if the table beside its config has one, else "".
 
-    It compares rows of the run's config on one slice, planned by one compiler: of the run's own slice if the table has
-    it, else of others with the same chips.
+    It compares rows of the run's config on one slice and with one compiler. It prefers the run's own slice, and
+    otherwise uses slices with the same kind of chips.
 
     Args:
-      origin: of the run, as `command_line.config_origin` returns it.
+      origin: the run's config file and overrides, from `command_line.config_origin`.
       experiment: the run.
       where: one of its slices.
-      slices: how many.
+      slices: number of slices.
     """
     file, _, argument = origin["config"].partition(":")
     readme = Path(file).with_name("README.md")
@@ -74,12 +74,12 @@ def known_better(origin: Mapping[str, Any], experiment: Experiment, where: Slice
 
 
 class _Row(NamedTuple):
-    changes: Mapping[str, str]  # of the config, by key
-    seconds: float  # a step
+    changes: Mapping[str, str]  # the config's overrides, by key
+    seconds: float  # per step
 
 
 def _step_seconds(readme: Path) -> dict[tuple[str, str, str], float]:
-    """Returns the seconds of a step by name, slice and compiler; none where there is no table."""
+    """Returns the seconds of a step by name, slice and compiler, or nothing if there is no table."""
     try:
         table = readme.read_text().partition(BEGIN)[2].partition(END)[0]
     except OSError:
@@ -93,7 +93,7 @@ def _step_seconds(readme: Path) -> dict[tuple[str, str, str], float]:
 
 
 def _own_row(rows: Sequence[_Row], overrides: Mapping[str, Any], experiment: Experiment) -> _Row | None:
-    """Returns the row of the run itself: that with the most changes which it has; None if it has other values."""
+    """Returns the row with the most changes that the run shares, or None if the run has other values."""
     values = flatten(to_dict(experiment))
     fitting = [row for row in rows if all(str(values.get(key)) == value for key, value in row.changes.items())]
     own = max(fitting, key=lambda row: len(row.changes), default=None)
@@ -103,7 +103,7 @@ def _own_row(rows: Sequence[_Row], overrides: Mapping[str, Any], experiment: Exp
 
 
 def _divides(row: _Row, experiment: Experiment, where: Slice, slices: int) -> bool:
-    """Returns whether the run can be laid out on the slices with the row's mesh."""
+    """Returns whether the run fits the slices with the row's mesh."""
     sizes = {key.removeprefix("mesh."): int(value) for key, value in row.changes.items() if key.startswith("mesh.")}
     try:
         mesh = abstract_mesh(dataclasses.replace(experiment.mesh, **sizes), where.devices * slices)
@@ -119,10 +119,10 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def write_rows(path: Path, rows: Mapping[tuple[str, str, str], str]) -> None:
-    """Writes rows, by config, slice and compiler, into the table of a file; rows of other plans stay.
+    """Writes rows, by config, slice and compiler, into the table of a file. Keeps the rows of other plans.
 
     Raises:
-      UserError: the file has not both marks, or cannot be written.
+      UserError: the file lacks a mark, or cannot be read or written.
     """
     try:
         text = path.read_text()
@@ -131,7 +131,7 @@ def write_rows(path: Path, rows: Mapping[tuple[str, str, str], str]) -> None:
     before, begin, rest = text.partition(BEGIN)
     table, end, after = rest.partition(END)
     if not begin or not end:
-        raise UserError(f"{path}: needs the lines {BEGIN} and {END}, between which the table goes")
+        raise UserError(f"{path}: must have the lines {BEGIN} and {END}, with the table between them")
     lines = [line for line in table.splitlines() if line.startswith("| ") and line != _HEAD[0]]
     kept = {tuple(cell.strip() for cell in line.split("|")[1:4]): line for line in lines}
     replace_text(path, "\n".join([before + BEGIN, *_HEAD, *(kept | dict(rows)).values(), END + after]))

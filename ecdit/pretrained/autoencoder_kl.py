@@ -1,4 +1,4 @@
-"""The autoencoder of latent diffusion (arXiv 2112.10752), with the weights of SD, SDXL, SD3 and Flux.
+"""Implements the autoencoder of latent diffusion (arXiv 2112.10752), with the weights of SD, SDXL, SD3 and Flux.
 
 Modules have the names of diffusers' AutoencoderKL. Axes: B batch, H W pixels, h w c a latent's height, width, channels.
 """
@@ -18,8 +18,8 @@ from ecdit.pretrained.layers import Conv, Dtype, GroupNorm, Linear, attention
 from ecdit.pretrained.layout import Layout
 
 EPSILON = 1e-6
-LOG_VARIANCES = (-30.0, 20.0)  # log variances are clipped to these
-# Of diffusers' AutoencoderKL.
+LOG_VARIANCES = (-30.0, 20.0)  # log variances are clipped to this range
+# Defaults of diffusers' AutoencoderKL.
 DEFAULTS = {
     "in_channels": 3,
     "out_channels": 3,
@@ -40,16 +40,18 @@ DEFAULTS = {
 
 @dataclasses.dataclass(frozen=True)
 class AutoencoderConfig:
-    """Sizes of an autoencoder, and how its latents are scaled."""
+    """Sizes of an autoencoder, and the scaling of its latents."""
 
-    widths: tuple[int, ...]  # of the levels, from the full resolution down
-    resnets: int  # a level, of the encoder; the decoder has one more
+    widths: tuple[int, ...]  # channels of the levels, from the full resolution down
+    resnets: int  # per level of the encoder; the decoder has one more
     latent_channels: int  # c
     norm_groups: int
     quant_convs: bool  # SD and SDXL: a 1x1 convolution after the encoder and one before the decoder
     shift: float  # latents are (z - shift) scale
     scale: float
-    posterior: Literal["sample", "mode"]  # what `encode` gives of the encoder's normal distribution
+    posterior: Literal[
+        "sample", "mode"
+    ]  # whether `encode` draws from the encoder's normal distribution or returns its mean
     dtype: Dtype
 
     def __post_init__(self):
@@ -62,7 +64,7 @@ def read_autoencoder(folder: Path, posterior: Literal["sample", "mode"], dtype: 
     """Returns the config in a folder of diffusers' AutoencoderKL.
 
     Raises:
-      WeightsError: it cannot be read, or is another architecture's.
+      WeightsError: the config cannot be read, or is for another architecture.
     """
     config = read_config(folder, ("AutoencoderKL",), "_class_name", DEFAULTS)
     widths = config.values["block_out_channels"]
@@ -91,7 +93,7 @@ def read_autoencoder(folder: Path, posterior: Literal["sample", "mode"], dtype: 
 
 
 class Resnet(nnx.Module):
-    """Two normed convolutions and a way around them."""
+    """Two normalized convolutions with a residual connection."""
 
     def __init__(self, inputs: int, outputs: int, config: AutoencoderConfig, rngs: nnx.Rngs):
         groups, dtype = config.norm_groups, config.dtype
@@ -102,14 +104,14 @@ class Resnet(nnx.Module):
         self.conv_shortcut = Conv(inputs, outputs, 1, rngs, dtype) if inputs != outputs else None
 
     def __call__(self, x: Float[Array, "B h w i"]) -> Float[Array, "B h w o"]:
-        """The block's output."""
+        """Returns the block's output."""
         y = self.conv1(jax.nn.silu(self.norm1(x)))
         y = self.conv2(jax.nn.silu(self.norm2(y)))
         return y + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
 class PixelAttention(nnx.Module):
-    """Attention of one head between all pixels."""
+    """Single-head attention between all pixels."""
 
     def __init__(self, width: int, config: AutoencoderConfig, rngs: nnx.Rngs):
         self.group_norm = GroupNorm(width, config.norm_groups, EPSILON, rngs, config.dtype)
@@ -118,7 +120,7 @@ class PixelAttention(nnx.Module):
         )
 
     def __call__(self, x: Float[Array, "B h w i"]) -> Float[Array, "B h w i"]:
-        """The attention's output, added to its input."""
+        """Returns the input plus the attention's output."""
         batch, height, width, channels = x.shape
         pixels = self.group_norm(x).reshape(batch, height * width, channels)
         query, key, value = (project(pixels)[:, :, None] for project in (self.to_q, self.to_k, self.to_v))
@@ -134,29 +136,29 @@ class Middle(nnx.Module):
         self.attentions = nnx.List([PixelAttention(width, config, rngs)])
 
     def __call__(self, x: Float[Array, "B h w i"]) -> Float[Array, "B h w i"]:
-        """The blocks' output."""
+        """Returns the blocks' output."""
         return self.resnets[1](self.attentions[0](self.resnets[0](x)))
 
 
 class Down(nnx.Module):
-    """A level of the encoder; all but the last halve the resolution."""
+    """A level of the encoder. All levels but the last halve the resolution."""
 
     def __init__(self, inputs: int, outputs: int, halve: bool, config: AutoencoderConfig, rngs: nnx.Rngs):
         widths = [inputs] + [outputs] * (config.resnets - 1)
         self.resnets = nnx.List([Resnet(width, outputs, config, rngs) for width in widths])
-        # Padded below and to the right only.
+        # As in diffusers, the padding is below and to the right only.
         halving = Conv(outputs, outputs, 3, rngs, config.dtype, stride=2, padding=((0, 1), (0, 1))) if halve else None
         self.downsampler = halving
 
     def __call__(self, x: Float[Array, "B h w i"]) -> Float[Array, "B y x o"]:
-        """The level's output."""
+        """Returns the level's output."""
         for resnet in self.resnets:
             x = resnet(x)
         return x if self.downsampler is None else self.downsampler(x)
 
 
 class Up(nnx.Module):
-    """A level of the decoder; all but the last double the resolution."""
+    """A level of the decoder. All levels but the last double the resolution."""
 
     def __init__(self, inputs: int, outputs: int, double: bool, config: AutoencoderConfig, rngs: nnx.Rngs):
         widths = [inputs] + [outputs] * config.resnets
@@ -164,7 +166,7 @@ class Up(nnx.Module):
         self.upsampler = Conv(outputs, outputs, 3, rngs, config.dtype, padding=1) if double else None
 
     def __call__(self, x: Float[Array, "B h w i"]) -> Float[Array, "B y x o"]:
-        """The level's output."""
+        """Returns the level's output."""
         for resnet in self.resnets:
             x = resnet(x)
         if self.upsampler is None:
@@ -173,7 +175,7 @@ class Up(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """Images to mean and log variance."""
+    """Maps images to the mean and log variance of latents."""
 
     def __init__(self, config: AutoencoderConfig, rngs: nnx.Rngs):
         widths, dtype = config.widths, config.dtype
@@ -189,7 +191,7 @@ class Encoder(nnx.Module):
         self.conv_out = Conv(widths[-1], 2 * config.latent_channels, 3, rngs, dtype, padding=1)
 
     def __call__(self, x: Float[Array, "B H W 3"]) -> Float[Array, "B h w 2*c"]:
-        """Encodes."""
+        """Returns mean and log variance, joined along the channels."""
         x = self.conv_in(x)
         for block in self.down_blocks:
             x = block(x)
@@ -197,7 +199,7 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Latents to images."""
+    """Maps latents to images."""
 
     def __init__(self, config: AutoencoderConfig, rngs: nnx.Rngs):
         widths, dtype = config.widths[::-1], config.dtype
@@ -213,7 +215,7 @@ class Decoder(nnx.Module):
         self.conv_out = Conv(widths[-1], 3, 3, rngs, dtype, padding=1)
 
     def __call__(self, x: Float[Array, "B h w c"]) -> Float[Array, "B H W 3"]:
-        """Decodes."""
+        """Returns the images."""
         x = self.mid_block(self.conv_in(x))
         for block in self.up_blocks:
             x = block(x)
@@ -221,7 +223,7 @@ class Decoder(nnx.Module):
 
 
 class AutoencoderKL(nnx.Module):
-    """Images to latents and back; a `components.Autoencoder`. All that it gives is float32."""
+    """Maps images to latents and back, a `components.Autoencoder`. Its results are float32."""
 
     Config = AutoencoderConfig
     has_images = True
@@ -252,7 +254,7 @@ class AutoencoderKL(nnx.Module):
     def latents(
         self, mean: Float[Array, "B h w c"], log_variance: Float[Array, "B h w c"], keys: Key[Array, " B"]
     ) -> Float[Array, "B h w c"]:
-        """Returns latents of `moments`: drawn with each image's key, or the mean, as `config.posterior` says."""
+        """Returns scaled latents: drawn with each image's key, or the mean, according to `config.posterior`."""
         z = mean
         if self.config.posterior == "sample":
             noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:]))(keys)
@@ -260,12 +262,12 @@ class AutoencoderKL(nnx.Module):
         return (z - self.config.shift) * self.config.scale
 
     def encode(self, images: Float[Array, "B H W 3"], keys: Key[Array, " B"]) -> Float[Array, "B h w c"]:
-        """Encodes images; see `latents`."""
+        """Returns the latents of images (see `latents`)."""
         return self.latents(*self.moments(images), keys)
 
     @jax.named_scope("vae_decoder")
     def decode(self, latents: Float[Array, "B h w c"]) -> Float[Array, "B H W 3"]:
-        """Decodes latents."""
+        """Returns the images of latents."""
         z = (latents / self.config.scale + self.config.shift).astype(self.config.dtype)
         if self.post_quant_conv is not None:
             z = self.post_quant_conv(z)
@@ -277,7 +279,7 @@ AUTOENCODER_LAYOUT = Layout(
         (r"\.(down|up)sampler\.", r".\1samplers.0.conv."),
         (r"\.to_out\.", ".to_out.0."),
     ),
-    # diffusers before 0.18.
+    # Names before diffusers 0.18.
     renamed=(
         (r"\.query\.", ".to_q."),
         (r"\.key\.", ".to_k."),

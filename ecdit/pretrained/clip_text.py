@@ -1,4 +1,7 @@
-"""CLIP's text encoder (arXiv 2103.00020), of OpenAI's and OpenCLIP's weights. Axes: B batch, L tokens, t width."""
+"""Implements CLIP's text encoder (arXiv 2103.00020) for weights of OpenAI and OpenCLIP.
+
+Axes: B batch, L tokens, t width.
+"""
 
 import dataclasses
 from pathlib import Path
@@ -18,7 +21,7 @@ from ecdit.pretrained.config_json import read_config
 from ecdit.pretrained.layers import ACTIVATIONS, Dtype, LayerNorm, Linear, attention, param
 from ecdit.pretrained.layout import Layout
 
-# Of transformers' CLIPTextConfig, which leaves out of config.json what equals them.
+# Defaults of transformers' CLIPTextConfig, which omits them from config.json.
 DEFAULTS = {
     "vocab_size": 49408,
     "hidden_size": 512,
@@ -34,18 +37,18 @@ DEFAULTS = {
 
 @dataclasses.dataclass(frozen=True)
 class ClipTextConfig:
-    """Sizes of a text encoder, and which of its states are given."""
+    """Sizes of a text encoder, and which of its states it returns."""
 
     vocab_size: int
     width: int  # t
     mlp_width: int
     layers: int
     heads: int
-    positions: int  # the most tokens that a caption may have
-    projection_width: int  # of the pooled state; 0: it is not projected
+    positions: int  # the largest number of tokens of a caption
+    projection_width: int  # width of the projected pooled state; 0 does not project it
     activation: Literal["gelu", "quick_gelu"]
-    epsilon: float  # of norms
-    states: Literal["last", "penultimate"]  # penultimate: the input of the last block, not normed, as SDXL and SD3 use
+    epsilon: float  # added to variances in norms
+    states: Literal["last", "penultimate"]  # penultimate: the input of the last block without a norm, for SDXL and SD3
     dtype: Dtype
 
     def __post_init__(self):
@@ -55,16 +58,16 @@ class ClipTextConfig:
 def read_clip_text(
     folder: Path, projection: bool, states: Literal["last", "penultimate"], dtype: Dtype
 ) -> ClipTextConfig:
-    """Returns the config in a folder of a text encoder, or of a whole CLIP.
+    """Returns the config in a folder of a text encoder or of a whole CLIP.
 
     Args:
-      folder: with config.json.
-      projection: whether the pooled state is projected; the folder must then have the projection's weights.
-      states: which states to give.
-      dtype: of parameters and activations.
+      folder: folder with config.json.
+      projection: whether to project the pooled state; the folder must then have the projection's weights.
+      states: which states to return.
+      dtype: dtype of parameters and activations.
 
     Raises:
-      WeightsError: it cannot be read, or is another architecture's.
+      WeightsError: the config cannot be read, or is for another architecture.
     """
     config = read_config(folder, ("clip_text_model", "clip"), "model_type", DEFAULTS)
     text = config.group("text_config", DEFAULTS) if config.values["model_type"] == "clip" else config
@@ -94,7 +97,7 @@ class ClipAttention(nnx.Module):
         self.out_proj = Linear(width, width, ("joined_kv", "embed"), rngs, dtype)
 
     def __call__(self, x: Float[Array, "B L t"], bias: Float[Array, "1 1 L L"] | None) -> Float[Array, "B L t"]:
-        """Attends; `bias` is added to the scores."""
+        """Returns the attention's output; `bias` is added to the scores."""
         query, key, value = (
             constrain(project(x).reshape(*x.shape[:2], self.heads, -1), "batch", None, "heads", None)
             for project in (self.q_proj, self.k_proj, self.v_proj)
@@ -103,7 +106,7 @@ class ClipAttention(nnx.Module):
 
 
 class ClipMlp(nnx.Module):
-    """Two linear maps with an activation between."""
+    """Two linear maps with an activation between them."""
 
     def __init__(self, width: int, mlp_width: int, activation: str, rngs: nnx.Rngs, dtype: Dtype):
         self.activation = activation
@@ -111,12 +114,12 @@ class ClipMlp(nnx.Module):
         self.fc2 = Linear(mlp_width, width, ("mlp", "embed"), rngs, dtype)
 
     def __call__(self, x: Float[Array, "B L t"]) -> Float[Array, "B L t"]:
-        """Maps each token."""
+        """Returns the output for each token."""
         return self.fc2(ACTIVATIONS[self.activation](self.fc1(x)))
 
 
 class ClipBlock(nnx.Module):
-    """Pre-norm attention and MLP, of CLIP's text and of its image encoder."""
+    """A block of pre-norm attention and MLP, in CLIP's text encoder and in its image encoder."""
 
     def __init__(
         self, width: int, mlp_width: int, heads: int, activation: str, epsilon: float, rngs: nnx.Rngs, dtype: Dtype
@@ -126,13 +129,13 @@ class ClipBlock(nnx.Module):
         self.mlp = ClipMlp(width, mlp_width, activation, rngs, dtype)
 
     def __call__(self, x: Float[Array, "B L t"], bias: Float[Array, "1 1 L L"] | None) -> Float[Array, "B L t"]:
-        """The block's output; `bias` is added to the scores of the attention."""
+        """Returns the block's output; `bias` is added to the scores of the attention."""
         x = x + self.self_attn(self.layer_norm1(x), bias)
         return x + self.mlp(self.layer_norm2(x))
 
 
 class ClipText(nnx.Module):
-    """Tokens to states, and to the state of the end of the text; a `components.TextEncoder`."""
+    """Maps tokens to states and to the state of the end token, a `components.TextEncoder`."""
 
     Config = ClipTextConfig
 
@@ -153,11 +156,11 @@ class ClipText(nnx.Module):
 
     @jax.named_scope("clip_text")
     def __call__(self, tokens: Int[Array, "B L"]) -> TextStates:
-        """Encodes captions; what comes after a caption's end changes nothing, as attention is causal.
+        """Returns the states of captions. Attention is causal, so padding after the end token changes nothing.
 
         Args:
-          tokens: int32, each row with its end of text, whose id is the largest of all. Files disagree about that id
-            and about padding, so that neither is read: the end is where the largest id first stands.
+          tokens: int32; each row has an end token, whose id is the largest of all. Files disagree about the ids of the
+            end and of padding, so both are ignored: the end is the first position of the largest id in the row.
         """
         length = tokens.shape[1]
         x = self.token_embedding[...][tokens] + self.position_embedding[...][None, :length]
@@ -178,13 +181,13 @@ class ClipText(nnx.Module):
         require(heads % tensor == 0, "text.heads", heads, f"must be a multiple of mesh.tensor, {tensor}")
 
     def flops(self, length: int) -> PartFlops:
-        """Returns the work on one caption, padding included; causal attention counts as a full one."""
+        """Returns the FLOPs of one caption, including padding. Causal attention counts as full attention."""
         config = self.config
         layer = length * (4 * config.width**2 + 2 * config.width * config.mlp_width) + 2 * length**2 * config.width
         return PartFlops("clip_text", float(config.layers * length), 2.0 * config.layers * layer)
 
 
-# transformers 5 writes a CLIPTextModel without the prefix text_model. A whole CLIP has the image encoder too.
+# transformers 5 writes a CLIPTextModel without the prefix text_model. A whole CLIP also has the image encoder.
 CLIP_TEXT_LAYOUT = Layout(
     names=(
         (r"^layers\.", "encoder.layers.{layer}."),

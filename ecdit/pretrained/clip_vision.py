@@ -1,4 +1,7 @@
-"""CLIP's image encoder (arXiv 2103.00020), for CLIP scores and CMMD. Axes: B batch, N patches and one more, d width."""
+"""Implements CLIP's image encoder (arXiv 2103.00020) for CLIP scores and CMMD.
+
+Axes: B batch, p width of the projected features.
+"""
 
 import dataclasses
 from pathlib import Path
@@ -16,10 +19,10 @@ from ecdit.pretrained.config_json import read_config
 from ecdit.pretrained.layers import ACTIVATIONS, Conv, Dtype, LayerNorm, Linear, param
 from ecdit.pretrained.layout import Layout
 
-# Of images in [0, 1], by channel.
+# By channel, for images in [0, 1].
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 DEVIATION = (0.26862954, 0.26130258, 0.27577711)
-# Of transformers' CLIPVisionConfig.
+# Defaults of transformers' CLIPVisionConfig.
 DEFAULTS = {
     "hidden_size": 768,
     "intermediate_size": 3072,
@@ -46,7 +49,7 @@ class ClipVisionConfig:
     heads: int
     projection_width: int
     activation: Literal["gelu", "quick_gelu"]
-    epsilon: float  # of norms
+    epsilon: float  # added to variances in norms
     dtype: Dtype
 
     def __post_init__(self):
@@ -54,15 +57,15 @@ class ClipVisionConfig:
 
     @property
     def grid(self) -> int:
-        """Patches along a side; pixels beyond the last whole patch are not seen."""
+        """Returns the patches along a side. The encoder ignores pixels beyond the last whole patch."""
         return self.image_size // self.patch_size
 
 
 def read_clip_vision(folder: Path, dtype: Dtype) -> ClipVisionConfig:
-    """Returns the config in a folder of an image encoder, or of a whole CLIP.
+    """Returns the config in a folder of an image encoder or of a whole CLIP.
 
     Raises:
-      WeightsError: it cannot be read, or is another architecture's.
+      WeightsError: the config cannot be read, or is for another architecture.
     """
     config = read_config(folder, ("clip_vision_model", "clip"), "model_type", DEFAULTS)
     whole = config.values["model_type"] == "clip"
@@ -83,7 +86,7 @@ def read_clip_vision(folder: Path, dtype: Dtype) -> ClipVisionConfig:
 
 
 class ClipVision(nnx.Module):
-    """Images to projected features."""
+    """Maps images to projected features."""
 
     Config = ClipVisionConfig
 
@@ -101,7 +104,7 @@ class ClipVision(nnx.Module):
 
     @jax.named_scope("clip_vision")
     def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B p"]:
-        """Encodes images of config.image_size pixels, whose channels are normalised by MEAN and DEVIATION."""
+        """Returns the features of images of config.image_size pixels, normalised by `normalise`."""
         patches = self.patch_embedding(images.astype(self.config.dtype))
         patches = patches.reshape(patches.shape[0], -1, patches.shape[-1])
         first = jnp.broadcast_to(self.class_embedding[...][None, None], (patches.shape[0], 1, patches.shape[-1]))
@@ -111,13 +114,13 @@ class ClipVision(nnx.Module):
 
 
 def normalise(images: Float[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
-    """Images in [0, 1] as the encoder takes them."""
+    """Returns images in [0, 1] with each channel normalised by MEAN and DEVIATION, as the encoder expects them."""
     mean, deviation = (jnp.array(values, jnp.float32)[None, None, None] for values in (MEAN, DEVIATION))
     return (images - mean) / deviation
 
 
 def cosines(first: Float[Array, "B p"], second: Float[Array, "B p"]) -> Float[Array, " B"]:
-    """The cosine of each pair of features, such as an image's and its caption's, float32."""
+    """Returns the cosine of each pair of features, such as an image's and its caption's, float32."""
     first, second = (
         x.astype(jnp.float32) / jnp.linalg.norm(x.astype(jnp.float32), axis=-1, keepdims=True) for x in (first, second)
     )

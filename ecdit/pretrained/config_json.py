@@ -1,4 +1,4 @@
-"""Reads the config.json of a folder of public weights, and refuses an architecture that is not the network's."""
+"""Reads the config.json of a folder of public weights, and refuses those of another architecture."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -11,7 +11,7 @@ CONFIG = "config.json"
 
 
 class WeightsError(UserError):
-    """A folder of public weights, or of a tokenizer, cannot be used."""
+    """A folder of public weights or of a tokenizer cannot be used."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -23,7 +23,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise WeightsError(f"{path}: there is no such file") from None
+        raise WeightsError(f"{path}: the file does not exist") from None
     except (OSError, ValueError) as error:
         raise WeightsError(f"{path} cannot be read as JSON: {error}") from None
     if not isinstance(values, dict):
@@ -32,7 +32,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class ConfigJson:
-    """The values of a config.json, with the defaults of the library that writes it; errors name the file."""
+    """The values of a config.json, with the defaults of the library that writes it. Errors name the file."""
 
     def __init__(self, path: Path, values: Mapping[str, Any], defaults: Mapping[str, Any]):
         self.path, self.values = path, {**defaults, **values}
@@ -41,7 +41,7 @@ class ConfigJson:
         """Returns the value of `key`.
 
         Raises:
-          WeightsError: it is not one of `allowed`.
+          WeightsError: the value is not one of `allowed`.
         """
         value, allowed = self.values.get(key), list(allowed)
         if value not in allowed:
@@ -52,7 +52,7 @@ class ConfigJson:
         """Returns the value of `key`, an int or, with `kind` float, a number.
 
         Raises:
-          WeightsError: it is none, or is below `least`.
+          WeightsError: the value is no such number, or is below `least`.
         """
         value: Any = self.values.get(key)
         fits = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
@@ -61,7 +61,11 @@ class ConfigJson:
         return kind(value)
 
     def group(self, key: str, defaults: Mapping[str, Any]) -> "ConfigJson":
-        """Returns the values below `key`, empty where it is missing."""
+        """Returns the values under `key`, or only the defaults if the key is missing.
+
+        Raises:
+          WeightsError: the value is no object.
+        """
         values = self.values.get(key) or {}
         if not isinstance(values, dict):
             raise WeightsError(f"{self.path}: {key} = {values!r}: must be an object")
@@ -72,7 +76,7 @@ def read_config(folder: Path, model_types: Iterable[str], key: str, defaults: Ma
     """Reads `folder`/config.json, whose `key` (model_type or _class_name) must be one of `model_types`.
 
     Raises:
-      WeightsError: it cannot be read, or is another architecture's.
+      WeightsError: the config cannot be read, or is for another architecture.
     """
     path = Path(folder) / CONFIG
     config = ConfigJson(path, read_json(path), defaults)

@@ -1,6 +1,6 @@
-"""Inception-v3 (arXiv 1512.00567) in the form that FID uses: the network of 2015-12-05 with 1008 classes.
+"""Implements Inception-v3 (arXiv 1512.00567) in the version for FID: the network of 2015-12-05 with 1008 classes.
 
-It differs from later ones in its pools: averages leave out the padding, and the last block's pool takes the maximum.
+It differs from later versions in its pools: averages exclude the padding, and the last block's pool takes the maximum.
 Modules have the names of torchvision's network. Axes: B batch, h w height and width, i inputs, o outputs.
 """
 
@@ -15,21 +15,21 @@ from jaxtyping import Array, Float
 from ecdit.pretrained.layers import Conv, Dtype, Linear, param
 from ecdit.pretrained.layout import Layout
 
-IMAGE_SIZE = 299  # pixels, that images are resized to; FIDs of other resizing functions are not comparable
+IMAGE_SIZE = 299  # pixels after resizing; FIDs with different resizing functions are not comparable
 FEATURES, CLASSES = 2048, 1008
-EPSILON = 1e-3  # of norms
+EPSILON = 1e-3  # added to variances in norms
 
 
 @dataclasses.dataclass(frozen=True)
 class InceptionConfig:
-    """What the network gives, and in which dtype it computes."""
+    """Selects the network's outputs and its dtype."""
 
-    logits: bool  # the classes' logits too, which the Inception score needs
+    logits: bool  # whether to return the classes' logits too, for the Inception score
     dtype: Dtype
 
 
 class Norm(nnx.Module):
-    """Batch normalisation with the statistics of training, float32."""
+    """Batch normalisation with the stored statistics, computed in float32."""
 
     def __init__(self, channels: int, rngs: nnx.Rngs, dtype: Dtype):
         self.scale, self.bias, self.running_mean, self.running_var = (
@@ -37,7 +37,7 @@ class Norm(nnx.Module):
         )
 
     def __call__(self, x: Float[Array, "B h w o"]) -> Float[Array, "B h w o"]:
-        """Norms each channel, in the dtype of x."""
+        """Normalises each channel; returns the dtype of x."""
         scale, bias, mean, variance = (
             p[...].astype(jnp.float32)[None, None, None]
             for p in (self.scale, self.bias, self.running_mean, self.running_var)
@@ -47,7 +47,7 @@ class Norm(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """A convolution without a bias, a norm and ReLU."""
+    """A convolution without a bias, then a norm and ReLU."""
 
     def __init__(
         self,
@@ -63,18 +63,18 @@ class Layer(nnx.Module):
         self.bn = Norm(outputs, rngs, dtype)
 
     def __call__(self, x: Float[Array, "B h w i"]) -> Float[Array, "B y x o"]:
-        """The layer's output."""
+        """Returns the layer's output."""
         return jax.nn.relu(self.bn(self.conv(x)))
 
 
 def max_pool(x: Float[Array, "B h w i"], stride: int, padding: int = 0) -> Float[Array, "B y x i"]:
-    """The largest of 3 x 3 pixels."""
+    """Returns the maximum of 3 x 3 pixels."""
     sides = ((0, 0), (padding, padding), (padding, padding), (0, 0))
     return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 3, 3, 1), (1, stride, stride, 1), sides)
 
 
 def average_pool(x: Float[Array, "B h w i"]) -> Float[Array, "B h w i"]:
-    """The mean of 3 x 3 pixels, of those that are inside the image."""
+    """Returns the mean of 3 x 3 pixels, excluding those outside the image."""
     sides = ((0, 0), (1, 1), (1, 1), (0, 0))
 
     def total(x: Array) -> Array:
@@ -84,7 +84,7 @@ def average_pool(x: Float[Array, "B h w i"]) -> Float[Array, "B h w i"]:
 
 
 class BlockA(nnx.Module):
-    """35 x 35 pixels: 1x1, 5x5 and twice 3x3 convolutions beside a pool."""
+    """A block on 35 x 35 pixels: parallel 1x1, 5x5 and double 3x3 convolutions and a pool."""
 
     def __init__(self, inputs: int, pool_features: int, rngs: nnx.Rngs, dtype: Dtype):
         self.branch1x1 = Layer(inputs, 64, 1, rngs, dtype)
@@ -96,7 +96,7 @@ class BlockA(nnx.Module):
         self.branch_pool = Layer(inputs, pool_features, 1, rngs, dtype)
 
     def __call__(self, x: Float[Array, "B h w i"]) -> Float[Array, "B h w o"]:
-        """The branches' outputs side by side."""
+        """Returns the branches' outputs, joined along the channels."""
         branches = (
             self.branch1x1(x),
             self.branch5x5_2(self.branch5x5_1(x)),
@@ -107,7 +107,7 @@ class BlockA(nnx.Module):
 
 
 class BlockB(nnx.Module):
-    """35 x 35 pixels to 17 x 17."""
+    """A block from 35 x 35 to 17 x 17 pixels."""
 
     def __init__(self, inputs: int, rngs: nnx.Rngs, dtype: Dtype):
         self.branch3x3 = Layer(inputs, 384, 3, rngs, dtype, stride=2)
@@ -116,13 +116,13 @@ class BlockB(nnx.Module):
         self.branch3x3dbl_3 = Layer(96, 96, 3, rngs, dtype, stride=2)
 
     def __call__(self, x: Float[Array, "B h w i"]) -> Float[Array, "B y x o"]:
-        """The branches' outputs side by side."""
+        """Returns the branches' outputs, joined along the channels."""
         double = self.branch3x3dbl_3(self.branch3x3dbl_2(self.branch3x3dbl_1(x)))
         return jnp.concatenate([self.branch3x3(x), double, max_pool(x, 2)], axis=-1)
 
 
 class BlockC(nnx.Module):
-    """17 x 17 pixels: 7x7 convolutions as pairs of 1x7 and 7x1."""
+    """A block on 17 x 17 pixels with 7x7 convolutions as pairs of 1x7 and 7x1."""
 
     def __init__(self, inputs: int, width: int, rngs: nnx.Rngs, dtype: Dtype):
         row: dict[str, Any]
@@ -140,7 +140,7 @@ class BlockC(nnx.Module):
         self.branch_pool = Layer(inputs, 192, 1, rngs, dtype)
 
     def __call__(self, x: Float[Array, "B h w i"]) -> Float[Array, "B h w o"]:
-        """The branches' outputs side by side."""
+        """Returns the branches' outputs, joined along the channels."""
         double = self.branch7x7dbl_3(self.branch7x7dbl_2(self.branch7x7dbl_1(x)))
         branches = (
             self.branch1x1(x),
@@ -152,7 +152,7 @@ class BlockC(nnx.Module):
 
 
 class BlockD(nnx.Module):
-    """17 x 17 pixels to 8 x 8."""
+    """A block from 17 x 17 to 8 x 8 pixels."""
 
     def __init__(self, inputs: int, rngs: nnx.Rngs, dtype: Dtype):
         self.branch3x3_1 = Layer(inputs, 192, 1, rngs, dtype)
@@ -163,16 +163,16 @@ class BlockD(nnx.Module):
         self.branch7x7x3_4 = Layer(192, 192, 3, rngs, dtype, stride=2)
 
     def __call__(self, x: Float[Array, "B h w i"]) -> Float[Array, "B y x o"]:
-        """The branches' outputs side by side."""
+        """Returns the branches' outputs, joined along the channels."""
         seven = self.branch7x7x3_3(self.branch7x7x3_2(self.branch7x7x3_1(x)))
         return jnp.concatenate([self.branch3x3_2(self.branch3x3_1(x)), self.branch7x7x3_4(seven), max_pool(x, 2)], -1)
 
 
 class BlockE(nnx.Module):
-    """8 x 8 pixels: 3x3 convolutions whose last step is a 1x3 and a 3x1 one side by side."""
+    """A block on 8 x 8 pixels with 3x3 convolutions that end in a parallel 1x3 and 3x1."""
 
     def __init__(self, inputs: int, largest: bool, rngs: nnx.Rngs, dtype: Dtype):
-        self.largest = largest  # whether the pool takes the maximum in place of the mean
+        self.largest = largest  # whether the pool takes the maximum instead of the mean
         row: dict[str, Any]
         column: dict[str, Any]
         row, column = {"kernel": (1, 3), "padding": (0, 1)}, {"kernel": (3, 1), "padding": (1, 0)}
@@ -187,7 +187,7 @@ class BlockE(nnx.Module):
         self.branch_pool = Layer(inputs, 192, 1, rngs, dtype)
 
     def __call__(self, x: Float[Array, "B h w i"]) -> Float[Array, "B h w o"]:
-        """The branches' outputs side by side."""
+        """Returns the branches' outputs, joined along the channels."""
         single, double = self.branch3x3_1(x), self.branch3x3dbl_2(self.branch3x3dbl_1(x))
         pooled = max_pool(x, 1, padding=1) if self.largest else average_pool(x)
         branches = (
@@ -202,7 +202,7 @@ class BlockE(nnx.Module):
 
 
 class Inception(nnx.Module):
-    """Images to the features of FID, and to logits."""
+    """Maps images to the features of FID and to logits."""
 
     Config = InceptionConfig
 
@@ -229,10 +229,10 @@ class Inception(nnx.Module):
 
     @jax.named_scope("inception")
     def __call__(self, images: Float[Array, "B H W 3"]) -> tuple[Float[Array, "B 2048"], Float[Array, "B 1008"] | None]:
-        """Returns features (pool3), float32, and logits with the classes' biases, or None.
+        """Returns features (pool3), float32, and logits including biases, or None.
 
         Args:
-          images: of about [-1, 1], resized to IMAGE_SIZE; 75 pixels a side at least.
+          images: values in about [-1, 1], resized to IMAGE_SIZE; at least 75 pixels a side.
         """
         x = images.astype(self.config.dtype)
         x = max_pool(self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(x))), 2)

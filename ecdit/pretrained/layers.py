@@ -1,8 +1,8 @@
-"""Parameters, products and norms of networks whose weights are published.
+"""Layers of networks with published weights.
 
-A published network is not trained here. So its parameters have the dtype of its activations, and what a new one is
-drawn from does not matter. Parameters have the names of the files, but for a matrix, which is a `kernel` [in, out], a
-convolution's, which is [height, width, in, out], and the `scale` of a norm.
+These networks are never trained, so their parameters have the dtype of their activations, and their initial values do
+not matter. Parameters have the names of the files, except that matrices are `kernel` [in, out] or, for convolutions,
+[height, width, in, out], and norms have a `scale`.
 
 Axes: B batch, L tokens, M tokens attended to, H heads, k head width, h w an image's height and width.
 """
@@ -15,16 +15,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-Dtype = Literal["float32", "bfloat16"]  # of parameters and activations
+Dtype = Literal["float32", "bfloat16"]  # dtype of parameters and activations
 
 
 def param(rngs: nnx.Rngs, shape: Sequence[int], axes: Sequence[str], dtype: Dtype) -> nnx.Param:
-    """A parameter whose dimensions have the logical `axes` (see partitioning.AXIS_RULES)."""
+    """Returns a new parameter whose dimensions have the logical `axes` (see partitioning.AXIS_RULES)."""
     return nnx.Param(0.02 * jax.random.normal(rngs.params(), tuple(shape), dtype), out_sharding=tuple(axes))
 
 
 class Linear(nnx.Module):
-    """x @ kernel + bias."""
+    """Computes x @ kernel + bias."""
 
     def __init__(
         self, inputs: int, outputs: int, axes: tuple[str, str], rngs: nnx.Rngs, dtype: Dtype, bias: bool = True
@@ -33,7 +33,7 @@ class Linear(nnx.Module):
         self.bias = param(rngs, (outputs,), axes[1:], dtype) if bias else None
 
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
-        """Maps the last axis."""
+        """Returns the output, mapped along the last axis."""
         y = x @ self.kernel[...]
         return y if self.bias is None else y + jnp.broadcast_to(self.bias[...], y.shape)
 
@@ -47,7 +47,7 @@ class LayerNorm(nnx.Module):
         self.bias = param(rngs, (width,), ("norm",), dtype)
 
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
-        """Norms over the last axis, in the dtype of x."""
+        """Normalises the last axis; returns the dtype of x."""
         y = x.astype(jnp.float32)
         y = y - y.mean(axis=-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.square(y).mean(axis=-1, keepdims=True) + self.epsilon)
@@ -63,14 +63,14 @@ class RmsNorm(nnx.Module):
         self.scale = param(rngs, (width,), ("norm",), dtype)
 
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
-        """Norms over the last axis, in the dtype of x."""
+        """Normalises the last axis; returns the dtype of x."""
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.square(y).mean(axis=-1, keepdims=True) + self.epsilon)
         return y.astype(x.dtype) * jnp.broadcast_to(self.scale[...], x.shape)
 
 
 class GroupNorm(nnx.Module):
-    """Norms over pixels and a group of channels, computed in float32."""
+    """GroupNorm over pixels and a group of channels, computed in float32."""
 
     def __init__(self, channels: int, groups: int, epsilon: float, rngs: nnx.Rngs, dtype: Dtype):
         self.groups, self.epsilon = groups, epsilon
@@ -78,7 +78,7 @@ class GroupNorm(nnx.Module):
         self.bias = param(rngs, (channels,), ("norm",), dtype)
 
     def __call__(self, x: Float[Array, "B h w c"]) -> Float[Array, "B h w c"]:
-        """Norms each image, in the dtype of x."""
+        """Normalises each image; returns the dtype of x."""
         batch, height, width, channels = x.shape
         y = x.astype(jnp.float32).reshape(batch, height * width, self.groups, channels // self.groups)
         y = y - y.mean(axis=(1, 3), keepdims=True)
@@ -88,7 +88,7 @@ class GroupNorm(nnx.Module):
 
 
 class Conv(nnx.Module):
-    """A convolution of images; its kernel is on every device, as these networks are small."""
+    """A convolution of images. Every device holds its whole kernel, because these networks are small."""
 
     def __init__(
         self,
@@ -101,7 +101,7 @@ class Conv(nnx.Module):
         padding: int | tuple[int, int] | Sequence[tuple[int, int]] = 0,
         bias: bool = True,
     ):
-        """`padding` is one number, one a side (height, width), or (before, after) for each of the two."""
+        """Makes the parameters. `padding` is one number, (height, width), or (before, after) for each of the two."""
         height, width = (kernel, kernel) if isinstance(kernel, int) else kernel
         sides = (padding, padding) if isinstance(padding, int) else padding
         self.stride = stride
@@ -110,7 +110,7 @@ class Conv(nnx.Module):
         self.bias = param(rngs, (outputs,), ("features",), dtype) if bias else None
 
     def __call__(self, x: Float[Array, "B h w i"]) -> Float[Array, "B y x o"]:
-        """Convolves."""
+        """Returns the convolution of x."""
         y = jax.lax.conv_general_dilated(
             x, self.kernel[...], (self.stride, self.stride), self.padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
@@ -124,7 +124,7 @@ def attention(
     bias: Float[Array, "B|1 H|1 L|1 M"] | None,
     scale: float,
 ) -> Float[Array, "B L H*k"]:
-    """softmax(scale query key + bias) value, scores and softmax in float32, heads side by side."""
+    """Returns softmax(scale query key + bias) value with joined heads. Scores and softmax are float32."""
     scores = scale * jnp.einsum("blhk,bmhk->bhlm", query, key, preferred_element_type=jnp.float32)
     weights = jax.nn.softmax(scores if bias is None else scores + bias, axis=-1).astype(value.dtype)
     attended = jnp.einsum("bhlm,bmhk->blhk", weights, value)
@@ -132,17 +132,17 @@ def attention(
 
 
 def quick_gelu(x: Array) -> Array:
-    """x sigmoid(1.702 x), of OpenAI's CLIP."""
+    """Returns x sigmoid(1.702 x), the activation of OpenAI's CLIP."""
     return x * jax.nn.sigmoid(1.702 * x)
 
 
 def exact_gelu(x: Array) -> Array:
-    """GELU by the error function, of OpenCLIP."""
+    """Returns GELU by the error function, the activation of OpenCLIP."""
     return jax.nn.gelu(x, approximate=False)
 
 
 def tanh_gelu(x: Array) -> Array:
-    """GELU by its tanh approximation, which T5's configs call gelu_new."""
+    """Returns GELU by its tanh approximation, which T5's configs call gelu_new."""
     return jax.nn.gelu(x, approximate=True)
 
 

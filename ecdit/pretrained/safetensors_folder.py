@@ -1,4 +1,4 @@
-"""The tensors in a folder of safetensors files, as diffusers and transformers write it; reads slices of them."""
+"""Reads slices of tensors from a folder of safetensors files, as diffusers and transformers write it."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from ecdit.pretrained.config_json import WeightsError, read_json
 
-STEMS = ("model", "diffusion_pytorch_model")  # of transformers' and of diffusers' files
+STEMS = ("model", "diffusion_pytorch_model")  # file names of transformers and of diffusers
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 DTYPES: Mapping[str, Any] = {
     "F64": np.float64,
@@ -20,7 +20,7 @@ DTYPES: Mapping[str, Any] = {
     "I64": np.int64,
     "I32": np.int32,
 }
-# A pickle can run any code when it is loaded. PyTorch's restricted reader loads tensors alone.
+# Loading a pickle can run any code. PyTorch's restricted reader (weights_only) loads only tensors.
 CONVERSION = """python - <<'EOF'
 import torch
 from safetensors.torch import save_file
@@ -31,22 +31,22 @@ EOF"""
 
 
 class SafetensorsFolder:
-    """Tensors by the names that they have in the files. Nothing is read but headers until `read` is called.
+    """Reads tensors by their names in the files. Construction reads only headers.
 
-    Raises, when it is made:
-      WeightsError: there are no safetensors files, or one is missing, truncated or damaged.
+    Raises:
+      WeightsError: there are no safetensors files, or one is missing, truncated or damaged (on construction).
     """
 
     in_pieces: ClassVar[bool] = True
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
-        self._files: dict[str, Any] = {}  # of each tensor
+        self._files: dict[str, Any] = {}  # open file by tensor
         for path in weight_files(self.folder):
             file = _open(path)
             for name in file.keys():  # noqa: SIM118 (it is no dict)
                 if name in self._files:
-                    raise WeightsError(f"{path}: the tensor {name} is in another file of {self.folder} too")
+                    raise WeightsError(f"{path}: the tensor {name} is also in another file of {self.folder}")
                 self._files[name] = file
 
     def __str__(self) -> str:
@@ -61,22 +61,22 @@ class SafetensorsFolder:
         return tuple(self._files[name].get_slice(name).get_shape())
 
     def dtype(self, name: str) -> np.dtype:
-        """Returns the dtype of a tensor; of one that this reader does not know, object."""
+        """Returns the dtype of a tensor, or object for an unknown dtype."""
         return np.dtype(DTYPES.get(self._files[name].get_slice(name).get_dtype(), object))
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """Returns a slice of a tensor; only its bytes are read."""
+        """Returns a slice of a tensor. Reads only its bytes."""
         return self._files[name].get_slice(name)[index]
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Returns the safetensors files in a folder: those that an index names, or the one that is there.
+    """Returns the safetensors files in a folder: those that an index names, or the only one.
 
     Raises:
-      WeightsError: there is none, or the choice is not clear, or the index names a file that is missing.
+      WeightsError: there is no file, there are several without an index, or the index names a missing file.
     """
     if not folder.is_dir():
-        raise WeightsError(f"{folder}: there is no such folder")
+        raise WeightsError(f"{folder}: the folder does not exist")
     for stem in STEMS:
         if (folder / f"{stem}.safetensors.index.json").exists():
             return list(_indexed(folder / f"{stem}.safetensors.index.json"))
@@ -99,8 +99,8 @@ def _no_weights(folder: Path) -> str:
     target = folder / f"{STEMS[0]}.safetensors"
     command = CONVERSION.format(source=str(pickles[0]), target=str(target))
     return (
-        f"{folder} has weights in {pickles[0].name} only. That is a pickle, which can run any code, so it is not "
-        f"loaded. With PyTorch and safetensors installed this converts it:\n{command}"
+        f"{folder} has weights only in {pickles[0].name}. It is a pickle, which can run any code, so it is not "
+        f"loaded. With PyTorch and safetensors installed, this command converts it:\n{command}"
     )
 
 
@@ -115,7 +115,7 @@ def _indexed(path: Path) -> Iterator[Path]:
         raise WeightsError(f"{path} names files outside the folder: {', '.join(outside)}")
     missing = [name for name in names if not (path.parent / name).is_file()]
     if missing:
-        raise WeightsError(f"{path} names files that are not there: {', '.join(missing)}")
+        raise WeightsError(f"{path} names files that do not exist: {', '.join(missing)}")
     for name in names:
         held = set(_open(path.parent / name).keys())
         absent = [tensor for tensor, file in files.items() if file == name and tensor not in held]
@@ -128,4 +128,4 @@ def _open(path: Path) -> Any:
     try:
         return safe_open(path, framework="numpy")
     except (SafetensorError, OSError) as error:
-        raise WeightsError(f"{path} is no whole safetensors file: {error}") from None
+        raise WeightsError(f"{path} is no complete safetensors file: {error}") from None

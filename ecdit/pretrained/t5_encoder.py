@@ -1,4 +1,7 @@
-"""T5's encoder (arXiv 1910.10683), version 1.0 and 1.1. Axes: B batch, L tokens, t width, H heads, k head width."""
+"""Implements T5's encoder (arXiv 1910.10683), versions 1.0 and 1.1.
+
+Axes: B batch, L tokens, t width, H heads, k head width.
+"""
 
 import dataclasses
 import math
@@ -21,7 +24,7 @@ from ecdit.pretrained.layers import Dtype, Linear, RmsNorm, attention, param, ta
 from ecdit.pretrained.layout import Layout
 
 PAD_ID = 0
-# Of transformers' T5Config.
+# Defaults of transformers' T5Config.
 DEFAULTS = {
     "vocab_size": 32128,
     "d_model": 512,
@@ -46,18 +49,18 @@ class T5Config:
     layers: int
     heads: int
     head_width: int  # k; H k need not be t
-    buckets: int  # of relative positions
-    max_distance: int  # beyond it all positions share a bucket
-    mlp: Literal["relu", "gated-gelu"]  # version 1.0, 1.1
-    epsilon: float  # of norms
+    buckets: int  # buckets of relative positions
+    max_distance: int  # larger distances share a bucket
+    mlp: Literal["relu", "gated-gelu"]  # of version 1.0 and of 1.1
+    epsilon: float  # added to variances in norms
     dtype: Dtype
 
 
 def read_t5(folder: Path, dtype: Dtype) -> T5Config:
-    """Returns the config in a folder of a T5 encoder, or of a whole T5.
+    """Returns the config in a folder of a T5 encoder or of a whole T5.
 
     Raises:
-      WeightsError: it cannot be read, or is another architecture's.
+      WeightsError: the config cannot be read, or is for another architecture.
     """
     config = read_config(folder, ("t5",), "model_type", DEFAULTS)
     return T5Config(
@@ -78,13 +81,13 @@ def read_t5(folder: Path, dtype: Dtype) -> T5Config:
 def relative_buckets(length: int, buckets: int, max_distance: int) -> np.ndarray:
     """Returns the bucket of each (query, key), int32[length, length].
 
-    Half of the buckets are for keys behind the query. Of each half, one half is for single distances, the other for
+    Half of the buckets are for keys after the query. In each half, one half is for single distances and the other for
     ranges whose bounds grow geometrically up to `max_distance`.
     """
     offset = np.arange(length)[None, :] - np.arange(length)[:, None]
     half, distance = buckets // 2, np.abs(offset)
     exact = half // 2
-    # In float32, as the published networks were trained with: a distance on a bound falls where its rounding says.
+    # The published networks were trained with float32 here, whose rounding decides for distances on a bound.
     ratio = np.log(np.maximum(distance, 1).astype(np.float32) / np.float32(exact)) / np.float32(
         math.log(max_distance / exact)
     )
@@ -93,7 +96,7 @@ def relative_buckets(length: int, buckets: int, max_distance: int) -> np.ndarray
 
 
 class T5Attention(nnx.Module):
-    """Attention without biases, and without a scale: the published weights include it."""
+    """Attention without biases and without a scale, which the published weights include."""
 
     def __init__(self, config: T5Config, rngs: nnx.Rngs):
         self.heads = config.heads
@@ -104,7 +107,7 @@ class T5Attention(nnx.Module):
         self.o = Linear(joined, config.width, ("joined_kv", "embed"), rngs, dtype, bias=False)
 
     def __call__(self, x: Float[Array, "B L t"], bias: Float[Array, "B H L L"]) -> Float[Array, "B L t"]:
-        """Attends; `bias` holds relative positions and padding."""
+        """Returns the attention's output; `bias` has relative positions and masks padding."""
         query, key, value = (
             constrain(project(x).reshape(*x.shape[:2], self.heads, -1), "batch", None, "heads", None)
             for project in (self.q, self.k, self.v)
@@ -113,7 +116,7 @@ class T5Attention(nnx.Module):
 
 
 class T5Mlp(nnx.Module):
-    """wo relu(wi x), or gated wo (gelu(wi_0 x) wi_1 x)."""
+    """Computes wo relu(wi x), or the gated wo (gelu(wi_0 x) wi_1 x)."""
 
     def __init__(self, config: T5Config, rngs: nnx.Rngs):
         def inner() -> Linear:
@@ -127,12 +130,12 @@ class T5Mlp(nnx.Module):
         self.wo = Linear(config.mlp_width, config.width, ("mlp", "embed"), rngs, config.dtype, bias=False)
 
     def __call__(self, x: Float[Array, "B L t"]) -> Float[Array, "B L t"]:
-        """Maps each token."""
+        """Returns the output for each token."""
         return self.wo(tanh_gelu(self.wi_0(x)) * self.wi_1(x) if self.gated else jax.nn.relu(self.wi(x)))
 
 
 class T5Block(nnx.Module):
-    """Pre-norm attention and MLP."""
+    """A block of pre-norm attention and MLP."""
 
     def __init__(self, config: T5Config, rngs: nnx.Rngs):
         self.attention_norm, self.mlp_norm = (
@@ -141,13 +144,13 @@ class T5Block(nnx.Module):
         self.attention, self.mlp = T5Attention(config, rngs), T5Mlp(config, rngs)
 
     def __call__(self, x: Float[Array, "B L t"], bias: Float[Array, "B H L L"]) -> Float[Array, "B L t"]:
-        """The block's output; `bias` is added to the scores of the attention."""
+        """Returns the block's output; `bias` is added to the scores of the attention."""
         x = x + self.attention(self.attention_norm(x), bias)
         return x + self.mlp(self.mlp_norm(x))
 
 
 class T5Encoder(nnx.Module):
-    """Tokens to states; a `components.TextEncoder`. T5 has no pooled state: it gives the mean of a caption's states."""
+    """Maps tokens to states, a `components.TextEncoder`. The pooled state is the mean, because T5 has none."""
 
     Config = T5Config
 
@@ -161,10 +164,10 @@ class T5Encoder(nnx.Module):
 
     @jax.named_scope("t5_encoder")
     def __call__(self, tokens: Int[Array, "B L"]) -> TextStates:
-        """Encodes captions.
+        """Returns the states of captions.
 
         Args:
-          tokens: int32, ending in EOS, then padded with 0, which no token attends to.
+          tokens: int32; rows end in EOS and are padded with 0, to which no token attends.
         """
         config, mask, length = self.config, tokens != PAD_ID, tokens.shape[1]
         buckets = relative_buckets(length, config.buckets, config.max_distance)
@@ -182,7 +185,7 @@ class T5Encoder(nnx.Module):
         require(heads % tensor == 0, "text.heads", heads, f"must be a multiple of mesh.tensor, {tensor}")
 
     def flops(self, length: int) -> PartFlops:
-        """Returns the work on one caption, padding included."""
+        """Returns the FLOPs of one caption, including padding."""
         config, joined = self.config, self.config.heads * self.config.head_width
         matrices = 3 if config.mlp == "gated-gelu" else 2
         token = 4 * config.width * joined + matrices * config.width * config.mlp_width
@@ -190,7 +193,7 @@ class T5Encoder(nnx.Module):
         return PartFlops("t5_encoder", float(config.layers * length), 2.0 * config.layers * layer)
 
 
-# A whole T5 has a decoder too; encoder.embed_tokens is the same matrix as `shared`.
+# A whole T5 also has a decoder; encoder.embed_tokens is the same matrix as `shared`.
 T5_LAYOUT = Layout(
     names=(
         (r"^block\.", "encoder.block.{layer}."),

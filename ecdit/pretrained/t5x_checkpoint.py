@@ -1,7 +1,7 @@
-"""T5's encoder in a checkpoint of T5X, shown as tensors with the names and axes of transformers' files.
+"""Reads T5's encoder from a checkpoint of T5X as tensors with the names and axes of transformers' files.
 
-`checkpoint_<step>/checkpoint` is msgpack: small arrays, and for large ones the specification of a tensorstore array,
-which is a folder beside it. No config is stored with them, so that sizes are read off the shapes.
+`checkpoint_<step>/checkpoint` is msgpack. It holds small arrays, and specifications of tensorstore arrays for large
+ones, which are folders beside it. A checkpoint has no config, so sizes come from the shapes.
 """
 
 import re
@@ -36,13 +36,13 @@ TRANSPOSED = (".kernel", ".rel_embedding")
 
 
 class T5xCheckpoint:
-    """Tensors by transformers' names; those of the decoder keep T5X's. Large arrays are read slice by slice.
+    """Reads tensors by transformers' names, or by T5X's names for the decoder. Reads large arrays slice by slice.
 
-    Raises, when it is made:
-      WeightsError: the folder is no checkpoint of T5X, or an array is missing.
+    Raises:
+      WeightsError: the folder is no checkpoint of T5X, or an array is missing (on construction).
     """
 
-    in_pieces: ClassVar[bool] = False  # a chunk of zarr is read and decompressed whole
+    in_pieces: ClassVar[bool] = False  # zarr reads and decompresses whole chunks
 
     def __init__(self, folder: Path):
         from flax.serialization import msgpack_restore
@@ -65,7 +65,7 @@ class T5xCheckpoint:
         return str(self.folder)
 
     def _open(self, name: str, spec: Mapping[str, Any]) -> Any:
-        """Opens a tensorstore array. Its path is relative to the checkpoint, wherever that was written."""
+        """Opens a tensorstore array by the last part of its path, because the checkpoint may have been moved."""
         import tensorstore
 
         path = Path(str(spec["kvstore"]["path"]).rstrip("/")).name
@@ -97,10 +97,10 @@ class T5xCheckpoint:
         return values.T if transposed else values
 
     def config(self, dtype: Dtype, max_distance: int = 128) -> T5Config:
-        """Returns the sizes of the encoder; no array tells `max_distance`, which is 128 in all that are published.
+        """Returns the encoder's config. No shape shows `max_distance`, which is 128 in all published networks.
 
         Raises:
-          WeightsError: an array that tells a size is missing.
+          WeightsError: an array whose shape shows a size is missing.
         """
         bias = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
         q = "encoder.block.0.layer.0.SelfAttention.q.weight"

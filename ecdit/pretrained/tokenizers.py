@@ -1,6 +1,6 @@
-"""Captions to the ids of public text encoders: CLIP's byte-pair encoding and T5's SentencePiece, from a folder's files.
+"""Turns captions into token ids of public text encoders: CLIP's byte-pair encoding and T5's SentencePiece.
 
-CLIP's needs the packages `tokenizers` and, cleaning as OpenCLIP does, `ftfy`: the extra `pretrained`.
+CLIP's needs the package `tokenizers` and, to clean captions like OpenCLIP, `ftfy`. The extra `pretrained` has both.
 """
 
 import html
@@ -17,9 +17,9 @@ from ecdit.pretrained.config_json import WeightsError, read_json
 
 VOCABULARY, MERGES, BOTH = "vocab.json", "merges.txt", "tokenizer.json"
 SPIECE = "spiece.model"
-# What stands apart before pairs of bytes are merged: endings after an apostrophe, words, digits, all the rest.
+# Byte pairs are merged only inside these pieces: endings after an apostrophe, words, digits, and other characters.
 PIECES = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-# Of transformers' CLIPTokenizer, for folders that do not say.
+# Defaults of transformers' CLIPTokenizer.
 SPECIAL = {"bos_token": "<|startoftext|>", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
 T5_PAD, T5_EOS = 0, 1
 
@@ -28,31 +28,31 @@ class Tokens(NamedTuple):
     """Encoded captions."""
 
     ids: Int[np.ndarray, "n L"]  # int32, padded at the end
-    lengths: Int[np.ndarray, " n"]  # int32: without padding, with the special tokens
+    lengths: Int[np.ndarray, " n"]  # int32, with special tokens and without padding
 
 
 class Tokenizer(Protocol):
-    """Captions to ids."""
+    """Turns captions into ids."""
 
     def encode(self, captions: Sequence[str], length: int) -> Tokens:
-        """Encodes captions; one that is too long is cut before its end token."""
+        """Returns the captions' tokens. Captions that are too long keep their end token."""
         ...
 
     def check_fits(self, vocab_size: int) -> None:
-        """Raises WeightsError unless an embedding of so many rows is this tokenizer's."""
+        """Raises WeightsError unless an embedding with `vocab_size` rows fits this tokenizer."""
         ...
 
 
 class ClipTokenizer:
-    """CLIP's byte-pair encoding of lower-cased text.
+    """Applies CLIP's byte-pair encoding to lower-cased text.
 
-    `cleaning` says how a caption is cleaned: as OpenCLIP (and OpenAI) does, which mends wrongly decoded text and
-    resolves HTML's entities, or as transformers does, which does neither, but reads a special token that a caption
-    spells as that token. On plain captions both give the same ids.
+    `cleaning` selects the library whose cleaning of captions it follows. OpenCLIP, like OpenAI, repairs wrongly decoded
+    text and resolves HTML entities. transformers does neither, but replaces a special token that a caption spells out
+    by that token's id. On plain captions both yield the same ids.
 
-    Raises, when it is made:
-      WeightsError: the folder's files cannot be read.
-      UserError: a package is missing.
+    Raises:
+      WeightsError: the folder's files cannot be read (on construction).
+      UserError: a package is missing (on construction).
     """
 
     def __init__(self, folder: Path, cleaning: Literal["open_clip", "transformers"]):
@@ -78,18 +78,18 @@ class ClipTokenizer:
             normalizers = tokenizers.normalizers
             spaces = normalizers.Replace(tokenizers.Regex(r"\s+"), " ")
             self._tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), spaces, normalizers.Lowercase()])
-            # Where these stand in a caption, even padding's, which in SDXL's folders is "!".
+            # transformers recognises these in captions, even the padding token, which is "!" in SDXL's folders.
             self._tokenizer.add_special_tokens(sorted(set(special.values())))
 
     def encode(self, captions: Sequence[str], length: int) -> Tokens:
-        """Encodes captions."""
+        """Returns the captions' tokens."""
         if self._fix_text is not None:
             captions = [_clean(caption, self._fix_text) for caption in captions]
         encoded = self._tokenizer.encode_batch(list(captions), add_special_tokens=False)
         return _fit(([self.start, *one.ids, self.end] for one in encoded), length, self.end, self.pad)
 
     def check_fits(self, vocab_size: int) -> None:
-        """Raises WeightsError unless every id has a row and the last row is the end's, which `ClipText` looks for."""
+        """Raises WeightsError unless ids and rows match and the end token has the largest id, as `ClipText` expects."""
         _check_size(self.folder, self.largest + 1, vocab_size, exactly=True)
         if self.end != self.largest:
             raise WeightsError(
@@ -98,10 +98,10 @@ class ClipTokenizer:
 
 
 class T5Tokenizer:
-    """T5's SentencePiece unigrams.
+    """Applies T5's SentencePiece unigram model.
 
-    Raises, when it is made:
-      WeightsError: the folder has no spiece.model that can be read.
+    Raises:
+      WeightsError: the folder has no readable spiece.model (on construction).
     """
 
     def __init__(self, folder: Path):
@@ -117,12 +117,12 @@ class T5Tokenizer:
             raise WeightsError(f"{path}: padding and end have ids {ids}, T5's have {(T5_PAD, T5_EOS)}")
 
     def encode(self, captions: Sequence[str], length: int) -> Tokens:
-        """Encodes captions; the control character U+0085 is a space, as for transformers."""
+        """Returns the captions' tokens. Like transformers, it treats the control character U+0085 as a space."""
         encoded = self._pieces.encode([caption.replace("\x85", " ") for caption in captions])
         return _fit(([*ids, T5_EOS] for ids in encoded), length, T5_EOS, T5_PAD)
 
     def check_fits(self, vocab_size: int) -> None:
-        """Raises WeightsError if a piece has no row; T5's embeddings have more rows than pieces."""
+        """Raises WeightsError if a piece has no row. T5's embeddings have more rows than pieces."""
         _check_size(self.folder, self._pieces.vocab_size(), vocab_size, exactly=False)
 
 
@@ -132,17 +132,17 @@ def _import(package: str) -> Any:
     except ImportError:
         raise UserError(f"CLIP's tokenizer needs the package {package}: pip install -e '.[pretrained]'") from None
     for submodule in ("models", "normalizers", "pre_tokenizers") if package == "tokenizers" else ():
-        importlib.import_module(f"{package}.{submodule}")  # makes it an attribute
+        importlib.import_module(f"{package}.{submodule}")  # makes the submodule an attribute
     return module
 
 
 def _clean(caption: str, fix_text: Any) -> str:
-    """Cleans as OpenCLIP does."""
+    """Returns a caption cleaned like in OpenCLIP."""
     return " ".join(html.unescape(html.unescape(fix_text(caption))).split()).lower()
 
 
 def _vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Reads ids of tokens, and pairs to merge in their order, from either form in which they are stored."""
+    """Returns the ids of tokens and the merges in order, from either of the two file formats."""
     if (folder / VOCABULARY).exists():
         vocabulary = read_json(folder / VOCABULARY)
         try:
@@ -167,7 +167,7 @@ def _vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
 def _special_tokens(folder: Path) -> dict[str, str]:
     """Returns the tokens for start, end and padding."""
     special = dict(SPECIAL)
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):  # the second one counts for more
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):  # the second overrides the first
         values = read_json(folder / name) if (folder / name).exists() else {}
         for key in special:
             token = values.get(key)
@@ -177,7 +177,7 @@ def _special_tokens(folder: Path) -> dict[str, str]:
 
 
 def _fit(rows: Iterable[Sequence[int]], length: int, end: int, pad: int) -> Tokens:
-    """Pads rows that finish with `end`, or cuts them and keeps `end`."""
+    """Returns rows, which finish with `end`, padded or cut to `length` with `end` kept."""
     kept = [row if len(row) <= length else [*row[: length - 1], end] for row in rows]
     ids = np.full((len(kept), length), pad, np.int32)
     for row, tokens in zip(ids, kept, strict=True):

@@ -20,15 +20,15 @@ from ecdit.pretrained.config_json import CONFIG, WeightsError, read_json
 from ecdit.pretrained.layout import Layout, tensor_axes
 from ecdit.pretrained.safetensors_folder import SafetensorsFolder
 
-PIECE_BYTES = 4 * 2**20  # read at once: small beside a tensor, large beside a disk's block
-SHOWN = 10  # names of each kind in an error
+PIECE_BYTES = 4 * 2**20  # bytes per read: much less than a tensor, much more than a disk's block
+SHOWN = 10  # names of each kind shown in an error
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 
 
 class Tensors(Protocol):
-    """Tensors in files; `str` gives their place."""
+    """Reads tensors from files; `str` returns their path."""
 
-    in_pieces: ClassVar[bool]  # whether reading a slice costs its own bytes alone, and not those of a chunk around it
+    in_pieces: ClassVar[bool]  # whether reading a slice reads only its own bytes and not a whole chunk
 
     def names(self) -> list[str]:
         """Returns the names of all tensors, sorted."""
@@ -43,19 +43,19 @@ class Tensors(Protocol):
         ...
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """Returns a slice of a tensor; only its bytes are read."""
+        """Returns a slice of a tensor."""
         ...
 
 
 class Loaded(NamedTuple):
     """A network's parameters."""
 
-    params: dict[str, Any]  # nested, as nnx.State takes it
-    not_numbers: dict[str, int]  # how many NaNs each tensor has in what this process read, where there are any
+    params: dict[str, Any]  # nested, as nnx.State accepts it
+    not_numbers: dict[str, int]  # NaNs that this process read, by tensor, without zeros
 
 
 class _Parameter(NamedTuple):
-    """A parameter and its tensors: one, or one a layer along its first axis."""
+    """A parameter and its tensors: one, or one per layer if its first axis stacks layers."""
 
     path: tuple[Any, ...]
     shape: tuple[int, ...]
@@ -69,7 +69,7 @@ class _Parameter(NamedTuple):
 
     @property
     def axes(self) -> tuple[int, ...]:
-        """Which axis of a tensor each axis of the parameter is."""
+        """Returns the tensor's axis for each axis of the parameter."""
         return tensor_axes(self.path, len(self.layer_shape))
 
     @property
@@ -78,19 +78,19 @@ class _Parameter(NamedTuple):
 
 
 def load(abstract: nnx.State, layout: Layout, tensors: Tensors, mesh: Mesh | None) -> Loaded:
-    """Reads a network's parameters, converted to the network's dtype and laid out on the mesh.
+    """Returns a network's parameters in the network's dtype, sharded over the mesh.
 
-    Beyond the parameters themselves the process holds one part of a tensor in memory, a device's. NaNs are
-    warned of and counted.
+    Besides the parameters, the process holds only one device's part of one tensor in memory. NaNs are counted and
+    logged as a warning.
 
     Args:
-      abstract: the network's Params, which name their logical axes; arrays or shapes.
+      abstract: the network's Params with their logical axes; arrays or shapes.
       layout: the names of its tensors.
       tensors: the files.
-      mesh: the devices; None for the first one alone.
+      mesh: the devices; None uses only the first one.
 
     Raises:
-      WeightsError: tensors are missing, unknown, misshapen or not of floats; the message lists them.
+      WeightsError: tensors are missing, unknown, not floating-point or of another shape; the message lists them.
     """
     parameters = [_parameter(path, variable, layout) for path, variable in nnx.to_flat_state(abstract)]
     found = _check(parameters, layout, tensors)
@@ -109,12 +109,14 @@ def load(abstract: nnx.State, layout: Layout, tensors: Tensors, mesh: Mesh | Non
 
 
 def load_folder(abstract: nnx.State, layout: Layout, folder: Path, mesh: Mesh | None) -> Loaded:
-    """Reads a network's parameters from a folder of safetensors files: see `load`."""
+    """Returns a network's parameters from a folder of safetensors files (see `load`)."""
     return load(abstract, layout, SafetensorsFolder(folder), mesh)
 
 
 def fingerprint(folder: Path) -> str:
-    """Returns the sha256 over a folder's config and tensors: names, dtypes, shapes and bytes, however split in files.
+    """Returns the sha256 over a folder's config and its tensors' names, dtypes, shapes and bytes.
+
+    It does not depend on how tensors are split over files.
 
     Raises:
       WeightsError: the folder cannot be read.
@@ -123,7 +125,7 @@ def fingerprint(folder: Path) -> str:
 
 
 def tensors_fingerprint(tensors: Tensors, config: dict[str, Any]) -> str:
-    """Returns the sha256 over tensors and the values of a config; reads everything, piece by piece."""
+    """Returns the sha256 over tensors and the values of a config. Reads everything, piece by piece."""
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name in tensors.names():
         shape, dtype = tensors.shape(name), tensors.dtype(name)
@@ -143,11 +145,15 @@ def _parameter(path: tuple[Any, ...], variable: nnx.Variable, layout: Layout) ->
 
 
 def _check(parameters: Sequence[_Parameter], layout: Layout, tensors: Tensors) -> dict[str, str]:
-    """Returns the files' name of each tensor by its present name."""
+    """Returns the name in the files of each tensor by its current name.
+
+    Raises:
+      WeightsError: as in `load`.
+    """
     found: dict[str, str] = {}
     for name in tensors.names():
         present = layout.present_name(name)
-        # A matrix that two names share may be stored under both.
+        # A matrix with two names may be stored under both.
         if present not in found or name == present:
             found[present] = name
     needed = {name: parameter for parameter in parameters for name in parameter.tensors}
@@ -188,7 +194,7 @@ def _read_parameter(
     layer_sharding, (zeros, set_layer) = _of_a_layer(sharding), _stacking(parameter.shape, parameter.dtype, sharding)
     stacked = zeros()
     for layer, name in enumerate(parameter.tensors):
-        # Waits, so that one layer after the other is in this process's memory.
+        # Waiting keeps only one layer at a time in this process's memory.
         stacked = jax.block_until_ready(set_layer(stacked, read(found[name], layer_sharding), layer))
     return stacked
 
@@ -200,9 +206,9 @@ def _of_a_layer(sharding: Sharding) -> Sharding:
     return sharding
 
 
-@functools.lru_cache(maxsize=64)  # layers have a few shapes
+@functools.lru_cache(maxsize=64)  # layers have few distinct shapes
 def _stacking(shape: tuple[int, ...], dtype: Any, sharding: Sharding) -> tuple[Any, Any]:
-    """Returns functions that make a stacked parameter and that set one layer of it in place."""
+    """Returns two functions: one makes a stacked parameter of zeros, the other sets one layer of it in place."""
 
     def set_layer(stacked: jax.Array, layer: jax.Array, number: jax.Array) -> jax.Array:
         return jax.lax.dynamic_update_index_in_dim(stacked, layer, number, 0)
@@ -214,9 +220,9 @@ def _stacking(shape: tuple[int, ...], dtype: Any, sharding: Sharding) -> tuple[A
 def _read_tensor(
     parameter: _Parameter, tensors: Tensors, name: str, sharding: Sharding, counts: dict[str, int]
 ) -> jax.Array:
-    """Reads a parameter, or a layer of one, from its tensor."""
+    """Returns a parameter, or one layer of it, from its tensor."""
     shape, axes = parameter.layer_shape, parameter.axes
-    holders: dict[tuple[tuple[int, int], ...], list[Any]] = {}  # of each part: several may have the same
+    holders: dict[tuple[tuple[int, int], ...], list[Any]] = {}  # devices by part; replicas hold the same part
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         assert index is not None, device
         bounds = tuple(one.indices(size)[:2] for one, size in zip(index, shape, strict=True))
@@ -227,13 +233,13 @@ def _read_tensor(
         nans = _fill(values, tensors, name, tuple(slice(*bound) for bound in bounds), axes)
         if nans:
             counts[name] = counts.get(name, 0) + nans
-        # Waits, so that one part after the other is in this process's memory.
+        # Waiting keeps only one part at a time in this process's memory.
         arrays += jax.block_until_ready([jax.device_put(values, device) for device in devices])
     return jax.make_array_from_single_device_arrays(shape, sharding, arrays, dtype=parameter.dtype)
 
 
 def _fill(values: np.ndarray, tensors: Tensors, name: str, bounds: tuple[slice, ...], axes: tuple[int, ...]) -> int:
-    """Writes a slice of a tensor into `values`, whose axis i is the tensor's axes[i]; returns its number of NaNs."""
+    """Writes a slice of a tensor into `values`, whose axis i is the tensor's axes[i]. Returns its number of NaNs."""
     inverse = tuple(axes.index(axis) for axis in range(len(axes)))
     as_in_file, wanted, nans = values.transpose(inverse), tuple(bounds[axis] for axis in inverse), 0
     for index in _pieces(wanted, tensors.dtype(name).itemsize) if tensors.in_pieces else [wanted]:
@@ -245,7 +251,7 @@ def _fill(values: np.ndarray, tensors: Tensors, name: str, bounds: tuple[slice, 
 
 
 def _pieces(index: tuple[slice, ...], itemsize: int) -> Iterator[tuple[slice, ...]]:
-    """Splits a slice of a tensor by rows into pieces of about PIECE_BYTES."""
+    """Yields the slice of a tensor, split by rows into pieces of about PIECE_BYTES."""
     if not index:
         yield index
         return

@@ -1,8 +1,8 @@
-"""Options of the TPU compiler with which the paper's family was planned: see configs/README.md."""
+"""Lists the options of the TPU compiler for the plans of the paper's family (configs/README.md)."""
 
-# All-to-alls run behind matrix products; gathers of weights and reductions of gradients run on the SparseCores.
+# They hide all-to-alls behind matrix products, and gather weights and reduce gradients on the SparseCores.
 TPU_OPTIONS = (
-    "xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000",  # gathers, not rings of permutes behind small products
+    "xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000",  # gathers instead of permutes behind small products
     "xla_enable_async_all_gather=true",
     "xla_tpu_enable_async_all_to_all=true",
     "xla_tpu_enable_async_collective_fusion=true",

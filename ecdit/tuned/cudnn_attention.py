@@ -1,4 +1,4 @@
-"""Normed and rotated attention by cuDNN's kernel: on NVIDIA GPUs no scores go to the GPU's main memory.
+"""Computes normed and rotated attention with cuDNN's kernel, which keeps scores out of a GPU's main memory.
 
 Axes: B batch, H heads, K key-value heads, k head width, pairs k / 2, N tokens, M tokens attended to.
 """
@@ -27,8 +27,8 @@ def cudnn_attention(
 ) -> Float[Array, "B H k N"]:
     """Computes `attention.normed_attention`, with queries and keys rounded to their dtype after norm and rotation.
 
-    The mask must hide the end of a row and nothing else, as that of a padded caption does: cuDNN takes lengths.
-    `implementation` "xla" is the same call without the kernel, which needs no GPU and takes float32 too.
+    The mask may hide only the end of a row, like the padding of a caption, because cuDNN takes lengths.
+    `implementation` "xla" is the same call without the kernel; it needs no GPU and also takes float32.
     """
     query, key = (_normed(x, scale) for x, scale in zip((query, key), norms, strict=True))
     if angles is not None:

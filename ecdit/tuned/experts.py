@@ -1,7 +1,7 @@
-"""The experts' products for TPUs: with gradients reduce-scattered over `fsdp` by hand, or matrices sent by halves.
+"""Computes the experts' products for TPUs, either with hand-written reduce-scatters over `fsdp` or in halves.
 
-Both do what `moe.expert_products` does; `model.expert_products` chooses. They save slots as the all-to-all wrote them
-(see `saved_product`).
+Both compute `moe.expert_products`; the config field `model.expert_products` chooses. They save slots as the all-to-all
+wrote them (see `saved_product`).
 
 Axes: E experts, T slots of an expert (of all groups and places), d width, f hidden width, i inputs, o outputs.
 """
@@ -16,7 +16,7 @@ from ecdit.functions import gelu, named
 from ecdit.partitioning import AXIS_RULES, axis_size, constrain, logical_spec
 from ecdit.tuned.saved_product import saved_product
 
-# Logical axes of slots and hidden units where they are with their experts, and of the experts' matrices.
+# Logical axes of slots and hidden units on the devices of their experts, and of the experts' matrices.
 _SLOTS = ("experts", "expert_groups", None)
 _HIDDEN = ("experts", "expert_groups", "mlp")
 _UP = ("experts", "expert_embed", "expert_mlp")
@@ -26,7 +26,7 @@ _DOWN = ("experts", "expert_mlp", "expert_embed")
 def scattered(
     slots: Float[Array, "E T d"], up: Float[Array, "E d f"], down: Float[Array, "E f d"]
 ) -> Float[Array, "E T d"]:
-    """Lets the compiler gather the matrices over `fsdp`, and reduce-scatters their gradients by hand."""
+    """Lets the compiler gather the matrices over `fsdp`, and reduce-scatters their gradients explicitly."""
     saved = named(slots, "expert_in")
     hidden: Any = saved_product(slots, saved, up, ("etd,edf->etf", "etf,edf->etd"), up_gradient)
     hidden = constrain(gelu(named(hidden, "expert_hidden")), *_HIDDEN)
@@ -36,10 +36,10 @@ def scattered(
 def halves(
     slots: Float[Array, "E T d"], up: Float[Array, "E d f"], down: Float[Array, "E f d"]
 ) -> Float[Array, "E T d"]:
-    """Multiplies by the chip's own half of a matrix while the other half is on its way (`fsdp` is 2).
+    """Multiplies by the chip's own half of a matrix while the other half is in transit (`fsdp` is 2).
 
-    A TPU hides a gather behind a matrix product only, and the first product would need the gathered matrix. Each half
-    of the second product is rounded to the dtype of the slots.
+    A TPU can hide a gather only behind a matrix product, and the first product would need the gathered matrix. Each
+    half of the second product is rounded to the dtype of the slots.
     """
 
     def on_each(slots: Array, saved: Array, up: Array, down: Array) -> Array:
@@ -67,7 +67,7 @@ def barrier_before_all_to_all(outputs: Float[Array, "E G C d"]) -> Float[Array, 
 def up_gradient(
     inputs: Float[Array, "E T d"], gradient: Float[Array, "E T f"]
 ) -> tuple[Float[Array, "E d f"], Float[Array, "E T f"]]:
-    """Returns the gradient of the experts' first matrix and, unchanged, their hidden units' `gradient`."""
+    """Returns the gradient of the experts' first matrix and the unchanged `gradient` of their hidden units."""
     if axis_size("fsdp") == 1:
         return _local_gradient(inputs, gradient)
     # Computed transposed: scattering over the last dimension makes the TPU copy.
@@ -77,9 +77,9 @@ def up_gradient(
 def down_gradient(
     hidden: Float[Array, "E T f"], gradient: Float[Array, "E T d"]
 ) -> tuple[Float[Array, "E f d"], Float[Array, "E T d"]]:
-    """Returns the gradient of the experts' second matrix and, unchanged, their outputs' `gradient`.
+    """Returns the gradient of the experts' second matrix and the unchanged `gradient` of their outputs.
 
-    The matrix's is summed over the chips that have other slots of the same experts; each chip keeps its part of the
+    The matrix's gradient is summed over the chips with other slots of the same experts. Each chip keeps its part of the
     hidden units.
     """
     if axis_size("fsdp") == 1:
@@ -87,11 +87,11 @@ def down_gradient(
     others = tuple(axis for axis in AXIS_RULES["expert_groups"] if axis != "fsdp")
 
     def on_each(hidden: Array, gradient: Array) -> tuple[Array, Array]:
-        alone = hidden.shape[0] == 1  # a TPU would all-reduce an array [1, f, d] instead
+        alone = hidden.shape[0] == 1  # a TPU would all-reduce [1, f, d] instead of scattering it
         product = (
             jnp.einsum("tf,td->fd", hidden[0], gradient[0]) if alone else jnp.einsum("etf,etd->efd", hidden, gradient)
         )
-        # This product comes before the one that needs the gathered matrix, so that the gather can go on behind it.
+        # The barrier puts this product before the one that needs the gathered matrix, to hide the gather behind it.
         product, gradient = jax.lax.optimization_barrier((product, gradient))
         part = jax.lax.psum_scatter(product, "fsdp", scatter_dimension=product.ndim - 2, tiled=True)
         part = part[None] if alone else part

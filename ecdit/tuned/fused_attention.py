@@ -1,8 +1,8 @@
-"""Normed and rotated attention, a few heads at a time, in one Pallas kernel: no scores go to the chip's main memory.
+"""Computes normed and rotated attention in one Pallas kernel, which keeps scores out of the chip's main memory.
 
-A step of the kernel's grid is some heads of an image. The function of one key-value head and its queries, `_tile`, is
-plain JAX: the backward kernel computes it again and differentiates it where it is, and on other platforms than TPUs it
-is mapped over images and heads. (A program is for TPUs or for others: JAX lowers no kernel for both at once.)
+A step of the kernel's grid computes some heads of an image. `_tile`, the function of one key-value head and its
+queries, is plain JAX. The backward kernel recomputes and differentiates it in place, and on other platforms than TPUs
+it is mapped over images and heads. (One program is for TPUs or for others, because JAX cannot lower a kernel for both.)
 
 Axes: B batch, H heads, K key-value heads, G = H / K, k head width, pairs k / 2, N tokens, M tokens attended
 to, C chunks of heads.
@@ -26,7 +26,7 @@ from ecdit.partitioning import AXIS_RULES
 # VMEM budget (16 MB on v4): double-buffered blocks of a grid step, plus about five score arrays of an iteration.
 CHUNK_BYTES = 4 * 2**20
 SCORE_BYTES = 2 * 2**20
-HEADS_TOGETHER = 8  # query heads of an iteration, whose work the compiler interleaves
+HEADS_TOGETHER = 8  # query heads per iteration; the compiler interleaves their work
 HIDDEN = -0.7 * float(jnp.finfo(jnp.float32).max)  # added to masked scores; the sum is still finite
 
 Inputs = tuple[Array, Array, Array, tuple[Array, Array], tuple[Array, Array] | None, Array | None]
@@ -42,7 +42,7 @@ def fused_attention(
 ) -> Float[Array, "B H k N"]:
     """Computes `attention.normed_attention`, with queries and keys rounded to their dtype after norm and rotation.
 
-    Not differentiated with respect to the angles. Every image needs a token that its mask does not hide.
+    Angles get no gradient. Every image needs a token that its mask does not hide.
     """
     turn = None if angles is None else tuple(function(angles.swapaxes(1, 2)) for function in (jnp.cos, jnp.sin))
     bias = None if mask is None else jnp.where(mask, 0.0, HIDDEN)
@@ -92,7 +92,7 @@ def _tile(
     turn: tuple[Float[Array, "pairs N"], Float[Array, "pairs N"]] | None,
     bias: Float[Array, "1 M"] | None,
 ) -> Float[Array, "G k N"]:
-    """Returns the heads of one key-value head, by two-dimensional matrix products, which a TPU has."""
+    """Returns the heads of one key-value head by two-dimensional matrix products, which a TPU kernel supports."""
     key = _prepared(key, scales[1], turn)
     heads = []
     for group in range(query.shape[0]):
@@ -137,18 +137,18 @@ def _backward(
         return _forward(query, key, value, scales, turn, bias)
 
     *heads, norms = jax.vjp(forward, query, key, value, scales)[1](gradient)
-    # In the shape of the kernel's own: equal parts of the sum.
+    # The kernel returns a part of the sum for each image and chunk; these are equal parts.
     parts = (jnp.broadcast_to(norm / (images * chunks), (images, chunks, *norm.shape)) for norm in norms)
     return *heads, *parts
 
 
-# With one
+# With a kernel
 
 
 def forward_kernel(*inputs: Any, interpret: bool = False) -> Array:
-    """Returns the attention of a device's images and heads; inputs are `_tile`'s, with axes for images and heads.
+    """Returns the attention of a device's images and heads. The inputs are those of `_tile` with these two axes.
 
-    With `interpret` it runs without a TPU.
+    `interpret` runs it without a TPU.
     """
     return _call(_forward_body, inputs, inputs[:1], 2, interpret)[0]
 
@@ -199,7 +199,7 @@ def heads_together(query: Any, key: Any) -> int:
 
 
 def score_bytes(heads: int, tokens: int, attended: int) -> int:
-    """Returns the bytes of the float32 scores of so many heads."""
+    """Returns the bytes of the float32 scores of `heads` heads."""
     return 4 * heads * tokens * attended
 
 
@@ -218,7 +218,7 @@ def _each(query: Any, key: Any) -> Callable[[Callable[[Array], None]], None]:
 
 
 def _read(scales: Any, turn: Any, bias: Any) -> tuple[Any, Any, Any]:
-    """Reads the scales, and an image's rotation and bias, from a grid step's references."""
+    """Returns the scales and an image's rotation and bias, read from a grid step's references."""
     return jax.tree.map(lambda x: x[...], scales), *jax.tree.map(lambda x: x[0], (turn, bias))
 
 
@@ -228,7 +228,7 @@ def _call(body: Callable[..., None], inputs: Any, outputs: Any, products: int, i
     images, chunks = query.shape[0], key.shape[1] // chunk_heads(query, key)
 
     def part(x: Array | jax.ShapeDtypeStruct) -> pl.BlockSpec:
-        """Returns the block of a grid step: its image and heads, its image if there are no heads, or all scales."""
+        """Returns a grid step's block: its image and heads, only its image if x has no heads, or all scales."""
         if x.ndim == 4:
             return pl.BlockSpec((1, x.shape[1] // chunks, *x.shape[2:]), lambda image, chunk: (image, chunk, 0, 0))
         if x.ndim == 3:
@@ -248,7 +248,7 @@ def _call(body: Callable[..., None], inputs: Any, outputs: Any, products: int, i
             transcendentals=scores,
             bytes_accessed=sum(x.size * x.dtype.itemsize for x in everything),
         ),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),  # on both cores of a chip
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel")),  # uses both cores of a chip
         interpret=interpret,
         name=body.__name__.strip("_").replace("body", "attention"),
     )(*inputs)

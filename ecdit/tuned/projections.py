@@ -1,8 +1,8 @@
-"""The projections around attention, for TPUs: their products write and read heads with tokens last.
+"""Computes the projections around attention for TPUs, by products that write and read heads with tokens last.
 
-The plain forms multiply rows and then transpose, which a TPU does in a separate pass over the activations.
+The plain forms multiply rows and then transpose, which is a separate pass over the activations on a TPU.
 
-Axes: B batch, N tokens, d width, f heads side by side.
+Axes: B batch, N tokens, d width, f joined heads.
 """
 
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""A product whose backward pass reads what a remat policy saved, without rounding it once more."""
+"""Computes a product whose backward pass reads an activation saved by a remat policy, without rounding it again."""
 
 import functools
 from collections.abc import Callable
@@ -10,23 +10,23 @@ from jaxtyping import Array
 KernelGradient = Callable[[Array, Array], tuple[Array, Array]]
 
 
-# Type checkers take its result for an object: jax's stubs do not follow a custom_vjp through `functools.partial`.
+# Type checkers infer `object` for its result, because jax's stubs do not follow a custom_vjp through `partial`.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
 def saved_product(
     x: Array, saved: Array, kernel: Array, forms: tuple[str, str], kernel_gradient: KernelGradient
 ) -> Array:
-    """Returns the product of x and kernel, whose kernel's gradient uses what remat policies save of x.
+    """Returns the product of x and kernel. The kernel's gradient uses the saved copy of x.
 
-    The product itself reads x, not the saved copy: `jax.checkpoint` rounds a saved activation once more wherever it is
-    also used, and after a kernel or an all-to-all that rounding is a separate pass on a TPU.
+    The product itself reads x and not the copy, because `jax.checkpoint` rounds a saved activation again wherever it is
+    also used. After a kernel or an all-to-all, that rounding is a separate pass on a TPU.
 
     Args:
       x: an activation.
-      saved: x, `named` where a policy is to save it; it gets no gradient.
+      saved: x, `named` for remat policies; it gets no gradient.
       kernel: the matrix, or one for each expert.
       forms: two forms of `jnp.einsum`: of the product, and of x's gradient from the product's gradient and the kernel.
-      kernel_gradient: maps x and the product's gradient to the kernel's gradient and the product's gradient again, from
-        which x's gradient is computed; so it can say which of the two comes first.
+      kernel_gradient: maps x and the product's gradient to the kernel's gradient and the product's gradient. x's
+        gradient is computed from the latter, so that the function can order the two computations.
     """
     return jnp.einsum(forms[0], x, kernel)
 

@@ -59,7 +59,7 @@ def test_words_without_dashes_are_refused(module, tmp_path, cpu_env):
     done = run_forked(command(module, "train.num_steps=5", *needed.get(module, [])), cpu_env())
     assert done.returncode == 2
     assert done.stderr == (
-        "error: train.num_steps=5: this command takes flags alone, which begin with --; "
+        "error: train.num_steps=5: this command takes only flags, which begin with --; "
         "write --config.train.num_steps=5\n"
     )
 
@@ -92,7 +92,7 @@ def test_help_names_the_config_and_says_that_it_is_executed(cpu_env):
 
 def test_a_workdir_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "run").touch()
-    with pytest.raises(UserError, match=re.escape(f"--workdir={tmp_path}/run: is a file, must be a directory")):
+    with pytest.raises(UserError, match=re.escape(f"--workdir={tmp_path}/run: must be a directory, not a file")):
         check_workdir(tmp_path / "run")
     check_workdir(tmp_path / "other")
 

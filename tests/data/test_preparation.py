@@ -447,7 +447,7 @@ def test_verify_reads_all_of_it_again(counted, tmp_path, capsys):
     tokens = f"columns/tokens-{open_prepared(counted).tokenizer.stem}/000000/train.array_record"
     for name in ("000001/train.array_record", tokens):
         copy = damaged(counted, tmp_path, name, flip_a_bit)
-        with pytest.raises(DataError, match=rf"1 of 8 shards are damaged:\n  .*{name}: has another sha256"):
+        with pytest.raises(DataError, match=rf"1 of 8 shards are damaged:\n  .*{name}: its sha256 differs"):
             verify(copy)
 
 
@@ -465,7 +465,7 @@ def test_a_column_of_other_records_or_another_tokenizer_is_refused(counted, tmp_
     column = f"columns/tokens-{open_prepared(counted).tokenizer.stem}/column.json"
     for key, what in (("records", "other records"), ("made_by", "other tokenizer or weights")):
         change = lambda data, key=key: json.dumps({**json.loads(data), key: "0" * 64}).encode()  # noqa: E731
-        with pytest.raises(DataError, match=f"was made of {what}: its fingerprint is 000000000000"):
+        with pytest.raises(DataError, match=f"was made from {what}: their fingerprint is 000000000000"):
             open_prepared(damaged(counted, tmp_path, column, change))
 
 

@@ -97,7 +97,9 @@ def test_an_axis_without_a_rule_is_an_error(axis):
 
 @pytest.mark.parametrize("axes", [None, ("embed",), ("layers", "embed", "mlp")])
 def test_every_dimension_needs_an_axis(axes):
-    with pytest.raises(ValueError, match=r"branch/kernel: shape \(8, 8\) needs one logical axis a dimension, it has"):
+    with pytest.raises(
+        ValueError, match=r"branch/kernel: shape \(8, 8\) needs one logical axis per dimension, but it has"
+    ):
         param_shardings(state_of((8, 8), axes), make_mesh(CUBE))
 
 

@@ -125,8 +125,8 @@ MUTANTS = (
     ),
     Mutant(
         _LAYERS,
-        "y = x.astype(jnp.float32)\n    # Both",
-        "y = x\n    # Both",
+        "y = x.astype(jnp.float32)\n    # Computes both",
+        "y = x\n    # Computes both",
         _layers("test_norms_compute_in_float32_and_keep_the_dtype"),
     ),
     Mutant(

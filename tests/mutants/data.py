@@ -295,7 +295,7 @@ MUTANTS = (
     ),
     Mutant(
         _COLUMNS,
-        "if not (working / COLUMN).exists():  # or a kill came just before the end",
+        "if not (working / COLUMN).exists():  # else an earlier call was killed just before the rename",
         "if True:",
         _preparation("test_a_column_that_stops_at_its_end_computes_nothing_again"),
     ),

@@ -42,7 +42,7 @@ MUTANTS = (
     ),
     Mutant(
         _COLLECTIVES,
-        "size *= len(group)  # its result is a part",
+        "size *= len(group)  # its result is only a part of the array",
         "pass",
         _collectives("test_a_reduce_scatter_in_both_of_its_forms"),
     ),

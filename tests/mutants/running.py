@@ -40,7 +40,7 @@ MUTANTS = (
     ),
     Mutant(
         "ecdit/files.py",
-        "            sync(scratch)  # or a power failure could leave the new name with an empty file\n",
+        "            sync(scratch)  # otherwise a power failure could leave an empty file under the new name\n",
         "",
         _tests("test_files", "test_contents_are_on_the_disk_before_the_name_and_the_name_before_it_returns"),
     ),

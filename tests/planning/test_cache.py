@@ -89,7 +89,7 @@ def test_a_plan_that_cannot_be_kept_is_returned_with_a_warning(planned, tmp_path
     made, plan = planned(runtime__compilation_cache=str(tmp_path / "file"))
     assert made
     assert plan.topology == "v5p:2x2x1"
-    assert "warning: the plan is not kept: " in capsys.readouterr().out
+    assert "warning: the plan is not cached: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"topology": "v5p:2x2x1"}'])

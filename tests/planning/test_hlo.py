@@ -117,7 +117,7 @@ def test_replica_groups_in_every_spelling(attributes, groups):
 
 
 def test_replica_groups_in_another_spelling_are_an_error():
-    with pytest.raises(HloError, match=r"all-reduce\.1: replica groups not understood"):
+    with pytest.raises(HloError, match=r"all-reduce\.1: the replica groups have an unknown form"):
         replica_groups(collective("replica_groups=<5>"))
 
 

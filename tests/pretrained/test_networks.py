@@ -215,7 +215,7 @@ def test_other_architectures_are_refused_by_name(read, values, change, message, 
 
 
 def test_a_folder_without_config_is_refused(tmp_path):
-    with pytest.raises(WeightsError, match=r"config.json: there is no such file"):
+    with pytest.raises(WeightsError, match=r"config.json: the file does not exist"):
         read_clip(tmp_path)
     (tmp_path / "config.json").write_text("[1]")
     with pytest.raises(WeightsError, match="must hold a JSON object"):

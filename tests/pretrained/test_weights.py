@@ -249,7 +249,7 @@ def test_a_truncated_file_is_refused(cut, tmp_path):
     _, _, folder = folder_of("t5", tmp_path)
     file = folder / "model.safetensors"
     file.write_bytes(file.read_bytes()[:cut])
-    with pytest.raises(WeightsError, match=re.escape(f"{file} is no whole safetensors file")):
+    with pytest.raises(WeightsError, match=re.escape(f"{file} is no complete safetensors file")):
         SafetensorsFolder(folder)
 
 
@@ -267,7 +267,7 @@ def test_an_index_must_name_what_is_there(tmp_path):
         SafetensorsFolder(folder)
     index.write_text(json.dumps({"weight_map": files}))
     second.unlink()
-    with pytest.raises(WeightsError, match=r"names files that are not there: model-00002-of-00003\.safetensors"):
+    with pytest.raises(WeightsError, match=r"names files that do not exist: model-00002-of-00003\.safetensors"):
         SafetensorsFolder(folder)
     index.write_text("{")
     with pytest.raises(WeightsError, match="cannot be read as JSON"):
@@ -286,7 +286,7 @@ def test_a_pickle_is_refused_with_the_command_that_converts_it(name, tmp_path):
 
 
 def test_folders_without_a_clear_choice_are_refused(tmp_path):
-    with pytest.raises(WeightsError, match="there is no such folder"):
+    with pytest.raises(WeightsError, match="the folder does not exist"):
         SafetensorsFolder(tmp_path / "none")
     with pytest.raises(WeightsError, match=r"there are no \*.safetensors files"):
         SafetensorsFolder(tmp_path)

@@ -220,7 +220,7 @@ def test_data_is_kept_and_tried_again_in_an_outage(monkeypatch, capsys):
             parts.save()  # of a checkpoint
     parts.close()
     assert b"".join(away.objects.values()).split() == [f"a{second}".encode() for second in range(800)]
-    assert capsys.readouterr().out.count("is kept and tried again") == 1
+    assert capsys.readouterr().out.count("its data is kept and retried") == 1
 
 
 def test_an_outage_that_lasts_is_an_error_which_restarts(monkeypatch):

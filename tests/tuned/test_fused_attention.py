@@ -105,7 +105,7 @@ def test_on_shards_of_images_and_heads_it_is_the_same(case):
 
 
 def test_what_does_not_fit_a_tpu_is_refused():
-    with pytest.raises(ConfigError, match=r"attention = 'fused': of 1024 tokens and 2 heads on a key it does not fit"):
+    with pytest.raises(ConfigError, match=r"attention = 'fused': with 1024 tokens and 2 heads per key it does not fit"):
         config(attention="fused", latent_size=64)
     assert config(attention="plain", latent_size=64).num_tokens == 1024
 

@@ -1,8 +1,8 @@
-"""The headers of a tar: where each member lies, what damage there is, and nothing extracted.
+"""Scans the headers of a tar for members and damage, and extracts nothing.
 
-`tarfile` ends without a word at a damaged header that is not the first one, and at a zeroed one. Here the scan goes on
-at the next block that has a valid checksum, and says which bytes it skipped. An extension header (long names, PAX) is
-read up to a limit, so that a false size takes no memory.
+`tarfile` ends silently at a zeroed header and at a damaged one that is not the first. This scan continues at the next
+block with a valid checksum and reports the skipped bytes. It reads extension headers (long names, PAX) up to a limit,
+so that a false size takes no memory.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 BLOCK = tarfile.BLOCKSIZE
 _MAX_EXTENSION_BYTES = 1 << 20
-_CHUNK_BLOCKS = 128  # read at a time where a valid header is searched
+_CHUNK_BLOCKS = 128  # blocks read at a time while searching for a valid header
 _LONG_NAME, _LONG_LINK = tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK
 _PAX = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
 _EXTENSIONS = (_LONG_NAME, _LONG_LINK, *_PAX, tarfile.XGLTYPE)
@@ -21,32 +21,32 @@ _GZIP = b"\x1f\x8b"
 
 @dataclasses.dataclass(frozen=True)
 class Member:
-    """A member by its header."""
+    """A member, as its header describes it."""
 
     name: str
     kind: bytes  # a type flag of tarfile
-    start: int  # of its data, in bytes
-    size: int  # bytes; they are all in the file
+    start: int  # byte offset of its data
+    size: int  # bytes of its data, all of which are in the file
     sparse: bool
 
     @property
     def is_file(self) -> bool:
-        """Whether its data are a file's bytes."""
+        """Returns whether its data are the bytes of a file."""
         return self.kind in tarfile.REGULAR_TYPES and not self.sparse
 
 
 @dataclasses.dataclass(frozen=True)
 class Damage:
-    """Bytes that are no member."""
+    """Bytes that belong to no valid member."""
 
     start: int
     end: int
     detail: str
-    member: str = ""  # whose data or extended header they are, where that is known
+    member: str = ""  # the member that they belong to, if known
 
 
 def scan(file: BinaryIO) -> Iterator[Member | Damage]:
-    """Yields the members of a tar in the order of their headers, and what is damaged between them."""
+    """Yields the members of a tar in the order of their headers, and the damage between them."""
     scanner = _Scanner(file)
     while scanner.offset < scanner.end:
         yield from scanner.step()
@@ -54,17 +54,17 @@ def scan(file: BinaryIO) -> Iterator[Member | Damage]:
 
 
 class _Scanner:
-    """The state of a scan: an offset, and what extension headers say of the next member."""
+    """Keeps the state of a scan: its offset, and the extension headers of the next member."""
 
     def __init__(self, file: BinaryIO):
         self._file = file
         self.offset, self.end = 0, file.seek(0, 2)
-        self._next: dict[str, str] = {}  # PAX keywords of the next member
-        self._all: dict[str, str] = {}  # of all that follow
-        self._closed = False  # whether the last blocks were the end mark
+        self._next: dict[str, str] = {}  # PAX keywords for the next member
+        self._all: dict[str, str] = {}  # PAX keywords for all further members
+        self._closed = False  # whether the last blocks were the mark of the tar's end
 
     def step(self) -> Iterator[Member | Damage]:
-        """Reads one header, or skips what is none."""
+        """Reads one header, or skips bytes up to the next valid one."""
         start = self.offset
         block = self._read(start, BLOCK)
         if not any(block):
@@ -82,7 +82,7 @@ class _Scanner:
             yield from self._member(header, start, block)
 
     def ending(self) -> Iterator[Damage]:
-        """Says what is missing at the end."""
+        """Yields the damage at the end, if the mark of the tar's end is missing."""
         if not self._closed:
             detail = "an empty file" if not self.end else "ends without the mark of a tar's end: it may have been cut"
             yield Damage(self.end, self.end, detail)
@@ -105,22 +105,22 @@ class _Scanner:
             return
         if size > self.end - self.offset:
             yield Damage(self.offset, self.end, f"{size} bytes of data, but {self.end - self.offset} are left", name)
-            self._closed, self.offset = True, self.end  # said already
+            self._closed, self.offset = True, self.end  # the missing end is reported already
             return
         yield Member(name, header.type, self.offset, size, sparse)
         self.offset += _padded(size)
 
     def _extension(self, header: tarfile.TarInfo, start: int) -> Iterator[Damage]:
-        """Reads a header that says something about the next one."""
+        """Reads an extension header, which describes the next member."""
         if not 0 <= header.size <= min(_MAX_EXTENSION_BYTES, self.end - self.offset):
-            # Where the next header is, its size does not say: it is searched from here on.
+            # The size is wrong and cannot locate the next header, so the scan searches from here on.
             yield Damage(start, self.offset, f"an extended header of {header.size} bytes")
             return
         data = self._read(self.offset, header.size)
         self.offset += _padded(header.size)
         if header.type == _LONG_NAME:
             self._next["path"] = data.partition(b"\0")[0].decode("utf-8", "surrogateescape")
-        elif header.type != _LONG_LINK:  # where links lead is of no interest
+        elif header.type != _LONG_LINK:  # targets of links are not needed
             keywords = _pax_keywords(data)
             if keywords is None:
                 yield Damage(start, self.offset, "an extended header that cannot be parsed")
@@ -128,7 +128,7 @@ class _Scanner:
                 (self._all if header.type == tarfile.XGLTYPE else self._next).update(keywords)
 
     def _zeros(self, start: int) -> Iterator[Damage]:
-        """Passes zeros: two blocks of them end a tar, and nothing follows."""
+        """Skips zeros. Two blocks of them end a tar if nothing follows."""
         self._next = {}
         self.offset = self._first(start, any)
         self._closed = self.offset >= self.end and self.end - start >= 2 * BLOCK
@@ -137,7 +137,7 @@ class _Scanner:
             yield Damage(start, self.offset, detail)
 
     def _resynchronize(self, start: int) -> Damage:
-        """Skips what is no header, up to a valid one or to the end, whose mark is then not missed."""
+        """Skips blocks up to a valid header or the end. Then a missing mark of the end is not reported again."""
         self._next, self._closed = {}, True
         begin = self._read(start, len(_GZIP))
         self.offset = self._first(start, lambda block: _parse(block) is not None)
@@ -145,7 +145,7 @@ class _Scanner:
         return Damage(start, self.offset, f"no valid header{packed}")
 
     def _first(self, start: int, wanted: Callable[[bytes], bool]) -> int:
-        """Returns the offset of the first block from `start` on that is wanted, or the end."""
+        """Returns the offset of the first wanted block from `start` on, or the end."""
         while start < self.end:
             chunk = self._read(start, BLOCK * _CHUNK_BLOCKS)
             for place in range(0, len(chunk), BLOCK):
@@ -160,7 +160,7 @@ class _Scanner:
 
 
 def _parse(block: bytes) -> tarfile.TarInfo | None:
-    """Returns a header whose checksum is right, or None."""
+    """Returns the header in a block, or None unless its checksum is valid."""
     try:
         return tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except (tarfile.HeaderError, ValueError):
@@ -168,12 +168,12 @@ def _parse(block: bytes) -> tarfile.TarInfo | None:
 
 
 def _has_data(kind: bytes) -> bool:
-    """Returns whether data follow a header of this type; those of unknown types are read as files' by tar."""
+    """Returns whether data follow a header of this type. Like tar, it treats unknown types as files."""
     return kind in (*tarfile.REGULAR_TYPES, tarfile.GNUTYPE_SPARSE) or kind not in tarfile.SUPPORTED_TYPES
 
 
 def _pax_keywords(data: bytes) -> dict[str, str] | None:
-    """Returns the keywords of a PAX header, records of "LENGTH KEY=VALUE\\n", or None if they are damaged."""
+    """Returns the keywords of a PAX header, whose records are "LENGTH KEY=VALUE\\n", or None if it is damaged."""
     keywords, place = {}, 0
     while place < len(data) and data[place]:
         digits, space, _ = data[place : place + 20].partition(b" ")

@@ -1,7 +1,7 @@
-"""What a source gives to the preparation of data: parts, and pairs of image and captions in each.
+"""Defines a source of data for preparation: it has parts, and yields pairs of an image and its captions from each.
 
-A source is a frozen dataclass that can be pickled, because several processes read its parts, and its parts have names
-that last, because an interrupted preparation goes on with them.
+A source is a frozen dataclass that can be pickled, because several processes read its parts. The names of its parts do
+not change, because a resumed preparation finds them by name.
 """
 
 import dataclasses
@@ -26,16 +26,16 @@ class Pair:
     key: str
     image: bytes | np.ndarray  # encoded as found, or uint8[H, W, 3]
     captions: Texts  # by field; a list field `captions` becomes captions.0, captions.1 ...
-    columns: Columns  # other values, to filter by: aesthetic, punsafe ...
-    split: Literal["train", "held_out"] | None = None  # None: by a hash of the key (`ecdit.data.splits`)
+    columns: Columns  # other values for filters: aesthetic, punsafe ...
+    split: Literal["train", "held_out"] | None = None  # None assigns it by the key's hash (`ecdit.data.splits`)
 
 
 @dataclasses.dataclass(frozen=True)
 class Rejected:
-    """A record that is left out, or bytes in which records may have been lost."""
+    """A rejected record, or damaged bytes that may have held records."""
 
-    name: str  # where: "00012.tar:000120034.jpg", "pairs.csv:row 17"
-    reason: str  # of ecdit.data.reasons.REASONS
+    name: str  # its place: "00012.tar:000120034.jpg", "pairs.csv:row 17"
+    reason: str  # from ecdit.data.reasons.REASONS
     detail: str
 
     def __post_init__(self):
@@ -46,15 +46,15 @@ Keep = Callable[[Pair], bool]
 
 
 class Source(Protocol):
-    """Where pairs come from."""
+    """Yields pairs for preparation."""
 
     @property
     def attribution(self) -> str:
-        """Who made the data and under which licence; it goes into the manifest."""
+        """Returns who made the data and under which licence; the manifest stores it."""
         ...
 
     def parts(self) -> tuple[str, ...]:
-        """Returns the names of the parts in reading order; each can be read on its own.
+        """Returns the names of the parts in reading order. Each part can be read on its own.
 
         Raises:
           DataError: there is nothing to read.
@@ -62,7 +62,7 @@ class Source(Protocol):
         ...
 
     def read(self, part: str) -> Iterator[Pair | Rejected]:
-        """Yields the records of a part, always in the same order; a damaged one is a Rejected, not an error.
+        """Yields the records of a part, always in the same order. It yields a Rejected for a damaged record.
 
         Raises:
           DataError: the part cannot be read at all, or the source's predicate raised.
@@ -70,12 +70,12 @@ class Source(Protocol):
         ...
 
     def stamp(self, part: str) -> str:
-        """Returns a string that changes with the files behind a part, by their names, sizes and times."""
+        """Returns a string that changes with the names, sizes and times of a part's files."""
         ...
 
 
 def judged(pair: Pair, name: str, keep: Keep | None) -> Pair | Rejected:
-    """Returns `pair`, or a Rejected called `name` where the user's predicate `keep` refuses it.
+    """Returns `pair`, or a Rejected called `name` if the user's predicate `keep` refuses it.
 
     Raises:
       DataError: the predicate raised.
@@ -84,7 +84,7 @@ def judged(pair: Pair, name: str, keep: Keep | None) -> Pair | Rejected:
         return pair
     try:
         kept = keep(pair)
-    except Exception as error:  # the user's code: whatever it raises is for the user to read
+    except Exception as error:  # `keep` is the user's code and may raise anything
         raise DataError(f"keep raised {type(error).__name__} for key {pair.key!r} ({name}): {error}") from error
     return pair if kept else Rejected(name, "predicate", "keep returned false")
 
@@ -94,10 +94,10 @@ def split_fields(fields: Mapping[str, Any], captions: Callable[[str], bool]) -> 
 
     Args:
       fields: the record.
-      captions: whether a field of that name, if it is a string or a list of strings, is a caption.
+      captions: returns whether a field of that name is a caption, if it is a string or a list of strings.
 
     Returns:
-      Captions, stripped of white space around them, with the empty ones; and the other fields that are scalars.
+      The captions, stripped of white space and including empty ones, and the other fields that are scalars.
     """
     texts, columns = {}, {}
     for name, value in fields.items():
@@ -111,7 +111,7 @@ def split_fields(fields: Mapping[str, Any], captions: Callable[[str], bool]) -> 
 
 
 def with_captions(key: str, image: bytes | np.ndarray, texts: Texts, columns: Columns, name: str) -> Pair | Rejected:
-    """Returns the pair with those of its captions that are not empty, or a Rejected called `name` if none is left."""
+    """Returns the pair with its captions that are not empty, or a Rejected called `name` if all are."""
     kept = {field: text for field, text in texts.items() if text}
     if not kept:
         reason = "empty caption" if texts else "no caption"
@@ -123,7 +123,7 @@ def with_captions(key: str, image: bytes | np.ndarray, texts: Texts, columns: Co
 
 
 def is_unicode(text: str) -> bool:
-    """Returns whether UTF-8 can write `text`: JSON and undecodable bytes leave lone surrogates, which it cannot."""
+    """Returns whether UTF-8 can encode `text`. It cannot encode lone surrogates, which JSON and bad bytes may leave."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -135,7 +135,7 @@ def parse_object(text: str) -> dict[str, Any]:
     """Returns a JSON object.
 
     Raises:
-      ValueError: the text is no JSON, is nested too deeply, or is another value than an object.
+      ValueError: the text is no JSON, is nested too deeply, or is no object.
     """
     try:
         value = json.loads(text)

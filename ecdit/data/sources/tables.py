@@ -1,9 +1,9 @@
-"""A folder of images with a table of their captions, CSV or JSON lines.
+"""Reads a folder of images with a table of their captions, CSV or JSON lines.
 
     file,caption,aesthetic
     cats/one.jpg,"a cat, asleep",6.1
-Paths of images are relative to the table's folder and may not leave it, by links neither. A CSV file has a header line
-and quotes fields by RFC 4180, so that captions may have newlines. Numbers become columns to filter by.
+Paths of images are relative to the table's folder and may not leave it, not even through links. A CSV file has a header
+line and quotes fields by RFC 4180, so that captions may have newlines. Numbers become columns for filters.
 """
 
 import csv
@@ -37,27 +37,27 @@ _INTEGER, _FLOAT = re.compile(r"[+-]?[0-9]{1,18}"), re.compile(r"[+-]?([0-9]+\.?
 
 
 class _BadRow(Exception):
-    """A row that cannot be used, (reason, detail)."""
+    """A row that cannot be used; its arguments are the reason and the detail."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Pairs that a table names, `Table("/data/pairs.csv", image="file", captions=("caption",))`.
+    """Reads the pairs of a table, for example `Table("/data/pairs.csv", image="file", captions=("caption",))`.
 
-    The key is the column `key` if there is one, and else the image's path without its extension: "cats/one". Rows that
-    share an image so have one key, too.
+    The key is the column `key` if there is one, else the image's path without its extension, such as "cats/one". In
+    that case rows that share an image also share their key.
     """
 
     path: str  # ends in .csv or .jsonl
     image: str = "file"  # the column of paths
-    captions: tuple[str, ...] = ("caption",)  # columns; in JSON lists of captions as well
+    captions: tuple[str, ...] = ("caption",)  # columns with a caption or, in JSON, a list of captions
     rows_per_part: int = 10_000
     keep: Keep | None = None  # a function of a module, so that other processes can import it
     max_image_bytes: int = 256 << 20
     attribution: str = ""
 
     def parts(self) -> tuple[str, ...]:
-        """Returns the parts, named by their first rows. The table is read once to find where they begin."""
+        """Returns the parts, named by their first rows. Reads the table once to find where they begin."""
         return tuple(self._offsets)
 
     def stamp(self, part: str) -> str:
@@ -84,7 +84,7 @@ class Table:
 
     def _pair(self, row: dict[str, Any] | _BadRow, name: str) -> Pair | Rejected:
         path = self._image_path(row)
-        assert isinstance(row, dict)  # or it would have been raised
+        assert isinstance(row, dict)  # `_image_path` raises a _BadRow
         image = self._image(path)
         fields = {column: value for column, value in row.items() if column not in (self.image, "key")}
         texts, columns = split_fields(fields, lambda column: column in self.captions)
@@ -96,10 +96,10 @@ class Table:
         return with_captions(str(key), image, texts, columns, name)
 
     def _image_path(self, row: dict[str, Any] | _BadRow) -> Path:
-        """Returns where the image of a row is.
+        """Returns the path of a row's image.
 
         Raises:
-          _BadRow: the row is one, or its path is none that may be read.
+          _BadRow: the row is a _BadRow, or its path is missing or not allowed.
         """
         if isinstance(row, _BadRow):
             raise row
@@ -137,7 +137,7 @@ class Table:
 
     @functools.cached_property
     def _offsets(self) -> dict[str, tuple[int, int]]:
-        """(byte, row) at which each part begins; rows count from 1."""
+        """Returns the (byte, row) at which each part begins; rows count from 1."""
         if self.rows_per_part < 1:
             raise DataError(f"rows_per_part = {self.rows_per_part} must be at least 1")
         offsets = {}
@@ -175,7 +175,7 @@ class Table:
             raise DataError(f"cannot read {self.path}: {error}") from None
 
     def _columns(self, lines: "_Lines") -> list[str]:
-        """Returns the header of a CSV file, [] for JSON lines."""
+        """Returns the header of a CSV file, or [] for JSON lines."""
         if not self._is_csv:
             return []
         try:
@@ -189,7 +189,7 @@ class Table:
         return columns
 
     def _parsed(self, lines: "_Lines", columns: list[str]) -> Iterator[dict[str, Any] | _BadRow]:
-        """Yields rows from where `lines` is; empty lines are none."""
+        """Yields the rows from the position of `lines` on. Skips empty lines."""
         rows: Any = csv.reader(lines, strict=True) if self._is_csv else lines
         while True:
             begin = lines.offset
@@ -197,7 +197,7 @@ class Table:
                 row = next(rows)
             except StopIteration:
                 return
-            except csv.Error as error:  # the next call goes on behind it
+            except csv.Error as error:  # the next call continues behind the bad row
                 yield _BadRow("bad row", f"bytes {begin} to {lines.offset}: {error}")
                 continue
             if row and (self._is_csv or row.strip()):
@@ -205,7 +205,7 @@ class Table:
 
 
 def _checked_row(values: list[str], columns: list[str]) -> dict[str, str] | _BadRow:
-    """Returns a CSV row by column."""
+    """Returns the fields of a CSV row by column."""
     if len(values) != len(columns):
         return _BadRow("bad row", f"{len(values)} fields, the header has {len(columns)}")
     if not all(map(is_unicode, values)):
@@ -223,7 +223,7 @@ def _json_row(line: str) -> dict[str, Any] | _BadRow:
 
 
 def _number(value: Scalar) -> Scalar:
-    """Returns a CSV field as the number that it is, None if it is empty, or itself."""
+    """Returns a CSV field as a number if it is one, None if it is empty, else the field itself."""
     if not isinstance(value, str):
         return value
     text = value.strip()
@@ -235,16 +235,16 @@ def _number(value: Scalar) -> Scalar:
 
 
 class _Lines:
-    """The lines of a file as text, and the offset behind the last one; undecodable bytes become lone surrogates.
+    """Iterates over the lines of a file as text and counts bytes. Undecodable bytes become lone surrogates.
 
-    csv.reader takes from it what one row needs and no more, so that `offset` is where the next row begins.
+    csv.reader takes only the lines of one row at a time, so that `offset` is where the next row begins.
     """
 
     def __init__(self, file: BinaryIO):
         self._file, self.offset = file, 0
 
     def seek(self, offset: int) -> None:
-        """Goes on at a byte where a line begins."""
+        """Moves to a byte at which a line begins."""
         self._file.seek(offset)
         self.offset = offset
 

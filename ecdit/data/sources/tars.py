@@ -1,8 +1,8 @@
-"""Tars of img2dataset and webdataset: an image, its text and its JSON lie side by side under one key.
+"""Reads tars of img2dataset and webdataset, in which an image, its text and its JSON share a key.
 
 The key is a member's path up to the first dot of its last part, as in webdataset: `00012/000120034.jpg` and
 `00012/000120034.json` are the record `00012/000120034`. Members of a record may lie anywhere in their tar.
-Images are .jpg, .jpeg, .png or .webp; .txt is the caption field `caption` unless the JSON has one; .json gives captions
+Images are .jpg, .jpeg, .png or .webp; .txt is the caption field `caption` unless the JSON has one; .json has captions
 and columns. Other members are ignored, but a key without an image is rejected.
 """
 
@@ -31,12 +31,12 @@ from ecdit.data.sources.protocol import (
 )
 
 _ROLES = {"jpg": "image", "jpeg": "image", "png": "image", "webp": "image", "txt": "text", "json": "json"}
-_MAX_TEXT_BYTES = 4 << 20  # of a .txt or .json: parsing takes many times their size in memory
+_MAX_TEXT_BYTES = 4 << 20  # limit of a .txt or .json, because parsing takes many times its size in memory
 
 
 @dataclasses.dataclass(frozen=True)
 class Tars:
-    """Pairs of the tars that a pattern names, `Tars("/data/cc12m/*.tar")`; `**` stands for folders at any depth."""
+    """Reads the tars that a pattern names, such as `Tars("/data/cc12m/*.tar")`; `**` matches folders at any depth."""
 
     pattern: str
     keep: Keep | None = None  # a function of a module, so that other processes can import it
@@ -46,7 +46,7 @@ class Tars:
     attribution: str = ""
 
     def parts(self) -> tuple[str, ...]:
-        """Returns the parts: names of tars, or of the first and last tar of each group."""
+        """Returns the parts, named by their tar, or by the first and last tar of a group."""
         return tuple(self._files)
 
     def stamp(self, part: str) -> str:
@@ -57,13 +57,13 @@ class Tars:
         ).hexdigest()
 
     def read(self, part: str) -> Iterator[Pair | Rejected]:
-        """Yields the records of a part in the order of their first members, after what is damaged in their tar."""
+        """Yields each tar's damage, then its records in the order of their first members."""
         for name, path in self._paths(part):
             try:
                 with open(path, "rb") as file:
                     samples, rejected = _index(file, name, self.max_member_bytes)
                     yield from rejected
-                    while samples:  # so that the index shrinks while the records are read
+                    while samples:  # `pop` frees the index while the records are read
                         key = next(iter(samples))
                         yield self._record(file, f"{name}:{key}", key, samples.pop(key))
             except OSError as error:
@@ -98,7 +98,7 @@ class Tars:
 
     @functools.cached_property
     def _files(self) -> dict[str, list[tuple[str, str]]]:
-        """(name, path) of tars by part; names are relative to the folder above the first wildcard."""
+        """Returns the (name, path) of tars by part. Names are relative to the folder above the first wildcard."""
         if self.tars_per_part < 1:
             raise DataError(f"tars_per_part = {self.tars_per_part} must be at least 1")
         paths = sorted(path for path in glob.glob(self.pattern, recursive=True) if os.path.isfile(path))
@@ -112,14 +112,14 @@ class Tars:
 
 @dataclasses.dataclass(slots=True)
 class _Sample:
-    """What the headers say of a key: its members by role, or why it is rejected, (reason, detail)."""
+    """Collects a key's members by role, and why it is rejected, (reason, detail)."""
 
     members: dict[str, archive.Member] = dataclasses.field(default_factory=dict)
     problem: tuple[str, str] | None = None
 
 
 def _index(file: BinaryIO, tar: str, max_bytes: int) -> tuple[dict[str, _Sample], list[Rejected]]:
-    """Returns the samples of a tar by key, in the order of their first members, and what belongs to none."""
+    """Returns the samples of a tar by key, in the order of their first members, and damage that belongs to no key."""
     samples: dict[str, _Sample] = {}
     rejected = []
     for found in archive.scan(file):
@@ -148,7 +148,7 @@ def _index(file: BinaryIO, tar: str, max_bytes: int) -> tuple[dict[str, _Sample]
 
 
 def _problem(member: archive.Member, role: str | None, sample: _Sample, max_bytes: int) -> tuple[str, str] | None:
-    """Returns why a member spoils its sample, (reason, detail), or None."""
+    """Returns why a member makes its sample unusable, (reason, detail), or None."""
     if member.sparse:
         return "sparse member", member.name
     if not member.is_file:
@@ -156,7 +156,7 @@ def _problem(member: archive.Member, role: str | None, sample: _Sample, max_byte
     if role is None:
         return None
     if role in sample.members:
-        # Which image belongs to which text would be a guess.
+        # It is unknown which image belongs to which text.
         return "duplicate member", f"{sample.members[role].name} and {member.name}"
     limit = max_bytes if role == "image" else min(max_bytes, _MAX_TEXT_BYTES)
     if member.size > limit:
@@ -165,14 +165,14 @@ def _problem(member: archive.Member, role: str | None, sample: _Sample, max_byte
 
 
 def _key_and_role(name: str) -> tuple[str, str | None]:
-    """Returns the key of a member's name, without "./" before it, and what it is to its record, if anything."""
+    """Returns the key of a member's name, without a leading "./", and its role in the record, or None."""
     folder, slash, last = str(PurePosixPath(name)).rpartition("/")
     stem, _, extension = last.partition(".")
     return folder + slash + stem, _ROLES.get(extension.lower())
 
 
 def _unsafe(name: str) -> str:
-    """Returns what is wrong with a member's name, or ''."""
+    """Returns why a member's name is unsafe, or ''."""
     if not is_unicode(name):
         return "not UTF-8"
     if name.startswith("/"):
@@ -183,7 +183,7 @@ def _unsafe(name: str) -> str:
 
 
 def _merged(text: dict[str, str], fields: dict) -> dict:
-    """Returns the JSON's fields, and the text file's caption where the JSON has none."""
+    """Returns the JSON's fields, with the text file's caption if the JSON has none."""
     own = fields.get("caption")
     return fields if own and isinstance(own, str | list) and str(own).strip() else {**fields, **text}
 
@@ -194,7 +194,7 @@ def _bytes(file: BinaryIO, member: archive.Member) -> bytes:
 
 
 def _fixed_folder(pattern: str) -> Path:
-    """Returns the folder above the first part of a pattern that has a wildcard, or above the file it names."""
+    """Returns the folder above the first wildcard of a pattern, or above the file that it names."""
     parts = Path(pattern).parts
     fixed = next((place for place, part in enumerate(parts) if glob.has_magic(part)), len(parts) - 1)
     return Path(*parts[:fixed])

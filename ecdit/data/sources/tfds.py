@@ -1,7 +1,7 @@
-"""Builders of TensorFlow Datasets that have an image and captions; needs the extra `data`.
+"""Reads builders of TensorFlow Datasets that have an image and captions. Needs the extra `data`.
 
-`TfdsBuilder("coco_captions", captions=("captions/text",))` gives the five captions of an image as captions.0 to
-captions.4. The bytes of images are kept as TFDS stores them.
+`TfdsBuilder("coco_captions", captions=("captions/text",))` yields the five captions of an image as captions.0 to
+captions.4. It keeps the bytes of images as TFDS stores them.
 """
 
 import dataclasses
@@ -18,36 +18,36 @@ from ecdit.data import DataError
 from ecdit.data.sources.protocol import Columns, Keep, Pair, Rejected, Texts, judged, with_captions
 from ecdit.data.tensorflow import preparing
 
-_ID = "tfds_id"  # a feature that TFDS adds: the file and the place in it, whatever part it is read with
+_ID = "tfds_id"  # a feature that TFDS adds: the file and the place in it, independent of the part
 
 
 @dataclasses.dataclass(frozen=True)
 class TfdsBuilder:
-    """Pairs of a TFDS split; downloads and prepares it if need be.
+    """Reads the pairs of a TFDS split, which it downloads and prepares if necessary.
 
-    Features are named by paths, "captions/text", through dictionaries and sequences. A caption field is named by the
-    first part of its path.
+    Paths such as "captions/text" name features inside dictionaries and sequences. A caption field is named by the first
+    part of its path.
     """
 
-    name: str  # as for tfds.builder: "coco_captions", "coco_captions/2017:1.1.0"
+    name: str  # argument of tfds.builder: "coco_captions", "coco_captions/2017:1.1.0"
     split: str = "train"
     image: str = "image"
     captions: tuple[str, ...] = ("captions/text",)
-    key: str | None = None  # a feature, "image/filename"; None is TFDS's own id, stable for a prepared builder
+    key: str | None = None  # a feature such as "image/filename"; None is TFDS's own id, stable for a prepared builder
     data_dir: str | None = None  # None is TFDS's default
-    builder_dir: str | None = None  # read this prepared builder in place of `name`, which then only names it
+    builder_dir: str | None = None  # reads this prepared builder; `name` then only names it in messages
     num_parts: int = 16
-    encoded: bool = True  # keep the images' bytes; False lets TFDS decode them
+    encoded: bool = True  # keeps the images' bytes; False lets TFDS decode them
     keep: Keep | None = None  # a function of a module, so that other processes can import it
 
     @property
     def attribution(self) -> str:
-        """The builder's name, homepage and citation."""
+        """Returns the builder's name, homepage and citation."""
         info = self._builder.info
         return "\n".join(filter(None, [f"TensorFlow Datasets {info.full_name}", info.homepage, info.citation]))
 
     def parts(self) -> tuple[str, ...]:
-        """Returns the parts: even shares of the split, none of them empty."""
+        """Returns the parts, which are even shares of the split and not empty."""
         if self.num_parts < 1:
             raise DataError(f"num_parts = {self.num_parts} must be at least 1")
         self._check_features()
@@ -55,7 +55,7 @@ class TfdsBuilder:
         return tuple(f"{self.split}-{place:05d}-of-{count:05d}" for place in range(count))
 
     def stamp(self, part: str) -> str:
-        """Returns a hash of the builder's version and of the names, sizes and times of its files, for every part."""
+        """Returns a hash of the builder's version and its files' names, sizes and times. All parts share it."""
         self._place(part)
         directory = str(self._builder.data_dir)
         names = sorted(os.listdir(directory)) if os.path.isdir(directory) else []
@@ -68,7 +68,7 @@ class TfdsBuilder:
         place = self._place(part)
         with preparing():
             import tensorflow_datasets as tfds
-        # One file after the other: interleaving would mix the order of files and parts.
+        # Files are read one after another, because interleaving would change the order.
         options = tfds.ReadConfig(add_tfds_id=self.key is None, interleave_cycle_length=1)
         share = tfds.even_splits(self.split, self._count(), drop_remainder=False)[place]
         dataset = self._builder.as_dataset(split=share, decoders=self._decoding(), read_config=options)
@@ -102,7 +102,7 @@ class TfdsBuilder:
         return with_captions(_text(key), image, texts, columns, name)
 
     def _count(self) -> int:
-        """The number of parts, not more than there are examples; a mocked builder knows no splits."""
+        """Returns the number of parts, at most the number of examples. A mocked builder has no splits."""
         splits = self._builder.info.splits
         if not splits:
             return self.num_parts
@@ -115,13 +115,13 @@ class TfdsBuilder:
         return min(self.num_parts, examples)
 
     def _decoding(self) -> Any:
-        """What is read of an example, image bytes as they are: image, captions, key, and scalars, not other arrays."""
+        """Returns TFDS's decoding of image, captions, key and scalars. It skips other arrays and keeps image bytes."""
         import tensorflow_datasets as tfds
 
         features = self._builder.info.features
         paths = [self.image, *self.captions, *filter(None, [self.key])]
         found = {path: _find(features, path) for path in paths}
-        names = {path: one.names for path, one in found.items() if one is not None}  # all are: see `_check_features`
+        names = {path: one.names for path, one in found.items() if one is not None}  # `_check_features` has found all
         wanted = [*names.values(), *_scalars(features)]
         image = [names[self.image]]
         decoders = _nested(image, tfds.decode.SkipDecoding()) if self.encoded else None
@@ -134,7 +134,7 @@ class TfdsBuilder:
         return parts.index(part)
 
     def _check_features(self) -> None:
-        """Raises DataError where a feature is missing or is no image or text."""
+        """Raises DataError if a feature is missing or has the wrong type."""
         with preparing():
             import tensorflow_datasets as tfds
         features = self._builder.info.features
@@ -155,7 +155,7 @@ class TfdsBuilder:
 
     @functools.cached_property
     def _builder(self) -> Any:
-        """The builder, prepared."""
+        """Returns the builder, prepared."""
         with preparing():
             import tensorflow_datasets as tfds
         try:
@@ -168,7 +168,7 @@ class TfdsBuilder:
         return builder
 
     def __getstate__(self) -> dict[str, Any]:
-        # A builder is made anew in each process.
+        # Each process makes its own builder.
         return {key: value for key, value in self.__dict__.items() if key != "_builder"}
 
 
@@ -182,9 +182,9 @@ class _Found:
 
 
 def _find(features: Any, path: str) -> _Found | None:
-    """Returns the feature at a path, None where there is none. Names themselves may have slashes: "image/filename"."""
+    """Returns the feature at a path, or None if it is missing. Names themselves may have slashes: "image/filename"."""
     sequences = 0
-    while hasattr(features, "feature"):  # of a Sequence
+    while hasattr(features, "feature"):  # a Sequence
         features, sequences = features.feature, sequences + 1
     if not path:
         return _Found(features, (), sequences)
@@ -204,9 +204,9 @@ def _is_string(feature: Any) -> bool:
 
 
 def _scalars(features: Any, names: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """Yields the names that lead to each feature that is one number or string, in no sequence."""
+    """Yields the names that lead to each feature that is one number or string outside a sequence."""
     if hasattr(features, "feature"):
-        return  # a sequence, which has the attributes of what it is a sequence of, too
+        return  # a sequence also has the attributes of its elements' feature
     if hasattr(features, "keys"):
         for name in features.keys():  # noqa: SIM118
             yield from _scalars(features[name], (*names, name))
