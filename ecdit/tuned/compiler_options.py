@@ -12,6 +12,7 @@ TPU_OPTIONS = (
     "xla_sc_disable_megacore_partitioning=true",
     "xla_sc_enable_instruction_fusion=false",
     "xla_tpu_enable_sparse_core_collective_offload_all_gather=true",
+    "xla_tpu_enable_sparse_core_collective_offload_2d_all_gather=true",  # over two mesh axes
     "xla_tpu_enable_all_gather_offload_tracing=true",
     "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter=true",
     "xla_tpu_enable_reduce_scatter_offload_tracing=true",
