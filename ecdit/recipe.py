@@ -12,7 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from ecdit.tuned.compiler_options import TPU_OPTIONS
+from ecdit.tuned.compiler_options import NO_TPU_OPTIONS, TPU_OPTIONS
 
 
 def paper_recipe() -> ConfigDict:
@@ -95,7 +95,7 @@ def small_recipe(image_size: int) -> ConfigDict:
 
     runtime = config.runtime
     runtime.xla_flags = ("--xla_cpu_enable_fast_math=true",)  # reorders sums; infinities and NaN are still honoured
-    runtime.tpu_options = ()
+    runtime.tpu_options = ConfigDict(NO_TPU_OPTIONS)
     runtime.keep_host_memory = True  # reuses freed memory, because the kernel's fresh pages cost half of a step on CPU
     runtime.distributed = False
     return config
@@ -269,7 +269,7 @@ def _set_machines(config: ConfigDict) -> None:
 
     config.runtime = runtime = ConfigDict()
     runtime.xla_flags = ()
-    runtime.tpu_options = TPU_OPTIONS  # compiler options of the training step on TPUs
+    runtime.tpu_options = ConfigDict(TPU_OPTIONS)  # compiler options of the training step on TPUs, by kind of chip
     runtime.keep_host_memory = False  # for training on CPU
     runtime.compilation_cache = "~/.cache/ecdit"  # "" for none
     runtime.distributed = True  # for a pod; False for one host

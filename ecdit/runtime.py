@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
+from ecdit import chips
 from ecdit.config import require
 from ecdit.files import is_remote
 from ecdit.storage import as_path
@@ -21,11 +22,33 @@ SAFE_ON = {"xla_tpu_enable_async_collective_fusion_fuse_all_gather": ("TPU v5 li
 
 
 @dataclasses.dataclass(frozen=True)
+class TpuOptions:
+    """Options of the TPU compiler, each "xla_...=value". Those of a kind of chip replace those of `all`."""
+
+    all: tuple[str, ...]
+    v4: tuple[str, ...]
+    v5e: tuple[str, ...]
+    v5p: tuple[str, ...]
+    v6e: tuple[str, ...]
+    tpu7x: tuple[str, ...]
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            for option in getattr(self, field.name):
+                fits = option.startswith("xla_") and "=" in option
+                require(fits, field.name, option, "each option must be xla_...=value")
+
+    def of(self, chip: str) -> dict[str, str]:
+        """Returns the options by name for a chip as `chips` names it; only those of `all` for one that it lacks."""
+        return dict(option.split("=", 1) for option in (*self.all, *getattr(self, chip, ())))
+
+
+@dataclasses.dataclass(frozen=True)
 class RuntimeConfig:
     """Process-wide settings."""
 
     xla_flags: tuple[str, ...]  # each "--xla_...=value", added to XLA_FLAGS
-    tpu_options: tuple[str, ...]  # each "xla_...=value", for compiling the training step for TPUs
+    tpu_options: TpuOptions  # of the training step's compilation
     keep_host_memory: bool  # reuses freed memory instead of returning it, which halves the time of a step on CPU
     compilation_cache: str  # directory of the persistent compilation cache; "" for none (see `configure`)
     distributed: bool  # joins the other hosts by jax.distributed, which needs no further setting on a TPU pod
@@ -34,9 +57,6 @@ class RuntimeConfig:
     def __post_init__(self):
         for flag in self.xla_flags:
             require(flag.startswith("--xla"), "xla_flags", flag, "each flag must start with --xla")
-        for option in self.tpu_options:
-            fits = option.startswith("xla_") and "=" in option
-            require(fits, "tpu_options", option, "each option must be xla_...=value")
         require(self.heartbeat_seconds >= 1, "heartbeat_seconds", self.heartbeat_seconds, "must be 1 or more")
 
 
@@ -78,9 +98,10 @@ def compiler_options(config: RuntimeConfig, mesh: Mesh) -> dict[str, str] | None
       ConfigError: an option may give wrong results on these devices.
     """
     device = mesh.devices.flat[0]
-    if device.platform != "tpu" or not config.tpu_options:
+    chip = chips.chip(device.device_kind)
+    options = config.tpu_options.of(chip.name if chip else "")
+    if device.platform != "tpu" or not options:
         return None
-    options = dict(option.split("=", 1) for option in config.tpu_options)
     for name, kinds in SAFE_ON.items():
         require(
             options.get(name, "false") == "false" or device.device_kind in kinds,

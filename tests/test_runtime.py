@@ -5,14 +5,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from ecdit.config import ConfigError
-from ecdit.runtime import RuntimeConfig, compiler_options
+from ecdit.config import ConfigError, build
+from ecdit.runtime import RuntimeConfig, TpuOptions, compiler_options
+from ecdit.tuned.compiler_options import NO_TPU_OPTIONS
 
 FUSED = "xla_tpu_enable_async_collective_fusion_fuse_all_gather"
 
 
-def options(*chosen, platform="tpu", kind="TPU v5"):
-    config = RuntimeConfig((), chosen, False, "", False, 100)
+def options(*chosen, platform="tpu", kind="TPU v5", **of_chips):
+    config = RuntimeConfig((), TpuOptions(**NO_TPU_OPTIONS | {"all": chosen} | of_chips), False, "", False, 100)
     device = SimpleNamespace(platform=platform, device_kind=kind)
     return compiler_options(config, SimpleNamespace(devices=np.array([device])))
 
@@ -33,9 +34,23 @@ def test_an_option_that_may_give_wrong_results_is_refused_where_it_may():
     assert options(f"{FUSED}=false") == {FUSED: "false"}
 
 
-def test_the_paper_s_configs_have_no_such_option():
+def test_the_options_of_a_chip_replace_those_of_all():
+    of_chips = {"v4": ("xla_b=3", "xla_c=4"), "v5p": ("xla_d=5",)}
+    assert options("xla_a=1", "xla_b=2", kind="TPU v4", **of_chips) == {"xla_a": "1", "xla_b": "3", "xla_c": "4"}
+    assert options("xla_a=1", kind="TPU v5", **of_chips) == {"xla_a": "1", "xla_d": "5"}
+    assert options("xla_a=1", kind="TPU v9", **of_chips) == {"xla_a": "1"}
+    assert options(kind="TPU v6 lite", **of_chips) is None
+
+
+def test_an_option_that_is_none_is_refused():
+    with pytest.raises(ConfigError, match=r"config.v4 = 'a=1': each option must be xla_...=value"):
+        options(v4=("a=1",))
+
+
+def test_the_paper_s_configs_have_no_unsafe_option():
     from tests.runs import config_file
 
-    chosen = config_file("ec_dit").get_config("M-64E").runtime.tpu_options
+    chosen = build(TpuOptions, config_file("ec_dit").get_config("M-64E").runtime.tpu_options)
     for kind in ("TPU v4", "TPU v5", "TPU v6 lite", "TPU7x"):
-        assert len(options(*chosen, kind=kind)) == len(chosen) > 0
+        of_chips = {"v4": chosen.v4}
+        assert options(*chosen.all, kind=kind, **of_chips)

@@ -207,9 +207,15 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ecdit import runtime
+from ecdit.tuned.compiler_options import NO_TPU_OPTIONS
 
 config = runtime.RuntimeConfig(
-    xla_flags=(), tpu_options=(), keep_host_memory=False, compilation_cache="", distributed=False, heartbeat_seconds=100
+    xla_flags=(),
+    tpu_options=runtime.TpuOptions(**NO_TPU_OPTIONS),
+    keep_host_memory=False,
+    compilation_cache="",
+    distributed=False,
+    heartbeat_seconds=100,
 )
 runtime.configure(config)
 mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))

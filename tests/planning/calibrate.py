@@ -6,6 +6,7 @@ Prints what the estimate makes of the language model of decoder.py on a v5p-128,
 from ecdit.planning.compiler import find_target, make_torus, target_devices, use_compiler
 from ecdit.planning.estimate import Estimate, Estimator
 from ecdit.planning.hlo import parse
+from ecdit.runtime import TpuOptions
 from ecdit.tuned.compiler_options import TPU_OPTIONS
 from tests.planning import decoder
 
@@ -17,7 +18,7 @@ def main() -> None:
     use_compiler()
     target = find_target(TARGET)
     devices = target_devices(target)
-    ours = dict(option.split("=", 1) for option in TPU_OPTIONS)
+    ours = TpuOptions(**TPU_OPTIONS).of("v5p")
     print(f"measured and published: {decoder.MEASURED_MFU:.1%}")
     for name, options in (
         ("options as published", decoder.COMPILER_OPTIONS),

@@ -21,7 +21,8 @@ from ecdit.planning.compiler import DoesNotFit, compile_step, find_target, make_
 from ecdit.planning.fitting import what_fits
 from ecdit.planning.hlo import array_shapes, parse
 from ecdit.planning.plan import Plan, advice, make_plan, report
-from ecdit.tuned.compiler_options import TPU_OPTIONS
+from ecdit.runtime import TpuOptions
+from ecdit.tuned.compiler_options import NO_TPU_OPTIONS, TPU_OPTIONS
 from ecdit.tuned.experts import down_gradient, up_gradient
 from launch.local import cpu_environment
 from tests.runs import ROOT, command, run
@@ -122,7 +123,12 @@ def test_what_people_read_of_a_plan(plan):
 @pytest.fixture(scope="module")
 def routed():
     """What a chip of eight runs, all of them holding experts: the collectives are those of a pod."""
-    changes = {"mesh__expert": 8, "train__batch_size": 128, "sampling__batch_size": 16, "runtime__tpu_options": ()}
+    changes = {
+        "mesh__expert": 8,
+        "train__batch_size": 128,
+        "sampling__batch_size": 16,
+        "runtime__tpu_options": NO_TPU_OPTIONS,
+    }
     return compile_step(small(**changes), find_target("v5p:2x2x2"))
 
 
@@ -159,7 +165,7 @@ def test_a_tpu_sums_experts_gradients_where_they_are_kept(gradient, experts):
 
 def options():
     """The compiler options of the paper's recipe."""
-    return dict(option.split("=", 1) for option in TPU_OPTIONS)
+    return TpuOptions(**TPU_OPTIONS).of("v5p")
 
 
 def _size(shape):
@@ -171,7 +177,7 @@ def _size(shape):
 
 @pytest.mark.slow
 def test_two_slices_meet_over_the_network_alone_by_data():
-    experiment = small(mesh__slices=2, train__batch_size=128, runtime__tpu_options=())
+    experiment = small(mesh__slices=2, train__batch_size=128, runtime__tpu_options=NO_TPU_OPTIONS)
     found = make_plan(experiment, find_target("2xv5p:2x2x1"))
     assert found.num_chips == 8
     assert found.dcn_bytes > 0
@@ -182,7 +188,7 @@ def test_two_slices_meet_over_the_network_alone_by_data():
 @pytest.mark.slow
 def test_a_plan_for_tpu7x_is_of_chips_that_are_two_devices():
     target = find_target("tpu7x:2x2x1")
-    found = make_plan(small(runtime__tpu_options=()), target)
+    found = make_plan(small(runtime__tpu_options=NO_TPU_OPTIONS), target)
     assert (found.num_chips, found.num_devices) == (4, 8)
     assert found.hbm_bytes_per_device < found.hbm_limit == 96e9
     seconds = found.estimated_step_seconds
