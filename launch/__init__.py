@@ -1,1 +1,1 @@
-"""The commands that start, show and stop training, and in `backends` a file for each place where training runs."""
+"""Commands that start, show and stop training, with one file in `backends` for each place where training runs."""

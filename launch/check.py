@@ -1,4 +1,4 @@
-"""Checks that a run can be launched, from its config and the sizes of the slices alone."""
+"""Checks from its config and the sizes of the slices alone that a run can be launched."""
 
 import dataclasses
 import re
@@ -30,12 +30,12 @@ def make_job(
     """Returns the job of an experiment, after checking from shapes alone that it can train on the slices.
 
     Args:
-      experiment: what to train.
-      origin: where its values come from, as `command_line.config_origin` returns it.
+      experiment: the experiment to train.
+      origin: its config file and overrides, from `command_line.config_origin`.
       where: one of the slices.
-      slices: how many slices.
+      slices: number of slices.
       workdir: the run's workdir.
-      name: the job's name; "" to make one of the workdir, so that a run has one job.
+      name: the job's name; "" derives it from the workdir, so that a run has only one job.
 
     Raises:
       UserError: the mesh, the batch, a group or a parameter does not divide, or an argument is wrong.
@@ -52,7 +52,7 @@ def make_job(
     system, optimizer = make_system(experiment.system), make_optimizer(experiment.optimizer)
     state = abstract_state(
         system, optimizer, state_shardings(system, optimizer, mesh)
-    )  # refuses what cannot be laid out
+    )  # raises if a parameter does not divide
     train = experiment.train
     images = train.batch_size // (batch_shards(mesh) * train.accumulation)
     together = system.parts.denoiser.images_together("train")
@@ -81,7 +81,7 @@ def make_job(
 
 
 def _on_slices(experiment: Experiment, overrides: dict[str, Any], slices: int) -> tuple[Experiment, dict[str, Any]]:
-    """Returns the experiment and its overrides with this number of slices in the mesh, unless an override sets it."""
+    """Returns the experiment and its overrides with `slices` in the mesh, unless an override sets mesh.slices."""
     mesh = experiment.mesh
     if slices > 1 and mesh.slices == 1 and "mesh.slices" not in overrides:
         overrides["mesh.slices"] = slices
@@ -90,7 +90,7 @@ def _on_slices(experiment: Experiment, overrides: dict[str, Any], slices: int) -
 
 
 def check_pod(job: Job, experiment: Experiment, config_file: str) -> None:
-    """Raises LaunchError or ConfigError for a job that could run on one machine, but not on the hosts of a pod."""
+    """Raises LaunchError or ConfigError for a job that can run on one machine but not on the hosts of a pod."""
     if not re.fullmatch(r"gs://[^/]+(/[^/]+)+/?", job.workdir):
         raise LaunchError(
             f"--workdir={job.workdir}: must be gs://BUCKET/PATH: the hosts of a pod share no local directory, and what "
@@ -111,7 +111,7 @@ def check_pod(job: Job, experiment: Experiment, config_file: str) -> None:
 
 
 def _key_of(path: str, experiment: Experiment, config_file: str) -> str:
-    """Returns what names a user's file: a flag, or a key of the config."""
+    """Returns the flag or the config key that names a user's file."""
     named = {
         experiment.data.tokenizer: "config.data.tokenizer",
         experiment.data.module: "config.data.module",
@@ -121,7 +121,7 @@ def _key_of(path: str, experiment: Experiment, config_file: str) -> str:
 
 
 def check_plan(job: Job, experiment: Experiment) -> None:
-    """Raises LaunchError if the step does not fit the memory of the job's chips; compiles it, which takes minutes.
+    """Raises LaunchError if the step does not fit the memory of the job's chips. Compiles it, which takes minutes.
 
     Raises:
       UserError: the TPU compiler is not installed.

@@ -1,4 +1,4 @@
-"""Runs the programs of the backends: kubectl, gcloud, bash."""
+"""Runs the backends' programs: kubectl, gcloud and bash."""
 
 import subprocess
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ def run(command: Sequence[str], text: str | None = None) -> int:
     """Runs `command` with this process's output, `text` as its input. Returns its exit code.
 
     Raises:
-      LaunchError: there is no such program.
+      LaunchError: the program is not installed.
     """
     try:
         return subprocess.run(command, input=text, text=True, check=False).returncode
@@ -19,6 +19,6 @@ def run(command: Sequence[str], text: str | None = None) -> int:
 
 
 def run_all(commands: Sequence[Sequence[str]]) -> int:
-    """Runs `commands` in turn, also after one that failed. Returns the exit code of the first that failed, or 0."""
+    """Runs all `commands` in order, even if one fails. Returns the exit code of the first failure, or 0."""
     codes = [run(command) for command in commands]
     return next((code for code in codes if code), 0)

@@ -1,7 +1,7 @@
-"""The error of a run that cannot be started as asked."""
+"""Defines the error of a run that cannot be launched."""
 
 from ecdit.errors import UserError
 
 
 class LaunchError(UserError, ValueError):
-    """A run that cannot be started as asked."""
+    """A run cannot be launched with the given flags and config."""

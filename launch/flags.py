@@ -1,4 +1,4 @@
-"""The flags that say which job is meant and where it is: the same for all commands of launch."""
+"""Defines the flags that name a job and its place, which all commands of launch share."""
 
 import dataclasses
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from launch.job import check_name, job_name
 
 @dataclasses.dataclass(frozen=True)
 class JobLocation:
-    """The name by which a job is found, and the backend that keeps it. The backend's own flags say where exactly."""
+    """The name and the backend of a job. The backend's own flags name the exact place."""
 
     backend: Backend
     workdir: str  # "" if only the name was given
@@ -22,17 +22,17 @@ class JobLocation:
 
 
 def define_location_flags(backend: str | None = None) -> Callable[[], JobLocation]:
-    """Defines the flags. Returns a function that reads them once they are parsed.
+    """Defines the flags, and returns a function that reads them after they are parsed.
 
-    It raises UserError if neither --workdir nor --name says which job is meant.
+    That function raises UserError if both --workdir and --name are missing.
 
     Args:
       backend: the default of --backend; None makes the flag required.
     """
     chosen = flags.DEFINE_enum("backend", backend, list(BACKENDS), "What runs the job.", required=backend is None)
     workdir = flags.DEFINE_string("workdir", "", "The run's workdir; gs://BUCKET/PATH for a pod.")
-    name = flags.DEFINE_string("name", "", "Of the job; empty: made of the workdir.")
-    slices = flags.DEFINE_integer("slices", 1, "How many slices.", lower_bound=1)
+    name = flags.DEFINE_string("name", "", "The job's name; empty: derived from the workdir.")
+    slices = flags.DEFINE_integer("slices", 1, "The number of slices.", lower_bound=1)
     for known in BACKENDS.values():
         known.define_location_flags()
 

@@ -1,7 +1,7 @@
-"""A training run on TPU slices that it fits: the value that every backend takes. `launch.check` makes one.
+"""Describes a training run on TPU slices that it fits, for all backends. `launch.check` makes the description.
 
-The place where a run executes (image, project, queue, ...) is given by flags of `launch.tpu` and not by the config: the
-config is saved with the checkpoints and compared on resume, and a run may move to another cluster.
+Flags of `launch.tpu`, not the config, name the place where a run executes (image, project, queue, ...). The config is
+saved with the checkpoints and compared on resume, whereas a run may move to another cluster.
 """
 
 import copy
@@ -18,10 +18,10 @@ from ecdit.topology import Slice
 from launch.errors import LaunchError
 from launch.values import parse_environment
 
-ROOT = Path(__file__).parents[1]  # the checkout, in which configs are files
-MAX_NAME = 40  # characters: with replicated job, indices and a suffix, a pod's name must stay below 64
+ROOT = Path(__file__).parents[1]  # the checkout, which has the config files
+MAX_NAME = 40  # characters; a pod's name adds the replicated job, indices and a suffix, and must stay below 64
 SIGNAL_CODES = range(127, 256)  # a signal ended the process, often because another host died
-# A run that ends with one of these is started again. Any other code is an error that would come again.
+# A run that ends with one of these is restarted. Any other code is an error that would occur again.
 RESTART_CODES = (PREEMPTED, HUNG, OUTAGE, *SIGNAL_CODES)
 SHOWN_CODES = f"{PREEMPTED}, {HUNG}, {OUTAGE} and {SIGNAL_CODES[0]} to {SIGNAL_CODES[-1]}"
 
@@ -30,25 +30,25 @@ SHOWN_CODES = f"{PREEMPTED}, {HUNG}, {OUTAGE} and {SIGNAL_CODES[0]} to {SIGNAL_C
 class Job:
     """A run on slices that it fits."""
 
-    name: str  # under which the backend creates it
+    name: str  # its name in the backend
     slice: Slice
-    slices: int  # how many, joined by the data-centre network
+    slices: int  # number of slices, joined by the data-centre network
     workdir: str
-    train_flags: tuple[str, ...]  # of `python -m ecdit.train`, as you would type them
-    files: tuple[str, ...]  # paths of the user's files that training reads: the config, a denoiser of their own
+    train_flags: tuple[str, ...]  # flags of `python -m ecdit.train`
+    files: tuple[str, ...]  # paths of the user's files that training reads, such as the config and a denoiser
     mesh: Mapping[str, int]  # sizes by axis
-    batch: str  # for people
+    batch: str  # text that describes the batch
     checkpoint_bytes: int
-    checked: Mapping[str, Any]  # what was checked, as `checked.describe_checked` returns it
-    better: str  # for people: a layout that is known to be faster; "" for none
+    checked: Mapping[str, Any]  # the checked config and code, from `checked.describe_checked`
+    better: str  # text that names a layout known to be faster; "" for none
 
     def checked_flag(self, changes: Mapping[str, Any] | None = None) -> str:
-        """Returns the flag by which the trainer refuses all but what was checked.
+        """Returns the flag with which the trainer refuses any other config or code than the checked one.
 
         Args:
-          changes: {"data.directory": value}, of the config, which the backend makes by flags of its own.
+          changes: changes of the config that the backend makes by its own flags, {"data.directory": value}.
         """
-        from ecdit.runs.checked import encode_checked  # takes JAX, which looking at a job does not need
+        from ecdit.runs.checked import encode_checked  # imports JAX, which status and stop do not need
 
         config = copy.deepcopy(dict(self.checked["config"]))
         for key, value in (changes or {}).items():
@@ -58,7 +58,7 @@ class Job:
 
     @property
     def hosts(self) -> int:
-        """The number of the run's processes."""
+        """Returns the number of the run's hosts, which is its number of processes."""
         return self.slice.hosts * self.slices
 
     def save_seconds(self, bytes_per_second: float) -> float:
@@ -67,7 +67,7 @@ class Job:
 
 
 def job_name(workdir: str) -> str:
-    """Returns the job's name for a workdir: its last part and a few digits of a hash of the whole."""
+    """Returns the job's name for a workdir: its last part and six digits of a hash of the whole path."""
     words = re.sub(r"[^a-z0-9]+", "-", workdir.rstrip("/").rpartition("/")[2].lower()).strip("-")
     digits = hashlib.sha256(workdir.rstrip("/").encode()).hexdigest()[:6]
     letters = words if words[:1].isalpha() else f"run-{words}"
@@ -75,7 +75,7 @@ def job_name(workdir: str) -> str:
 
 
 def check_name(name: str) -> str:
-    """Returns `name`; raises LaunchError if Kubernetes or Google Cloud would refuse it."""
+    """Returns `name`. Raises LaunchError if Kubernetes or Google Cloud would refuse it."""
     if not re.fullmatch(r"[a-z]([a-z0-9-]*[a-z0-9])?", name) or len(name) > MAX_NAME:
         raise LaunchError(
             f"--name={name}: must be lower-case letters, digits and dashes, start with a letter, end with no dash, "
@@ -88,22 +88,22 @@ def training_environment(extra: Sequence[str]) -> dict[str, str]:
     """Returns the variables of a training process on a TPU host: the fixed ones, then `extra`, each NAME=VALUE.
 
     Raises:
-      LaunchError: one of `extra` does not have that form, or looks like a secret.
+      LaunchError: an item of `extra` does not have that form, or looks like a secret.
     """
     fixed = {
-        "JAX_PLATFORMS": "tpu,cpu",  # fails if the TPU does not start; without it JAX would fall back to the CPU
+        "JAX_PLATFORMS": "tpu,cpu",  # an error if the TPU does not start; otherwise JAX would fall back to the CPU
         "PYTHONUNBUFFERED": "1",
     }
     return fixed | parse_environment(extra)
 
 
 def describe_restarts(most: int) -> str:
-    """Returns for people: when a backend that restarts a job does so, and how often at most."""
+    """Returns text that says when and how often a backend restarts a job."""
     return f"restarts after exit codes {SHOWN_CODES}, at most {most} times"
 
 
 def describe(job: Job) -> list[str]:
-    """Returns lines for people: what runs, and on which slices."""
+    """Returns lines that describe the job and its slices."""
     where = job.slice
     sizes = " x ".join(f"{axis} {size}" for axis, size in job.mesh.items())
     return [

@@ -2,10 +2,10 @@
 
     python -m launch.local --processes=2 --devices=2 -- --config=configs/emoji.py --workdir=runs/emoji
 
-Everything after `--` goes to `python -m ecdit.train`. Each process learns whom to join from ECDIT_COORDINATOR,
-ECDIT_NUM_PROCESSES and ECDIT_PROCESS_ID, and writes one log file. Process 0 reports, and its log is printed here too.
-The processes end together: when one fails, the others are terminated; SIGINT and SIGTERM are forwarded to all, so that
-each can save. The command ends with the exit code of the first process that failed, 128 + n if signal n killed it.
+Everything after `--` goes to `python -m ecdit.train`. ECDIT_COORDINATOR, ECDIT_NUM_PROCESSES and ECDIT_PROCESS_ID tell
+each process whom to join. Each writes a log file; the log of process 0, which reports, is also printed here. The
+processes end together: when one fails, the others are terminated. SIGINT and SIGTERM are forwarded to all, so that each
+can save. The exit code is that of the first process that failed, or 128 + n if signal n killed it.
 """
 
 import argparse
@@ -22,8 +22,8 @@ from typing import BinaryIO
 
 DEVICE_COUNT_FLAG = "--xla_force_host_platform_device_count"
 POLL_SECONDS = 0.05
-GRACE_SECONDS = 30.0  # from the first failure until those still running are killed: a preemption save has to fit
-TAIL_LINES = 20  # of the failing process's log, shown on stderr
+GRACE_SECONDS = 30.0  # time from the first failure until the others are killed, in which they can save
+TAIL_LINES = 20  # lines of the failing process's log on stderr
 
 
 def launch(
@@ -34,14 +34,13 @@ def launch(
     grace_seconds: float = GRACE_SECONDS,
     on_start: Callable[[list[int]], None] = lambda pids: None,
 ) -> int:
-    """Runs `command` as `processes` processes of `devices` CPU devices each, to the end of all. Main thread only.
+    """Runs `command` as `processes` processes with `devices` CPU devices each until all end. Main thread only.
 
     The output of process i goes to `process_i.log` in `log_dir`, which is made if it is missing; older logs are
-    overwritten. The output of process 0 is printed here too, as it comes. `on_start` gets the processes' ids once all
-    are started.
+    overwritten. The output of process 0 is also printed here. `on_start` gets the processes' ids when all have started.
 
     Returns:
-      0 if all succeeded, else the exit code of the first that failed (of the lowest id where several failed at once).
+      0 if all succeeded, else the exit code of the first failure (of the lowest id if several failed at once).
     """
     log_dir = Path(log_dir)
     log_dir.mkdir(parents=True, exist_ok=True)
@@ -73,18 +72,18 @@ def cpu_environment(devices: int) -> dict[str, str]:
 
 
 def process_environment(coordinator: str, processes: int, process_id: int, devices: int) -> dict[str, str]:
-    """Returns the environment of process `process_id`, which `ecdit.runtime` reads there."""
+    """Returns the environment of process `process_id`, which `ecdit.runtime` reads."""
     return {
         **cpu_environment(devices),
         "ECDIT_COORDINATOR": coordinator,
         "ECDIT_NUM_PROCESSES": str(processes),
         "ECDIT_PROCESS_ID": str(process_id),
-        "PYTHONUNBUFFERED": "1",  # a log that can be followed, and whose end survives a kill
+        "PYTHONUNBUFFERED": "1",  # so that the log can be followed, and its end survives a kill
     }
 
 
 def _start(command: Sequence[str], environment: dict[str, str], log: Path) -> subprocess.Popen:
-    """Starts a process in a session of its own, so that a terminal's Ctrl-C reaches it once, through this process."""
+    """Starts a process in its own session, so that a terminal's Ctrl-C reaches it only through this process."""
     with log.open("wb") as output:
         return subprocess.Popen(
             command,
@@ -97,7 +96,7 @@ def _start(command: Sequence[str], environment: dict[str, str], log: Path) -> su
 
 
 def _show(log: BinaryIO) -> None:
-    """Prints the text that a log has gained since the last call. It is no error if nobody reads it any more."""
+    """Prints the text added to a log since the last call. A closed output is no error."""
     if added := log.read():
         with contextlib.suppress(BrokenPipeError):
             print(added.decode(errors="replace"), end="", flush=True)
@@ -106,9 +105,9 @@ def _show(log: BinaryIO) -> None:
 def _wait(
     children: Sequence[subprocess.Popen], pending: list[int], grace_seconds: float, show: Callable[[], None]
 ) -> int | None:
-    """Waits until all have ended, and forwards `pending` signals meanwhile. Calls `show` in every round.
+    """Waits until all have ended, forwards `pending` signals, and calls `show` in every round.
 
-    Returns the index of the first that failed, or None.
+    Returns the index of the first process that failed, or None.
     """
     failed, deadline, stopping = None, float("inf"), False
     while True:
@@ -121,7 +120,7 @@ def _wait(
             failed = next((i for i, code in enumerate(codes) if code), None)
             if failed is not None:
                 deadline = time.monotonic() + grace_seconds
-                if not stopping:  # else the others were told already, and a second signal could cut their save short
+                if not stopping:  # a second signal could interrupt their save
                     _send(children, signal.SIGTERM)
         if all(code is not None for code in codes):
             return failed
@@ -131,13 +130,13 @@ def _wait(
 
 
 def _send(children: Sequence[subprocess.Popen], number: int) -> None:
-    """Signals the processes that run, but not their workers: each process ends its own."""
+    """Signals the running processes but not their workers, because each process ends its own workers."""
     for child in children:
         child.send_signal(number)  # does nothing if it has ended
 
 
 def _kill_group(child: subprocess.Popen) -> None:
-    """Kills a process if it still runs, and the workers that it has left behind."""
+    """Kills a process if it still runs, and any workers that it has left behind."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
     child.wait()
@@ -149,7 +148,7 @@ def _exit_code(child: subprocess.Popen) -> int:
 
 @contextlib.contextmanager
 def collect_signals() -> Iterator[list[int]]:
-    """Appends SIGINT and SIGTERM to the yielded list instead of acting: no process can miss one while it starts."""
+    """Appends SIGINT and SIGTERM to the yielded list, so that a process that is starting cannot miss one."""
     pending: list[int] = []
     numbers = (signal.SIGINT, signal.SIGTERM)
     previous = [signal.signal(number, lambda number, _: pending.append(number)) for number in numbers]
@@ -161,7 +160,7 @@ def collect_signals() -> Iterator[list[int]]:
 
 
 def _free_port() -> int:
-    """Returns a port that is free now. Another program could take it before the coordinator does, moments later."""
+    """Returns a port that is free now. Another program could still take it before the coordinator does."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

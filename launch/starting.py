@@ -1,4 +1,4 @@
-"""The flags, checks and descriptions that `launch.tpu`, for one job, and `launch.sweep`, for several, share."""
+"""Defines flags, checks and descriptions that `launch.tpu` and `launch.sweep` share."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,14 +15,14 @@ from launch.flags import JobLocation
 from launch.job import SHOWN_CODES, Job, describe
 
 SKIP_PLAN = flags.DEFINE_bool("skip-plan", False, "Do not compile the step to see that it fits the chips' memory.")
-LARGE_HOSTS = flags.DEFINE_bool("large-hosts", False, "jobset: node pools that have 8 chips of v5e or v6e in one host.")
-# Several backends read these, by name.
+LARGE_HOSTS = flags.DEFINE_bool("large-hosts", False, "jobset: the node pools have 8 chips of v5e or v6e per host.")
+# Several backends read these flags by name.
 flags.DEFINE_string("image", "", "Container of launch/Dockerfile; tpu-vm, empty: the code of this checkout.")
-flags.DEFINE_string("service-account", "", "May read and write the bucket; empty: the default one.")
-flags.DEFINE_integer("max-restarts", 100, f"After exit codes {SHOWN_CODES}.", lower_bound=1)
-flags.DEFINE_multi_string("env", [], "NAME=VALUE for the training processes; several times for several.")
-flags.DEFINE_multi_string("secret-env", [], "NAME of a variable that --secret or --secret-file has; several times.")
-flags.DEFINE_bool("unpinned-image", False, "Take an --image without a digest, which may change between restarts.")
+flags.DEFINE_string("service-account", "", "Account that may read and write the bucket; empty: the default one.")
+flags.DEFINE_integer("max-restarts", 100, f"Restarts after exit codes {SHOWN_CODES}.", lower_bound=1)
+flags.DEFINE_multi_string("env", [], "NAME=VALUE for the training processes; may be repeated.")
+flags.DEFINE_multi_string("secret-env", [], "NAME of a variable in --secret or --secret-file; may be repeated.")
+flags.DEFINE_bool("unpinned-image", False, "Allow an --image without a digest, which may change between restarts.")
 for _backend in BACKENDS.values():
     _backend.define_launch_flags()
 
@@ -31,8 +31,8 @@ def checked_job(experiment: Experiment, origin: Mapping[str, Any], location: Job
     """Returns the job of an experiment on slices like `where`.
 
     Args:
-      experiment: what to train.
-      origin: where its values come from, as `command_line.config_origin` returns it.
+      experiment: the experiment to train.
+      origin: its config file and overrides, from `command_line.config_origin`.
       location: the job's backend, name and workdir.
       where: one of the slices.
 
@@ -54,5 +54,5 @@ def checked_job(experiment: Experiment, origin: Mapping[str, Any], location: Job
 
 
 def description(job: Job, backend: Backend) -> str:
-    """Returns lines for people: what runs, on which slices, and how the backend runs it."""
+    """Returns lines that describe the job, its slices and how the backend runs it."""
     return "\n".join([*describe(job), f"backend     {backend.name}: {backend.summary(job)}"])

@@ -9,7 +9,7 @@ LOCATION = define_location_flags()
 
 
 def main(argv: list[str]) -> None:
-    """Exits with the code of the first command that failed."""
+    """Stops the job, and exits with the code of the first command that failed."""
     del argv
     location = LOCATION()
     sys.exit(location.backend.stop(location.name, location.slices))

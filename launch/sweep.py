@@ -1,12 +1,12 @@
-"""Runs the points of a sweep file, one run each, and makes tables and plots of their results.
+"""Runs the points of a sweep file, one run per point, and makes tables and plots of their results.
 
     python -m launch.sweep --sweep=configs/sweeps/model_sizes.py --workdir=runs/sizes
     python -m launch.sweep --sweep=configs/sweeps/model_sizes.py --workdir=runs/sizes --collect
 
-A point trains in WORKDIR/NAME. All points are checked and counted before the first starts. On this machine --parallel
-of them run at a time, and the same command goes on where an earlier one ended. On pods each point is a job, as
-`launch.tpu` would start it, unless its checkpoints in the bucket say that it is done. `--config.x=y` apply to all.
-Exit code: 0 if all are done (on pods: done or started), 1 if one failed, 42 (PREEMPTED) if some were stopped.
+A point trains in WORKDIR/NAME. All points are checked and counted before the first one starts. On this machine,
+--parallel of them run at a time, and the same command continues where an earlier one ended. On pods, each point is a
+job, as `launch.tpu` would start it, unless its checkpoints in the bucket are complete. `--config.x=y` applies to all.
+The exit code is 0 if all are done (on pods: done or started), 1 if one failed, 42 (PREEMPTED) if some were stopped.
 """
 
 import dataclasses
@@ -38,18 +38,18 @@ from launch.sweeps.running import is_done, run_points
 
 LOCATION = define_location_flags(backend="local")
 SWEEP = flags.DEFINE_string("sweep", None, "Sweep file, such as configs/sweeps/model_sizes.py.", required=True)
-CONFIG = flags.DEFINE_string("config", "", "Config file of the points, in place of the sweep's CONFIG.")
-ACCELERATOR = flags.DEFINE_string("accelerator", "", "Of each point's slices; local, empty: one process, as typed.")
-PARALLEL = flags.DEFINE_integer("parallel", 1, "local: points at a time.", lower_bound=1)
-DRY_RUN = flags.DEFINE_bool("dry-run", False, "Write what would be run for each point into --out, and stop.")
+CONFIG = flags.DEFINE_string("config", "", "Config file of the points, instead of the sweep's CONFIG.")
+ACCELERATOR = flags.DEFINE_string("accelerator", "", "Slices of each point; local, empty: one process per point.")
+PARALLEL = flags.DEFINE_integer("parallel", 1, "local: points that run at a time.", lower_bound=1)
+DRY_RUN = flags.DEFINE_bool("dry-run", False, "Write each point's manifest, script or command into --out, and stop.")
 OUT = flags.DEFINE_string("out", "", "Directory for --dry-run; empty: printed.")
-COLLECT = flags.DEFINE_bool("collect", False, "Run nothing: write tables and plots of the runs into --workdir.")
-FINAL_SHARE = 0.2  # of a run's steps, the last ones: its final loss is the mean over them
+COLLECT = flags.DEFINE_bool("collect", False, "Run nothing, and write tables and plots of the runs into --workdir.")
+FINAL_SHARE = 0.2  # a run's final loss is the mean over this share of its steps, at the end
 
 
 def main(argv: list[str]) -> None:
-    """Exits as the module says."""
-    jax.config.update("jax_platforms", "cpu")  # counting needs no device, and is not to take one from the points
+    """Runs or collects the sweep, and exits with the code in the module's docstring."""
+    jax.config.update("jax_platforms", "cpu")  # counting needs no device, and must not take one from the points
     overrides, location = config_overrides(argv[1:]), LOCATION()
     backend, workdir = location.backend, location.workdir
     if not workdir:
@@ -73,7 +73,7 @@ def main(argv: list[str]) -> None:
         return
     if backend.runs_here:
         commands = {point.name: shlex.split(command_line(point, jobs, location)) for point in points}
-        # The command line begins with "python", which stands for the interpreter that runs this.
+        # The command line begins with "python", which stands for this interpreter.
         commands = {name: [sys.executable, *command[1:]] for name, command in commands.items()}
         sys.exit(run_points(points, commands, Path(workdir), PARALLEL.value))
     done = [point.name for point in points if is_done(point, as_path(jobs[point.name].workdir))]
@@ -83,10 +83,10 @@ def main(argv: list[str]) -> None:
 
 
 def config_overrides(arguments: Sequence[str]) -> dict[str, str]:
-    """Returns the overrides for all points: {"config.a.b": "value"} for `--config.a.b=value`.
+    """Returns the overrides for all points, {"config.a.b": "value"} for `--config.a.b=value`.
 
     Raises:
-      UserError: an argument does not have this form.
+      UserError: an argument has another form.
     """
     overrides = {}
     for argument in arguments:
@@ -98,7 +98,7 @@ def config_overrides(arguments: Sequence[str]) -> dict[str, str]:
 
 
 def planned(point: SweepPoint) -> str:
-    """Returns a line for people: the size of a point's model and its steps."""
+    """Returns a line with the size of a point's model and its steps."""
     counts = point.counts()
     flops = sum(part["flops"] for part in counts.flops_per_image.values())
     sizes = f"{counts.denoiser_params / 1e6:.3f} M parameters, {counts.activated_params / 1e6:.3f} M activated"
@@ -113,7 +113,7 @@ def point_location(point: SweepPoint, location: JobLocation) -> JobLocation:
 
 
 def make_jobs(points: Sequence[SweepPoint], location: JobLocation) -> dict[str, Job]:
-    """Checks all points. Returns their jobs by name, or nothing if they are single processes of this machine.
+    """Checks all points. Returns their jobs by name, or none if they are single processes of this machine.
 
     Raises:
       SweepError: a point cannot run there; the message names it.
@@ -146,7 +146,7 @@ def check_alone(point: SweepPoint) -> None:
 
 
 def command_line(point: SweepPoint, jobs: dict[str, Job], location: JobLocation) -> str:
-    """Returns the command that runs a point on this machine: its job, or a single process if it has none."""
+    """Returns the command that runs a point on this machine: its job's, or that of a single process without a job."""
     if point.name in jobs:
         return location.backend.text(jobs[point.name])
     workdir = point_location(point, location).workdir
@@ -154,7 +154,7 @@ def command_line(point: SweepPoint, jobs: dict[str, Job], location: JobLocation)
 
 
 def dry_run(points: Sequence[SweepPoint], jobs: dict[str, Job], location: JobLocation) -> None:
-    """Writes a file for each point into --out, or prints them."""
+    """Writes a file for each point into --out, or prints it."""
     backend = location.backend
     for point in points:
         if backend.runs_here:
@@ -173,7 +173,7 @@ def dry_run(points: Sequence[SweepPoint], jobs: dict[str, Job], location: JobLoc
 
 
 def start_jobs(jobs: dict[str, Job], backend: Backend) -> int:
-    """Starts a job for each point, and goes on if one is not started. Returns 1 in that case, else 0."""
+    """Starts a job for each point, and continues if one fails to start. Returns 1 in that case, else 0."""
     failed = []
     for name, job in jobs.items():
         print(description(job, backend), flush=True)

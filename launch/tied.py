@@ -1,6 +1,6 @@
-"""Runs a command that is told to save and end when its parent dies: `python -m launch.tied PARENT_ID COMMAND...`.
+"""Runs a command that gets SIGTERM when its parent dies: `python -m launch.tied PARENT_ID COMMAND...`.
 
-Becomes the command, so that its process id and exit code are the command's. Linux alone can tie; elsewhere it does not.
+The process becomes the command, so that it has the command's process id and exit code. Only Linux sends the SIGTERM.
 """
 
 import ctypes
@@ -11,11 +11,11 @@ from collections.abc import Sequence
 
 from ecdit.exit_codes import PREEMPTED
 
-PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>: outlasts the exec, and no child inherits it
+PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>, which survives exec and is not inherited by children
 
 
 def main(argv: Sequence[str]) -> None:
-    """Ends with PREEMPTED, as training does after SIGTERM, if the parent has died already."""
+    """Becomes the command. If the parent has already died, it exits with PREEMPTED, like training after SIGTERM."""
     parent, *command = argv
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PARENT_DEATH_SIGNAL, signal.SIGTERM)

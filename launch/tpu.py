@@ -1,10 +1,10 @@
-"""Launches a training run on TPUs, after checking that it fits them.
+"""Launches a training run on TPUs after checking that it fits them.
 
     python -m launch.tpu --config=configs/ec_dit.py:M-64E --accelerator=v5p-256 --workdir=gs://BUCKET/m-64e \
         --backend=jobset --dry-run --out=job.yaml
 
-Checks the job, describes it, and starts it. With --dry-run it writes the manifest (jobset), the script (tpu-vm) or the
-command (local) to --out, or prints it, and stops; that needs no network. The launched command is the one that you would
+It checks the job, describes it, and starts it. With --dry-run it only writes the manifest (jobset), the script (tpu-vm)
+or the command (local) to --out, or prints it, which needs no network. The launched command is the one that you would
 type yourself, and it resumes by itself.
 """
 
@@ -24,15 +24,15 @@ from launch.starting import checked_job, description
 
 CONFIG = define_config_flag()
 LOCATION = define_location_flags()
-ACCELERATOR = flags.DEFINE_string("accelerator", None, "Of each slice: v5p-256, or v5p:4x4x8.", required=True)
-DRY_RUN = flags.DEFINE_bool("dry-run", False, "Write what would be run to --out, and stop.")
+ACCELERATOR = flags.DEFINE_string("accelerator", None, "Each slice: v5p-256, or v5p:4x4x8.", required=True)
+DRY_RUN = flags.DEFINE_bool("dry-run", False, "Write the manifest, script or command to --out, and stop.")
 OUT = flags.DEFINE_string("out", "", "File for --dry-run; empty: printed.")
 
 
 def main(argv: list[str]) -> None:
-    """Exits with the backend's exit code."""
+    """Launches the run, and exits with the backend's exit code."""
     del argv
-    jax.config.update("jax_platforms", "cpu")  # checks need no device, and are not to take a TPU host's
+    jax.config.update("jax_platforms", "cpu")  # checks need no device, and must not take a TPU host's
     experiment, location = make_experiment(config_values(CONFIG)), LOCATION()
     backend = location.backend
     job = checked_job(experiment, config_origin(CONFIG), location, find_slice(ACCELERATOR.value))

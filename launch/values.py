@@ -1,7 +1,7 @@
-"""Carries a user's values to other machines, so that no shell and no Kubernetes reads one of them as code.
+"""Checks and encodes a user's values for other machines, so that neither a shell nor Kubernetes runs them as code.
 
-Values go into a script as base64 and into a manifest as text whose dollar signs are escaped. What a cloud's own rules
-restrict (projects, images, ...) is compared with them first.
+A script contains values as base64, and a manifest as text with escaped dollar signs. Values that a cloud restricts
+(projects, images, ...) are checked against its rules.
 """
 
 import base64
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from launch.errors import LaunchError
 
-# What follows --, and what a value of it may be.
+# Allowed values by flag.
 _PATTERNS = {
     "project": r"[a-z0-9][a-z0-9.:-]*",
     "zone": r"[a-z0-9][a-z0-9-]*",
@@ -25,9 +25,9 @@ _NAME = r"[A-Za-z_][A-Za-z0-9_]*"
 
 
 def check_characters(flag: str, value: str) -> str:
-    """Returns `value`; raises LaunchError if it has a control character, such as a newline.
+    """Returns `value`. Raises LaunchError if it has a control character, such as a newline.
 
-    A line of a script could end there and another command begin.
+    A control character could end a line of a script and begin another command.
     """
     found = next((letter for letter in value if unicodedata.category(letter) in ("Cc", "Cs")), None)
     if found is not None:
@@ -36,10 +36,10 @@ def check_characters(flag: str, value: str) -> str:
 
 
 def check_option(flag: str, value: str) -> str:
-    """Returns the value of a flag that is given to other programs, or "".
+    """Returns the value of a flag for other programs, or "".
 
     Raises:
-      LaunchError: the cloud's rules have no such value; one that begins with a dash would be read as an option.
+      LaunchError: the cloud's rules do not allow the value, or another program would read it as an option.
     """
     if value and not re.fullmatch(_PATTERNS[flag], value):
         raise LaunchError(f"--{flag}={value!r}: must match {_PATTERNS[flag]}")
@@ -50,7 +50,7 @@ def check_image(image: str, unpinned: bool) -> str:
     """Returns the name of an image, or "".
 
     Raises:
-      LaunchError: it has no digest and `unpinned` is False: a tag can mean another image after a restart, or on
+      LaunchError: the name has no digest and `unpinned` is False. A tag can name another image after a restart or on
         another host.
     """
     if check_option("image", image) and not unpinned and not re.fullmatch(_DIGEST, image):
@@ -65,8 +65,8 @@ def parse_environment(pairs: Sequence[str]) -> dict[str, str]:
     """Returns the values of --env by name.
 
     Raises:
-      LaunchError: one is no NAME=VALUE, has a control character, or looks like a secret: it would stand in manifests,
-        scripts, dry runs and lists of processes. The message does not repeat a value.
+      LaunchError: an item is no NAME=VALUE, has a control character, or looks like a secret, which would be visible in
+        manifests, scripts, dry runs and lists of processes. The message does not repeat values.
     """
     for pair in pairs:
         name = pair.partition("=")[0]
@@ -85,11 +85,11 @@ def check_secret_names(names: Sequence[str], environment: Sequence[str] = ()) ->
     """Returns the names of --secret-env.
 
     Raises:
-      LaunchError: one is no name of a variable, or is given a value too.
+      LaunchError: an item is no name of a variable, or --env also sets it.
     """
     for name in names:
         if not re.fullmatch(_NAME, name):
-            # The text is not repeated: it may be a name and a secret.
+            # The message does not repeat the text, because it may contain a secret.
             raise LaunchError("--secret-env: must be the name of a variable, without its value")
         if name in environment:
             raise LaunchError(f"--secret-env={name}: is given by --env too")
@@ -99,7 +99,7 @@ def check_secret_names(names: Sequence[str], environment: Sequence[str] = ()) ->
 def bash_array(name: str, words: Sequence[str]) -> str:
     """Returns a line of bash that sets the array `name` to `words`, whatever characters they have.
 
-    They are encoded, each with a zero byte after it, so the shell never reads them.
+    They are encoded, with a zero byte after each, so that the shell never interprets them.
     """
     for word in words:
         check_characters("argument", word)
@@ -108,5 +108,5 @@ def bash_array(name: str, words: Sequence[str]) -> str:
 
 
 def kubernetes_text(value: str) -> str:
-    """Returns `value` as Kubernetes has to be given it in command, args and env, where $(NAME) and $$ are rewritten."""
+    """Returns `value` escaped for command, args and env of Kubernetes, which rewrites $(NAME) and $$."""
     return value.replace("$", "$$")

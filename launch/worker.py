@@ -1,7 +1,7 @@
-"""The bash script and the systemd unit that keep training going on a TPU VM, through failures and reboots.
+"""Writes the bash script and the systemd unit that restart training on a TPU VM after failures and reboots.
 
-The script runs training again after each of RESTART_CODES. The unit starts the script, and starts it again when the VM
-has rebooted, unless the run has ended.
+The script restarts training after each of RESTART_CODES. The unit starts the script, also after a reboot of the VM,
+unless the run has ended.
 """
 
 from collections.abc import Sequence
@@ -12,10 +12,10 @@ from launch.values import bash_array
 DIRECTORY = "ecdit-run"  # on a worker, in its home directory
 UNIT = "ecdit-run.service"
 SECRETS = "secrets"  # lines of NAME=VALUE, mode 0600
-ENDED = "ended"  # a file that marks a run that is not to start again
-RESTART_PAUSE_SECONDS = 10  # for the other hosts to end as well
-# The script alone gets SIGTERM (KillMode=mixed) and passes it on; it may take as long as a save does. Buffers of the
-# chips are locked in memory.
+ENDED = "ended"  # a file that marks a run that must not start again
+RESTART_PAUSE_SECONDS = 10  # time for the other hosts to end
+# Only the script gets SIGTERM (KillMode=mixed), passes it on, and may take as long as a save. Chips lock their buffers
+# in memory.
 UNIT_TEXT = f"""[Unit]
 Description=Training of EC-DIT
 Wants=network-online.target
@@ -44,12 +44,12 @@ _READ_SECRETS = f'while IFS= read -r line; do export "$line"; done < {SECRETS}\n
 
 
 def start_command(as_root: bool) -> str:
-    """Returns the shell command that starts the unit, now and at every boot, as root or as the user who runs it.
+    """Returns the shell command that starts the unit, now and at every boot, as root or as the current user.
 
-    A container needs root: of a `sudo docker` that the user started, the script could not pass SIGTERM on.
+    A container needs root, because the script could not pass SIGTERM to a `sudo docker` that the user started.
     """
     user = "root" if as_root else "$(id -un)"
-    return (  # sed writes who and where the unit is, as systemd has no variables for that
+    return (  # sed inserts user and directory, for which systemd has no variables
         f'cd {DIRECTORY} && sed -e "s|@USER@|{user}|; s|@DIRECTORY@|$PWD|" {UNIT} > installed.service '
         f"&& sudo install -m 644 installed.service /etc/systemd/system/{UNIT} "
         f"&& sudo systemctl daemon-reload && sudo systemctl enable --now {UNIT}"
@@ -57,12 +57,12 @@ def start_command(as_root: bool) -> str:
 
 
 def restart_loop(command: Sequence[str], max_restarts: int, secrets: bool = False) -> str:
-    """Returns the script of a worker, which runs `command` again after each of RESTART_CODES, until SIGTERM.
+    """Returns the script of a worker, which restarts `command` after each of RESTART_CODES, until SIGTERM.
 
     Args:
-      command: program and arguments, which the shell does not read.
-      max_restarts: how often at most.
-      secrets: whether the variables in the file SECRETS are set for it.
+      command: program and arguments, which the shell does not interpret.
+      max_restarts: the largest number of restarts.
+      secrets: whether to set the variables in the file SECRETS for it.
     """
     codes = " || ".join(f"(code >= {first} && code <= {last})" for first, last in _ranges(RESTART_CODES))
     return f"""#!/usr/bin/env bash

@@ -1,6 +1,6 @@
-"""The table of backends: each is one file here, which implements `protocol.Backend`, and one entry of BACKENDS.
+"""Lists the backends. Each is one file here, which implements `protocol.Backend`, and one entry of BACKENDS.
 
-`launch.status` and `launch.stop` import all of them, so a backend imports no JAX.
+Backends do not import JAX, because `launch.status` and `launch.stop` import all of them.
 """
 
 from launch.backends import jobset, local, tpu_vm

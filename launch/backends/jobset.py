@@ -1,8 +1,8 @@
-"""The backend `jobset`: runs a job on GKE, as a JobSet (jobset.x-k8s.io/v1alpha2) in a Kueue queue.
+"""Implements the backend `jobset`: runs a job on GKE, as a JobSet (jobset.x-k8s.io/v1alpha2) in a Kueue queue.
 
-Every slice is a Job of the JobSet and every host one of its pods. When a pod ends with one of RESTART_CODES its Job
-fails, and the JobSet starts all its Jobs again; any other code but 0 fails the JobSet. GKE tells the processes about
-each other (TPU_WORKER_HOSTNAMES, TPU_WORKER_ID, and MEGASCALE_* for several slices), which jax.distributed reads.
+Every slice is a Job of the JobSet and every host one of its pods. When a pod ends with one of RESTART_CODES, its Job
+fails, and the JobSet restarts all its Jobs. Any other exit code except 0 fails the JobSet. GKE describes the processes
+to each other (TPU_WORKER_HOSTNAMES, TPU_WORKER_ID, and MEGASCALE_* for several slices); jax.distributed reads that.
 """
 
 import dataclasses
@@ -20,8 +20,8 @@ from launch.errors import LaunchError
 from launch.job import RESTART_CODES, Job, describe_restarts, training_environment
 from launch.values import check_characters, check_image, check_secret_names, kubernetes_text
 
-FLAGS: Any = flags.FLAGS  # absl types every value as perhaps None
-ACCELERATORS = {  # by `Slice.chip`: the nodes' label cloud.google.com/gke-tpu-accelerator
+FLAGS: Any = flags.FLAGS  # Any, because absl types every value as optional
+ACCELERATORS = {  # the nodes' label cloud.google.com/gke-tpu-accelerator by `Slice.chip`
     "v4": "tpu-v4-podslice",
     "v5p": "tpu-v5p-slice",
     "v5e": "tpu-v5-lite-podslice",
@@ -29,32 +29,32 @@ ACCELERATORS = {  # by `Slice.chip`: the nodes' label cloud.google.com/gke-tpu-a
     "tpu7x": "tpu7x",
 }
 KIND = "jobsets.jobset.x-k8s.io"
-NO_IMAGE = f"image.invalid/ecdit:{__version__}"  # for dry runs without --image: no registry can have this name
-# Chips are memory-mapped devices whose buffers are locked in memory, so the limit of locked memory is lifted first.
-START = ["bash", "-c", 'ulimit -l unlimited && exec "$@"', "ecdit"]  # then runs its arguments
+NO_IMAGE = f"image.invalid/ecdit:{__version__}"  # a name that no registry can have, for dry runs without --image
+# Lifts the limit of locked memory, because chips lock their buffers in memory, and then runs its arguments.
+START = ["bash", "-c", 'ulimit -l unlimited && exec "$@"', "ecdit"]
 SLICE, CONTAINER = "slice", "train"
 DATA_MOUNT = "/data"
 MIN_GRACE_SECONDS = 120
-SETTLE_SECONDS = 60  # for the step that runs, and a save that is under way, before the last save begins
-KEPT_SECONDS = 12 * 3600  # of an ended JobSet with its pods and their logs
+SETTLE_SECONDS = 60  # time for the running step and a running save before the last save begins
+KEPT_SECONDS = 12 * 3600  # time for which an ended JobSet, its pods and their logs are kept
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How a job runs on GKE."""
+    """Options of a job on GKE."""
 
     image: str
     namespace: str
     queue: str  # Kueue's LocalQueue
     priority: str  # PriorityClass; "" for none
-    service_account: str  # of Kubernetes, allowed to read and write the bucket; "" for the namespace's default
+    service_account: str  # Kubernetes account that may read and write the bucket; "" for the namespace's default
     max_restarts: int
-    grace_seconds: int  # from SIGTERM to SIGKILL; 0: as long as a checkpoint needs
-    write_rate: float  # bytes a second that a host writes to its bucket, assumed
+    grace_seconds: int  # time from SIGTERM to SIGKILL; 0 for the time that a checkpoint needs
+    write_rate: float  # assumed bytes/s that a host writes to its bucket
     data: str  # gs:// path of prepared data, mounted as the run's data.directory; "" for none
     env: tuple[str, ...]  # NAME=VALUE
-    secret_env: tuple[str, ...] = ()  # names of variables that are keys of `secret`
-    secret: str = ""  # a Secret of the namespace
+    secret_env: tuple[str, ...] = ()  # names of variables, which are keys of `secret`
+    secret: str = ""  # name of a Secret of the namespace
     unpinned_image: bool = False
     privileged: bool = False
 
@@ -63,7 +63,7 @@ def grace_seconds(job: Job, options: Options) -> int:
     """Returns how long a pod may take to save after SIGTERM.
 
     Raises:
-      LaunchError: the time that was asked for is too short for a checkpoint.
+      LaunchError: --grace-seconds is too short for a checkpoint.
     """
     needed = math.ceil(job.save_seconds(options.write_rate)) + SETTLE_SECONDS
     if not options.grace_seconds:
@@ -81,7 +81,7 @@ def manifest(job: Job, options: Options) -> dict[str, Any]:
     """Returns the JobSet as plain data.
 
     Raises:
-      LaunchError: the grace period is too short, or GKE has no slices like these.
+      LaunchError: the grace period is too short, or GKE does not join such slices.
     """
     if job.slices > 1 and job.slice.hosts == 1:
         raise LaunchError(
@@ -96,7 +96,7 @@ def manifest(job: Job, options: Options) -> dict[str, Any]:
             "name": job.name,
             "namespace": options.namespace,
             "labels": {"kueue.x-k8s.io/queue-name": options.queue, "app.kubernetes.io/name": "ecdit"},
-            # One Job to a node pool: a node pool is a slice.
+            # Each Job gets a node pool of its own, which is a slice.
             "annotations": {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"},
         },
         "spec": {
@@ -116,7 +116,7 @@ def manifest(job: Job, options: Options) -> dict[str, Any]:
                             "parallelism": hosts,
                             "completions": hosts,
                             "completionMode": "Indexed",
-                            "backoffLimit": 0,  # without one of its hosts a slice computes nothing
+                            "backoffLimit": 0,  # a slice cannot compute without one of its hosts
                             "podFailurePolicy": {"rules": [_fail_unless_restarted()]},
                             "template": _pod(job, options),
                         }
@@ -136,7 +136,7 @@ def _pod(job: Job, options: Options) -> dict[str, Any]:
     chips = job.slice.chips_per_host
     train_flags, annotations, changes = list(job.train_flags), {}, {}
     volumes: list[dict[str, Any]] = [{"name": "shared-memory", "emptyDir": {"medium": "Memory"}}]
-    mounts: list[dict[str, Any]] = [{"name": "shared-memory", "mountPath": "/dev/shm"}]  # libtpu's and the loader's
+    mounts: list[dict[str, Any]] = [{"name": "shared-memory", "mountPath": "/dev/shm"}]  # for libtpu and the loader
     if options.data:
         train_flags.append(_data_flag(job))
         changes = {"data.directory": DATA_MOUNT}
@@ -168,8 +168,8 @@ def _pod(job: Job, options: Options) -> dict[str, Any]:
         "volumes": volumes,
     }
     if job.slices > 1:
-        # Slices exchange gradients over the data-centre network, which is faster without the pods' own network between.
-        # The chips of one slice have links of their own.
+        # Slices reduce gradients over the data-centre network, which is faster without the pods' own network. The chips
+        # of one slice have links of their own.
         spec |= {"hostNetwork": True, "dnsPolicy": "ClusterFirstWithHostNet"}
     for key, value in (("priorityClassName", options.priority), ("serviceAccountName", options.service_account)):
         if value:
@@ -178,7 +178,7 @@ def _pod(job: Job, options: Options) -> dict[str, Any]:
 
 
 def _environment(options: Options) -> list[dict[str, Any]]:
-    """Returns the container's variables: values that anyone may read, and references to keys of a Secret."""
+    """Returns the container's variables: public values, and references to keys of a Secret."""
     given = training_environment(options.env)
     names = check_secret_names(options.secret_env, tuple(given))
     if names and not options.secret:
@@ -190,10 +190,10 @@ def _environment(options: Options) -> list[dict[str, Any]]:
 
 
 def _privileges(options: Options) -> dict[str, Any]:
-    """Returns the container's rights: what the chips need, and no more.
+    """Returns the container's permissions, which are the least that the chips need.
 
-    GKE's device plugin gives the chips to a container that is not privileged, from GKE 1.28 on. It runs as root, since
-    their device files belong to root, and may raise its limit of locked memory (SYS_RESOURCE).
+    From GKE 1.28 on, GKE's device plugin gives the chips to unprivileged containers. The container runs as root, which
+    owns the device files, and may raise its limit of locked memory (SYS_RESOURCE).
     """
     if options.privileged:
         return {"privileged": True}
@@ -205,8 +205,8 @@ def _privileges(options: Options) -> dict[str, Any]:
     }
 
 
-# A global shuffle reads a record here and a record there, of some 20 to 60 KB. So the kernel reads no more ahead than
-# that, and what is known of files is kept for good: prepared data never changes.
+# A global shuffle reads single records of some 20 to 60 KB, so the kernel reads no more ahead than that. Metadata of
+# files is cached forever, because prepared data never changes.
 _MOUNT_OPTIONS = (
     "implicit-dirs",
     "read_ahead_kb=64",
@@ -217,10 +217,10 @@ _MOUNT_OPTIONS = (
 
 
 def bucket_mount(data: str, host_network: bool) -> dict[str, Any]:
-    """Returns the ephemeral volume of Cloud Storage FUSE that shows `data`, gs://BUCKET[/PATH], as a directory.
+    """Returns the ephemeral volume of Cloud Storage FUSE that mounts `data`, gs://BUCKET[/PATH], as a directory.
 
     Raises:
-      LaunchError: `data` is not such a path, or has what mount options do not have.
+      LaunchError: `data` is not such a path, or has characters that mount options cannot have.
     """
     matched = re.fullmatch(r"gs://([a-z0-9][a-z0-9._-]*)(?:/(.+?))?/?", check_characters("--data", data))
     if not matched:
@@ -234,7 +234,7 @@ def bucket_mount(data: str, host_network: bool) -> dict[str, Any]:
         "bucketName": bucket,
         "mountOptions": ",".join([*_MOUNT_OPTIONS, *([f"only-dir={path}"] if path else [])]),
     }
-    if host_network:  # otherwise pods on the host's network use the node's service account
+    if host_network:  # otherwise pods on the host's network would use the node's service account
         attributes["hostNetworkPodKSA"] = "true"
     return {"driver": "gcsfuse.csi.storage.gke.io", "readOnly": True, "volumeAttributes": attributes}
 
@@ -254,7 +254,7 @@ def text(job: Job, options: Options) -> str:
 
 
 def launch_command(file: str, context: str) -> list[str]:
-    """Returns the command that creates the JobSet in `file` ("-": the input). kubectl refuses a name that is taken."""
+    """Returns the command that creates the JobSet in `file` ("-" for the input). kubectl refuses existing names."""
     return ["kubectl", "create", f"--filename={file}", *_context(context)]
 
 
@@ -280,7 +280,7 @@ def _context(context: str) -> list[str]:
 
 
 class JobSet:
-    """The backend, which takes the options above from the flags."""
+    """The backend, which reads `Options` from the flags."""
 
     name = "jobset"
     file_ending = "yaml"
@@ -289,23 +289,25 @@ class JobSet:
 
     def define_location_flags(self) -> None:
         """Defines the flags that name the cluster and the namespace."""
-        flags.DEFINE_string("namespace", "default", "jobset: of Kubernetes.")
-        flags.DEFINE_string("context", "", "jobset: kubectl's, which names the cluster; empty: the current one.")
+        flags.DEFINE_string("namespace", "default", "jobset: Kubernetes namespace.")
+        flags.DEFINE_string(
+            "context", "", "jobset: kubectl's context, which names the cluster; empty: the current one."
+        )
 
     def define_launch_flags(self) -> None:
-        """Defines the flags of Kueue, of the grace period and of the data that is mounted."""
+        """Defines the flags of Kueue, of the grace period and of the mounted data."""
         flags.DEFINE_string("queue", "multislice-queue", "jobset: Kueue's LocalQueue.")
         flags.DEFINE_string("priority", "medium", "jobset: PriorityClass; empty: none.")
-        flags.DEFINE_integer("grace-seconds", 0, "jobset: to save in after SIGTERM; 0: what a checkpoint needs.")
+        flags.DEFINE_integer("grace-seconds", 0, "jobset: time to save after SIGTERM; 0: what a checkpoint needs.")
         flags.DEFINE_float(
-            "write-rate", 0.5, "jobset: GB/s that a host writes to its bucket, assumed.", lower_bound=1e-3
+            "write-rate", 0.5, "jobset: assumed GB/s that a host writes to its bucket.", lower_bound=1e-3
         )
         flags.DEFINE_string("data", "", "jobset: gs:// path of prepared data, to mount as data.directory.")
         flags.DEFINE_string("secret", "", "jobset: Secret of the namespace whose keys are the names of --secret-env.")
-        flags.DEFINE_bool("privileged", False, "jobset: for node pools older than GKE 1.28, whose TPUs need it.")
+        flags.DEFINE_bool("privileged", False, "jobset: privileged pods, for node pools older than GKE 1.28.")
 
     def check(self, job: Job) -> None:
-        """Raises LaunchError for slices, a grace period, data or variables that GKE would not take."""
+        """Raises LaunchError for slices, a grace period, data or variables that GKE would refuse."""
         manifest(job, _options())
 
     def text(self, job: Job) -> str:

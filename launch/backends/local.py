@@ -1,7 +1,7 @@
-"""The backend `local`: runs a job on this machine, with a process for every host of its slices.
+"""Implements the backend `local`: runs a job on this machine, with a process for every host of its slices.
 
-Each process has as many CPU devices as JAX would list on the host, so this is a way to try a pod job without a pod.
-Nothing restarts the job. `launch.status` and `launch.stop` find it by the record that it writes beside the logs, in
+Each process has as many CPU devices as JAX would list on the host, so this tries a pod job without a pod. Nothing
+restarts the job. `launch.status` and `launch.stop` find it by the record that it writes beside the logs, in
 runs/local/NAME.
 """
 
@@ -24,7 +24,7 @@ from launch.job import Job
 from launch.local import launch
 
 FLAGS = flags.FLAGS
-LOGS = Path("runs/local")  # every job has a directory of its name in it
+LOGS = Path("runs/local")  # has a directory for each job, by name
 RECORD = "processes.json"
 MAX_PROCESSES = 16
 POLL_SECONDS = 0.1
@@ -40,7 +40,7 @@ def check(job: Job) -> None:
 
 
 def command_line(job: Job) -> str:
-    """Returns the command that does the same as `run_job`, as you would type it."""
+    """Returns the command line that does the same as `run_job`."""
     sizes = [f"--processes={job.hosts}", f"--devices={job.slice.devices_per_host}", f"--log_dir={LOGS / job.name}"]
     return f"{shlex.join(['python', '-m', 'launch.local', *sizes, '--', *job.train_flags])}\n"
 
@@ -56,7 +56,7 @@ def run_job(job: Job) -> int:
 
 
 def write_record(log_dir: Path, command: Sequence[str], pids: Sequence[int]) -> None:
-    """Writes down the processes with their commands: once a process has ended, another one can get its id."""
+    """Records the processes with their commands, because another process can get the id of one that has ended."""
     record = {
         "launcher": {"pid": os.getpid(), "command": sys.orig_argv},
         "processes": [{"pid": pid, "command": list(command)} for pid in pids],
@@ -68,7 +68,7 @@ def status_lines(name: str) -> list[str]:
     """Returns a line for each process of the job, with the last line of its log.
 
     Raises:
-      LaunchError: no such job was launched here.
+      LaunchError: no job with this name was launched here.
     """
     lines = []
     for i, process in enumerate(_read_record(name)["processes"]):
@@ -79,10 +79,10 @@ def status_lines(name: str) -> list[str]:
 
 
 def stop_job(name: str) -> bool:
-    """Asks all processes to save and end, and waits until they have. Returns False if they had ended before.
+    """Tells all processes to save and end, and waits for that. Returns False if they had ended before.
 
     Raises:
-      LaunchError: no such job was launched here.
+      LaunchError: no job with this name was launched here.
     """
     launcher = _read_record(name)["launcher"]
     if not _runs(launcher):
@@ -101,7 +101,7 @@ def _read_record(name: str) -> dict[str, Any]:
 
 
 def _runs(process: dict[str, Any]) -> bool:
-    """Returns whether the process is alive and runs the command that was written down."""
+    """Returns whether the process is alive and runs the recorded command."""
     listed = subprocess.run(
         ["ps", "-ww", "-o", "stat=,args=", "-p", str(process["pid"])], capture_output=True, text=True, check=False
     )
@@ -120,13 +120,13 @@ class LocalProcesses:
     runs_here = True
 
     def define_location_flags(self) -> None:
-        """Defines nothing: jobs are found in LOGS."""
+        """Defines nothing, because jobs are found in LOGS."""
 
     def define_launch_flags(self) -> None:
         """Defines nothing."""
 
     def check(self, job: Job) -> None:
-        """Raises LaunchError for slices with more hosts than this machine starts processes for, or for variables."""
+        """Raises LaunchError for slices with too many hosts, or for --env or --secret-env."""
         for flag in ("env", "secret-env"):
             if FLAGS[flag].value:
                 raise LaunchError(f"--{flag}: is for pods; processes here have the variables of this shell")
@@ -150,6 +150,6 @@ class LocalProcesses:
         return 0
 
     def stop(self, name: str, slices: int) -> int:
-        """Lets the processes save and end."""
+        """Lets the processes save, and ends them."""
         print(f"{name} {'has stopped' if stop_job(name) else 'had ended already'}")
         return 0

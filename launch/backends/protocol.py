@@ -1,6 +1,6 @@
-"""The protocol of a backend: how a job is started, shown and stopped in one kind of place.
+"""Defines the protocol of a backend, which starts, shows and stops jobs in one kind of place.
 
-A backend keeps its flags, its options and its checks in its own file. The commands know it by this protocol alone.
+A backend has its flags, options and checks in its own file. The commands use only this protocol.
 """
 
 from typing import Protocol
@@ -12,20 +12,20 @@ class Backend(Protocol):
     """A kind of place where training runs. Methods other than those that define flags read the parsed flags."""
 
     name: str  # the value of --backend
-    file_ending: str  # of the file that a dry run writes for each point of a sweep: "yaml", "sh"
-    has_large_hosts: bool  # eight chips of v5e or v6e are always in one host here; otherwise --large-hosts decides
+    file_ending: str  # ending of a dry run's files for the points of a sweep: "yaml", "sh"
+    has_large_hosts: bool  # whether one host always has eight chips of v5e or v6e; otherwise --large-hosts decides
     # True: jobs are processes of this machine, `text` is a command line that begins with "python", and `start` returns
-    # when the job has ended. False: jobs run on pods, and are checked for all that a pod needs (`check.check_pod`).
+    # when the job has ended. False: jobs run on pods, and `check.check_pod` checks the needs of a pod.
     runs_here: bool
 
     def define_location_flags(self) -> None:
-        """Defines the flags that say where the backend keeps its jobs. Every command has them."""
+        """Defines the flags of the place in which jobs run. Every command has them."""
         ...
 
     def define_launch_flags(self) -> None:
         """Defines the backend's other flags, for the commands that start jobs.
 
-        Flags of several backends are defined in `launch.starting`.
+        `launch.starting` defines the flags that several backends share.
         """
         ...
 
@@ -38,14 +38,14 @@ class Backend(Protocol):
         ...
 
     def summary(self, job: Job) -> str:
-        """Returns half a line for people: how the backend runs the job."""
+        """Returns a short text on how the backend runs the job."""
         ...
 
     def start(self, job: Job) -> int:
-        """Starts the job, and returns the exit code of the command that did.
+        """Starts the job, and returns the exit code of the command that started it.
 
         Raises:
-          UserError: a flag is missing that a dry run does not need.
+          UserError: a flag that a dry run does not need is missing.
         """
         ...
 

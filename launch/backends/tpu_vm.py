@@ -1,9 +1,9 @@
-"""The backend `tpu-vm`: runs a job on TPU VMs without GKE, by queued resources.
+"""Implements the backend `tpu-vm`: runs a job on TPU VMs without GKE, by queued resources.
 
-One bash script does everything, the same that a dry run writes: it asks for the TPUs, waits for them, copies the code
-(or names a container), and starts a systemd unit on all workers, which restarts the training, after a reboot too
-(`launch.worker`). Values that a user gave go to the workers encoded. If the script is cut off, run it again: it goes on
-from there. On TPU VMs jax.distributed finds the workers of all slices by itself.
+One bash script, which a dry run writes, does everything: it requests TPUs, waits for them, copies the code (or names a
+container), and starts a systemd unit on all workers, which restarts training, also after a reboot (`launch.worker`).
+The user's values are sent to the workers encoded. A script that was interrupted continues when it is run again. On TPU
+VMs jax.distributed finds the workers of all slices by itself.
 """
 
 import dataclasses
@@ -30,41 +30,41 @@ from launch.worker import (
     start_command,
 )
 
-FLAGS: Any = flags.FLAGS  # absl types every value as perhaps None
+FLAGS: Any = flags.FLAGS  # Any, because absl types every value as optional
 GCLOUD = ["gcloud", "compute", "tpus"]
-ALPHA = ["gcloud", "alpha", "compute", "tpus"]  # which alone has --autocheckpoint-enabled
-RUNTIMES = {  # by `Slice.chip`: the VMs' images, cloud.google.com/tpu/docs/runtimes; TPU7x has no queued resources
+ALPHA = ["gcloud", "alpha", "compute", "tpus"]  # only the alpha commands have --autocheckpoint-enabled
+RUNTIMES = {  # the VMs' images by `Slice.chip` (cloud.google.com/tpu/docs/runtimes); TPU7x has no queued resources
     "v4": "tpu-ubuntu2204-base",
     "v5p": "v2-alpha-tpuv5",
     "v5e": "v2-alpha-tpuv5-lite",
     "v6e": "v2-alpha-tpuv6e",
 }
 CODE = ("ecdit", "launch", "configs", "setup.py", "pyproject.toml")
-LOCK = "launch/requirements.lock"  # the packages of a worker and of launch/Dockerfile, with hashes
-PYTHON = "3.11"  # the images have an older one
-END_STATES = "FAILED|SUSPENDING|SUSPENDED|DELETING"  # of a queued resource from which none becomes active
+LOCK = "launch/requirements.lock"  # packages of workers and of launch/Dockerfile, with hashes
+PYTHON = "3.11"  # the images have an older version
+END_STATES = "FAILED|SUSPENDING|SUSPENDED|DELETING"  # states from which a queued resource never becomes active
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How a job runs on TPU VMs; "" leaves a value to the configuration of gcloud."""
+    """Options of a job on TPU VMs; "" leaves a value to gcloud's configuration."""
 
     project: str
     zone: str
     image: str  # a container to run; "" for the code of this checkout
-    runtime_version: str  # of the VMs; "" for the usual one
+    runtime_version: str  # image of the VMs; "" for the one in RUNTIMES
     service_account: str
     capacity: str  # on-demand | spot | reserved
     max_restarts: int
     env: tuple[str, ...]  # NAME=VALUE
-    secret_env: tuple[str, ...] = ()  # names of variables that `secret_file` has
-    secret_file: str = ""  # on this machine, mode 0600, lines of NAME=VALUE
+    secret_env: tuple[str, ...] = ()  # names of variables in `secret_file`
+    secret_file: str = ""  # file on this machine of mode 0600 with lines NAME=VALUE
     unpinned_image: bool = False
-    autocheckpoint: bool = True  # SIGTERM before a maintenance event, where the project may use the alpha API
+    autocheckpoint: bool = True  # sends SIGTERM before a maintenance event, if the project may use the alpha API
 
 
 def check(job: Job) -> None:
-    """Raises LaunchError for slices that queued resources do not offer, or that no accelerator's name means."""
+    """Raises LaunchError for slices that queued resources do not offer, or without an accelerator name."""
     if job.slice.chip not in RUNTIMES:
         raise LaunchError(
             f"accelerator {job.slice.accelerator}: tpu-vm takes {', '.join(RUNTIMES)}; --backend=jobset takes this one"
@@ -77,7 +77,7 @@ def check(job: Job) -> None:
 
 
 def check_options(options: Options) -> None:
-    """Raises LaunchError for values that Google Cloud or the workers would not take, before any TPU is asked for."""
+    """Raises LaunchError for values that Google Cloud or the workers would refuse, before any TPU is requested."""
     for key in ("project", "zone", "runtime_version", "service_account"):
         check_option(key.replace("_", "-"), getattr(options, key))
     check_image(options.image, options.unpinned_image)
@@ -108,12 +108,12 @@ def _check_secret_file(file: str, names: Sequence[str]) -> None:
 
 
 def nodes(name: str, slices: int) -> list[str]:
-    """Returns the names of the TPU VMs of a queued resource: each is a slice with all its workers."""
+    """Returns the names of the TPU VMs of a queued resource. Each TPU VM is a slice with all its workers."""
     return [name] if slices == 1 else [f"{name}-{i}" for i in range(slices)]
 
 
 def create_command(job: Job, options: Options, autocheckpoint: bool = False) -> list[str]:
-    """Returns the command that asks for the TPUs, with `autocheckpoint` by gcloud's alpha API."""
+    """Returns the command that requests the TPUs; with `autocheckpoint` it uses gcloud's alpha API."""
     count = [f"--node-id={job.name}"]
     if job.slices > 1:
         count = [f"--node-count={job.slices}", f"--node-prefix={job.name}"]
@@ -164,7 +164,7 @@ def status_commands(name: str, slices: int, project: str, zone: str) -> list[lis
 
 
 def stop_commands(name: str, slices: int, project: str, zone: str) -> list[list[str]]:
-    """Returns the commands that let every worker save and end, and then give the TPUs back."""
+    """Returns the commands that let every worker save and end, and then release the TPUs."""
     delete = ["queued-resources", "delete", name, "--force", *_zone_flags(project, zone), "--quiet"]
     return [*(ssh_command(node, STOP_COMMAND, project, zone) for node in nodes(name, slices)), [*GCLOUD, *delete]]
 
@@ -173,7 +173,7 @@ def script(job: Job, options: Options) -> str:
     """Returns the bash script that does everything, from this checkout.
 
     Raises:
-      LaunchError: a value that cannot be used; see `check_options`.
+      LaunchError: a value cannot be used (see `check_options`).
     """
     check_options(options)
     location = (options.project, options.zone)
@@ -213,17 +213,17 @@ def script(job: Job, options: Options) -> str:
             "ARCHIVE", f'"$scratch/{job.name}.tar.gz"'
         )
         lines += [copy, *(shlex.join(ssh_command(node, step, *location)) for step in _setup(job, options))]
-    # Only now, for all slices: the processes wait for each other.
+    # Training starts after the setup of all slices, because the processes wait for each other.
     start = start_command(as_root=bool(options.image))
     lines += [shlex.join(ssh_command(node, start, *location)) for node in nodes(job.name, job.slices)]
     return "\n".join([*lines, f'echo "{job.name} runs: python -m launch.status shows it"', ""])
 
 
 def _create(job: Job, options: Options) -> str:
-    """Returns the shell command that asks for the TPUs.
+    """Returns the shell command that requests the TPUs.
 
-    A project that may not use the alpha API gets TPUs without autocheckpoint: maintenance then ends training without a
-    warning, and it goes on from its newest checkpoint.
+    A project that may not use the alpha API gets TPUs without autocheckpoint. Maintenance then ends training without a
+    warning, and training resumes from its newest checkpoint.
     """
     plain = shlex.join(create_command(job, options))
     if not options.autocheckpoint:
@@ -233,7 +233,7 @@ def _create(job: Job, options: Options) -> str:
 
 
 def _secret_check(options: Options) -> list[str]:
-    """Returns lines that look at the file of secrets again, before TPUs are asked for: the script may run later."""
+    """Returns lines that check the file of secrets before requesting TPUs, because the script may run later."""
     if not options.secret_env:
         return []
     file = shlex.quote(options.secret_file)
@@ -245,7 +245,7 @@ def _secret_check(options: Options) -> list[str]:
 
 
 def _setup(job: Job, options: Options) -> list[str]:
-    """Returns shell commands that prepare a worker. The first refuses a worker on which training runs."""
+    """Returns shell commands that prepare a worker. The first one fails on a worker on which training runs."""
     unpack = f"{REFUSE_RUNNING}; tar -xzf {job.name}.tar.gz && rm {job.name}.tar.gz"
     if options.image:
         return [unpack, f"sudo docker pull {shlex.quote(options.image)}"]
@@ -265,16 +265,16 @@ def _train_command(job: Job, options: Options) -> list[str]:
         return ["env", *pairs, "venv/bin/python", *train]
     given = [argument for pair in pairs for argument in ("--env", pair)]
     secrets = ["--env-file", SECRETS] if options.secret_env else []
-    # Google's containers for TPU VMs have the host's devices and network. The VM has no other tenant.
+    # Like Google's containers for TPU VMs, it gets the host's devices and network. The VM has no other tenant.
     docker = ["docker", "run", "--rm", "--privileged", "--network=host", *given, *secrets, options.image]
     return [*docker, "python", *train]
 
 
 def _files(job: Job) -> list[str]:
-    """Returns the files of the checkout that a worker needs, the user's own included.
+    """Returns the files of the checkout that a worker needs, including the user's own.
 
     Raises:
-      LaunchError: tar would read a name as something else.
+      LaunchError: tar would not read a name literally.
     """
     for path in job.files:
         check_characters("file", path)
@@ -290,7 +290,7 @@ def _zone_flags(project: str, zone: str) -> list[str]:
 
 
 class TpuVm:
-    """The backend, which takes the options above from the flags."""
+    """The backend, which reads `Options` from the flags."""
 
     name = "tpu-vm"
     file_ending = "sh"
@@ -299,15 +299,15 @@ class TpuVm:
 
     def define_location_flags(self) -> None:
         """Defines the flags that name the project and the zone."""
-        flags.DEFINE_string("project", "", "tpu-vm: Google Cloud's; empty: as gcloud is configured.")
-        flags.DEFINE_string("zone", "", "tpu-vm: such as us-east5-a; empty: as gcloud is configured.")
+        flags.DEFINE_string("project", "", "tpu-vm: Google Cloud project; empty: as gcloud is configured.")
+        flags.DEFINE_string("zone", "", "tpu-vm: zone, such as us-east5-a; empty: as gcloud is configured.")
 
     def define_launch_flags(self) -> None:
-        """Defines the flags that say which TPUs, and with which image of the VMs."""
-        flags.DEFINE_enum("capacity", "on-demand", ["on-demand", "spot", "reserved"], "tpu-vm: which TPUs.")
+        """Defines the flags of the TPUs' capacity, the VMs' image, secrets and autocheckpoint."""
+        flags.DEFINE_enum("capacity", "on-demand", ["on-demand", "spot", "reserved"], "tpu-vm: kind of capacity.")
         flags.DEFINE_string("runtime-version", "", "tpu-vm: image of the VMs; empty: the usual one.")
-        flags.DEFINE_string("secret-file", "", "tpu-vm: file of mode 0600, lines NAME=VALUE, for --secret-env.")
-        flags.DEFINE_bool("autocheckpoint", True, "tpu-vm: SIGTERM before maintenance, where gcloud alpha may be used.")
+        flags.DEFINE_string("secret-file", "", "tpu-vm: file of mode 0600 with lines NAME=VALUE for --secret-env.")
+        flags.DEFINE_bool("autocheckpoint", True, "tpu-vm: SIGTERM before maintenance, if gcloud alpha is allowed.")
 
     def check(self, job: Job) -> None:
         """Raises LaunchError for slices or variables that a queued resource cannot have."""
@@ -325,14 +325,14 @@ class TpuVm:
 
     def start(self, job: Job) -> int:
         """Runs the script. Returns its exit code."""
-        return run(["bash", "-c", self.text(job)])  # not as the input of bash, which ssh would read
+        return run(["bash", "-c", self.text(job)])  # not as bash's input, which ssh would read
 
     def status(self, name: str, slices: int) -> int:
         """Shows the state of the queued resource, and the last line of every worker."""
         return run_all(status_commands(name, slices, FLAGS["project"].value, FLAGS["zone"].value))
 
     def stop(self, name: str, slices: int) -> int:
-        """Lets every worker save and end, and gives the TPUs back."""
+        """Lets every worker save and end, and releases the TPUs."""
         return run_all(stop_commands(name, slices, FLAGS["project"].value, FLAGS["zone"].value))
 
 

@@ -1,1 +1,1 @@
-"""The parts of `launch.sweep`: the points of a sweep, running them on this machine, and their results."""
+"""Implements `launch.sweep`: finds the points of a sweep, runs them on this machine, and collects their results."""

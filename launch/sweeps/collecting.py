@@ -1,8 +1,8 @@
-"""The results of a sweep's runs: a table as CSV and markdown, power laws, and plots if matplotlib is installed.
+"""Collects the results of a sweep's runs: a table as CSV and markdown, power laws, and plots if matplotlib is there.
 
 The loss is `flow_loss`, so that the balance loss of token choice does not count. A run's final loss is its mean over
-the last share of the run's steps; a run that has not done all its steps has none, and is in no fit. A run whose config
-is not its point's, or whose metrics lack a step, is left out and listed with the reason.
+the last share of the run's steps; an unfinished run has none, and is in no fit. A run with another config than its
+point's, or whose metrics lack a step, is left out and listed with the reason.
 """
 
 import csv
@@ -34,42 +34,42 @@ LOSS = "flow_loss"
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """The result of a point's run, so far as it has come."""
+    """The result of a point's run, which may be unfinished."""
 
     name: str
-    settings: Mapping[str, Any]  # values by key, as the point's
+    settings: Mapping[str, Any]  # the point's values by key
     series: str
     step: int  # the last step of the metrics
     num_steps: int
-    loss: float | None  # final, squared velocity; None where steps are missing
-    loss_error: float | None  # standard error of that mean, as if steps were independent
+    loss: float | None  # final loss (squared velocity); None if steps are missing
+    loss_error: float | None  # standard error of that mean, assuming independent steps
     activated_params: int
     denoiser_params: int
-    flops: float  # of one image and its caption, forward, activated
-    left_out: str  # why the run does not count; "" if it does
-    losses: tuple[tuple[int, float], ...] = dataclasses.field(repr=False)  # (step, loss) of the finite ones
+    flops: float  # activated FLOPs of a forward pass for one image and its caption
+    left_out: str  # why the run is left out; "" if it counts
+    losses: tuple[tuple[int, float], ...] = dataclasses.field(repr=False)  # (step, loss) of finite losses
 
     @property
     def finished(self) -> bool:
-        """Whether all steps are done."""
+        """Returns whether all steps are done."""
         return self.step >= self.num_steps
 
 
-Fits = dict[tuple[str, str], PowerLaw]  # by series and the field of Result that is x
+Fits = dict[tuple[str, str], PowerLaw]  # keys are a series and the field of Result on the x axis
 
 X_NAMES = {"flops": "activated FLOPs of an image, forward", "activated_params": "activated parameters of the denoiser"}
 
 
 def collect(points: Sequence[SweepPoint], directory: Path, share: float) -> list[Path]:
-    """Writes the table and the plots into the sweep's directory, also if some runs have not begun. Returns the files.
+    """Writes the table and the plots into the sweep's directory, even if some runs have not started. Returns the files.
 
     Args:
       points: the points of the sweep.
-      directory: the sweep's directory: a point's run is in `directory`/NAME.
-      share: the share of a run's steps, at its end, over which its final loss is the mean.
+      directory: the sweep's directory; a point's run is in `directory`/NAME.
+      share: share of a run's steps, at its end, over which its final loss is the mean.
 
     Raises:
-      UserError: no run has begun there, or a file cannot be read or written.
+      UserError: no run has started there, or a file cannot be read or written.
     """
     results = [read_result(point, directory / point.name, share) for point in points]
     if not any(result.losses for result in results):
@@ -88,7 +88,7 @@ def collect(points: Sequence[SweepPoint], directory: Path, share: float) -> list
 
 
 def read_result(point: SweepPoint, workdir: Path, share: float) -> Result:
-    """Returns the result of a point's run, from its lines of metrics."""
+    """Returns the result of a point's run from its metrics."""
     with reading(workdir):
         rows = read_lines(workdir)
         left_out = why_left_out(point, workdir, [row["step"] for row in rows])
@@ -119,11 +119,11 @@ def why_left_out(point: SweepPoint, workdir: Path, steps: Sequence[int]) -> str:
 
     Args:
       point: the point.
-      workdir: of the run.
-      steps: of its lines of metrics, in their order.
+      workdir: workdir of the run.
+      steps: steps of its lines of metrics, in order.
     """
     if not steps:
-        return ""  # not begun
+        return ""  # the run has not started
     config = workdir / CONFIG_FILE
     if not config.exists():
         return f"it has no {CONFIG_FILE}"
@@ -139,7 +139,7 @@ def why_left_out(point: SweepPoint, workdir: Path, steps: Sequence[int]) -> str:
 
 
 def other_runs(points: Sequence[SweepPoint], directory: Path) -> list[str]:
-    """Returns the names of runs in the sweep's directory that are none of its points."""
+    """Returns the names of runs in the sweep's directory that are not points of the sweep."""
     names = {point.name for point in points}
     with reading(directory):
         found = [path.name for path in children(directory) if (path / CONFIG_FILE).exists()]
@@ -155,7 +155,7 @@ def by_series(results: Sequence[Result]) -> dict[str, list[Result]]:
 
 
 def fit_all(results: Sequence[Result]) -> Fits:
-    """Returns a power law for each x of X_NAMES and each series with finished runs of MIN_SIZES sizes or more."""
+    """Returns a power law for each x of X_NAMES and each series with finished runs of at least MIN_SIZES sizes."""
     fits = {}
     for (series, members), x in itertools.product(by_series(results).items(), X_NAMES):
         finished = [(getattr(result, x), result.loss) for result in members if result.loss is not None]
@@ -166,7 +166,7 @@ def fit_all(results: Sequence[Result]) -> Fits:
 
 
 def csv_text(results: Sequence[Result]) -> str:
-    """Returns a line for each point; unknown values are empty."""
+    """Returns a CSV table with a line for each point. Unknown values are empty."""
     keys = list(dict.fromkeys(key for result in results for key in result.settings))
     out = io.StringIO()
     sizes = ("activated_params", "denoiser_params", "flops")
@@ -182,14 +182,14 @@ def csv_text(results: Sequence[Result]) -> str:
 def markdown(
     results: Sequence[Result], fits: Fits, share: float, images: Mapping[str, str], strangers: Sequence[str]
 ) -> str:
-    """Returns the table, the runs that do not count, the fits, and the plots.
+    """Returns a markdown page with the table, the runs that are left out, the fits, and the plots.
 
     Args:
-      results: of the points.
-      fits: by series.
-      share: of the steps, of the final loss.
+      results: results of the points.
+      fits: power laws.
+      share: share of the steps over which the final loss is the mean.
       images: descriptions of the plots by file.
-      strangers: names of runs in the directory that are no points of the sweep.
+      strangers: names of runs in the directory that are not points of the sweep.
     """
     lines = [
         f"Loss: mean of `{LOSS}` (squared velocity) over the last {share:.0%} of the steps, ± its standard error, as "

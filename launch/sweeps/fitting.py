@@ -1,4 +1,4 @@
-"""Power laws through a few points, by least squares in logarithms, with their standard errors."""
+"""Fits power laws to a few points by least squares in logarithms, with standard errors."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -7,14 +7,14 @@ import numpy as np
 from jaxtyping import Float
 
 MIN_SIZES = 3  # two sizes determine a line exactly, so its error would be unknown
-MIN_RATIO = 1.1  # between sizes that count as different: an exponent from nearly the same ones would be noise
-# 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; the last one for more of them, which is wider.
+MIN_RATIO = 1.1  # least ratio of sizes that count as different; an exponent from nearly equal sizes would be noise
+# 97.5 % quantiles of Student's t for 1, 2, ... degrees of freedom; more degrees use the last, which is wider.
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
 @dataclasses.dataclass(frozen=True)
 class PowerLaw:
-    """y = a x^-b, without an offset: ln y = ln a - b ln x + an error of the same spread everywhere."""
+    """The power law y = a x^-b without an offset: ln y = ln a - b ln x + an error with the same spread everywhere."""
 
     a: float
     b: float
@@ -22,7 +22,7 @@ class PowerLaw:
     points: int
     spread: float  # standard deviation of ln y around the line, with points - 2 degrees of freedom
     mean_log_x: float
-    sum_squares: float  # of ln x around its mean
+    sum_squares: float  # sum of squares of ln x around its mean
 
     @property
     def b_interval(self) -> float:
@@ -39,7 +39,7 @@ class PowerLaw:
 
 
 def fit_power_law(x: Sequence[float], y: Sequence[float]) -> PowerLaw | None:
-    """Returns the power law through (x, y), all above 0; None for fewer than MIN_SIZES different x, see MIN_RATIO."""
+    """Returns the power law of (x, y), all above 0, or None for fewer than MIN_SIZES different x (see MIN_RATIO)."""
     sizes: list[float] = []
     for size in sorted(x):
         if not sizes or size >= MIN_RATIO * sizes[-1]:

@@ -1,6 +1,6 @@
-"""The functions with which `get_hyper(hyper)` of a sweep file writes its points: lists of overrides, put together.
+"""Defines the functions with which `get_hyper(hyper)` of a sweep file combines overrides to points.
 
-The overrides of a point map `config.KEY`, as on the command line, to a value; the key `config` names the config file.
+The overrides of a point map `config.KEY`, as on the command line, to a value. The key `config` names the config file.
 
     hyper.product([hyper.sweep("config.model.width", [64, 128]), hyper.sweep("config.model.ffn", ["dense"])])
 """
@@ -11,11 +11,11 @@ from typing import Any
 
 from ecdit.errors import UserError
 
-Overrides = dict[str, Any]  # of one point
+Overrides = dict[str, Any]  # one point's values by key
 
 
 class SweepError(UserError, ValueError):
-    """A sweep that cannot be run as it is written."""
+    """A sweep cannot be run."""
 
 
 def sweep(key: str, values: Iterable[Any]) -> list[Overrides]:
@@ -24,12 +24,12 @@ def sweep(key: str, values: Iterable[Any]) -> list[Overrides]:
 
 
 def fixed(key: str, value: Any) -> list[Overrides]:
-    """Returns one point, whose value a product gives to all points."""
+    """Returns one point, whose value a product sets for all points."""
     return sweep(key, [value])
 
 
 def product(sweeps: Sequence[Sequence[Overrides]]) -> list[Overrides]:
-    """Returns every combination; the last sweep changes first.
+    """Returns every combination; the last sweep varies fastest.
 
     Raises:
       SweepError: two sweeps set the same key.
@@ -38,10 +38,10 @@ def product(sweeps: Sequence[Sequence[Overrides]]) -> list[Overrides]:
 
 
 def zipit(sweeps: Sequence[Sequence[Overrides]]) -> list[Overrides]:
-    """Puts the first points together, the second ones together, and so on; a sweep of one point goes with all.
+    """Joins the first points of all sweeps, then the second ones, and so on. A sweep of one point joins with all.
 
     Raises:
-      SweepError: sweeps of different lengths, or two that set the same key.
+      SweepError: sweeps have different lengths, or two set the same key.
     """
     lengths = {len(points) for points in sweeps} - {1}
     if len(lengths) > 1:

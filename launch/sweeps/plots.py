@@ -1,4 +1,4 @@
-"""The plots of a sweep, by matplotlib, which is in the extra `plots` and imported where they are drawn."""
+"""Draws the plots of a sweep with matplotlib, which is in the extra `plots` and imported only when drawing."""
 
 import io
 from collections.abc import Callable, Sequence
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 STEPS_FILE, X_FILES = "loss_steps.png", {"flops": "loss_flops.png", "activated_params": "loss_params.png"}
-WINDOW_SHARE = 0.05  # of a run's steps: the window of the running means
+WINDOW_SHARE = 0.05  # window of the running means, as a share of a run's steps
 LINES = ("-", "--", ":", "-.")
 
 
 def draw_all(results: Sequence[Result], fits: Fits, directory: Path) -> dict[str, str]:
-    """Draws the plots into `directory`, with those against sizes if a run is finished. Returns descriptions by file."""
+    """Draws the plots into `directory`, those against sizes only if a run is finished. Returns descriptions by file."""
     drawn = {STEPS_FILE: f"Loss against steps: running means over {WINDOW_SHARE:.0%} of a run's steps."}
     _save(directory / STEPS_FILE, lambda axes: _draw_steps(axes, results))
     if any(result.loss is not None for result in results):
@@ -47,7 +47,7 @@ def _save(path: Path, draw: "Callable[[Axes], None]") -> None:
     draw(axes)
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize="x-small")
-    image = io.BytesIO()  # matplotlib itself knows only disks
+    image = io.BytesIO()  # matplotlib writes only to disks
     figure.savefig(image, format="png")
     with writing(path):
         path.write_bytes(image.getvalue())

@@ -1,9 +1,9 @@
-"""The points of a sweep file, checked: each a run with a name, flags and an experiment.
+"""Loads and checks the points of a sweep file. Each is a run with a name, flags and an experiment.
 
 A sweep file has `get_hyper(hyper)`, which returns the points (see `sweeps.hyper`), and two constants:
 
-    CONFIG = "configs/emoji.py"      # the config file of points that do not name one
-    SERIES = ("config.model.ffn",)   # points alike in these keys are one line of the plots
+    CONFIG = "configs/emoji.py"      # config file of points that do not name one
+    SERIES = ("config.model.ffn",)   # points with equal values of these keys form one line of the plots
 """
 
 import dataclasses
@@ -24,22 +24,22 @@ from launch.job import MAX_NAME
 from launch.sweeps import hyper
 
 CONFIG_KEY, PREFIX = "config", "config."
-DIGITS = 6  # of a hash, in names that would be too long
+DIGITS = 6  # digits of the hash in names that would be too long
 
 
 @dataclasses.dataclass(frozen=True)
 class SweepPoint:
-    """A point of a sweep, checked: one run."""
+    """A checked point of a sweep, which is one run."""
 
     name: str  # the last part of its workdir
-    flags: tuple[str, ...]  # of `python -m ecdit.train`, without --workdir
-    origin: Mapping[str, Any]  # as `command_line.config_origin` gives it
+    flags: tuple[str, ...]  # flags of `python -m ecdit.train`, without --workdir
+    origin: Mapping[str, Any]  # from `command_line.config_origin`
     experiment: Experiment
-    settings: Mapping[str, Any]  # the values that tell it apart, by key: {"config.model.width": 64}
-    series: str  # its values of SERIES, for people; "" if the sweep has no SERIES
+    settings: Mapping[str, Any]  # values that distinguish it, by key: {"config.model.width": 64}
+    series: str  # text of its values of SERIES; "" if the sweep has no SERIES
 
     def counts(self) -> Counts:
-        """Its parameters and FLOPs."""
+        """Returns its parameters and FLOPs."""
         return count(self.experiment)
 
 
@@ -47,13 +47,13 @@ def load_points(path: str, config: str = "", overrides: Mapping[str, str] | None
     """Returns the points of a sweep file, in its order.
 
     Args:
-      path: of the file.
-      config: a config file in place of the sweep's CONFIG; "" for that.
-      overrides: values by key, "config.train.num_steps", for all points.
+      path: path of the file.
+      config: config file instead of the sweep's CONFIG; "" for the sweep's.
+      overrides: values for all points by key, such as "config.train.num_steps".
 
     Raises:
-      UserError: no such file; a key or a value that a config refuses, where the message names the point; points that
-        are the same; an override of a key in which the points differ.
+      UserError: the file does not exist, a config refuses a key or a value (the message names the point), two points
+        are equal, or an override sets a key in which points differ.
     """
     if not Path(path).is_file():
         raise UserError(f"--sweep={path}: no such file")
@@ -66,7 +66,7 @@ def load_points(path: str, config: str = "", overrides: Mapping[str, str] | None
         if len({_shown(each.get(key)) for each in swept}) > 1:
             raise hyper.SweepError(f"--{key}: is swept by {path}")
     base = {CONFIG_KEY: config or module.get("CONFIG", "")}
-    # Names are made of the file's overrides alone, so that overrides for all points leave the workdirs as they are.
+    # Names depend only on the file's overrides, so that overrides for all points do not change the workdirs.
     return [
         _make_point(name, base | each | dict(overrides or {}), keys, module.get("SERIES", ()))
         for name, each in zip(names(swept, keys), swept, strict=True)
@@ -79,7 +79,9 @@ def _make_point(name: str, values: hyper.Overrides, keys: Sequence[str], series:
     for key in values:
         if key != CONFIG_KEY and not key.startswith(PREFIX):
             raise hyper.SweepError(f"point {name}: {key}: must be {PREFIX}KEY, as on the command line, or {CONFIG_KEY}")
-    flags = tuple(f"--{key}={value}" for key, value in values.items())  # base first: the file before its overrides
+    flags = tuple(
+        f"--{key}={value}" for key, value in values.items()
+    )  # the base comes first, because the file must precede its overrides
     try:
         parsed, origin = parse_config(flags)
         experiment = make_experiment(parsed)
@@ -100,10 +102,10 @@ def _make_point(name: str, values: hyper.Overrides, keys: Sequence[str], series:
 
 
 def telling_keys(points: Sequence[hyper.Overrides]) -> list[str]:
-    """Returns the keys that tell points apart, in order, without those that earlier keys determine (in a zip, say).
+    """Returns the keys that distinguish points, in order, without those that earlier keys determine, as in a zip.
 
     Raises:
-      SweepError: there are no points, or two are the same.
+      SweepError: there are no points, or two are equal.
     """
     if not points:
         raise hyper.SweepError("the sweep has no points")
@@ -123,10 +125,10 @@ def telling_keys(points: Sequence[hyper.Overrides]) -> list[str]:
 
 
 def names(points: Sequence[hyper.Overrides], keys: Sequence[str]) -> list[str]:
-    """Returns a name for each point: the same each time, valid in Kubernetes, and different from all others.
+    """Returns a name for each point, which is reproducible, valid in Kubernetes, and unique.
 
-    It is made of the point's values of `keys`. If it is too long, keys of several words become their initials; if it is
-    still too long, it is cut and ends with digits of a hash.
+    It consists of the point's values of `keys`. If it is too long, keys of several words are reduced to initials; if it
+    is still too long, it is cut and ends with digits of a hash.
     """
     made = []
     for point in points:
@@ -178,5 +180,5 @@ def _series_word(key: str, value: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    """Returns text to compare values by: sets cannot hold lists, and 1 == True."""
+    """Returns text for comparing values, because sets cannot contain lists, and 1 == True."""
     return repr(value)

@@ -1,8 +1,8 @@
-"""Runs the points of a sweep on this machine, some at a time. Points that are done are skipped.
+"""Runs the points of a sweep on this machine, some at a time. Skips points that are done.
 
-A point that fails does not stop the others. SIGTERM and SIGINT let every point that runs save and end. If this process
-is killed, the kernel sends SIGTERM to its points (`launch.tied`), and the next start waits until they have ended: they
-hold a lock of the sweep's directory.
+A point that fails does not stop the others. SIGTERM and SIGINT let every running point save and end. If this process is
+killed, the kernel sends SIGTERM to its points (`launch.tied`), and the next start waits until they have ended, because
+they hold a lock in the sweep's directory.
 """
 
 import contextlib
@@ -33,8 +33,8 @@ from launch.local import collect_signals
 from launch.sweeps.hyper import SweepError
 from launch.sweeps.points import SweepPoint
 
-LOGS = "logs"  # of a sweep's directory: NAME.log, to which every start of a point adds
-SWEEP_LOCK, POINTS_LOCK = ".sweep.lock", ".points.lock"  # held by the sweep; by it and the processes of its points
+LOGS = "logs"  # directory of NAME.log, to which every start of a point appends
+SWEEP_LOCK, POINTS_LOCK = ".sweep.lock", ".points.lock"  # the sweep holds both, its points' processes the second
 POLL_SECONDS = 0.1
 
 
@@ -44,18 +44,18 @@ class Progress:
 
     done: list[str] = dataclasses.field(default_factory=list)
     failed: dict[str, str] = dataclasses.field(default_factory=dict)  # name: exit code and last line
-    stopped: list[str] = dataclasses.field(default_factory=list)  # saved before their end
-    waiting: list[str] = dataclasses.field(default_factory=list)  # not started
+    stopped: list[str] = dataclasses.field(default_factory=list)  # they saved before they ended
+    waiting: list[str] = dataclasses.field(default_factory=list)  # they have not started
 
     def exit_code(self) -> int:
-        """Returns 0 if all are done, 1 if one failed, else PREEMPTED: the same command goes on."""
+        """Returns 0 if all are done, 1 if one failed, else PREEMPTED, after which the same command continues."""
         if self.failed:
             return 1
         return PREEMPTED if self.stopped or self.waiting else 0
 
 
 def newest_step(workdir: Path) -> int:
-    """Returns the step of a run's newest finished checkpoint; 0 without one."""
+    """Returns the step of a run's newest complete checkpoint, or 0 without one."""
     return max(ocp.utils.checkpoint_steps(checkpoint_directory(workdir)), default=0)
 
 
@@ -63,7 +63,7 @@ def is_done(point: SweepPoint, workdir: Path) -> bool:
     """Returns whether the run in `workdir` has done and saved all its steps.
 
     Raises:
-      UserError: it is a run of another config (a SweepError), or its bucket cannot be read.
+      UserError: the run has another config (a SweepError), or its bucket cannot be read.
     """
     config, differences = workdir / CONFIG_FILE, []
     with reading(workdir):
@@ -81,19 +81,19 @@ def is_done(point: SweepPoint, workdir: Path) -> bool:
 def run_points(
     points: Sequence[SweepPoint], commands: Mapping[str, Sequence[str]], directory: Path, parallel: int
 ) -> int:
-    """Runs `commands`, by the points' names, `parallel` at a time. Main thread only.
+    """Runs the points' `commands`, `parallel` at a time. Main thread only.
 
     Args:
       points: the points of the sweep.
-      commands: the command of each point, which trains in `directory`/NAME.
+      commands: commands by the points' names; each trains in `directory`/NAME.
       directory: the sweep's directory.
-      parallel: how many run at a time.
+      parallel: number of points that run at a time.
 
     Returns:
-      The exit code, see `Progress.exit_code`.
+      The exit code (see `Progress.exit_code`).
 
     Raises:
-      UserError: a workdir holds another run, or another sweep is at work in `directory`.
+      UserError: a workdir has another run, or another sweep runs in `directory`.
     """
     check_writable(directory)
     (directory / LOGS).mkdir(parents=True, exist_ok=True)
@@ -119,7 +119,7 @@ def _run(
     pending: list[int],
     progress: Progress,
 ) -> None:
-    """Runs the points that are not done, until all have ended or, after a signal, those that run have ended."""
+    """Runs the points that are not done until all have ended or, after a signal, until the running ones have ended."""
     waiting = progress.waiting
     for point in points:
         done = is_done(point, directory / point.name)
@@ -132,7 +132,7 @@ def _run(
         while running or (waiting and not stopping):
             if pending:
                 pending.clear()
-                if not stopping:  # a second signal could cut a save short
+                if not stopping:  # a second signal could interrupt a save
                     print(f"stopping: {', '.join(running)} may save", flush=True)
                     _terminate(running)
                 stopping = True
@@ -144,19 +144,20 @@ def _run(
                 child, begin = running.pop(name)
                 _settle(name, child.returncode, time.monotonic() - begin, directory, stopping, progress)
             time.sleep(POLL_SECONDS)
-    finally:  # of an error here: nothing is left running
+    finally:  # no point keeps running after an error here
         _terminate(running)
         for child, _ in running.values():
             child.wait()
 
 
 def _settle(name: str, code: int, seconds: float, directory: Path, stopping: bool, progress: Progress) -> None:
-    """Records how a point ended."""
+    """Records the result of a point."""
     code = code if code >= 0 else 128 - code
     if code == 0:
         progress.done.append(name)
         print(f"{name}: done in {seconds:.0f} s", flush=True)
-    elif code == PREEMPTED or (stopping and code == 128 + signal.SIGTERM):  # told before it listened: nothing to save
+    # SIGTERM kills a point that has not set its handler yet. Such a point has nothing to save.
+    elif code == PREEMPTED or (stopping and code == 128 + signal.SIGTERM):
         progress.stopped.append(name)
         print(f"{name}: stopped", flush=True)
     else:
@@ -166,7 +167,7 @@ def _settle(name: str, code: int, seconds: float, directory: Path, stopping: boo
 
 
 def _report(progress: Progress, names: Sequence[str]) -> None:
-    """Prints the result for people, in the sweep's order: points end in any order."""
+    """Prints the result in the sweep's order, because points end in any order."""
     left = [name for name in names if name in progress.stopped or name in progress.waiting]
     print(f"{len(progress.done)} of {len(names)} points are done", flush=True)
     if left:
@@ -181,7 +182,7 @@ def _log(directory: Path, name: str) -> Path:
 
 
 def _start(command: Sequence[str], log: Path, points_lock: IO[str]) -> subprocess.Popen:
-    """Starts a point in a session of its own, so that a terminal's Ctrl-C reaches it once, through this process."""
+    """Starts a point in its own session, so that a terminal's Ctrl-C reaches it only through this process."""
     with log.open("ab") as output:
         output.write(f"$ {shlex.join(command)}\n".encode())
         output.flush()
@@ -192,7 +193,7 @@ def _start(command: Sequence[str], log: Path, points_lock: IO[str]) -> subproces
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            pass_fds=[points_lock.fileno()],  # the lock is free when the last process that has it has ended
+            pass_fds=[points_lock.fileno()],  # the lock is released when the last process with it ends
         )
 
 
@@ -205,7 +206,7 @@ def _terminate(running: Mapping[str, tuple[subprocess.Popen, float]]) -> None:
 def _lock(path: Path, pending: list[int] | None = None) -> Iterator[IO[str] | None]:
     """Yields the locked file, or None if another process has the lock.
 
-    With `pending`, waits for the lock, and yields None if a signal comes meanwhile.
+    With `pending` it waits for the lock, and yields None if a signal comes before.
     """
     with path.open("a") as file:
         told = False

@@ -62,7 +62,7 @@ def test_groups_are_an_image_or_a_number_of_tokens():
 @pytest.mark.parametrize("fsdp", [1, 4])
 def test_halves_of_experts_are_refused_where_they_are_not_on_two_chips(fsdp):
     halves, mesh = config(expert_products="halves"), MeshConfig(slices=1, data=1, fsdp=-1, expert=2, tensor=1)
-    with pytest.raises(ConfigError, match=rf'"scattered" or "plain": .* mesh.fsdp = 2, and here it is {fsdp}') as error:
+    with pytest.raises(ConfigError, match=rf'"scattered" or "plain": .* mesh.fsdp = 2, not {fsdp}') as error:
         check_tuned(halves, abstract_mesh(mesh, 2 * fsdp))
     assert (error.value.key, error.value.value) == ("model.expert_products", "halves")
     check_tuned(halves, abstract_mesh(mesh, 4))

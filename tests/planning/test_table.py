@@ -49,7 +49,7 @@ def test_rows_are_replaced_and_the_rest_of_the_file_stays(tmp_path):
 @pytest.mark.parametrize("text", ["", BEGIN, END])
 def test_a_file_without_marks_is_refused(tmp_path, text):
     (tmp_path / "README.md").write_text(text)
-    with pytest.raises(UserError, match="needs the lines"):
+    with pytest.raises(UserError, match="must have the lines"):
         write_rows(tmp_path / "README.md", {})
     with pytest.raises(UserError, match="No such file"):
         write_rows(tmp_path / "nothing.md", {})
