@@ -43,6 +43,7 @@ class DataConfig:
     vocab_size: int  # pieces at most
     caption_length: int  # tokens, EOS and padding included
     latent_channels: int  # of latents, a pixel for 8 x 8 px, that are read in place of images; 0: images are
+    placeholder_ok: bool = field(metadata=RESUME)  # whether several hosts may train on random_latents
     latents: str  # the column that holds them, latents-<name>; generated latents need none
     caption_dropout: float  # probability that a caption becomes the empty one
     flip_probability: float  # of a left-right flip

@@ -43,6 +43,11 @@ class Generated(Protocol):
         """All words of its captions, if these are few: a tokenizer that is trained has a piece for each."""
         ...
 
+    @property
+    def placeholder(self) -> bool:
+        """Whether the rows only take the place of data, so that training on them teaches nothing."""
+        ...
+
     def example(self, config: DataConfig, split: Split, seed: int, row: int) -> Example:
         """Returns a row, the same on every host."""
         ...
@@ -63,6 +68,7 @@ class Shapes:
     ground: Ground
     attribution = "made by rule"
     words = shapes.VOCABULARY
+    placeholder = False
 
     def example(self, config: DataConfig, split: Split, seed: int, row: int) -> Example:
         """Returns a row's image and caption."""
@@ -94,6 +100,7 @@ class RandomLatents:
 
     attribution = "random numbers"
     words = ()
+    placeholder = True
 
     def example(self, config: DataConfig, split: Split, seed: int, row: int) -> Example:
         """Returns a row's mean latents, with a variance that is next to none, and its caption."""

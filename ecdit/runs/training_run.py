@@ -31,6 +31,7 @@ from ecdit.reporting.speed import Stopwatch, stopwatch
 from ecdit.reporting.writers import check_writers, open_writers
 from ecdit.runs.activity import Activity
 from ecdit.runs.host_times import HostTimes
+from ecdit.runs.inputs import check_placeholder, inputs_line
 from ecdit.runs.kept_tokenizer import keep_tokenizer
 from ecdit.runs.lock import locked
 from ecdit.runs.lost_checkpoints import check_not_lost, set_records_aside
@@ -82,10 +83,13 @@ def train(
     Raises:
       UserError: (its subclasses) what does not fit, before the first step; a failed save or write; a diverged run.
     """
+    say(inputs_line(experiment))
     check_writers(experiment.train.wandb_project)
     check_workdir(workdir)
     mesh = make_mesh(experiment.mesh)
     check_mesh(experiment, mesh)
+    for phase in experiment.resolved_phases():
+        check_placeholder(phase.experiment.data, [phase.experiment.data.task], jax.process_count())
     flags = experiment.runtime.xla_flags
     check_deterministic(experiment.train.replay_every, mesh.devices.flat[0].platform, flags)
     say(first_line(experiment.train, experiment.model.dtype, mesh))

@@ -20,6 +20,7 @@ from ecdit.data.prepared import Prepared, check_tokenizers, prepare
 from ecdit.data.tokens import hash_files, tokenizer_files
 from ecdit.experiment import Experiment, ResolvedPhase
 from ecdit.partitioning import batch_sharding
+from ecdit.runs.inputs import check_placeholder
 from ecdit.runs.sample_grids import SampleWriter
 from ecdit.runtime import compiler_options
 from ecdit.storage import as_path
@@ -134,6 +135,7 @@ def prepared_fingerprints(configs: Sequence[DataConfig]) -> list[str]:
 
     Raises:
       DataError: one cannot be prepared, or two have different vocabularies.
+      ConfigError: a part of a mixture is a placeholder: see `check_placeholder`.
     """
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
@@ -148,6 +150,8 @@ def _prepare_all(configs: Sequence[DataConfig]) -> list[str]:
     prepared: list[Prepared] = []
     for n, config in enumerate(configs):
         prepared.append(prepared[configs.index(config)] if config in configs[:n] else prepare(config, _workers()))
+        parts = [component.task for component in prepared[-1].composition.components]
+        check_placeholder(config, parts, jax.process_count())
     check_tokenizers(prepared)
     return [one.fingerprint for one in prepared]
 

@@ -37,7 +37,9 @@ def workdir(tmp_path_factory, emoji_data, env):
     assert result.returncode == 0, result.stderr
     grid = workdir / "samples" / "step_00000003.png"
     lines = result.stdout.splitlines()
-    assert lines[0] == "1 CPU device, float32 compute, 3 steps of 16 images; the step is compiled first"
+    source = f"emoji in {emoji_data}/emoji; weights at step 0: random text tower (trained), random denoiser"
+    assert lines[0] == f"data: {source}"
+    assert lines[1] == "1 CPU device, float32 compute, 3 steps of 16 images; the step is compiled first"
     assert lines[-1] == f"done: step 3, checkpoint and metrics in {workdir}, samples in {grid}"
     assert result.stderr == ""
     assert read_png(grid).shape[1] > 200
