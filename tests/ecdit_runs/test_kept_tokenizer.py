@@ -39,7 +39,7 @@ def replace_vocabulary(config):
     train_vocabulary(["letters of many other words", "rehtona eno"], 300, tokenizer_path(config))
 
 
-def test_prompts_are_encoded_as_in_training_whatever_the_data_has_become(data, tmp_path):
+def test_prompts_are_encoded_as_in_training(data, tmp_path):
     expected = tokenize_captions(data, WORDS)
     keep_tokenizer(tokenizer_files(data), tmp_path)
     vocabulary = hash_files(tokenizer_files(data))
