@@ -1,11 +1,10 @@
 """Looks after a run's checkpoints.
 
-python -m ecdit.checkpoint list --workdir=runs/emoji                          # step, time, size
-python -m ecdit.checkpoint verify --workdir=runs/emoji [--step=N]             # reads all arrays, compares checksums
-python -m ecdit.checkpoint export --workdir=runs/emoji --out=emoji.safetensors  # the EMA weights
+python -m ecdit.checkpoint list --workdir=runs/emoji                       # step, time, size
+python -m ecdit.checkpoint verify --workdir=runs/emoji [--step=N]          # reads all arrays, compares checksums
+python -m ecdit.checkpoint export --workdir=runs/emoji --out=emoji_weights # EMA weights, config, tokenizer
 """
 
-import json
 import sys
 from pathlib import Path
 
@@ -14,15 +13,22 @@ from absl import flags
 from ecdit.checkpoints.inspection import listed, verify
 from ecdit.checkpoints.restore import open_reader
 from ecdit.command_line import run_command
-from ecdit.config import to_dict
 from ecdit.errors import UserError
-from ecdit.interop.weights import save_weights
+from ecdit.files import is_remote
+from ecdit.interop.weights import check_folder
+from ecdit.runs import exported
 from ecdit.runs.trained_run import open_run
 from ecdit.storage import as_path
 
 WORKDIR = flags.DEFINE_string("workdir", None, "The run.", required=True)
 STEP = flags.DEFINE_integer("step", None, "Of the checkpoint; by default the newest, for verify all.")
-OUT = flags.DEFINE_string("out", None, "The safetensors file to write.")
+OUT = flags.DEFINE_string("out", None, "The folder to export to, which must be missing or empty.")
+SHARD_GB = flags.DEFINE_float(
+    "shard_gb",
+    exported.SHARD_GB,
+    "Size of an exported file of weights at most, in GB, unless it is one array.",
+    1e-6,
+)
 
 
 def main(argv: list[str]) -> None:
@@ -49,14 +55,15 @@ def _list(workdir: Path) -> None:
 
 
 def _export(workdir: Path) -> None:
-    if not OUT.value or not OUT.value.endswith(".safetensors"):
-        raise UserError(f"--out={OUT.value}: name a .safetensors file")
-    if Path(OUT.value).exists():
-        raise UserError(f"--out={OUT.value}: exists already; take another name, or delete it first")
+    if not OUT.value or OUT.value.endswith(".safetensors"):
+        raise UserError(f"--out={OUT.value or ''}: name a folder; the weights in it are model.safetensors")
+    if is_remote(OUT.value):
+        raise UserError(f"--out={OUT.value}: must be a folder of this machine; copy it to the bucket afterwards")
+    folder = Path(OUT.value)
+    check_folder(folder)
     run = open_run(workdir, step=STEP.value, draw=False)
-    metadata = {"config": json.dumps(to_dict(run.experiment)), "step": str(run.step)}
-    save_weights(run.params, Path(OUT.value), metadata)
-    print(f"EMA weights of step {run.step} in {OUT.value}")
+    shards = exported.export_run(run, folder, int(SHARD_GB.value * 1e9))
+    print(f"EMA weights of step {run.step} in {folder}: {len(shards)} file{'s' if len(shards) > 1 else ''} of weights")
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from ecdit.planning.fitting import what_fits
 from ecdit.planning.plan import report as plan_report
 from ecdit.planning.plan import report_phases
 from ecdit.planning.table import known_better, row, write_rows
+from ecdit.runs.inputs import inputs_line
 
 CONFIG = define_config_flag()
 JSON = flags.DEFINE_string("json", None, "File for the result.")
@@ -55,6 +56,7 @@ def main(argv: list[str]) -> None:
     if TABLE.value:
         write_table(Path(config_origin(CONFIG)["config"].partition(":")[0]))
         return
+    print(inputs_line(experiment), flush=True)
     counts = count(experiment)
     print("\n".join(report(counts)), flush=True)
     values = dataclasses.asdict(counts)

@@ -161,7 +161,8 @@ def _set_inputs(config: ConfigDict) -> None:
 
     config.data = data = ConfigDict()
     data.module = ""  # a Python file that registers tasks of your own (docs/data.md)
-    data.task = "random_latents"
+    data.task = "random_latents"  # a placeholder, random numbers: name your own
+    data.placeholder_ok = False  # True lets several hosts train on it
     data.directory = "data"  # prepared data goes into <directory>/<task>
     data.image_size = 256  # pixels [P]
     data.prepare = prepare = ConfigDict()

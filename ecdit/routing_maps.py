@@ -3,7 +3,6 @@
 It samples the prompts and writes maps, tables, arrays and a page for the browser; docs/routing_maps.md describes them.
 """
 
-import functools
 import io
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,9 @@ from absl import flags
 from jaxtyping import Float, UInt8
 
 from ecdit.command_line import run_command
-from ecdit.data.prepared import tokenize_captions
 from ecdit.errors import UserError
 from ecdit.files import check_writable, is_remote, replace_bytes, replace_text
+from ecdit.runs.kept_tokenizer import open_tokenizer
 from ecdit.runs.trained_run import open_run, sample_run, saved_experiment
 from ecdit.sampling.grids import save_png, write_png
 from ecdit.sampling.prompts import check_changes, check_prompts, prompt_lines
@@ -52,7 +51,7 @@ def main(argv: list[str]) -> None:
     experiment = saved_experiment(workdir, SET.value)
     if not make_system(experiment.system).parts.denoiser.counts_experts():
         raise UserError(f"--workdir={WORKDIR.value}: the model is dense, it has no experts")
-    for warning in check_prompts(functools.partial(tokenize_captions, experiment.data), prompts):
+    for warning in check_prompts(open_tokenizer(workdir, experiment.data), prompts):
         print(f"warning: {warning}", flush=True)
 
     run = open_run(workdir, SET.value, STEP.value)

@@ -1,6 +1,8 @@
-"""Samples a run's EMA weights: `python -m ecdit.sample --workdir=runs/emoji --prompt="a red heart" --out=images`."""
+"""Samples a run's EMA weights: `python -m ecdit.sample --workdir=runs/emoji --prompt="a red heart" --out=images`.
 
-import functools
+`--weights=FOLDER` in place of `--workdir` takes those that `ecdit.checkpoint export` has written.
+"""
+
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,9 +15,10 @@ from numpy import ndarray
 import ecdit
 from ecdit.command_line import run_command
 from ecdit.config import to_dict
-from ecdit.data.prepared import tokenize_captions
 from ecdit.errors import UserError
 from ecdit.files import check_writable, is_remote, replace_text
+from ecdit.runs.exported import check_exported, open_exported
+from ecdit.runs.kept_tokenizer import open_tokenizer
 from ecdit.runs.trained_run import Run, open_run, sample_run, saved_experiment
 from ecdit.sampling.grids import save_grid, save_png, write_png
 from ecdit.sampling.prompts import check_changes, check_prompts, prompt_lines
@@ -23,7 +26,8 @@ from ecdit.sampling.routing_maps import draw_maps
 from ecdit.storage import as_path
 from ecdit.system import make_system
 
-WORKDIR = flags.DEFINE_string("workdir", None, "The run to sample from.", required=True)
+WORKDIR = flags.DEFINE_string("workdir", None, "The run to sample from.")
+WEIGHTS = flags.DEFINE_string("weights", None, "A folder of exported weights to sample from, in place of a run.")
 OUT = flags.DEFINE_string("out", None, "Directory for the images, grid.png and manifest.json.", required=True)
 PROMPT = flags.DEFINE_string("prompt", None, "One prompt.")
 PROMPTS = flags.DEFINE_string("prompts", None, "A UTF-8 file with one prompt a line.")
@@ -50,6 +54,24 @@ def read_prompts(prompt: str | None, file: str | None) -> list[str]:
     return prompt_lines(file)
 
 
+def source_place() -> Path:
+    """Returns the run's workdir or the exported folder.
+
+    Raises:
+      UserError: both or neither are given, --step of a folder, which has one, or a folder that is no exported one.
+    """
+    if (WORKDIR.value is None) == (WEIGHTS.value is None):
+        raise UserError("give one of --workdir and --weights")
+    if WEIGHTS.value is None:
+        return as_path(WORKDIR.value)
+    if STEP.value is not None:
+        raise UserError(f"--step={STEP.value}: an exported folder holds one step alone")
+    if is_remote(WEIGHTS.value):
+        raise UserError(f"--weights={WEIGHTS.value}: must be a folder of this machine: copy it here first")
+    check_exported(Path(WEIGHTS.value))
+    return Path(WEIGHTS.value)
+
+
 def main(argv: list[str]) -> None:
     """Writes one PNG for each prompt and repeat, a grid of all, and a manifest."""
     del argv
@@ -58,16 +80,17 @@ def main(argv: list[str]) -> None:
     check_changes(SET.value)
     if is_remote(OUT.value):
         raise UserError(f"--out={OUT.value}: must be a directory of this machine; copy it to the bucket afterwards")
-    workdir, out = as_path(WORKDIR.value), Path(OUT.value)
+    place, out = source_place(), Path(OUT.value)
     check_writable(out / "grid.png")
     check_folder(out)
-    experiment = saved_experiment(workdir, SET.value)
+    experiment = saved_experiment(place, SET.value)
     if EXPERTS.value and not make_system(experiment.system).parts.denoiser.counts_experts():
-        raise UserError(f"--experts: the model of {WORKDIR.value} is dense, it has no experts to count")
-    for warning in check_prompts(functools.partial(tokenize_captions, experiment.data), prompts):
+        raise UserError(f"--experts: the model of {place} is dense, it has no experts to count")
+    for warning in check_prompts(open_tokenizer(place, experiment.data), prompts):
         print(f"warning: {warning}", flush=True)
-    run = open_run(workdir, SET.value, STEP.value)
-    source = describe_source(run, WORKDIR.value, SET.value)
+    run = open_exported(place, SET.value) if WEIGHTS.value else open_run(place, SET.value, STEP.value)
+    named = {"folder": WEIGHTS.value} if WEIGHTS.value else {"workdir": WORKDIR.value}
+    source = named | describe_source(run, SET.value)
     begin_folder(out, prompts, repeats, source)
     drawn = sample_run(run, prompts, repeats, with_experts=EXPERTS.value)
     images, counts = drawn if EXPERTS.value else (drawn, None)
@@ -77,13 +100,13 @@ def main(argv: list[str]) -> None:
     print(f"{len(prompts)} images of step {run.step} in {out}")
 
 
-def describe_source(run: Run, workdir: str, changes: Sequence[str]) -> dict[str, Any]:
+def describe_source(run: Run, changes: Sequence[str]) -> dict[str, Any]:
     """Returns all that the images follow from beside prompts and repeats, for the manifest."""
     return {
-        "workdir": workdir,
         "step": run.step,
         "checkpoint": run.checkpoint,
         "weights": "ema",
+        "vocabulary": run.vocabulary,
         "seed": run.experiment.sampling.seed,
         "sampling": to_dict(run.experiment.sampling),
         "group": getattr(run.experiment.model, "sampling_group", None),

@@ -15,6 +15,7 @@ from ecdit.planning.cache import largest, plan_phases
 from ecdit.planning.compiler import DoesNotFit, find_target, use_compiler
 from ecdit.planning.table import known_better
 from ecdit.runs.checked import describe_checked
+from ecdit.runs.inputs import check_placeholder, inputs_line
 from ecdit.system import make_system
 from ecdit.topology import Slice
 from ecdit.training.optimizer import make_optimizer
@@ -49,6 +50,8 @@ def make_job(
     if mesh.shape["slices"] != slices:
         raise ConfigError("mesh.slices", mesh.shape["slices"], f"must be the number of slices, {slices}")
     check_mesh(experiment, mesh)
+    for phase in experiment.resolved_phases():
+        check_placeholder(phase.experiment.data, [phase.experiment.data.task], where.hosts * slices)
     system, optimizer = make_system(experiment.system), make_optimizer(experiment.optimizer)
     state = abstract_state(
         system, optimizer, state_shardings(system, optimizer, mesh)
@@ -76,6 +79,7 @@ def make_job(
         f"{together} at a time compete for experts",
         checkpoint_bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)),
         checked=describe_checked(experiment),
+        inputs=inputs_line(experiment),
         better=known_better(origin, experiment, where, slices),
     )
 

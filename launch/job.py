@@ -40,6 +40,7 @@ class Job:
     batch: str  # text that describes the batch
     checkpoint_bytes: int
     checked: Mapping[str, Any]  # the checked config and code, from `checked.describe_checked`
+    inputs: str  # text that names data and weights
     better: str  # text that names a layout known to be faster; "" for none
 
     def checked_flag(self, changes: Mapping[str, Any] | None = None) -> str:
@@ -107,6 +108,7 @@ def describe(job: Job) -> list[str]:
     where = job.slice
     sizes = " x ".join(f"{axis} {size}" for axis, size in job.mesh.items())
     return [
+        job.inputs,
         f"job         {job.name}: python -m ecdit.train {shlex.join(job.train_flags)}",
         f"slices      {job.slices} x {where.accelerator} ({where.topology}), each: chips {where.chips}, "
         f"hosts {where.hosts}, chips a host {where.chips_per_host}, devices a host {where.devices_per_host}",

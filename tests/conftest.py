@@ -115,6 +115,7 @@ EXPECTED_SKIPS = (
     "ECDIT_XPK names no xpk",
     "gcloud is not installed",
     "chromium is not installed",
+    "there is no C compiler",
     "needs the extra parity",
     "ECDIT_SCREENSHOTS names no folder",
 )

@@ -81,7 +81,18 @@ def train_command(workdir, data, **overrides):
     return command("train", f"--config={ROOT}/configs/emoji.py", f"--workdir={workdir}", *flags)
 
 
-def save_ema(workdir, ema, step=1, config=None, frozen=None):
+def keep_small_tokenizer(workdir, captions=("red heart", "tiger", "owl", "moon cake")):
+    """Gives a workdir a tokenizer of its own, as training does; returns its hash."""
+    from ecdit.data.text import train_vocabulary
+    from ecdit.data.tokens import SPIECE, hash_files
+    from ecdit.runs.kept_tokenizer import FOLDER, kept_files
+
+    (workdir / FOLDER).mkdir(parents=True)
+    train_vocabulary(captions, 300, workdir / FOLDER / SPIECE)
+    return hash_files(kept_files(workdir))
+
+
+def save_ema(workdir, ema, step=1, config=None, frozen=None, vocabulary=""):
     """Adds a checkpoint of EMA weights alone, nested dicts of numpy arrays, and of `frozen` ones if there are any."""
     import orbax.checkpoint as ocp  # here, so that benchmarks of a step need none of it
 
@@ -91,7 +102,7 @@ def save_ema(workdir, ema, step=1, config=None, frozen=None):
     keep_all = CheckpointConfig(every=1, keep_every=0, keep=100, init_from="", verify="always", max_failed_saves=0)
     one = replicated(Mesh(np.array(jax.devices()[:1]), ("data",)))
     records = arrays.array_records(arrays.flat_arrays(jax.device_put(state, one)))
-    meta = arrays.meta_json(to_dict(restore.Meta(arrays.FORMAT, config or {}, 0, "", {}, records, "", {}, "")))
+    meta = arrays.meta_json(to_dict(restore.Meta(arrays.FORMAT, config or {}, 0, "", {}, records, vocabulary, {}, "")))
     items = ocp.args.Composite(state=ocp.args.PyTreeSave(state), meta=ocp.args.JsonSave(meta))
     with restore.open_manager(workdir, keep_all) as manager:
         manager.save(step, args=items)

@@ -82,6 +82,16 @@ def open_reader(workdir: Path) -> ocp.CheckpointManager:
     return manager
 
 
+def find_step(manager: ocp.CheckpointManager, workdir: Path, step: int | None) -> int:
+    """Returns `step`, or the newest for None; raises CheckpointError if there is no checkpoint of it."""
+    steps = sorted(manager.all_steps())
+    if step is None:
+        return steps[-1]
+    if step not in steps:
+        raise CheckpointError(f"{workdir}: no checkpoint of step {step}; there are {', '.join(map(str, steps))}")
+    return step
+
+
 def step_directory(manager: ocp.CheckpointManager, step: int) -> Path:
     """Returns where the checkpoint of `step` is."""
     return as_path(str(manager.directory)) / str(step)
@@ -124,10 +134,7 @@ def restore_ema(workdir: Path, system: System, mesh: Mesh, step: int | None = No
       CheckpointError: no such checkpoint, a damaged one, or one of another model.
     """
     with open_reader(workdir) as manager:
-        step = manager.latest_step() if step is None else step
-        if step not in manager.all_steps():
-            kept = ", ".join(map(str, sorted(manager.all_steps())))
-            raise CheckpointError(f"{workdir}: no checkpoint of step {step}; there are {kept}")
+        step = find_step(manager, workdir, step)
         directory = step_directory(manager, step)
     records = read_records(directory)
     abstract = system.shapes()

@@ -12,7 +12,7 @@ from ecdit.config import to_dict
 from ecdit.data import DataError
 from ecdit.data.emoji_styles import style_and_name
 from ecdit.data.images import decode_stored
-from ecdit.data.manifest import SPLITS
+from ecdit.data.manifest import SPLITS, task_directory
 from ecdit.data.prepared import caption_of, open_prepared, stored_records
 from ecdit.evaluation.json_lines import check_results, json_text, write_results
 from ecdit.evaluation.retrieval import (
@@ -65,12 +65,17 @@ def retrieval(
     all images, and with those of their style. `grid` is a PNG file for some samples beside their true images.
 
     Raises:
-      DataError: the run's data has no stored record in the split.
+      DataError: the run's data has no stored record in the split, or has changed since training.
     """
     start = time.monotonic()
     run = each_image_alone(open_run(workdir, step=step))
     data = run.experiment.data
     prepared = open_prepared(data)
+    if prepared.fingerprint != run.dataset:
+        raise DataError(
+            f"{task_directory(data)} is not the data of the training: its fingerprint is {prepared.fingerprint[:12]}, "
+            f"and step {run.step} of {workdir} was trained on {run.dataset[:12]}"
+        )
     targeted = list(stored_records(prepared, split))
     if not targeted:
         raise DataError(f"the data of {workdir} has no stored record in the split {split}: see data.prepare.held_out")

@@ -43,6 +43,7 @@ class DataConfig:
     vocab_size: int  # upper limit of the tokenizer's pieces
     caption_length: int  # tokens, EOS and padding included
     latent_channels: int  # channels of stored latents (one position per 8 x 8 px); 0 reads images instead
+    placeholder_ok: bool = field(metadata=RESUME)  # whether several hosts may train on random_latents
     latents: str  # <name> of the column latents-<name> that holds them; generated latents need none
     caption_dropout: float  # probability that the null caption replaces a caption
     flip_probability: float  # probability of a left-right flip

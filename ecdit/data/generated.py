@@ -42,6 +42,11 @@ class Generated(Protocol):
         """Returns all words of its captions if these are few, so that a trained tokenizer has a piece for each."""
         ...
 
+    @property
+    def placeholder(self) -> bool:
+        """Whether the rows only take the place of data, so that training on them teaches nothing."""
+        ...
+
     def example(self, config: DataConfig, split: Split, seed: int, row: int) -> Example:
         """Returns a row, the same on every host."""
         ...
@@ -62,6 +67,7 @@ class Shapes:
     ground: Ground
     attribution = "made by rule"
     words = shapes.VOCABULARY
+    placeholder = False
 
     def example(self, config: DataConfig, split: Split, seed: int, row: int) -> Example:
         """Returns a row's image and caption."""
@@ -93,6 +99,7 @@ class RandomLatents:
 
     attribution = "random numbers"
     words = ()
+    placeholder = True
 
     def example(self, config: DataConfig, split: Split, seed: int, row: int) -> Example:
         """Returns a row's mean latents, with the smallest variance, and its caption."""

@@ -61,7 +61,14 @@ def tokenize(tokenizer: Path, captions: Sequence[str], caption_length: int) -> I
     Raises:
       DataError: the tokenizer does not exist.
     """
-    encode = load_vocabulary(tokenizer).encode
+    return encode_rows(load_vocabulary(tokenizer), captions, caption_length)
+
+
+def encode_rows(
+    vocabulary: "sentencepiece.SentencePieceProcessor", captions: Sequence[str], caption_length: int
+) -> Int[np.ndarray, "n L"]:
+    """Returns tokens of `captions` by a vocabulary, as `tokenize` does."""
+    encode = vocabulary.encode
     rows = [fit([*encode(caption), EOS], caption_length) for caption in captions]
     return np.array(rows, np.int32).reshape(len(captions), caption_length)
 
@@ -72,11 +79,20 @@ def load_vocabulary(path: Path) -> "sentencepiece.SentencePieceProcessor":
     Raises:
       DataError: the file is missing, cannot be read, or has other special tokens.
     """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read the tokenizer {path}: {error}") from None
+    return read_vocabulary(data, path)
+
+
+def read_vocabulary(data: bytes, path: Path | str) -> "sentencepiece.SentencePieceProcessor":
+    """Returns the vocabulary in a SentencePiece file; `path` is for messages. Raises as `load_vocabulary`."""
     import sentencepiece
 
     try:
-        vocabulary = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
-    except (OSError, RuntimeError) as error:
+        vocabulary = sentencepiece.SentencePieceProcessor(model_proto=data)
+    except RuntimeError as error:
         raise DataError(f"cannot read the tokenizer {path}: {error}") from None
     if (vocabulary.pad_id(), vocabulary.eos_id()) != (PAD, EOS):
         raise DataError(

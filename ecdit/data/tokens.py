@@ -1,12 +1,15 @@
 """Makes the tokenizer of a run's data and the column with every caption's tokens."""
 
 import dataclasses
+import hashlib
+import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Int
 
 from ecdit.data import DataError
 from ecdit.data.config import DataConfig, rate_of
@@ -15,10 +18,11 @@ from ecdit.data.manifest import Composition, read_records_manifest, task_directo
 from ecdit.data.mixing import mixing
 from ecdit.data.record import Record, decode_record, pack
 from ecdit.data.shards import ShardReader, file_sha256
-from ecdit.data.text import EOS, load_vocabulary, train_vocabulary
+from ecdit.data.text import EOS, encode_rows, load_vocabulary, read_vocabulary, train_vocabulary
 
 _CAPTIONS = 1_000_000  # more hardly improve a vocabulary and would have to fit in memory
 _GENERATED_CAPTIONS = 4096
+SPIECE = "spiece.model"  # the name of a SentencePiece vocabulary in the folder of a tokenizer, as T5 has it
 
 
 def tokenizer_name(config: DataConfig) -> str:
@@ -38,6 +42,34 @@ def tokenizer_name(config: DataConfig) -> str:
 def tokenizer_path(config: DataConfig) -> Path:
     """Returns the path of the tokenizer in prepared data."""
     return task_directory(config) / "tokenizers" / f"{tokenizer_name(config)}.model"
+
+
+def tokenizer_files(config: DataConfig) -> dict[str, bytes]:
+    """Returns the files of the tokenizer of prepared data by the names that they have in a folder of their own.
+
+    Raises:
+      OSError: one cannot be read.
+    """
+    return {SPIECE: tokenizer_path(config).read_bytes()}
+
+
+def hash_files(files: Mapping[str, bytes]) -> str:
+    """Returns the sha256 of a tokenizer's files: of one alone that of its contents, of several with their names."""
+    digests = {name: hashlib.sha256(data).hexdigest() for name, data in sorted(files.items())}
+    if len(digests) == 1:
+        return next(iter(digests.values()))
+    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
+
+
+def tokenize_by(files: Mapping[str, bytes], captions: Sequence[str], caption_length: int) -> Int[np.ndarray, "n L"]:
+    """Returns the tokens of captions by a tokenizer's files, as `text.tokenize` does.
+
+    Raises:
+      DataError: the files are of no tokenizer that this version knows.
+    """
+    if SPIECE not in files:
+        raise DataError(f"a tokenizer of the files {', '.join(files) or 'none'} is not known: there must be {SPIECE}")
+    return encode_rows(read_vocabulary(files[SPIECE], SPIECE), captions, caption_length)
 
 
 def make_tokenizer(config: DataConfig, composition: Composition) -> Path:

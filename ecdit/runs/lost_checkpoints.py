@@ -11,6 +11,7 @@ from ecdit.checkpoints.restore import checkpoint_directory
 from ecdit.reporting.metrics_file import METRICS, read_lines
 from ecdit.reporting.profiling import PROFILE
 from ecdit.reporting.writers import TENSORBOARD, WANDB_ID
+from ecdit.runs.kept_tokenizer import FOLDER
 from ecdit.runs.ledger import DIRECTORY
 from ecdit.runs.provenance import OVERRIDES_FILE, recorded_starts
 from ecdit.runs.trained_run import CONFIG_FILE
@@ -26,6 +27,7 @@ _RECORDS = {
     WANDB_ID,
     PROFILE,
     DIRECTORY,
+    FOLDER,
     "samples",
 }
 

@@ -1,7 +1,7 @@
 """Opens a finished or running run to sample from it: its config, model and EMA weights."""
 
+import contextlib
 import dataclasses
-import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -13,11 +13,13 @@ from jax.sharding import Mesh
 
 import ecdit
 from ecdit import runtime
-from ecdit.checkpoints.restore import CheckpointError, open_reader, read_meta, restore_ema
+from ecdit.checkpoints.restore import CheckpointError, find_step, open_reader, read_meta, restore_ema
 from ecdit.config import ConfigError, require
-from ecdit.data.prepared import tokenize_captions
 from ecdit.experiment import Experiment, make_experiment
+from ecdit.interop.weights import read_metadata
 from ecdit.partitioning import MeshConfig, ShardingError, abstract_mesh, make_mesh
+from ecdit.pretrained.config_json import WeightsError
+from ecdit.runs.kept_tokenizer import Tokenize, encoder, find_tokenizer
 from ecdit.sampling.sampler import SamplingConfig, check_sampling, make_sampler, sample_images
 from ecdit.storage import reading
 from ecdit.system import Params, System, make_system, user_files
@@ -36,6 +38,14 @@ class Run:
     params: Params
     step: int
     checkpoint: str  # a hash of what the checkpoint says of its arrays: their names, shapes and checksums
+    dataset: str  # fingerprint of the data that the checkpoint was trained on
+    vocabulary: str  # hash of the tokenizer that its captions were encoded with
+    tokenizer: Mapping[str, bytes]  # its files, by name
+
+    @property
+    def tokenize(self) -> Tokenize:
+        """Encodes prompts by that tokenizer."""
+        return encoder(self.tokenizer, self.experiment.data)
 
 
 def open_run(workdir: Path, overrides: Sequence[str] = (), step: int | None = None, draw: bool = True) -> Run:
@@ -48,25 +58,32 @@ def open_run(workdir: Path, overrides: Sequence[str] = (), step: int | None = No
       draw: whether to sample; False to get the weights alone.
 
     Raises:
-      CheckpointError: no run, or no such checkpoint.
+      CheckpointError: no run, no such checkpoint, or another tokenizer than that of the training.
       ConfigError: an override that the config refuses, or stored latents, which cannot be decoded.
     """
     experiment = saved_experiment(workdir, overrides)
+    system, mesh = prepare_to_open(experiment, draw)
+    with open_reader(workdir) as manager:
+        step = find_step(manager, workdir, step)
+        meta = read_meta(manager, step)
+    check_files(workdir, meta.config.get("files", {}), user_files(experiment.denoiser))
+    tokenizer = find_tokenizer(workdir, experiment.data, meta.vocabulary)
+    params, step = restore_ema(workdir, system, mesh, step)
+    if experiment.phases:  # all have the same parameters
+        experiment = experiment.phase_of(step).experiment
+        system = make_system(experiment.system)
+    digest = hashlib.sha256(json.dumps(meta.arrays, sort_keys=True).encode()).hexdigest()
+    return Run(experiment, system, mesh, params, step, digest, meta.dataset, meta.vocabulary, tokenizer)
+
+
+def prepare_to_open(experiment: Experiment, draw: bool) -> tuple[System, Mesh]:
+    """Sets up this process for a trained model; returns the model's structure and a mesh. Raises as `open_run`."""
     if draw:
         images, name = experiment.system.has_images, experiment.autoencoder
         require(images, "autoencoder", name, "the run has latents alone: it cannot draw images")
     runtime.configure(dataclasses.replace(experiment.runtime, distributed=False))  # the trainer's alone
     system = make_system(experiment.system)
-    _check_files(workdir, step, user_files(experiment.denoiser))
-    mesh = mesh_of_devices(experiment, system, draw)
-    params, step = restore_ema(workdir, system, mesh, step)
-    with open_reader(workdir) as manager:
-        arrays = read_meta(manager, step).arrays
-    if experiment.phases:  # all have the same parameters
-        experiment = experiment.phase_of(step).experiment
-        system = make_system(experiment.system)
-    digest = hashlib.sha256(json.dumps(arrays, sort_keys=True).encode()).hexdigest()
-    return Run(experiment, system, mesh, params, step, digest)
+    return system, mesh_of_devices(experiment, system, draw)
 
 
 def mesh_of_devices(experiment: Experiment, system: System, draw: bool) -> Mesh:
@@ -95,15 +112,8 @@ def mesh_of_devices(experiment: Experiment, system: System, draw: bool) -> Mesh:
     raise refused[-1]
 
 
-def _check_files(workdir: Path, step: int | None, files: Mapping[str, str]) -> None:
-    """Raises CheckpointError if a user's file is not as the run had it at `step`, by default the newest."""
-    if not files:
-        return
-    with open_reader(workdir) as manager:
-        steps = manager.all_steps()
-        if step is not None and step not in steps:
-            return  # `restore_ema` says which there are
-        saved = read_meta(manager, max(steps) if step is None else step).config["files"]
+def check_files(workdir: Path, saved: Mapping[str, str], files: Mapping[str, str]) -> None:
+    """Raises CheckpointError if a user's file has another sha256 than the run had saved of it."""
     for path, digest in files.items():
         if saved.get(path) != digest:
             raise CheckpointError(f"{path} is not what {workdir} was trained with: its sha256 is {digest[:12]}")
@@ -147,11 +157,12 @@ def each_image_alone(run: Run) -> Run:
 
 
 def _version(workdir: Path) -> str:
-    """Returns the version of ecdit that started the run last, as its record says."""
-    try:
+    """Returns the version of ecdit that started a run last, or that exported a folder, as these record it."""
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
         return str(json.loads((workdir / OVERRIDES_FILE).read_text())[-1]["versions"]["ecdit"])
-    except (OSError, ValueError, LookupError, TypeError):
-        return "(unknown version)"
+    with contextlib.suppress(WeightsError, LookupError):
+        return read_metadata(workdir)["ecdit"]
+    return "(unknown version)"
 
 
 def sample_run(
@@ -168,9 +179,8 @@ def sample_run(
     with `with_gates` instead a pair with each expert's gate for each token, float32[n, steps, P, N, E].
     """
     sampling = run.experiment.sampling if sampling is None else sampling
-    tokens = functools.partial(tokenize_captions, run.experiment.data)
     sampler = make_sampler(run.system, sampling, run.mesh, with_experts, with_gates)
-    return sample_images(sampler, run.params, tokens, prompts, repeats, sampling)
+    return sample_images(sampler, run.params, run.tokenize, prompts, repeats, sampling)
 
 
 def _json(key: str, text: str) -> Any:

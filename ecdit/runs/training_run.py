@@ -18,6 +18,7 @@ from ecdit.checkpoints.read_errors import CheckpointError
 from ecdit.checkpoints.restore import Meta
 from ecdit.checkpoints.resume import half_written, newest_valid
 from ecdit.config import changeable, to_dict
+from ecdit.data.tokens import hash_files
 from ecdit.errors import UserError
 from ecdit.exit_codes import INTERRUPTED, PREEMPTED
 from ecdit.experiment import Experiment, ResolvedPhase, check_mesh
@@ -30,6 +31,8 @@ from ecdit.reporting.speed import Stopwatch, stopwatch
 from ecdit.reporting.writers import check_writers, open_writers
 from ecdit.runs.activity import Activity
 from ecdit.runs.host_times import HostTimes
+from ecdit.runs.inputs import check_placeholder, inputs_line
+from ecdit.runs.kept_tokenizer import keep_tokenizer
 from ecdit.runs.lock import locked
 from ecdit.runs.lost_checkpoints import check_not_lost, set_records_aside
 from ecdit.runs.provenance import (
@@ -80,10 +83,13 @@ def train(
     Raises:
       UserError: (its subclasses) what does not fit, before the first step; a failed save or write; a diverged run.
     """
+    say(inputs_line(experiment))
     check_writers(experiment.train.wandb_project)
     check_workdir(workdir)
     mesh = make_mesh(experiment.mesh)
     check_mesh(experiment, mesh)
+    for phase in experiment.resolved_phases():
+        check_placeholder(phase.experiment.data, [phase.experiment.data.task], jax.process_count())
     flags = experiment.runtime.xla_flags
     check_deterministic(experiment.train.replay_every, mesh.devices.flat[0].platform, flags)
     say(first_line(experiment.train, experiment.model.dtype, mesh))
@@ -108,7 +114,8 @@ def run_workload(
     fingerprints, config = workload.prepare_data(), to_dict(experiment)
     activity.enter("start", "comparing the processes and locking the workdir")
     full = config_of_run(experiment)  # once: the user's files may change while the run goes on
-    facts = facts_of_a_host(full, fingerprints, workload.vocabulary())
+    tokenizer = workload.tokenizer()
+    facts = facts_of_a_host(full, fingerprints, hash_files(tokenizer))
     if differences := host_differences(facts):
         raise UserError("the hosts would not train the same:\n  " + "\n  ".join(differences))
     make_directory(workdir)
@@ -125,6 +132,8 @@ def run_workload(
         start = int(state.step)
         activity.ledger.open(workdir, start)
         record_start(config, workdir, start, origin)
+        if jax.process_index() == 0:
+            keep_tokenizer(tokenizer, workdir)
         writers = open_writers(experiment.train.wandb_project, config, workdir, start)
         reporter = Reporter(workdir, start, experiment.train, list(flat_names(state.params)), writers)
         stack.enter_context(contextlib.closing(reporter))
@@ -212,9 +221,8 @@ class _Run:
         def save(step: int, state: TrainState) -> None:
             self.reporter.save()
             self.activity.ledger.mark(step)
-            self.saver.save(
-                state, step, _meta(self.experiment, self.config, fingerprint, self.workload.vocabulary(), step)
-            )
+            vocabulary = hash_files(self.workload.tokenizer())
+            self.saver.save(state, step, _meta(self.experiment, self.config, fingerprint, vocabulary, step))
 
         def after_step(step: int) -> None:
             self.check_lock()

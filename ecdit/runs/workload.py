@@ -17,10 +17,10 @@ from ecdit.config import changeable, to_dict
 from ecdit.data.config import DataConfig
 from ecdit.data.loader import make_loader
 from ecdit.data.prepared import Prepared, check_tokenizers, prepare
-from ecdit.data.shards import file_sha256
-from ecdit.data.tokens import tokenizer_path
+from ecdit.data.tokens import hash_files, tokenizer_files
 from ecdit.experiment import Experiment, ResolvedPhase
 from ecdit.partitioning import batch_sharding
+from ecdit.runs.inputs import check_placeholder
 from ecdit.runs.sample_grids import SampleWriter
 from ecdit.runtime import compiler_options
 from ecdit.storage import as_path
@@ -45,7 +45,7 @@ class Workload:
     abstract: TrainState  # shapes, dtypes and shardings
     first_state: Callable[[], tuple[TrainState, str]]  # of a run without a checkpoint, and where its weights are from
     prepare_data: Callable[[], Sequence[str]]  # the fingerprint of each phase's data
-    vocabulary: Callable[[], str]  # hash of the one that captions are encoded with, once the data is prepared
+    tokenizer: Callable[[], Mapping[str, bytes]]  # the files by which captions are encoded, once the data is prepared
     train_step: Callable[[ResolvedPhase], Callable[[TrainState, Batch], tuple[TrainState, Metrics]]]
     gradients: Callable[[ResolvedPhase], Callable[[TrainState, Batch], Params]]  # of a step alone, for replays
     batches: Callable[[ResolvedPhase, int], Iterator[Batch]]  # from a global row of the data on
@@ -91,18 +91,13 @@ def make_workload(experiment: Experiment, mesh: Mesh, init_differences: bool = F
         abstract=abstract_state(system, optimizer, shardings),
         first_state=first_state,
         prepare_data=lambda: prepared_fingerprints([phase.experiment.data for phase in experiment.resolved_phases()]),
-        vocabulary=functools.cache(lambda: vocabulary_hash(experiment.data)),
+        tokenizer=functools.cache(lambda: tokenizer_files(experiment.data)),
         train_step=train_step,
         gradients=gradients,
         batches=lambda phase, row: device_batches(phase.experiment, mesh, row),
         images=images,
         flops_per_image=lambda phase: make_system(phase.experiment.system).training_flops(),
     )
-
-
-def vocabulary_hash(config: DataConfig) -> str:
-    """Returns the sha256 of the tokenizer of prepared data, which all phases share."""
-    return file_sha256(tokenizer_path(config))
 
 
 def _differences(experiment: Experiment, source: Path, step: int, allow: bool) -> str:
@@ -112,7 +107,7 @@ def _differences(experiment: Experiment, source: Path, step: int, allow: bool) -
     now = to_dict(experiment) | {"files": user_files(experiment.denoiser)}
     # A phase may change some of the model too, so weights keep their meaning; and what was trained may be frozen.
     may_differ = changeable(experiment, "resume") | changeable(experiment, "phase") | {"text.frozen"}
-    return check_same_model(saved, now, may_differ, vocabulary_hash(experiment.data), allow)
+    return check_same_model(saved, now, may_differ, hash_files(tokenizer_files(experiment.data)), allow)
 
 
 def device_batches(experiment: Experiment, mesh: Mesh, start_row: int) -> Iterator[Batch]:
@@ -140,6 +135,7 @@ def prepared_fingerprints(configs: Sequence[DataConfig]) -> list[str]:
 
     Raises:
       DataError: one cannot be prepared, or two have different vocabularies.
+      ConfigError: a part of a mixture is a placeholder: see `check_placeholder`.
     """
     if jax.process_count() > 1:
         from jax.experimental import multihost_utils
@@ -154,6 +150,8 @@ def _prepare_all(configs: Sequence[DataConfig]) -> list[str]:
     prepared: list[Prepared] = []
     for n, config in enumerate(configs):
         prepared.append(prepared[configs.index(config)] if config in configs[:n] else prepare(config, _workers()))
+        parts = [component.task for component in prepared[-1].composition.components]
+        check_placeholder(config, parts, jax.process_count())
     check_tokenizers(prepared)
     return [one.fingerprint for one in prepared]
 

@@ -86,7 +86,7 @@ class Toy:
             abstract=toy_abstract(),
             first_state=lambda: (jax.jit(self.first_state, out_shardings=toy_sharding())(), ""),
             prepare_data=lambda: ["toy" for _ in experiment.resolved_phases()],
-            vocabulary=lambda: "toy's words",
+            tokenizer=lambda: {"words.txt": b"toy's words"},
             train_step=lambda phase: self.train_step,
             gradients=lambda phase: self.gradients,
             batches=self.batches,

@@ -12,7 +12,7 @@ from ecdit.experiment import make_experiment
 from ecdit.sample import read_prompts
 from ecdit.system import make_system
 from tests.forking import run_forked
-from tests.runs import ROOT, command, save_ema, tiny, tiny_values
+from tests.runs import ROOT, command, keep_small_tokenizer, save_ema, tiny, tiny_values
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def workdir(tmp_path_factory, emoji_data):
     (workdir / "config.json").write_text(json.dumps(to_dict(experiment)))
     system = make_system(experiment.system)
     ema = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(system.init, jax.random.key(0)))
-    save_ema(workdir, ema, config=to_dict(experiment))
+    save_ema(workdir, ema, config=to_dict(experiment), vocabulary=keep_small_tokenizer(workdir))
     return workdir
 
 
@@ -71,7 +71,7 @@ def workdir(tmp_path_factory, emoji_data):
         ["train", "--config={root}/configs/emoji.py", "--config.data.directory={data}", "--workdir={file}/below"],
         ["prepare", "--config={root}/configs/emoji.py", "--config.data.directory={file}"],
         ["sample", "--workdir={run}", "--prompt=tiger", "--out={file}"],
-        ["checkpoint", "export", "--workdir={run}", "--out={file}/w.safetensors"],
+        ["checkpoint", "export", "--workdir={run}", "--out={file}/w"],
         ["evaluate", "retrieval", "--workdir={run}", "--json={file}/r.json"],
     ],
     ids=lambda arguments: " ".join(arguments[:2]).split(" --")[0],

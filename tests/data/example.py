@@ -32,6 +32,7 @@ def make_config(directory="nowhere", **changes):
         "caption_length": 12,
         "latent_channels": 0,
         "latents": "",
+        "placeholder_ok": False,
         "caption_dropout": 0.1,
         "flip_probability": 0.5,
         "crop_padding": 2,

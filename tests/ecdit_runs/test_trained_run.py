@@ -16,13 +16,12 @@ from ecdit.checkpoints.compatibility import check_resume
 from ecdit.checkpoints.restore import CheckpointError, Meta
 from ecdit.config import ConfigError, changeable, flatten, to_dict
 from ecdit.errors import UserError
-from ecdit.interop.weights import save_weights
 from ecdit.partitioning import make_mesh
 from ecdit.runs.trained_run import mesh_of_devices, open_run, saved_experiment
 from ecdit.runs.training_run import train
 from ecdit.system import make_system
 from tests.checkpoints.damage import flip_array
-from tests.runs import run, save_ema, tiny
+from tests.runs import keep_small_tokenizer, run, save_ema, tiny
 
 # Fields that alter how a model runs, or is sampled, not what it learns.
 HOW = ("attention", "projections", "dispatch", "expert_products", "remat", "scan_unroll", "sampling_group")
@@ -138,7 +137,7 @@ def saved(tmp_path_factory):
     (workdir / "config.json").write_text(json.dumps(to_dict(tiny())))
     shapes = jax.eval_shape(system.init, jax.random.key(0))
     ema = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype), shapes)
-    save_ema(workdir, ema, step=7)
+    save_ema(workdir, ema, step=7, vocabulary=keep_small_tokenizer(workdir))
     return workdir, ema
 
 
@@ -286,8 +285,3 @@ def test_damaged_json_of_a_checkpoint_is_named(saved, tmp_path, damage):
         pytest.raises(CheckpointError, match=f"{tmp_path}/run/checkpoints.*7"),
     ):
         restore.read_meta(manager, 7)
-
-
-def test_weights_that_cannot_be_written_are_refused_by_name(tmp_path):
-    with pytest.raises(UserError, match=f"{tmp_path}/no"):
-        save_weights({"w": np.zeros(3)}, tmp_path / "no" / "w.safetensors", {})

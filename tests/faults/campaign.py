@@ -4,7 +4,7 @@
 
 Every trial draws its fault from the seed and its own number. Each is logged as one line of JSON, and none is done
 twice: started again, the campaign goes on after the last line of --out. It exits with 1 if a trial failed, and prints a
-table. Full disks are mounted, which needs root.
+table. Full disks are mounted, which needs root; I/O errors need a C compiler.
 
 A trial passes if whatever is wrong is said, the run goes on from the newest checkpoint that is valid, and its end is
 bitwise that of an uninterrupted twin: all metrics and the last checkpoint. Where the number of processes or the mesh
@@ -20,14 +20,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.faults.faults import KINDS, Stage, Trial
+from tests.faults.kinds import KINDS
+from tests.faults.trial import Stage, Trial
 
 # What happens in 25 trials, in this order.
 PATTERN = (
     *("kill", "bit flip", "full disk", "truncation", "processes changed", "kill one of two", "SIGTERM"),
-    *("bit flip", "kill in a save", "truncation", "bit flip", "kill", "SIGTERM to one of two", "bit flip"),
-    *("full disk", "kill in a save", "SIGTERM", "truncation", "bit flip", "kill one of two", "processes changed"),
-    *("bit flip", "kill", "truncation", "hang"),
+    *("vanished checkpoints", "second trainer", "errors of reading", "garbled metrics", "differing hosts"),
+    *("kill at a phase boundary", "damage met by two", "bit flip", "kill in a save", "errors of writing", "hang"),
+    *("SIGTERM to one of two", "bit flip", "truncation", "bit flip", "kill", "kill one of two", "bit flip"),
 )
 
 

@@ -2,18 +2,16 @@
 
 import contextlib
 import dataclasses
-import random
 import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from ecdit.exit_codes import HUNG, PREEMPTED
+from launch.job import RESTART_CODES, SHOWN_CODES
 from tests.faults.runs import (
     BASE,
     EVERY,
@@ -25,101 +23,16 @@ from tests.faults.runs import (
     WIDE,
     Layout,
     Run,
-    differs_from_twin,
     finished,
     last_line,
     loss_difference,
     same_arrays,
 )
+from tests.faults.trial import Trial, require
 
 WATCHDOG = 5  # seconds
 DISK_MB = 24  # of the small disk
 LOSS_TOLERANCE = 1e-4
-
-
-class Failed(Exception):
-    """A trial in which the framework did not do what it should."""
-
-
-@dataclasses.dataclass
-class Trial:
-    """One trial: what was drawn, and what came of it."""
-
-    rng: random.Random
-    folder: Path  # its own
-    stage: "Stage"
-    log: dict[str, Any]  # what is written of it
-
-    @property
-    def workdir(self) -> Path:
-        """The run that the fault happens to."""
-        return self.folder / "run"
-
-    def draw(self, name: str, value: Any) -> Any:
-        """Notes what was drawn."""
-        self.log[name] = value
-        return value
-
-    def start(self, layout: Layout, **overrides: Any) -> Run:
-        """Starts the run, or goes on with it."""
-        return Run(layout, self.workdir, self.stage.data, self.stage.cache, **overrides)
-
-    def resume(self, layout: Layout, expected: int | None) -> str:
-        """Runs to the end, which must go on from `expected`, None for the start; what it printed."""
-        run = self.start(layout)
-        codes = run.wait()
-        output = run.output()
-        require(codes == [0] * layout.processes, f"the resumed run ended with {codes}: {output[-1500:]}")
-        found = re.search(r"resumed from step (\d+)", output)
-        self.log["resumed_from"] = int(found[1]) if found else None
-        require(self.log["resumed_from"] == expected, f"it went on from {found and found[1]}, not from {expected}")
-        return output
-
-    def require_twin(self, layout: Layout) -> None:
-        """The run's end is bitwise that of the twin."""
-        difference = differs_from_twin(self.workdir, self.stage.twin(layout))
-        require(not difference, difference)
-        self.log["bitwise"] = True
-
-    def note_loss(self) -> int | None:
-        """The newest finished checkpoint, after a kill; notes how many reported steps are lost."""
-        newest, reported = max(finished(self.workdir), default=None), last_line(self.workdir)
-        self.log |= {"newest": newest, "reported": reported}
-        # A save runs beside the next steps: only the next one waits for its end.
-        lost = reported - (newest or 0)
-        require(lost <= 2 * EVERY, f"step {reported} was reported, the newest checkpoint is {newest}")
-        self.log["lost"] = max(0, lost)
-        return newest
-
-
-def require(condition: bool, why: str) -> None:
-    """Raises Failed unless `condition`."""
-    if not condition:
-        raise Failed(why)
-
-
-class Stage:
-    """What all trials share: data, compiled programs, and runs that were left alone."""
-
-    def __init__(self, folder: Path, data: Path, cache: Path):
-        self.folder, self.data, self.cache = folder, data, cache
-
-    def base(self, layout: Layout) -> Path:
-        """The workdir of a run that has done half of its steps."""
-        return self._left_alone(layout, "base", BASE)
-
-    def twin(self, layout: Layout) -> Path:
-        """The workdir of a run to the end in one go."""
-        return self._left_alone(layout, "twin", STEPS)
-
-    def _left_alone(self, layout: Layout, name: str, steps: int) -> Path:
-        workdir = self.folder / f"{name}_{layout.processes}x{layout.devices}"
-        if not (workdir / "checkpoints" / str(steps)).is_dir():
-            run = Run(layout, workdir, self.data, self.cache, train__num_steps=steps)
-            codes = run.wait(900)
-            if codes != [0] * layout.processes:
-                sys.exit(f"a run without any fault ended with {codes}: {run.output()[-3000:]}")
-        return workdir
 
 
 def kill(trial: Trial) -> None:
@@ -162,8 +75,15 @@ def kill_one_of_two(trial: Trial) -> None:
     codes = trial.log["codes"] = run.wait(6 * HEARTBEAT + 30)
     trial.log["ended_after"] = time.monotonic() - begin
     require(None not in codes, f"the other process hangs: {codes}")
+    if joined and codes[1 - which]:  # it may have done the last step before
+        require(shell_code(codes[1 - which]) in RESTART_CODES, f"no launcher restarts {codes}, but {SHOWN_CODES}")
     trial.resume(PAIR, trial.note_loss())
     trial.require_twin(PAIR)
+
+
+def shell_code(code: int) -> int:
+    """An exit code of subprocess's as a shell and a launcher have it: 128 + n for signal n."""
+    return code if code >= 0 else 128 - code
 
 
 def _wait_for_any_moment(trial: Trial, run: Run) -> None:
@@ -224,19 +144,28 @@ def _terminated(trial: Trial, layout: Layout, which: int) -> None:
 
 def bit_flip(trial: Trial) -> None:
     """One bit, anywhere in the files of the newest checkpoint or of the two newest."""
-    steps = _damaged_steps(trial)
+    _bit_flip(trial, ONE)
+
+
+def damage_met_by_two(trial: Trial) -> None:
+    """The same, and two processes resume: both go on from the same checkpoint."""
+    _bit_flip(trial, PAIR)
+
+
+def _bit_flip(trial: Trial, layout: Layout) -> None:
+    steps = _damaged_steps(trial, layout)
     for step in steps:
         path, size = _any_byte(trial, step)
         bit = trial.draw(f"bit_{step}", trial.rng.randrange(8 * size))
         data = bytearray(path.read_bytes())
         data[bit // 8] ^= 1 << bit % 8
         path.write_bytes(data)
-    _resume_after_damage(trial, steps)
+    _resume_after_damage(trial, steps, layout)
 
 
 def truncation(trial: Trial) -> None:
     """A file of the newest checkpoint or of the two newest ends early, or is gone."""
-    steps = _damaged_steps(trial)
+    steps = _damaged_steps(trial, ONE)
     for step in steps:
         path, size = _any_byte(trial, step)
         if trial.draw(f"gone_{step}", trial.rng.random() < 0.25):
@@ -244,11 +173,11 @@ def truncation(trial: Trial) -> None:
         else:
             with path.open("r+b") as file:
                 file.truncate(trial.draw(f"length_{step}", trial.rng.randrange(size)))
-    _resume_after_damage(trial, steps)
+    _resume_after_damage(trial, steps, ONE)
 
 
-def _damaged_steps(trial: Trial) -> list[int]:
-    shutil.copytree(trial.stage.base(ONE), trial.workdir)
+def _damaged_steps(trial: Trial, layout: Layout) -> list[int]:
+    shutil.copytree(trial.stage.base(layout), trial.workdir)
     return sorted(finished(trial.workdir), reverse=True)[: 1 + (trial.rng.random() < 0.2)]
 
 
@@ -260,14 +189,14 @@ def _any_byte(trial: Trial, step: int) -> tuple[Path, int]:
     return path, path.stat().st_size
 
 
-def _resume_after_damage(trial: Trial, steps: list[int]) -> None:
+def _resume_after_damage(trial: Trial, steps: list[int], layout: Layout) -> None:
     """Whatever no longer reads as the same bits must be found; what still does may be gone on from."""
-    base = trial.stage.base(ONE)
+    base = trial.stage.base(layout)
     harmless = [s for s in steps if same_arrays(trial.workdir / f"checkpoints/{s}", base / f"checkpoints/{s}")]
     trial.log["array_data_hit"] = [step for step in steps if step not in harmless]
-    run = trial.start(ONE)
+    run = trial.start(layout)
     codes, output = run.wait(), run.output()
-    require(codes == [0], f"the resumed run ended with {codes}: {output[-1500:]}")
+    require(codes == [0] * layout.processes, f"the resumed run ended with {codes}: {output[-1500:]}")
     resumed = trial.draw("resumed_from", int(re.search(r"resumed from step (\d+)", output)[1]))
     aside = {p.name for p in (trial.workdir / "checkpoints/damaged").glob("*")}
     trial.log["set_aside"] = sorted(aside)
@@ -276,7 +205,7 @@ def _resume_after_damage(trial: Trial, steps: list[int]) -> None:
     require(resumed == max(valid) or (resumed in valid and bool(harmless)), f"went on from {resumed}, not {max(valid)}")
     require(aside == {str(step) for step in steps if step > resumed}, f"set aside: {sorted(aside)}")
     require(all(f"checkpoints/{name}" in output for name in aside), "the damage was not said")
-    trial.require_twin(ONE)
+    trial.require_twin(layout)
 
 
 def full_disk(trial: Trial) -> None:
@@ -328,17 +257,3 @@ def processes_changed(trial: Trial) -> None:
     trial.resume(after, newest)
     difference = trial.log["loss_difference"] = loss_difference(trial.workdir, trial.stage.twin(before), newest or 0)
     require(difference <= LOSS_TOLERANCE, f"the loss differs by {difference:.1e}")
-
-
-KINDS: dict[str, Callable[[Trial], None]] = {
-    "kill": kill,
-    "kill in a save": kill_in_a_save,
-    "kill one of two": kill_one_of_two,
-    "hang": hang,
-    "SIGTERM": sigterm,
-    "SIGTERM to one of two": sigterm_to_one_of_two,
-    "bit flip": bit_flip,
-    "truncation": truncation,
-    "full disk": full_disk,
-    "processes changed": processes_changed,
-}

@@ -5,7 +5,7 @@ import json
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from tests.runs import ROOT, train_command
 STEPS, EVERY, BASE = 40, 5, 20  # of a whole run; between saves; of the run that damage is done to
 TIMEOUT = 300.0  # seconds after which a run counts as hung
 HEARTBEAT = 10  # seconds
+EMOJI = ROOT / "configs/emoji.py"
 VOLATILE = {"time", "images_per_second", "model_flops_per_second", "peak_share", "data_seconds"}
 
 
@@ -33,10 +34,30 @@ class Layout:
 ONE, PAIR, WIDE = Layout(1, 1), Layout(2, 1), Layout(1, 2)
 
 
+@dataclasses.dataclass(frozen=True)
+class Odd:
+    """What one process of several is started with in another way than the others."""
+
+    process: int
+    flags: tuple[str, ...] = ()
+    root: Path = ROOT  # of the checkout
+
+
 class Run:
     """Processes of one start of a run, with their output in files beside the workdir."""
 
-    def __init__(self, layout: Layout, workdir: Path, data: Path, cache: Path, **overrides: Any):
+    def __init__(
+        self,
+        layout: Layout,
+        workdir: Path,
+        data: Path,
+        cache: Path,
+        config: Path = EMOJI,
+        flags: Sequence[str] = (),
+        odd: Odd | None = None,
+        environment: Mapping[str, str] | None = None,
+        **overrides: Any,
+    ):
         values = {
             "train__num_steps": STEPS,
             "checkpoint__every": EVERY,
@@ -46,22 +67,25 @@ class Run:
             "runtime__heartbeat_seconds": HEARTBEAT,
             "mesh__data": layout.processes * layout.devices,
         }
-        command = train_command(workdir, data, **{**values, **overrides})
+        command = [*train_command(workdir, data, **{**values, **overrides}), *flags]
+        command = [f"--config={config}" if word.startswith("--config=") else word for word in command]
         coordinator = f"127.0.0.1:{_free_port()}"
         self.workdir, self.logs, self.children = workdir, [], []
         for i in range(layout.processes):
-            environment = cpu_environment(layout.devices)
+            own, root = (odd.flags, odd.root) if odd is not None and odd.process == i else ((), ROOT)
+            env = cpu_environment(layout.devices)
             if layout.processes > 1:
-                environment = process_environment(coordinator, layout.processes, i, layout.devices)
-            environment |= {
-                "XLA_FLAGS": " ".join(dict.fromkeys(f"{environment['XLA_FLAGS']} {QUICK_COMPILATION}".split())),
+                env = process_environment(coordinator, layout.processes, i, layout.devices)
+            env |= {
+                "XLA_FLAGS": " ".join(dict.fromkeys(f"{env['XLA_FLAGS']} {QUICK_COMPILATION}".split())),
                 "JAX_COMPILATION_CACHE_DIR": str(cache),
                 "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
                 "PYTHONUNBUFFERED": "1",
+                **(environment or {}),
             }
             self.logs.append(workdir.parent / f"{workdir.name}_{len(list(workdir.parent.glob('*.log')))}.log")
             with self.logs[-1].open("w") as log:
-                self.children.append(subprocess.Popen(command, env=environment, cwd=ROOT, stdout=log, stderr=log))
+                self.children.append(subprocess.Popen([*command, *own], env=env, cwd=root, stdout=log, stderr=log))
 
     def wait(self, seconds: float = TIMEOUT) -> list[int | None]:
         """The exit codes when all have ended; None for one that has not in time, which is then killed."""

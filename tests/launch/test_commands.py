@@ -23,7 +23,8 @@ with open(os.environ["NOTES"], "a") as file: print(json.dumps([sys.argv[1:], tex
 sys.exit(int(os.environ.get("EXIT_CODE", "0")))
 """
 # All that a dry run has to be told, beside its backend.
-REQUEST = ["--config=configs/ec_dit.py:M-64E", "--accelerator=v5p-256", f"--workdir={WORKDIR}"]
+PLACEHOLDER = "--config.data.placeholder_ok=True"
+REQUEST = ["--config=configs/ec_dit.py:M-64E", "--accelerator=v5p-256", f"--workdir={WORKDIR}", PLACEHOLDER]
 PLACE = [f"--workdir={WORKDIR}"]
 
 
@@ -62,6 +63,7 @@ def test_a_dry_run_of_a_jobset_takes_no_other_flag_and_a_real_one_creates_what_i
     assert found["spec"]["replicatedJobs"][0]["template"]["spec"]["completions"] == 32
     assert "1 x v5p-256 (4x4x8), each: chips 128, hosts 32, chips a host 4" in dry.stdout
     assert "1531.0 GB, 47.8 GB a host" in dry.stdout
+    assert dry.stdout.startswith("data: random_latents (PLACEHOLDER, random numbers in place of latents); weights at ")
     assert notes(outside) == []
 
     flags = ["--backend=jobset", "--context=cluster", f"--image={IMAGE}"]
@@ -81,7 +83,7 @@ def test_a_dry_run_on_tpu_vms_writes_the_script(outside, tmp_path):
     done = launch("tpu", *REQUEST, *flags, "--dry-run", f"--out={out}", env=environment)
     assert (done.returncode, done.stderr) == (0, "")
     assert subprocess.run(["bash", "-n", out]).returncode == 0
-    assert "--config.checkpoint.every=500 --config.mesh.slices=2\n" in done.stdout
+    assert f"--config.checkpoint.every=500 {PLACEHOLDER} --config.mesh.slices=2\n" in done.stdout
     assert "--zone=us-east5-a" in out.read_text()
     assert notes(outside) == []
 

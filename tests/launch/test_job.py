@@ -11,6 +11,7 @@ from ecdit.exit_codes import PREEMPTED
 from ecdit.experiment import check_mesh
 from ecdit.partitioning import ShardingError, abstract_mesh
 from ecdit.planning.counts import count
+from ecdit.runs.inputs import inputs_line
 from ecdit.topology import GENERATIONS, find_slice, usual_shapes
 from launch.check import check_pod
 from launch.job import MAX_NAME, RESTART_CODES, LaunchError, check_name, describe, job_name
@@ -109,7 +110,7 @@ def test_the_command_is_the_one_that_one_would_type():
         "--config.checkpoint.every=500",
         "--config.train.batch_size=8192",
     )
-    assert " ".join(made.train_flags) in describe(made)[0]
+    assert " ".join(made.train_flags) in describe(made)[1]
 
 
 def test_a_faster_mesh_that_is_known_is_told():
@@ -213,3 +214,16 @@ def test_the_documentation_lists_each_exit_code_once_with_what_follows_it():
                 follows[code] = restarts
     assert sorted(follows) == list(range(256))
     assert {code for code, restarts in follows.items() if restarts == "yes"} == set(RESTART_CODES)
+
+
+def test_a_job_says_what_it_trains_on_and_placeholder_data_is_refused_on_several_hosts():
+    assert describe(job("v5p-256"))[0] == inputs_line(experiment())
+    assert "data: random_latents (PLACEHOLDER, " in describe(job("v5p-256"))[0]
+    unsaid = {"data__placeholder_ok": False}
+    with pytest.raises(
+        ConfigError, match=r"config\.data\.placeholder_ok = False: must be True: 32 hosts would train on"
+    ):
+        job("v5p-256", **unsaid)
+    with pytest.raises(ConfigError, match="64 hosts would train on"):
+        job("v5p-256", slices=2, **unsaid)
+    assert job("v4-8", **unsaid).hosts == 1

@@ -115,8 +115,8 @@ MUTANTS = (
     ),
     Mutant(
         _CHECKPOINT,
-        "step = manager.latest_step() if step is None else step",
-        "step = manager.latest_step()",
+        "    if step is None:\n        return steps[-1]",
+        "    if step is None or step in steps:\n        return steps[-1]",
         _restored("test_weights_of_a_step_that_is_named"),
         "a checkpoint's scores are the newest one's",
     ),

@@ -4,6 +4,7 @@ from tests.mutants.mutant import Mutant
 
 _READ, _COMPATIBLE = "ecdit/checkpoints/read_errors.py", "ecdit/checkpoints/compatibility.py"
 _LOCK, _LOST, _LEDGER = (f"ecdit/runs/{name}.py" for name in ("lock", "lost_checkpoints", "ledger"))
+_TOKENIZER, _WEIGHTS = "ecdit/runs/kept_tokenizer.py", "ecdit/interop/weights.py"
 _REPLAY, _RUN, _LOOP = "ecdit/runs/replay.py", "ecdit/runs/training_run.py", "ecdit/training/loop.py"
 
 
@@ -167,5 +168,58 @@ MUTANTS = (
         "    return [time.whole - (time.step - shortest) for time in times]",
         "    return [time.whole for time in times]",
         _tests("ecdit_runs/test_host_times", "test_by_hand"),
+    ),
+    Mutant(
+        _TOKENIZER,
+        "    place, files = workdir / FOLDER, kept_files(workdir)",
+        "    place, files = workdir / FOLDER, {}",
+        _tests("ecdit_runs/test_kept_tokenizer", "test_prompts_are_encoded_as_in_training"),
+        "another vocabulary in the data draws wrong images",
+    ),
+    Mutant(
+        _TOKENIZER,
+        "    if vocabulary is not None and hash_files(files) != vocabulary:",
+        "    if vocabulary is None and hash_files(files) != vocabulary:",
+        _tests("ecdit_runs/test_kept_tokenizer", "test_a_copy_that_was_changed_is_refused"),
+        "a run encodes prompts by a tokenizer that it was not trained with",
+    ),
+    Mutant(
+        _RUN,
+        "            keep_tokenizer(tokenizer, workdir)",
+        "            pass",
+        _tests("ecdit_runs/test_kept_tokenizer", "test_training_keeps_its_tokenizer_and_a_start_over_moves_it_aside"),
+    ),
+    Mutant(
+        "ecdit/commands/retrieval.py",
+        "    if prepared.fingerprint != run.dataset:",
+        "    if not prepared.fingerprint:",
+        _tests("system/test_commands", "test_images_are_looked_up_in_the_data_of_the_training_alone"),
+        "a run is measured on data that it was not trained on",
+    ),
+    Mutant(
+        "ecdit/runs/exported.py",
+        "if saved.get(name) != found]",
+        "if name not in saved]",
+        _tests("ecdit_runs/test_exported", "test_a_damaged_or_changed_folder_is_refused_by_name"),
+        "a flipped bit in exported weights is not noticed",
+    ),
+    Mutant(
+        _WEIGHTS,
+        "            sync_tree(scratch)  # or a power failure could leave the folder's name with empty files\n",
+        "",
+        _tests("ecdit_runs/test_exported", "test_the_contents_are_on_the_disk_before_the_folder_has_its_name"),
+    ),
+    Mutant(
+        _WEIGHTS,
+        "        if shards[-1] and size + array.nbytes > shard_bytes:",
+        "        if shards[-1] and size > shard_bytes:",
+        _tests("ecdit_runs/test_exported", "test_shards_hold_what_fits_and_an_index_says_where"),
+    ),
+    Mutant(
+        "ecdit/runs/inputs.py",
+        "        not random or hosts == 1 or config.placeholder_ok,",
+        "        not random or hosts >= 1 or config.placeholder_ok,",
+        _tests("ecdit_runs/test_inputs", "test_random_numbers_on_several_hosts_are_refused_unless_that_is_meant"),
+        "a pod trains for weeks on random numbers",
     ),
 )  # fmt: skip

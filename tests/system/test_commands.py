@@ -1,6 +1,7 @@
 """The commands as a user runs them, and what they say to bad input."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -9,10 +10,14 @@ from PIL import Image
 from safetensors import safe_open
 
 from ecdit.config import ConfigError, build, flatten, to_dict
+from ecdit.data.text import train_vocabulary
+from ecdit.data.tokens import tokenizer_path
 from ecdit.experiment import Experiment, make_experiment
 from ecdit.interop.weights import flat_names
+from ecdit.runs.kept_tokenizer import kept_files
 from ecdit.runs.trained_run import open_run, saved_experiment
 from launch.local import cpu_environment
+from tests.ecdit_runs.test_provenance import rewrite
 from tests.forking import run_forked
 from tests.runs import ROOT, TINY, base_install, command, emoji_config, run, tiny_values, train_command
 
@@ -32,7 +37,9 @@ def workdir(tmp_path_factory, emoji_data, env):
     assert result.returncode == 0, result.stderr
     grid = workdir / "samples" / "step_00000003.png"
     lines = result.stdout.splitlines()
-    assert lines[0] == "1 CPU device, float32 compute, 3 steps of 16 images; the step is compiled first"
+    source = f"emoji in {emoji_data}/emoji; weights at step 0: random text tower (trained), random denoiser"
+    assert lines[0] == f"data: {source}"
+    assert lines[1] == "1 CPU device, float32 compute, 3 steps of 16 images; the step is compiled first"
     assert lines[-1] == f"done: step 3, checkpoint and metrics in {workdir}, samples in {grid}"
     assert result.stderr == ""
     assert read_png(grid).shape[1] > 200
@@ -114,24 +121,115 @@ def opened_sampling(workdir):
     return saved_experiment(workdir).sampling
 
 
+def moved(workdir, place, directory):
+    """A copy of a run whose config says that its data is in `directory`."""
+    copy = shutil.copytree(workdir, place)
+    values = json.loads((copy / "config.json").read_text())
+    values["data"]["directory"] = str(directory)
+    (copy / "config.json").write_text(json.dumps(values))
+    return copy
+
+
+def test_another_vocabulary_in_the_data_changes_no_image(workdir, tmp_path, env):
+    other = moved(workdir, tmp_path / "run", tmp_path / "data")
+    path = tokenizer_path(saved_experiment(other).data)
+    path.parent.mkdir(parents=True)
+    train_vocabulary(["letters of many other words"], 300, path)
+    images = []
+    for run_folder in (workdir, other):
+        out = tmp_path / f"out_{len(images)}"
+        flags = [f"--workdir={run_folder}", "--prompt=red heart", f"--out={out}"]
+        sampled = run_forked(command("sample", *flags), env)
+        assert sampled.returncode == 0, sampled.stderr
+        images.append(read_png(out / "00000.png"))
+    np.testing.assert_array_equal(*images)
+
+
+def test_images_are_looked_up_in_the_data_of_the_training_alone(workdir, tmp_path, env):
+    other = shutil.copytree(workdir, tmp_path / "run")
+    rewrite(other, 3, lambda values: values.update(dataset="0" * 64))
+    refused(
+        command("evaluate", "retrieval", f"--workdir={other}", "--captions=8"),
+        env,
+        "is not the data of the training",
+        f"step 3 of {other} was trained on 000000000000",
+    )
+
+
 def test_export_writes_the_ema_weights(workdir, tmp_path, env):
-    out = tmp_path / "weights.safetensors"
+    out = tmp_path / "weights"
     result = run(command("checkpoint", "export", f"--workdir={workdir}", f"--out={out}"), env)
     assert result.returncode == 0, result.stderr
     opened = open_run(workdir, ["mesh.fsdp=2"])
     expected = flat_names(opened.params)
-    with safe_open(out, "numpy") as file:
+    with safe_open(out / "model.safetensors", "numpy") as file:
         assert set(file.keys()) == set(expected)
         assert "denoiser.pairs.even.experts.up" in expected
         for name, array in expected.items():
             np.testing.assert_array_equal(file.get_tensor(name), array, err_msg=name)
         assert file.metadata()["step"] == "3"
-        assert json.loads(file.metadata()["config"])["model"]["num_experts"] == 4
     assert [path.name for path in tmp_path.iterdir()] == [out.name]
-    before = out.read_bytes()
+    assert saved_experiment(out) == saved_experiment(workdir)
+    assert json.loads((out / "config.json").read_text())["model"]["num_experts"] == 4
+    assert kept_files(out) == kept_files(workdir)
+    before = (out / "model.safetensors").read_bytes()
     again = run_forked(command("checkpoint", "export", f"--workdir={workdir}", f"--out={out}"), env)
-    assert (again.returncode, out.read_bytes() == before) == (2, True)
-    assert f"--out={out}: exists already" in again.stderr
+    assert (again.returncode, (out / "model.safetensors").read_bytes() == before) == (2, True)
+    assert f"{out} holds other files; name a folder that is missing or empty" in again.stderr
+
+
+def test_export_in_shards_draws_the_same_images_without_the_workdir_and_the_data(workdir, tmp_path, env):
+    """Bitwise, with one device and with the mesh that two have."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("red heart\ntiger\nowl\n")
+    drawn = lambda name, flag: command("sample", flag, f"--prompts={prompts}", f"--out={tmp_path / name}")  # noqa: E731
+    for devices, name in ((1, "one"), (2, "two")):
+        sampled = run_forked(drawn(name, f"--workdir={workdir}"), {**env, **cpu_environment(devices)})
+        assert sampled.returncode == 0, sampled.stderr
+    other = moved(workdir, tmp_path / "run", tmp_path / "nowhere")
+    exported = command("checkpoint", "export", f"--workdir={other}", f"--out={tmp_path}/weights", "--shard_gb=1e-4")
+    result = run_forked(exported, env)
+    assert result.returncode == 0, result.stderr
+    shards = sorted((tmp_path / "weights").glob("model-*.safetensors"))
+    assert len(shards) > 2
+    assert f"EMA weights of step 3 in {tmp_path}/weights: {len(shards)} files of weights" in result.stdout
+    shutil.rmtree(other)
+    for devices, name in ((1, "one"), (2, "two")):
+        sampled = run_forked(
+            drawn(f"{name}_again", f"--weights={tmp_path}/weights"), {**env, **cpu_environment(devices)}
+        )
+        assert sampled.returncode == 0, sampled.stderr
+        for image in ("00000.png", "00001.png", "00002.png", "grid.png"):
+            assert (tmp_path / name / image).read_bytes() == (tmp_path / f"{name}_again" / image).read_bytes()
+    first, second = (json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("one", "one_again"))
+    assert first.pop("workdir") == str(workdir)
+    assert second.pop("folder") == f"{tmp_path}/weights"
+    assert first == second
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--workdir={run}", "--weights={run}"], "give one of --workdir and --weights"),
+        ([], "give one of --workdir and --weights"),
+        (["--weights={run}", "--step=3"], "--step=3: an exported folder holds one step alone"),
+        (["--weights=gs://bucket/w"], "--weights=gs://bucket/w: must be a folder of this machine"),
+        (["--weights={run}"], "there are no *.safetensors files"),
+        (["--weights={run}/nothing"], "is no exported folder, it has no config.json"),
+    ],
+)
+def test_sample_refuses_what_is_no_exported_folder(flags, said, workdir, tmp_path, env):
+    flags = [flag.format(run=workdir) for flag in flags]
+    refused(command("sample", *flags, "--prompt=a", f"--out={tmp_path}/out"), env, said)
+    assert not (tmp_path / "out").exists()
+
+
+def test_export_refuses_a_file_s_name_and_a_bucket(workdir, tmp_path, env):
+    export = ["export", f"--workdir={workdir}"]
+    refused(command("checkpoint", *export, f"--out={tmp_path}/w.safetensors"), env, "name a folder; the weights in it")
+    refused(command("checkpoint", *export), env, "--out=: name a folder")
+    refused(command("checkpoint", *export, "--out=gs://b/w"), env, "--out=gs://b/w: must be a folder of this machine")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_retrieval_prints_and_writes_what_it_measured(workdir, tmp_path, env):
@@ -214,9 +312,7 @@ def test_sample_refuses_a_bucket_and_a_folder_of_other_files(workdir, tmp_path, 
 
 def test_commands_refuse_a_workdir_without_a_run(tmp_path, env):
     refused(command("sample", f"--workdir={tmp_path}", "--prompt=a", f"--out={tmp_path}/out"), env, str(tmp_path))
-    refused(
-        command("checkpoint", "export", f"--workdir={tmp_path}", f"--out={tmp_path}/w.safetensors"), env, str(tmp_path)
-    )
+    refused(command("checkpoint", "export", f"--workdir={tmp_path}", f"--out={tmp_path}/w"), env, str(tmp_path))
     refused(command("checkpoint", "import", f"--workdir={tmp_path}"), env, "verbs: verify, list, export; got import")
 
 

@@ -273,10 +273,10 @@ def test_a_run_that_was_killed_and_stopped_ends_as_one_on_a_disk(bucket, starts,
     assert meta["arrays"] == other["arrays"]
     weights = []
     for i, workdir in enumerate(("gs://bucket/runs/a", on_disk)):
-        out = tmp_path / f"{i}.safetensors"
+        out = tmp_path / f"{i}"
         result = run_forked(command("checkpoint", "export", f"--workdir={workdir}", f"--out={out}"), env)
         assert result.returncode == 0, result.stderr
-        weights.append(load_file(out))
+        weights.append(load_file(out / "model.safetensors"))
     assert weights[0].keys() == weights[1].keys()
     for name, array in weights[0].items():
         np.testing.assert_array_equal(array, weights[1][name], err_msg=name)

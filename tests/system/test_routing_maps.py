@@ -13,7 +13,7 @@ from ecdit.runs.trained_run import open_run, sample_run
 from ecdit.sampling.routing_tables import counts_of
 from ecdit.system import make_system
 from tests.forking import run_forked
-from tests.runs import command, run, save_ema, tiny
+from tests.runs import command, keep_small_tokenizer, run, save_ema, tiny
 
 PROMPTS = ["red heart", "tiger", "<b>owl</b>"]
 
@@ -26,7 +26,7 @@ def make_run(workdir, data, **changes):
     rng = np.random.default_rng(4)
     shapes = jax.eval_shape(make_system(experiment.system).init, jax.random.key(0))
     ema = jax.tree.map(lambda x: rng.normal(0, 0.2, x.shape).astype(x.dtype), shapes)
-    save_ema(workdir, ema, step=7, config=to_dict(experiment))
+    save_ema(workdir, ema, step=7, config=to_dict(experiment), vocabulary=keep_small_tokenizer(workdir))
     return workdir
 
 
