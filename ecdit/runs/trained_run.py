@@ -38,7 +38,9 @@ class Run:
     checkpoint: str  # a hash of what the checkpoint says of its arrays: their names, shapes and checksums
 
 
-def open_run(workdir: Path, overrides: Sequence[str] = (), step: int | None = None, draw: bool = True) -> Run:
+def open_run(
+    workdir: Path, overrides: Sequence[str] = (), step: int | None = None, draw: bool = True, join: bool = False
+) -> Run:
     """Opens a checkpoint's EMA weights on the devices that are present, which need not be those of the training.
 
     Args:
@@ -46,6 +48,7 @@ def open_run(workdir: Path, overrides: Sequence[str] = (), step: int | None = No
       overrides: "key=value" for keys of its config, the value as JSON or a plain string.
       step: of the checkpoint; None for the newest.
       draw: whether to sample; False to get the weights alone.
+      join: whether to join the other hosts of a pod, as the run did if its config says so.
 
     Raises:
       CheckpointError: no run, or no such checkpoint.
@@ -55,7 +58,8 @@ def open_run(workdir: Path, overrides: Sequence[str] = (), step: int | None = No
     if draw:
         images, name = experiment.system.has_images, experiment.autoencoder
         require(images, "autoencoder", name, "the run has latents alone: it cannot draw images")
-    runtime.configure(dataclasses.replace(experiment.runtime, distributed=False))  # the trainer's alone
+    distributed = join and experiment.runtime.distributed
+    runtime.configure(dataclasses.replace(experiment.runtime, distributed=distributed))
     system = make_system(experiment.system)
     _check_files(workdir, step, user_files(experiment.denoiser))
     mesh = mesh_of_devices(experiment, system, draw)

@@ -129,16 +129,28 @@ def _velocity(
     with_experts: bool,
     with_gates: bool = False,
 ) -> Callable[[Float[Array, "B h w c"], Float[Array, " B"]], tuple[Float[Array, "B h w c"], Array | None]]:
+    """Encodes the captions, and the null caption if it is needed; returns `guided_velocity`."""
+    guided = _is_guided(config)
+    text: TextStates = model.text(tokens)
+    return guided_velocity(model, config, text, model.text(null_tokens) if guided else text, with_experts, with_gates)
+
+
+def guided_velocity(
+    model: TextToImage,
+    config: SamplingConfig,
+    text: TextStates,
+    null: TextStates,
+    with_experts: bool = False,
+    with_gates: bool = False,
+) -> Callable[[Float[Array, "B h w c"], Float[Array, " B"]], tuple[Float[Array, "B h w c"], Array | None]]:
     """Returns the guided velocity, and what was asked for of the routing in the pass with the caption (else None).
 
     That is the experts per token, int32[P, B, N], or every expert's gate for it, float32[P, B, N, E]. An image and its
-    null-caption twin are neighbours in one batch of 2 B.
+    null-caption twin are neighbours in one batch of 2 B. `null` is the one null caption; at scale 1 it is unused.
     """
-    guided = config.guidance.scale != 1
+    guided = _is_guided(config)
     metric = "expert_gates" if with_gates else "experts_per_token" if with_experts else None
-    text: TextStates = model.text(tokens)
     if guided:
-        null: TextStates = model.text(null_tokens)
         text = jax.tree.map(lambda c, u: _interleave(c, jnp.broadcast_to(u, c.shape)), text, null)
     sizes = jnp.array([config.original_size, config.original_size, 0, 0], jnp.float32)
     size_crop = jnp.broadcast_to(sizes[None], (text.mask.shape[0], 4))
@@ -157,6 +169,11 @@ def _velocity(
         return combine(prediction.velocity[0::2], prediction.velocity[1::2], config.guidance, of_image), routing
 
     return velocity
+
+
+def _is_guided(config: SamplingConfig) -> bool:
+    """Returns whether there is a pass with the null caption."""
+    return config.guidance.scale != 1
 
 
 def _interleave(first: Array, second: Array) -> Array:
