@@ -258,11 +258,15 @@ def _set_machines(config: ConfigDict) -> None:
     mesh.tensor = 1
 
     config.sampling = sampling = ConfigDict()
-    sampling.solver = "euler"  # euler | heun [?]
+    sampling.solver = "euler"  # euler | heun | multistep | stochastic_heun [?]: see docs/sampling.md
     sampling.num_steps = 50  # [?]
+    sampling.time_shift = 1.0  # above 1: more steps at high noise [?]
+    sampling.churn = 0.0  # noise that stochastic_heun adds [?]
     sampling.guidance = ConfigDict()
     sampling.guidance.scale = 7.5  # [S]; 1 is the conditional model
     sampling.guidance.mode = "plain"  # plain | renormalized [S]
+    sampling.guidance.interval_low = 0.0  # times from this one on [?]
+    sampling.guidance.interval_high = 1.0  # up to this one are guided [?]
     sampling.original_size = 256  # pixels, the micro-condition
     sampling.batch_size = 1024  # images
     sampling.seed = 0

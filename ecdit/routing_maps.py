@@ -19,7 +19,7 @@ from ecdit.runs.kept_tokenizer import open_tokenizer
 from ecdit.runs.trained_run import open_run, sample_run, saved_experiment
 from ecdit.sampling.grids import save_png, write_png
 from ecdit.sampling.prompts import check_changes, check_prompts, prompt_lines
-from ecdit.sampling.routing_maps import draw_layers, spread_steps, step_times
+from ecdit.sampling.routing_maps import draw_layers, spread_steps, step_starts
 from ecdit.sampling.routing_page import render_page
 from ecdit.sampling.routing_tables import busiest_share, counts_of, coverage, coverage_csv, layer_table, takings
 from ecdit.storage import as_path
@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
         out.mkdir(parents=True, exist_ok=True)
         about = f"Step {run.step} of {WORKDIR.value}, EMA weights, seed {run.experiment.sampling.seed}."
         named = [f"{p} ({r})" for p, r in zip(prompts, repeats, strict=True)] if REPEATS.value > 1 else prompts
-        print(write_all(out, named, images, gates, about))
+        print(write_all(out, named, images, gates, about, run.experiment.sampling.time_shift))
 
 
 def write_all(
@@ -69,17 +69,18 @@ def write_all(
     images: UInt8[np.ndarray, "n h w 3"],
     gates: Float[np.ndarray, "n steps P N E"],
     about: str,
+    shift: float,
 ) -> str:
     """Writes all files into `out`; returns the text to print."""
     num_steps, num_experts = gates.shape[1], gates.shape[4]
-    times, last = step_times(num_steps), min(LAST_STEPS.value, num_steps)
+    times, last = step_starts(num_steps, shift), min(LAST_STEPS.value, num_steps)
     counts = counts_of(gates)
     shares, busiest, found = coverage(counts), busiest_share(counts, num_experts), takings(images, gates, last)
     when = f"in the last {last} of {num_steps} steps"
     shown, steps = min(PAGE_IMAGES.value, len(prompts)), spread_steps(num_steps, PAGE_TIMES.value)
     for i, image in enumerate(images):
         save_png(image, out / f"{i:05d}.png")
-        write_png(draw_layers(image, prompts[i], counts[i]), out / f"{i:05d}_experts.png")
+        write_png(draw_layers(image, prompts[i], counts[i], shift), out / f"{i:05d}_experts.png")
     arrays: dict[str, Any] = {
         "prompts": np.array(prompts),
         "images": images,

@@ -18,8 +18,9 @@ _BLOCK = 64, 1024  # samples and images whose distances are computed at a time: 
 
 def protocol(config: SamplingConfig, seed: int = 0) -> SamplingConfig:
     """Returns the protocol's sampling, whatever the run's own is: Euler, 25 steps, guidance 3, and this seed."""
-    guidance = GuidanceConfig(scale=3.0, mode="plain")
-    return dataclasses.replace(config, solver="euler", num_steps=25, guidance=guidance, seed=seed)
+    guidance = GuidanceConfig(scale=3.0, mode="plain", interval_low=0.0, interval_high=1.0)
+    fixed = {"solver": "euler", "num_steps": 25, "time_shift": 1.0, "churn": 0.0}
+    return dataclasses.replace(config, guidance=guidance, seed=seed, **fixed)
 
 
 def fixed_choice(num_records: int, count: int = NUM_CAPTIONS) -> Int[np.ndarray, " n"]:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import jax
 
 from ecdit.components import total_flops
+from ecdit.diffusion.solvers import CALLS
 from ecdit.experiment import Experiment, ResolvedPhase
 from ecdit.partitioning import TILE_ROWS
 from ecdit.planning.collectives import bytes_sent_by_kind
@@ -224,7 +225,7 @@ def _model_flops(experiment: Experiment, what: What) -> float:
     if what == "train":
         return 3 * denoiser * experiment.train.batch_size
     sampling = experiment.sampling
-    passes = (1 if sampling.guidance.scale == 1 else 2) * (2 if sampling.solver == "heun" else 1) * sampling.num_steps
+    passes = (1 if sampling.guidance.scale == 1 else 2) * CALLS[sampling.solver] * sampling.num_steps
     return denoiser * passes * sampling.batch_size
 
 

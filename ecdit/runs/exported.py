@@ -61,7 +61,7 @@ def check_exported(folder: Path) -> None:
         raise CheckpointError(f"{folder / FOLDER} is empty: it must hold the tokenizer of the training")
 
 
-def open_exported(folder: Path, overrides: Sequence[str] = ()) -> Run:
+def open_exported(folder: Path, overrides: Sequence[str] = (), join: bool = False) -> Run:
     """Opens an exported folder on the devices that are present, to sample from it.
 
     Raises:
@@ -75,7 +75,7 @@ def open_exported(folder: Path, overrides: Sequence[str] = ()) -> Run:
         raise CheckpointError(f"{folder}: its weights were not written by the export of this version of ecdit")
     check_files(folder, json.loads(metadata["files"]), user_files(experiment.denoiser))
     tokenizer = find_tokenizer(folder, experiment.data, metadata["vocabulary"])
-    system, mesh = prepare_to_open(experiment, draw=True)
+    system, mesh = prepare_to_open(experiment, True, join)
     target = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), system.shapes(), system.shardings(mesh)
     )

@@ -51,5 +51,5 @@ class SampleWriter:
                 make_directory(self.directory)
                 save_grid(images, prompts, files["samples"])
                 if counts is not None:
-                    write_png(draw_maps(images, prompts, counts), files["experts"])
+                    write_png(draw_maps(images, prompts, counts, self.sampling.time_shift), files["experts"])
         return files

@@ -48,7 +48,9 @@ class Run:
         return encoder(self.tokenizer, self.experiment.data)
 
 
-def open_run(workdir: Path, overrides: Sequence[str] = (), step: int | None = None, draw: bool = True) -> Run:
+def open_run(
+    workdir: Path, overrides: Sequence[str] = (), step: int | None = None, draw: bool = True, join: bool = False
+) -> Run:
     """Opens a checkpoint's EMA weights on the devices that are present, which need not be those of the training.
 
     Args:
@@ -56,13 +58,14 @@ def open_run(workdir: Path, overrides: Sequence[str] = (), step: int | None = No
       overrides: "key=value" for keys of its config, the value as JSON or a plain string.
       step: of the checkpoint; None for the newest.
       draw: whether to sample; False to get the weights alone.
+      join: whether to join the other hosts of a pod, as the run did if its config says so.
 
     Raises:
       CheckpointError: no run, no such checkpoint, or another tokenizer than that of the training.
       ConfigError: an override that the config refuses, or stored latents, which cannot be decoded.
     """
     experiment = saved_experiment(workdir, overrides)
-    system, mesh = prepare_to_open(experiment, draw)
+    system, mesh = prepare_to_open(experiment, draw, join)
     with open_reader(workdir) as manager:
         step = find_step(manager, workdir, step)
         meta = read_meta(manager, step)
@@ -76,12 +79,13 @@ def open_run(workdir: Path, overrides: Sequence[str] = (), step: int | None = No
     return Run(experiment, system, mesh, params, step, digest, meta.dataset, meta.vocabulary, tokenizer)
 
 
-def prepare_to_open(experiment: Experiment, draw: bool) -> tuple[System, Mesh]:
+def prepare_to_open(experiment: Experiment, draw: bool, join: bool) -> tuple[System, Mesh]:
     """Sets up this process for a trained model; returns the model's structure and a mesh. Raises as `open_run`."""
     if draw:
         images, name = experiment.system.has_images, experiment.autoencoder
         require(images, "autoencoder", name, "the run has latents alone: it cannot draw images")
-    runtime.configure(dataclasses.replace(experiment.runtime, distributed=False))  # the trainer's alone
+    distributed = join and experiment.runtime.distributed
+    runtime.configure(dataclasses.replace(experiment.runtime, distributed=distributed))
     system = make_system(experiment.system)
     return system, mesh_of_devices(experiment, system, draw)
 

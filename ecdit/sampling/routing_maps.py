@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
+from ecdit.diffusion.solvers import step_times
 from ecdit.sampling.grids import CAPTION_LINES, CELL_WIDTH, LINE_HEIGHT
 
 MAX_ROWS = 8
@@ -26,14 +27,17 @@ _GAP, _LEGEND = 8, (256, 14)  # pixels: between cells; width and height of the c
 _TIME_WIDTH = 52  # pixels: of a row's time
 
 
-def step_times(num_steps: int) -> Float[np.ndarray, " steps"]:
-    """Returns the time at which each solver step starts, where the network is called: step i at 1 - i / num_steps."""
-    return 1 - np.arange(num_steps) / num_steps
+def step_starts(num_steps: int, shift: float = 1.0) -> Float[np.ndarray, " steps"]:
+    """Returns the time at which each solver step starts, where the network is called: step i at 1 - i / num_steps.
+
+    `shift` is the sampling's time_shift, which moves the times.
+    """
+    return step_times(num_steps, shift)[:-1]
 
 
-def stage_steps(num_steps: int) -> dict[str, int]:
+def stage_steps(num_steps: int, shift: float = 1.0) -> dict[str, int]:
     """Returns the solver step that starts nearest to each of STAGES."""
-    starts = step_times(num_steps)
+    starts = step_starts(num_steps, shift)
     return {name: int(np.abs(starts - time).argmin()) for name, time in STAGES.items()}
 
 
@@ -42,13 +46,14 @@ def spread_steps(num_steps: int, count: int) -> list[int]:
     return np.linspace(0, num_steps - 1, min(num_steps, count)).round().astype(int).tolist()
 
 
-def summaries(counts: Int[np.ndarray, "n steps P N"]) -> dict[str, Float[np.ndarray, "n N"]]:
+def summaries(counts: Int[np.ndarray, "n steps P N"], shift: float = 1.0) -> dict[str, Float[np.ndarray, "n N"]]:
     """Returns maps by label: each layer's mean over the solver steps, then the mean over layers at each stage."""
     num_steps, num_layers = counts.shape[1:3]
+    starts = step_starts(num_steps, shift)
     layers = {f"layer {i + 1}\nall steps": counts[:, :, i].mean(axis=1) for i in range(num_layers)}
     stages = {
-        f"all layers\n{name}, t = {1 - step / num_steps:.2f}": counts[:, step].mean(axis=1)
-        for name, step in stage_steps(num_steps).items()
+        f"all layers\n{name}, t = {starts[step]:.2f}": counts[:, step].mean(axis=1)
+        for name, step in stage_steps(num_steps, shift).items()
     }
     return layers | stages
 
@@ -61,7 +66,10 @@ def colour(values: Float[np.ndarray, "..."], top: float) -> UInt8[np.ndarray, ".
 
 
 def draw_maps(
-    images: UInt8[np.ndarray, "n h w 3"], captions: Sequence[str], counts: Int[np.ndarray, "n steps P N"]
+    images: UInt8[np.ndarray, "n h w 3"],
+    captions: Sequence[str],
+    counts: Int[np.ndarray, "n steps P N"],
+    shift: float = 1.0,
 ) -> Image.Image:
     """Draws a row for each image, at most MAX_ROWS: the image above its caption, then its maps.
 
@@ -69,9 +77,10 @@ def draw_maps(
       images: square images.
       captions: of the images.
       counts: experts per token, as a sampler returns them.
+      shift: of the times of the solver's steps, the sampling's time_shift.
     """
     chosen = np.linspace(0, len(images) - 1, min(len(images), MAX_ROWS)).round().astype(int)
-    maps = summaries(counts[chosen])
+    maps = summaries(counts[chosen], shift)
     top = max(1.0, max(float(values.max()) for values in maps.values()))
     side, grid = images.shape[1], math.isqrt(counts.shape[-1])
     shown = max(side, CELL_WIDTH // side * side)
@@ -95,13 +104,15 @@ def draw_maps(
     return page
 
 
-def draw_layers(image: UInt8[np.ndarray, "h w 3"], caption: str, counts: Int[np.ndarray, "steps P N"]) -> Image.Image:
+def draw_layers(
+    image: UInt8[np.ndarray, "h w 3"], caption: str, counts: Int[np.ndarray, "steps P N"], shift: float = 1.0
+) -> Image.Image:
     """Draws one image above its caption, and beside it a map for each layer (a column) and time (a row).
 
     There is a row for each solver step, or for MAX_ROWS of them that are evenly spread. This is how the paper
     (arXiv 2410.02098) shows where experts go.
     """
-    steps, times = spread_steps(len(counts), MAX_ROWS), step_times(len(counts))
+    steps, times = spread_steps(len(counts), MAX_ROWS), step_starts(len(counts), shift)
     top, num_layers = max(1.0, float(counts[steps].max())), counts.shape[1]
     side, grid = len(image), math.isqrt(counts.shape[2])
     shown = max(side, CELL_WIDTH // side * side)

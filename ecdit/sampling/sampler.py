@@ -29,8 +29,10 @@ Sampler = Callable[[Params, Int[ArrayLike, "B L"], Int[ArrayLike, "1 L"], Key[Ar
 class SamplingConfig:
     """How images are drawn."""
 
-    solver: Literal["euler", "heun"]
+    solver: Literal["euler", "heun", "multistep", "stochastic_heun"]
     num_steps: int
+    time_shift: float  # above 1: more steps at high noise; 1: uniform times
+    churn: float  # noise that stochastic_heun adds, S_churn of arXiv 2206.00364
     guidance: GuidanceConfig
     original_size: int = field(metadata=PHASE)  # pixels, of the micro-condition; crop is (0, 0)
     batch_size: int = field(metadata=PHASE)
@@ -40,6 +42,9 @@ class SamplingConfig:
     def __post_init__(self):
         for key in ("num_steps", "original_size", "batch_size", "num_grid"):
             require(getattr(self, key) >= 1, key, getattr(self, key), "must be 1 or more")
+        require(0 < self.time_shift < math.inf, "time_shift", self.time_shift, "must be positive and finite")
+        fits = self.churn == 0 or (self.solver == "stochastic_heun" and 0 < self.churn < math.inf)
+        require(fits, "churn", self.churn, f"must be 0 for {self.solver}: stochastic_heun alone adds noise, 0 or more")
         require(0 <= self.seed < 2**32, "seed", self.seed, "must be in 0 .. 2**32 - 1")
 
 
@@ -97,11 +102,23 @@ def make_sample_step(
         keys = jax.random.wrap_key_data(key_data, impl=SAMPLE_KEY_IMPL)
         noise = sample_noise(keys, system.config.latent_shape)
         velocity = _velocity(model, config, tokens, null_tokens, with_experts, with_gates)
-        latents, routing = SOLVERS[config.solver](velocity, noise, config.num_steps, has_aux=True)
+        latents, routing = solve(config, velocity, noise, keys)
         images = to_bytes(model.autoencoder.decode(latents)) if system.config.has_images else latents
         return images if routing is None else (images, jnp.moveaxis(routing, 2, 0))
 
     return jax.jit(sample, in_shardings=(system.shardings(mesh), rows, None, rows), out_shardings=rows)
+
+
+def solve(
+    config: SamplingConfig,
+    velocity: Callable[..., tuple[Array, Any]],
+    noise: Float[Array, "B h w c"],
+    keys: Key[Array, " B"],
+) -> tuple[Float[Array, "B h w c"], Any]:
+    """Integrates a velocity with aux from noise to latents; `keys` are those that the noise was drawn from."""
+    drawn = {"churn": config.churn, "keys": keys} if config.solver == "stochastic_heun" else {}
+    solver = SOLVERS[config.solver]
+    return solver(velocity, noise, config.num_steps, has_aux=True, shift=config.time_shift, **drawn)
 
 
 def _velocity(
@@ -112,21 +129,34 @@ def _velocity(
     with_experts: bool,
     with_gates: bool = False,
 ) -> Callable[[Float[Array, "B h w c"], Float[Array, " B"]], tuple[Float[Array, "B h w c"], Array | None]]:
+    """Encodes the captions, and the null caption if it is needed; returns `guided_velocity`."""
+    guided = _is_guided(config)
+    text: TextStates = model.text(tokens)
+    return guided_velocity(model, config, text, model.text(null_tokens) if guided else text, with_experts, with_gates)
+
+
+def guided_velocity(
+    model: TextToImage,
+    config: SamplingConfig,
+    text: TextStates,
+    null: TextStates,
+    with_experts: bool = False,
+    with_gates: bool = False,
+) -> Callable[[Float[Array, "B h w c"], Float[Array, " B"]], tuple[Float[Array, "B h w c"], Array | None]]:
     """Returns the guided velocity, and what was asked for of the routing in the pass with the caption (else None).
 
     That is the experts per token, int32[P, B, N], or every expert's gate for it, float32[P, B, N, E]. An image and its
-    null-caption twin are neighbours in one batch of 2 B.
+    null-caption twin are neighbours in one batch of 2 B. `null` is the one null caption; at scale 1 it is unused.
     """
-    guided = config.guidance.scale != 1
+    guided = _is_guided(config)
     metric = "expert_gates" if with_gates else "experts_per_token" if with_experts else None
-    text: TextStates = model.text(tokens)
     if guided:
-        null: TextStates = model.text(null_tokens)
         text = jax.tree.map(lambda c, u: _interleave(c, jnp.broadcast_to(u, c.shape)), text, null)
     sizes = jnp.array([config.original_size, config.original_size, 0, 0], jnp.float32)
     size_crop = jnp.broadcast_to(sizes[None], (text.mask.shape[0], 4))
 
     def velocity(x: Float[Array, "B h w c"], time: Float[Array, " B"]) -> tuple[Array, Array | None]:
+        of_image = time
         if guided:
             x, time = _interleave(x, x), _interleave(time, time)
         prediction = model.denoiser(x, time, text, size_crop, None, "inspect" if with_gates else "sample")
@@ -136,9 +166,14 @@ def _velocity(
         if not guided:
             return prediction.velocity, routing
         routing = None if routing is None else routing[:, 0::2]
-        return combine(prediction.velocity[0::2], prediction.velocity[1::2], config.guidance), routing
+        return combine(prediction.velocity[0::2], prediction.velocity[1::2], config.guidance, of_image), routing
 
     return velocity
+
+
+def _is_guided(config: SamplingConfig) -> bool:
+    """Returns whether there is a pass with the null caption."""
+    return config.guidance.scale != 1
 
 
 def _interleave(first: Array, second: Array) -> Array:

@@ -28,7 +28,9 @@ from tests.runs import ROOT, command, keep_small_tokenizer, save_ema, tiny, tiny
 )
 def test_a_prompt_is_a_line(tmp_path, content, prompts):
     (tmp_path / "prompts.txt").write_bytes(content)
-    assert read_prompts(None, str(tmp_path / "prompts.txt")) == prompts
+    kind, found = read_prompts(None, str(tmp_path / "prompts.txt"))
+    assert kind == "lines"
+    assert [prompt.text for prompt in found] == prompts
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from ecdit.components import Prediction, TextStates
+from ecdit.config import ConfigError
 from ecdit.diffusion.flow import sample_key, sample_keys
 from ecdit.diffusion.guidance import GuidanceConfig
 from ecdit.encoders.text_tower import TextTower
@@ -44,7 +45,9 @@ def passes(monkeypatch):
 
     def trace(scale, group, solver="euler"):
         experiment = tiny(mesh__data=1, model__sampling_group=group)
-        config = dataclasses.replace(experiment.sampling, guidance=GuidanceConfig(scale, "plain"), solver=solver)
+        config = dataclasses.replace(
+            experiment.sampling, guidance=GuidanceConfig(scale, "plain", 0.0, 1.0), solver=solver
+        )
         system = make_system(experiment.system)
         sampler = make_sampler(system, config, make_mesh(experiment.mesh, jax.devices()[:1]))
         params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), jax.eval_shape(system.init, jax.random.key(0)))
@@ -90,7 +93,7 @@ class FakeModel:
 def test_the_guided_velocity_of_each_image_by_hand():
     """Captions 5, 6, 7, null caption 1, scale 3: 1 + 3 (c - 1). Counts are those of the pass with the caption."""
     experiment = tiny()
-    config = dataclasses.replace(experiment.sampling, guidance=GuidanceConfig(3.0, "plain"))
+    config = dataclasses.replace(experiment.sampling, guidance=GuidanceConfig(3.0, "plain", 0.0, 1.0))
     model, tokens, null = FakeModel(), jnp.array([[5, 1], [6, 1], [7, 1]]), jnp.array([[1, 0]])
     velocity = sampling._velocity(model, config, tokens, null, with_experts=True)
     x = jnp.arange(3.0)[:, None, None, None] * jnp.ones((1, 32, 32, 3))
@@ -98,6 +101,47 @@ def test_the_guided_velocity_of_each_image_by_hand():
     np.testing.assert_array_equal(model.seen, [[0, 0, 1, 1, 2, 2], [0.25, 0.25, 0.5, 0.5, 0.75, 0.75]])
     np.testing.assert_allclose(guided[:, 0, 0, 0], [13, 16, 19])
     np.testing.assert_array_equal(counts[0, :, 0], [5, 6, 7])
+
+
+def test_images_outside_the_interval_are_not_guided():
+    """As above, but only the second image's time is in the interval."""
+    config = dataclasses.replace(tiny().sampling, guidance=GuidanceConfig(3.0, "plain", 0.4, 0.6))
+    tokens, null = jnp.array([[5, 1], [6, 1], [7, 1]]), jnp.array([[1, 0]])
+    velocity = sampling._velocity(FakeModel(), config, tokens, null, with_experts=False)
+    guided, _ = velocity(jnp.ones((3, 32, 32, 3)), jnp.array([0.25, 0.5, 0.75]))
+    np.testing.assert_allclose(guided[:, 0, 0, 0], [5, 16, 7])
+
+
+def test_solving_uses_all_that_the_config_says():
+    """The shift changes each solver's result; churn and the images' keys that of stochastic Heun."""
+    base, keys = tiny().sampling, sample_keys(0, ["a", "b"], [0, 0])
+    noise = jax.random.normal(jax.random.key(0), (2, 3, 3, 1))
+
+    def solved(**changes):
+        config = dataclasses.replace(base, num_steps=3, **changes)
+        velocity = lambda x, time: (x * time[:, None, None, None] ** 2, None)  # noqa: E731
+        return np.asarray(sampling.solve(config, velocity, noise, keys)[0])
+
+    plain = {solver: solved(solver=solver) for solver in ("euler", "heun", "multistep", "stochastic_heun")}
+    assert len({found.tobytes() for found in plain.values()}) == 3  # without churn stochastic Heun is Heun
+    for solver, found in plain.items():
+        assert (solved(solver=solver, time_shift=2.0) != found).all()
+    churned = solved(solver="stochastic_heun", churn=1.0)
+    assert (churned != plain["heun"]).all()
+    np.testing.assert_array_equal(churned, solved(solver="stochastic_heun", churn=1.0))
+
+
+@pytest.mark.parametrize(
+    ("key", "changes"),
+    [
+        ("churn", {"solver": "heun", "churn": 1.0}),
+        ("churn", {"solver": "stochastic_heun", "churn": -1.0}),
+        ("time_shift", {"time_shift": 0.0}),
+    ],
+)
+def test_sampling_refuses_what_cannot_work(key, changes):
+    with pytest.raises(ConfigError, match=key):
+        dataclasses.replace(tiny().sampling, **changes)
 
 
 def test_a_denoiser_that_counts_experts_but_reports_no_gates_is_refused():

@@ -403,8 +403,8 @@ MUTANTS = (
     ),
     Mutant(
         "ecdit/runs/trained_run.py",
-        "dataclasses.replace(experiment.runtime, distributed=False)",
-        "experiment.runtime",
+        "distributed = join and experiment.runtime.distributed",
+        "distributed = experiment.runtime.distributed",
         ("tests/ecdit_runs/test_trained_run.py::test_a_run_of_a_pod_opens_on_the_devices_that_are_here",),
         "a pod's run waits for its hosts when it is sampled from",
     ),
@@ -415,10 +415,10 @@ MUTANTS = (
         ("tests/sampling/test_prompts.py::test_a_prompt_of_which_nothing_is_left_is_refused",),
     ),
     Mutant(
-        "ecdit/sample.py",
+        "ecdit/sampling/image_folder.py",
         "    if finished:\n",
         "    if not finished:\n",
-        ("tests/sampling/test_prompts.py::test_an_unfinished_folder_is_gone_on_with_by_the_same_call_alone",),
+        ("tests/sampling/test_image_folder.py::test_an_unfinished_folder_is_gone_on_with_by_the_same_call_alone",),
         "images of two calls are mixed",
     ),
 )

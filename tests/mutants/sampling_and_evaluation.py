@@ -4,6 +4,8 @@ from tests.mutants.mutant import Mutant
 
 _SAMPLING, _MAPS, _TABLES = (f"ecdit/sampling/{name}.py" for name in ("sampler", "routing_maps", "routing_tables"))
 _RETRIEVAL = "ecdit/evaluation/retrieval.py"
+_MANY, _FOLDER, _LAYOUTS = (f"ecdit/sampling/{name}.py" for name in ("many", "image_folder", "layouts"))
+_FILES, _DRAWN = "ecdit/sampling/prompt_files.py", "ecdit/runs/sample_folder.py"
 
 
 def _samples(*names: str) -> tuple[str, ...]:
@@ -22,17 +24,91 @@ def _passes(*names: str) -> tuple[str, ...]:
     return tuple(f"tests/evaluation/test_passes.py::{name}" for name in names)
 
 
+def _many(*names: str) -> tuple[str, ...]:
+    return tuple(f"tests/system/test_sampling_many.py::{name}" for name in names)
+
+
+def _folder(*names: str) -> tuple[str, ...]:
+    return tuple(f"tests/sampling/test_image_folder.py::{name}" for name in names)
+
+
+def _prompts(*names: str) -> tuple[str, ...]:
+    return tuple(f"tests/sampling/test_prompt_files.py::{name}" for name in names)
+
+
 MUTANTS = (
     Mutant(
+        _MANY,
+        "np.concatenate(parts)[places - first * size]",
+        "np.concatenate(parts)[places - places[0]]",
+        _many("test_an_image_is_bitwise_the_same_in_any_list", "test_the_images_are_those_of_the_one_program"),
+        "images are of other captions from the second batch on",
+    ),
+    Mutant(
+        _MANY,
+        "            if number not in self._batches:\n",
+        "            if True:\n",
+        _many("test_each_prompt_is_encoded_once_and_the_null_caption_once"),
+        "each batch encodes all of its captions again",
+    ),
+    Mutant(
+        _MANY,
+        "images += [(begin + row, data[i])",
+        "images += [(begin + i, data[i])",
+        _many("test_two_processes_write_the_files_of_one"),
+        "a process writes its images under the names of another's",
+    ),
+    Mutant(
+        _MANY,
+        "_split(programs.mesh, key_data[rows]))",
+        "_split(programs.mesh, key_data[: len(rows)]))",
+        _many("test_the_images_are_those_of_the_one_program"),
+        "all batches draw the noise of the first",
+    ),
+    Mutant(
+        _DRAWN,
+        "left = np.flatnonzero(_from_first(left))",
+        "left = np.arange(len(planned))",
+        _many("test_a_folder_that_was_left_is_finished_and_what_is_whole_in_it_kept"),
+        "a call that goes on draws all images again",
+    ),
+    Mutant(
+        _FOLDER,
+        "return data.read() == _PNG_END",
+        "return True",
+        _folder("test_an_image_is_finished_if_it_is_whole"),
+        "half an image is kept for ever",
+    ),
+    Mutant(
+        _LAYOUTS,
+        "drawn[prompt.text] + j, prompt.name",
+        "j, prompt.name",
+        _prompts("test_a_prompt_that_stands_there_twice_goes_on_with_its_repeats"),
+        "captions that two images share are drawn as one image twice, and FID sees fewer images than it counts",
+    ),
+    Mutant(
+        _LAYOUTS,
+        "np.concatenate(images[side * row : side * (row + 1)], axis=1)",
+        "np.concatenate(images[row::side], axis=1)",
+        _prompts("test_dpg_s_grids_have_the_images_in_rows"),
+    ),
+    Mutant(
+        _FILES,
+        "first.setdefault(image, str(caption))",
+        "first[image] = str(caption)",
+        _prompts("test_each_kind_is_told_by_its_file"),
+        "the last caption of a COCO image is drawn and not the first",
+    ),
+    Mutant(
         _SAMPLING,
-        "guided = config.guidance.scale != 1",
-        "guided = config.guidance.scale > 1",
+        "return config.guidance.scale != 1",
+        "return config.guidance.scale > 1",
         _passes("test_scale_zero_is_no_scale_one"),
     ),
     Mutant(
         _SAMPLING,
-        "guided = config.guidance.scale != 1",
-        "guided = True",
+        "return config.guidance.scale != 1",
+        "return True",
         _passes("test_scale_one_makes_no_unconditional_pass"),
         "sampling without guidance takes twice as long",
     ),
@@ -112,15 +188,15 @@ MUTANTS = (
     ),
     Mutant(
         _RETRIEVAL,
-        'return dataclasses.replace(config, solver="euler", num_steps=25, guidance=guidance, seed=seed)',
-        'return dataclasses.replace(config, solver="euler", num_steps=25, seed=seed)',
+        "return dataclasses.replace(config, guidance=guidance, seed=seed, **fixed)",
+        "return dataclasses.replace(config, seed=seed, **fixed)",
         _samples("test_the_protocol_is_the_same_for_every_run"),
         "scores of runs with other guidance are compared",
     ),
     Mutant(
         _MAPS,
-        "return 1 - np.arange(num_steps) / num_steps",
-        "return np.arange(num_steps) / num_steps",
+        "return step_times(num_steps, shift)[:-1]",
+        "return step_times(num_steps, shift)[:0:-1]",
         _maps("test_stages_are_the_steps_that_start_nearest_to_their_times"),
         "early and late change places",
     ),

@@ -217,9 +217,9 @@ MUTANTS = (
         (f"{_IMAGES}::test_every_row_of_the_maps_has_its_own_image_counts_and_caption",),
     ),
     Mutant(
-        "ecdit/sample.py",
-        "save_grid(images, prompts, ",
-        "save_grid(images, prompts[1:] + prompts[:1], ",
+        "ecdit/sampling/image_folder.py",
+        "[one.prompt for one in first], out",
+        "[one.prompt for one in planned[1:] + planned[:1]], out",
         (f"{_IMAGES}::test_what_the_sample_command_writes_belongs_together",),
     ),
     # What a plan that is kept follows from.

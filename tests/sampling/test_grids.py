@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ecdit.sample import write_images
-from ecdit.sampling.grids import save_grid
+from ecdit.sampling.grids import save_grid, save_png
+from ecdit.sampling.image_folder import begin_folder, finish_folder
+from ecdit.sampling.layouts import Planned
 from ecdit.sampling.routing_maps import draw_maps
 
 CAPTIONS = ["red heart", "tiger", "owl", "flag of Chad", "fire", "a caption that needs more than a single line", "x"]
@@ -50,8 +51,13 @@ def test_every_image_of_a_grid_has_its_own_caption(cells, tmp_path):
 
 
 def test_what_the_sample_command_writes_belongs_together(cells, tmp_path):
-    repeats = [0, 0, 0, 1, 0, 0, 2]
-    write_images(tmp_path / "out", IMAGES, CAPTIONS, repeats, {"step": 3})
+    repeats, out = [0, 0, 0, 1, 0, 0, 2], tmp_path / "out"
+    files = [f"{i:05d}.png" for i in range(7)]
+    planned = [Planned(*one, "") for one in zip(files, CAPTIONS, repeats, strict=True)]
+    begin_folder(out, planned, {"step": 3}, {})
+    for image, file in zip(IMAGES, files, strict=True):
+        save_png(image, out / file)
+    finish_folder(out, planned)
     manifest = json.loads((tmp_path / "out/manifest.json").read_text())
     assert manifest["step"] == 3
     assert [(row["prompt"], row["repeat"]) for row in manifest["images"]] == list(zip(CAPTIONS, repeats, strict=True))

@@ -5,7 +5,6 @@ import re
 import numpy as np
 import pytest
 
-from ecdit import sample
 from ecdit.config import ConfigError
 from ecdit.data.text import EOS
 from ecdit.errors import UserError
@@ -31,25 +30,6 @@ def test_a_prompt_that_is_cut_is_warned_about_once():
     assert check_prompts(tokenize, ["a", "abc"]) == []
     (warning,) = check_prompts(tokenize, ["abc", "abcd", "abcd"])
     assert warning.startswith("prompt 'abcd': is cut after 4 tokens")
-
-
-def test_an_unfinished_folder_is_gone_on_with_by_the_same_call_alone(tmp_path):
-    out, source = tmp_path / "out", {"step": 3, "sampling": {"seed": 1}}
-    sample.begin_folder(out, ["a"], [0], source)
-    sample.begin_folder(out, ["a"], [0], source)
-    for prompts, other in ((["b"], source), (["a"], {"step": 3, "sampling": {"seed": 2}})):
-        with pytest.raises(UserError, match="holds the unfinished images of another call"):
-            sample.begin_folder(out, prompts, [0], other)
-    sample.write_images(out, np.zeros((1, 8, 8, 3), np.uint8), ["a"], [0], source)
-    with pytest.raises(UserError, match="holds the images of another call"):
-        sample.begin_folder(out, ["a"], [0], source)
-
-
-@pytest.mark.parametrize("text", ["{", "[]", "3", '{"images": []}'])
-def test_a_manifest_of_another_kind_is_other_files(tmp_path, text):
-    (tmp_path / "manifest.json").write_text(text)
-    with pytest.raises(UserError, match="holds other files"):
-        sample.check_folder(tmp_path)
 
 
 def test_data_in_a_bucket_is_refused_with_what_to_do():

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 
 from ecdit.errors import UserError
 from ecdit.sampling import routing_page
-from ecdit.sampling.routing_maps import VIRIDIS, colour, step_times
+from ecdit.sampling.routing_maps import VIRIDIS, colour, step_starts
 from ecdit.sampling.routing_page import quantise, render_page
 from ecdit.sampling.routing_tables import counts_of, takings
 from tests.browser import CHROMIUM, Browser
@@ -55,7 +55,7 @@ SPOT = "#prompt=1&step=2&layer=1&token=6"
 def render(gates=GATES, num_images=3, steps=range(STEPS)):
     images, found = draw_images(), takings(draw_images(), gates, 2)
     when = "in the last 2 of 4 steps"
-    return render_page(PROMPTS, images, gates, step_times(STEPS), found, "Made up.", when, num_images, list(steps))
+    return render_page(PROMPTS, images, gates, step_starts(STEPS), found, "Made up.", when, num_images, list(steps))
 
 
 @pytest.fixture(scope="module")

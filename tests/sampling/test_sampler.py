@@ -24,7 +24,11 @@ def drawn():
     """What the knowing network was given in four guided steps, the images, and the noise they were drawn from."""
     experiment = tiny(mesh__data=1, sampling__batch_size=BATCH)
     config = dataclasses.replace(
-        experiment.sampling, num_steps=4, guidance=GuidanceConfig(3.0, "plain"), original_size=97, solver="euler"
+        experiment.sampling,
+        num_steps=4,
+        guidance=GuidanceConfig(3.0, "plain", 0.0, 1.0),
+        original_size=97,
+        solver="euler",
     )
     system = KnowingSystem(experiment)
     sampler = make_sampler(system, config, make_mesh(experiment.mesh, jax.devices()[:1]))

@@ -119,17 +119,19 @@ def test_a_group_of_the_guidance_pair_keeps_images_apart(samples):
 
 def test_scale_one_is_the_conditional_model(samples, monkeypatch):
     """It is the limit of scales near 1, and runs no unconditional pass: the network sees each image once."""
-    near = samples(guidance=GuidanceConfig(1.0 + 1e-6, "plain"))
-    one = samples(guidance=GuidanceConfig(1.0, "plain"))
+    near = samples(guidance=GuidanceConfig(1.0 + 1e-6, "plain", 0.0, 1.0))
+    one = samples(guidance=GuidanceConfig(1.0, "plain", 0.0, 1.0))
     assert_same(one, near)
-    assert (np.abs(one.astype(int) - samples(guidance=GuidanceConfig(4.0, "plain")).astype(int)) > 8).mean() > 0.1
+    assert (
+        np.abs(one.astype(int) - samples(guidance=GuidanceConfig(4.0, "plain", 0.0, 1.0)).astype(int)) > 8
+    ).mean() > 0.1
 
 
 def test_heun_and_euler_meet_with_many_steps(samples):
     """With the guidance that is not linear in the two velocities; the other one's algebra has its own tests."""
 
     def gap(num_steps):
-        changes = {"guidance": GuidanceConfig(2.0, "renormalized"), "num_steps": num_steps}
+        changes = {"guidance": GuidanceConfig(2.0, "renormalized", 0.0, 1.0), "num_steps": num_steps}
         euler, heun = (samples(PROMPTS[:2], REPEATS[:2], solver=solver, **changes) for solver in ("euler", "heun"))
         return np.abs(euler.astype(float) - heun.astype(float)).mean()
 
@@ -139,7 +141,7 @@ def test_heun_and_euler_meet_with_many_steps(samples):
 @pytest.mark.parametrize(("scale", "solver"), [(3.0, "euler"), (1.0, "heun")])
 def test_counting_experts_changes_no_image_and_counts_each_slot(samples, scale, solver):
     """Each of 4 experts takes ceil(16 * 2 / 4) = 8 of an image's 16 tokens, in 2 sparse layers and 4 steps."""
-    changes = {"guidance": GuidanceConfig(scale, "plain"), "solver": solver}
+    changes = {"guidance": GuidanceConfig(scale, "plain", 0.0, 1.0), "solver": solver}
     order = [3, 1, 7, 0, 2, 6, 5, 4]
     twice = PROMPTS + [PROMPTS[i] for i in order], REPEATS + [REPEATS[i] for i in order]
     images, counts = samples(*twice, with_experts=True, **changes)
@@ -153,13 +155,13 @@ def test_counting_experts_changes_no_image_and_counts_each_slot(samples, scale, 
 
 def test_counts_are_those_of_the_pass_with_the_caption(samples):
     """Step 0 of a guided sample routes as an unguided one does: both start from the same noise."""
-    _, guided = samples(with_experts=True, guidance=GuidanceConfig(3.0, "plain"), num_steps=1)
-    _, plain = samples(with_experts=True, guidance=GuidanceConfig(1.0, "plain"), num_steps=1)
+    _, guided = samples(with_experts=True, guidance=GuidanceConfig(3.0, "plain", 0.0, 1.0), num_steps=1)
+    _, plain = samples(with_experts=True, guidance=GuidanceConfig(1.0, "plain", 0.0, 1.0), num_steps=1)
     assert (guided != plain).mean() < 0.002  # near-ties, rounded differently in a batch of twice the size
 
 
 def test_gates_change_no_image_and_are_above_0_where_experts_are_counted(samples):
-    guided = {"guidance": GuidanceConfig(3.0, "plain")}
+    guided = {"guidance": GuidanceConfig(3.0, "plain", 0.0, 1.0)}
     images, counts = samples(with_experts=True, **guided)
     same, gates = samples(with_gates=True, devices=8, **guided)
     assert_same(same, images)  # two compiled programs
@@ -170,7 +172,7 @@ def test_gates_change_no_image_and_are_above_0_where_experts_are_counted(samples
 
 def test_gates_are_those_of_the_plain_model_s_routing(samples, monkeypatch):
     """One step without guidance, and the same forward pass without compilation, whose routings are recorded."""
-    _, gates = samples(with_gates=True, guidance=GuidanceConfig(1.0, "plain"), num_steps=1)
+    _, gates = samples(with_gates=True, guidance=GuidanceConfig(1.0, "plain", 0.0, 1.0), num_steps=1)
     routings, route = [], MixtureOfExperts.route
     monkeypatch.setattr(MixtureOfExperts, "route", lambda *args: routings.append(route(*args)) or routings[-1])
     model, config = samples.system.bind(samples.params), samples.base.sampling
@@ -252,6 +254,10 @@ def test_the_fixed_choice_is_fixed_and_spread():
 def test_the_protocol_is_the_same_for_every_run():
     """Only how many images are drawn at once, and what size training told the model, are the run's own."""
     own = dataclasses.replace(tiny().sampling, batch_size=4, original_size=50, num_grid=3)
-    other = dataclasses.replace(own, solver="heun", num_steps=7, seed=5, guidance=GuidanceConfig(9.0, "renormalized"))
-    expected = dataclasses.replace(own, solver="euler", num_steps=25, seed=0, guidance=GuidanceConfig(3.0, "plain"))
+    other = dataclasses.replace(
+        own, solver="heun", num_steps=7, seed=5, guidance=GuidanceConfig(9.0, "renormalized", 0.0, 1.0)
+    )
+    expected = dataclasses.replace(
+        own, solver="euler", num_steps=25, seed=0, guidance=GuidanceConfig(3.0, "plain", 0.0, 1.0)
+    )
     assert protocol(own) == protocol(other) == expected

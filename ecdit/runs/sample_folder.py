@@ -1,0 +1,119 @@
+"""Draws a folder of images with a run's weights, on all processes together, and goes on with one that was left."""
+
+import functools
+import io
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from PIL import Image
+
+from ecdit.data.prepared import tokenize_captions
+from ecdit.errors import UserError
+from ecdit.files import replace_bytes
+from ecdit.multihost import anywhere, wait_for_all
+from ecdit.partitioning import batch_shards
+from ecdit.runs.provenance import library_versions
+from ecdit.runs.trained_run import Run
+from ecdit.sampling.image_folder import begin_folder, finish_folder, is_finished
+from ecdit.sampling.layouts import Planned
+from ecdit.sampling.many import draw_images, make_programs
+
+
+def draw_folder(
+    run: Run,
+    out: Path,
+    planned: Sequence[Planned],
+    source: Mapping[str, Any],
+    write_before: Callable[[], None] = lambda: None,
+) -> int:
+    """Draws the images that are not in `out` yet, and writes manifest.json and grid.png; returns how many were drawn.
+
+    Collective: each process writes the images of its own devices into `out`, which all of them must see. The first one
+    does the rest.
+
+    Args:
+      run: the weights, and how to sample.
+      out: the folder.
+      planned: all images.
+      source: what else decides the images, for the manifest.
+      write_before: what the first process writes before the images.
+
+    Raises:
+      UserError: `out` holds something else, or a file cannot be written.
+    """
+    from tqdm import tqdm
+
+    def begin() -> None:
+        begin_folder(out, planned, source, machine(run))
+        write_before()
+
+    first = jax.process_index() == 0
+    _on_first(begin)
+    # The first process says which are left: others may not see the same at once.
+    left = np.array([not is_finished(out / one.file) for one in planned] if first else [False] * len(planned))
+    left = np.flatnonzero(_from_first(left))
+    todo = [planned[i] for i in left]
+    programs = make_programs(run.system, run.experiment.sampling, run.mesh)
+    batches = draw_images(
+        programs,
+        run.params,
+        functools.partial(tokenize_captions, run.experiment.data),
+        [one.prompt for one in todo],
+        [one.repeat for one in todo],
+    )
+    hidden = None if first else True  # None: shown on a terminal
+    with tqdm(None, "sampling", len(planned), unit="image", initial=len(planned) - len(todo), disable=hidden) as bar:
+        for batch in batches:
+            for place, image in batch.images:
+                _write(image, out / todo[place].file)
+            bar.update(batch.done)
+    wait_for_all("images are written")
+    _on_first(lambda: finish_folder(out, planned))
+    return len(todo)
+
+
+def machine(run: Run) -> dict[str, Any]:
+    """Returns what decides the last bits of an image beside its source: devices, their share of a batch, libraries."""
+    device, versions = run.mesh.devices.flat[0], library_versions()
+    return {
+        "platform": device.platform,
+        "device": device.device_kind,
+        "devices": run.mesh.devices.size,
+        "processes": jax.process_count(),
+        "images_a_device": run.experiment.sampling.batch_size // batch_shards(run.mesh),
+        "mesh": {name: size for name, size in run.mesh.shape.items() if size > 1},
+        "versions": {name: versions[name] for name in ("jax", "jaxlib", "flax", "numpy") if name in versions},
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+    }
+
+
+def _write(image: np.ndarray, path: Path) -> None:
+    data = io.BytesIO()
+    Image.fromarray(image).save(data, "PNG")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_bytes(path, data.getvalue())
+
+
+def _on_first(do: Callable[[], None]) -> None:
+    """Does something on the first process; where it fails there, it fails on all."""
+    problem = cause = None
+    if jax.process_index() == 0:
+        try:
+            do()
+        except (UserError, OSError) as error:
+            problem, cause = str(error), error
+    if problem := anywhere(problem):
+        raise UserError(problem) from cause
+
+
+def _from_first(values: np.ndarray) -> np.ndarray:
+    """Returns the first process's array on all of them."""
+    if jax.process_count() == 1:
+        return values
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.broadcast_one_to_all(values))

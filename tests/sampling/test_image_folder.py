@@ -1,0 +1,74 @@
+"""A folder of images is of one call; what is whole in it is kept, and nothing else."""
+
+import json
+
+import numpy as np
+import pytest
+
+from ecdit.errors import UserError
+from ecdit.sampling.grids import save_png
+from ecdit.sampling.image_folder import begin_folder, check_folder, finish_folder, is_finished
+from ecdit.sampling.layouts import Planned
+
+SOURCE, MACHINE = {"step": 3, "sampling": {"seed": 1}}, {"device": "cpu"}
+
+
+def planned(*prompts):
+    return [Planned(f"{i:05d}.png", prompt, 0, "") for i, prompt in enumerate(prompts)]
+
+
+def test_an_unfinished_folder_is_gone_on_with_by_the_same_call_alone(tmp_path):
+    out = tmp_path / "out"
+    begin_folder(out, planned("a"), SOURCE, MACHINE)
+    begin_folder(out, planned("a"), SOURCE, MACHINE)
+    other = {"step": 3, "sampling": {"seed": 2}}
+    for images, source, differs in ((planned("b"), SOURCE, "images"), (planned("a"), other, "sampling")):
+        with pytest.raises(UserError, match=f"the unfinished images of another call, which differs in {differs}"):
+            begin_folder(out, images, source, MACHINE)
+    save_png(np.zeros((8, 8, 3), np.uint8), out / "00000.png")
+    finish_folder(out, planned("a"))
+    with pytest.raises(UserError, match="holds the images of another call"):
+        begin_folder(out, planned("a"), SOURCE, MACHINE)
+
+
+def test_the_machines_of_all_calls_are_kept(tmp_path):
+    for device in ("cpu", "tpu", "cpu"):
+        begin_folder(tmp_path / "out", planned("a"), SOURCE, {"device": device})
+    manifest = json.loads((tmp_path / "out/manifest.json").read_text())
+    assert manifest["machines"] == [{"device": "cpu"}, {"device": "tpu"}]
+    assert manifest["finished"] is False
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "3", '{"images": []}'])
+def test_a_manifest_of_another_kind_is_other_files(tmp_path, text):
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(UserError, match="holds other files"):
+        check_folder(tmp_path)
+
+
+def test_an_image_is_finished_if_it_is_whole(tmp_path):
+    whole = tmp_path / "a.png"
+    save_png(np.zeros((8, 8, 3), np.uint8), whole)
+    assert is_finished(whole)
+    data = whole.read_bytes()
+    for name, part in {"cut": data[:-1], "start": data[:4], "empty": b"", "no png": b"x" + data[1:]}.items():
+        (tmp_path / name).write_bytes(part)
+        assert not is_finished(tmp_path / name), name
+    assert not is_finished(tmp_path / "missing")
+
+
+def test_what_a_killed_process_was_writing_is_removed(tmp_path):
+    begin_folder(tmp_path / "out", planned("a"), SOURCE, MACHINE)
+    scratch = tmp_path / "out" / "00000" / ".0000.png.12.abcd.tmp"
+    scratch.parent.mkdir()
+    scratch.write_bytes(b"half")
+    begin_folder(tmp_path / "out", planned("a"), SOURCE, MACHINE)
+    assert not scratch.exists()
+
+
+def test_a_folder_that_lacks_an_image_is_not_finished(tmp_path):
+    begin_folder(tmp_path / "out", planned("a", "b"), SOURCE, MACHINE)
+    save_png(np.zeros((8, 8, 3), np.uint8), tmp_path / "out" / "00000.png")
+    with pytest.raises(UserError, match=r"00001\.png is missing: all processes must see"):
+        finish_folder(tmp_path / "out", planned("a", "b"))
+    assert check_folder(tmp_path / "out")["finished"] is False

@@ -1,0 +1,199 @@
+"""Many images by few programs, by several processes, and in several calls: the same files as in one go."""
+
+import dataclasses
+import functools
+import json
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from ecdit.config import to_dict
+from ecdit.data.prepared import tokenize_captions
+from ecdit.partitioning import make_mesh
+from ecdit.sampling.many import draw_images, make_programs
+from ecdit.sampling.sampler import make_sampler, sample_images
+from ecdit.system import make_system
+from launch.local import launch
+from tests.forking import run_forked
+from tests.runs import command, save_ema, tiny
+
+PROMPTS = ["red heart"] * 3 + ["tiger"] * 3 + ["owl"] * 3 + ["fire"]
+REPEATS = [0, 1, 2] * 3 + [0]
+COMPILED = "/jax/core/compile/backend_compile_duration"
+
+
+def random_params(system):
+    """Weights that are random everywhere, so that nothing is hidden by zeros at the start."""
+    rng = np.random.default_rng(4)
+    params = jax.jit(system.init)(jax.random.key(3))
+    return jax.tree.map(lambda p: np.asarray(p) + 0.1 * rng.normal(size=p.shape).astype(np.float32), params)
+
+
+class Drawing:
+    """Draws lists of prompts by the same two programs, and counts their calls."""
+
+    def __init__(self, data, **changes):
+        self.experiment = tiny(data__directory=str(data), mesh__data=1, sampling__batch_size=4)
+        self.sampling = dataclasses.replace(self.experiment.sampling, num_steps=2, **changes)
+        system, mesh = make_system(self.experiment.system), make_mesh(self.experiment.mesh, jax.devices()[:1])
+        self.calls, programs = [], make_programs(system, self.sampling, mesh)
+        counted = {name: functools.partial(self.call, name, getattr(programs, name)) for name in ("encode", "draw")}
+        self.programs, self.params = programs._replace(**counted), random_params(system)
+        self.one_program = make_sampler(system, self.sampling, mesh)
+        self.tokenize = functools.partial(tokenize_captions, self.experiment.data)
+
+    def call(self, name, program, *arguments):
+        self.calls.append(name)
+        return program(*arguments)
+
+    def __call__(self, prompts, repeats):
+        self.calls.clear()
+        batches = list(draw_images(self.programs, self.params, self.tokenize, prompts, repeats))
+        assert sum(batch.done for batch in batches) == len(prompts)
+        places, images = zip(*(pair for batch in batches for pair in batch.images), strict=True)
+        assert list(places) == list(range(len(prompts)))
+        return np.stack(images)
+
+
+@pytest.fixture(scope="module")
+def drawing(emoji_data):
+    return Drawing(emoji_data)
+
+
+@pytest.fixture(scope="module")
+def images(drawing):
+    return drawing(PROMPTS, REPEATS)
+
+
+def test_the_images_are_those_of_the_one_program(drawing, images):
+    expected = sample_images(drawing.one_program, drawing.params, drawing.tokenize, PROMPTS, REPEATS, drawing.sampling)
+    difference = np.abs(images.astype(int) - expected.astype(int))
+    assert difference.max() <= 1
+    assert (difference > 0).mean() < 0.005
+
+
+def test_each_prompt_is_encoded_once_and_the_null_caption_once(drawing):
+    drawing(PROMPTS, REPEATS)
+    assert drawing.calls == ["encode", "encode", "draw", "draw", "draw"]  # four prompts are one batch
+    drawing(["red heart", "tiger", "owl", "fire", "moon cake", "trousers"], [0] * 6)
+    assert drawing.calls == ["encode", "encode", "draw", "encode", "draw"]
+
+
+def test_a_run_compiles_once_whatever_its_prompts(drawing, images):
+    compiled = []
+    listener = lambda name, *_, **__: compiled.append(name) if name == COMPILED else None  # noqa: E731
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    try:
+        jax.jit(lambda x: x + 1)(np.ones(17))
+        assert len(compiled) == 1, "the control: a compilation is seen"
+        compiled.clear()
+        drawing([f"{prompt} again" for prompt in PROMPTS], REPEATS)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listener)
+    assert compiled == []
+
+
+def test_an_image_is_bitwise_the_same_in_any_list(drawing, images):
+    order = [8, 3, 1, 9, 0]
+    np.testing.assert_array_equal(drawing([PROMPTS[i] for i in order], [REPEATS[i] for i in order]), images[order])
+    assert len({image.tobytes() for image in images}) == len(PROMPTS)
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory, emoji_data):
+    """A run of random weights."""
+    workdir = tmp_path_factory.mktemp("many") / "run"
+    workdir.mkdir()
+    experiment = tiny(data__directory=str(emoji_data))
+    (workdir / "config.json").write_text(json.dumps(to_dict(experiment)))
+    save_ema(workdir, random_params(make_system(experiment.system)), config=to_dict(experiment))
+    return workdir
+
+
+LINES = ["two clocks", "a red heart", "tiger", "owl", "fire"]
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    """GenEval's kind of prompts."""
+    path = tmp_path_factory.mktemp("prompts") / "metadata.jsonl"
+    path.write_text("".join(json.dumps({"tag": "x", "include": [], "prompt": line}) + "\n" for line in LINES))
+    return path
+
+
+def flags(workdir, prompts, out, batch):
+    return [f"--workdir={workdir}", f"--prompts={prompts}", f"--out={out}", "--repeats=2", f"--set={batch}"]
+
+
+def files(out):
+    return {path.relative_to(out).as_posix(): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def whole(workdir, prompts, tmp_path_factory, compilation_cache):
+    """The folder of one process with one device, two images at a time."""
+    from launch.local import cpu_environment
+
+    out = tmp_path_factory.mktemp("whole") / "out"
+    env = {**cpu_environment(1), "JAX_COMPILATION_CACHE_DIR": str(compilation_cache)}
+    result = run_forked(command("sample", *flags(workdir, prompts, out, "sampling.batch_size=2")), env)
+    assert result.returncode == 0, result.stderr
+    assert f"10 images of step 1 in {out}" in result.stdout
+    found = files(out)
+    wanted = [
+        f"{i:05d}/{name}" for i in range(5) for name in ("metadata.jsonl", "samples/0000.png", "samples/0001.png")
+    ]
+    assert sorted(found) == sorted([*wanted, "grid.png", "manifest.json"])
+    assert len({data for name, data in found.items() if "samples" in name}) == 10
+    return out
+
+
+def test_the_manifest_says_all_that_an_image_follows_from(whole, workdir):
+    manifest = json.loads((whole / "manifest.json").read_text())
+    assert manifest["finished"] is True
+    assert manifest["images"][3] == {"file": "00001/samples/0001.png", "prompt": "a red heart", "repeat": 1}
+    assert {"checkpoint", "seed", "sampling", "group", "tokenizer", "format", "set"} <= set(manifest)
+    (machine,) = manifest["machines"]
+    assert (machine["platform"], machine["devices"], machine["images_a_device"]) == ("cpu", 1, 2)
+    assert "jax" in machine["versions"]
+
+
+def test_a_folder_that_was_left_is_finished_and_what_is_whole_in_it_kept(whole, workdir, prompts, tmp_path, cpu_env):
+    out = tmp_path / "out"
+    for name, data in files(whole).items():
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_bytes(data)
+    manifest = json.loads((out / "manifest.json").read_text())
+    (out / "manifest.json").write_text(json.dumps(manifest | {"finished": False}))
+    (out / "grid.png").unlink()
+    (out / "00001/samples/0001.png").unlink()
+    cut = out / "00003/samples/0000.png"
+    cut.write_bytes(cut.read_bytes()[:-20])
+    kept = {path: path.stat().st_mtime_ns for path in out.rglob("samples/*.png") if path != cut}
+    result = run_forked(command("sample", *flags(workdir, prompts, out, "sampling.batch_size=2")), cpu_env())
+    assert result.returncode == 0, result.stderr
+    assert "10 images of step 1" in result.stdout
+    assert "8 of them from before" in result.stdout
+    assert files(out) == files(whole)
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_files_of_one(whole, workdir, prompts, tmp_path, compilation_cache, monkeypatch):
+    """Each with one device and two images at a time, as the one has."""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(compilation_cache))
+    out = tmp_path / "out"
+    arguments = flags(workdir, prompts, out, "sampling.batch_size=4")
+    code = launch([sys.executable, "-m", "ecdit.sample", *arguments], 2, devices=1, log_dir=tmp_path / "logs")
+    logs = [(tmp_path / "logs" / f"process_{i}.log").read_text() for i in range(2)]
+    assert code == 0, logs
+    found, expected = files(out), files(whole)
+    assert found.keys() == expected.keys()
+    for name in expected.keys() - {"manifest.json"}:
+        assert found[name] == expected[name], name
+    manifest = json.loads(found["manifest.json"])
+    assert manifest["images"] == json.loads(expected["manifest.json"])["images"]
+    assert (manifest["machines"][0]["processes"], manifest["machines"][0]["images_a_device"]) == (2, 2)
+    assert "images of step 1" not in logs[1]
