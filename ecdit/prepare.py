@@ -20,7 +20,7 @@ from ecdit.data.preparation import prepare_records
 from ecdit.data.prepared import prepare
 from ecdit.data.tokens import make_tokenizer
 from ecdit.data.verification import verify
-from ecdit.experiment import make_experiment
+from ecdit.experiment import check_tokenizers, make_experiment
 from ecdit.sampling.grids import save_grid
 
 CONFIG = define_config_flag()
@@ -38,7 +38,9 @@ VOCABULARY = flags.DEFINE_string(
 def main(argv: list[str]) -> None:
     """Prepares, and says where the data is."""
     del argv
-    config = make_experiment(config_values(CONFIG)).data
+    experiment = make_experiment(config_values(CONFIG))
+    check_tokenizers(experiment)
+    config = experiment.data
     if LIMIT.value:
         first_look(config, LIMIT.value, save_grid)
     elif VERIFY.value:

@@ -147,6 +147,11 @@ def _set_model(config: ConfigDict) -> None:
 def _set_inputs(config: ConfigDict) -> None:
     """Sets text encoder, autoencoder, data and flow."""
     config.text = text = ConfigDict()
+    text.weights = "random"  # or a folder of CLIP's or T5's public weights, which sets the sizes: docs/weights.md
+    text.second_weights = ""  # a folder of an encoder beside that one; "" for none
+    text.clip_states = "last"  # last | penultimate: of a folder of CLIP
+    text.clip_projection = False  # of CLIP's pooled state
+    text.frozen_random_ok = False  # True trains on a frozen tower that was drawn at random: for trials alone
     text.vocab_size = 32128  # T5's [P], rows of the embedding
     text.width = 1280  # [S]
     text.layers = 32  # [S]
@@ -177,7 +182,8 @@ def _set_inputs(config: ConfigDict) -> None:
     filters.max_caption = 0
     filters.columns = {}  # {"aesthetic": (5.0, 10.0)}: what a pair's own columns must be, ends included
     data.captions = {"caption": 1.0}  # rates at which a row's caption is drawn from these fields
-    data.tokenizer = ""  # a SentencePiece .model file; "" for one that is trained on the captions
+    data.tokenizer = ""  # a SentencePiece .model file, or a public encoder's folder; "" trains one on the captions
+    data.second_tokenizer = ""  # the folder of text.second_weights' tokenizer; "" for none
     data.vocab_size = 32128  # pieces at most
     data.caption_length = 128  # tokens with the end of sequence [?]
     data.latent_channels = 8  # [S], as model.latent_channels

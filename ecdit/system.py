@@ -15,9 +15,11 @@ from jax.sharding import AbstractMesh, Mesh
 from ecdit.components import Autoencoder, Denoiser, DenoiserConfig, Mode, PartFlops, TextEncoder, total_flops
 from ecdit.config import require
 from ecdit.encoders.autoencoder import AUTOENCODERS
-from ecdit.encoders.text_tower import TextConfig, TextTower
+from ecdit.encoders.text_tower import TextConfig
 from ecdit.models.dit import DiT
 from ecdit.partitioning import param_shardings
+from ecdit.pretrained.text_encoders import load_text, make_text_encoder
+from ecdit.pretrained.weights import fingerprint
 
 Params = dict[str, Any]
 
@@ -32,7 +34,7 @@ class SystemConfig:
     model: DenoiserConfig  # the denoiser's own
     text: TextConfig
     autoencoder: Literal["identity", "latents"]
-    caption_length: int  # L, tokens
+    caption_length: int  # tokens of a caption, by each text encoder
 
     def __post_init__(self):
         channels = self.make_autoencoder().latent_shape(self.image_size)[2]
@@ -53,9 +55,27 @@ class SystemConfig:
         return self.model.latent_size * AUTOENCODERS[self.autoencoder].downsampling
 
     @property
+    def folders(self) -> dict[str, tuple[Path, ...]]:
+        """The folders of public weights by the part of the model that has them."""
+        return {"text": self.text.folders} if self.text.public else {}
+
+    def fingerprints(self) -> dict[str, str]:
+        """Returns the sha256 of the public weights, by the part of the model that has them; reads all of them once.
+
+        Raises:
+          WeightsError: a folder cannot be read.
+        """
+        return {name: "-".join(map(fingerprint_once, folders)) for name, folders in self.folders.items()}
+
+    @property
     def latent_shape(self) -> tuple[int, int, int]:
         """Height, width and channels of an image's latents."""
         return self.model.latent_size, self.model.latent_size, self.model.latent_channels
+
+    @property
+    def text_length(self) -> int:
+        """The tokens and states of a caption, L: those of two encoders follow each other."""
+        return self.caption_length * max(len(self.text.folders), 1)
 
     @property
     def has_images(self) -> bool:
@@ -100,6 +120,10 @@ def _users_class(name: str) -> tuple[type[Denoiser], str]:
     return found, digest
 
 
+# A start asks for it several times, and a large encoder takes a minute to read.
+fingerprint_once = functools.cache(fingerprint)
+
+
 class TextToImage(nnx.Module):
     """Text encoder, autoencoder and denoiser."""
 
@@ -108,9 +132,9 @@ class TextToImage(nnx.Module):
     denoiser: Denoiser
 
     def __init__(self, config: SystemConfig, rngs: nnx.Rngs):
-        self.text = TextTower(config.text, config.caption_length, rngs)
+        self.text = make_text_encoder(config.text, config.caption_length, rngs)
         self.autoencoder = config.make_autoencoder()
-        self.denoiser = denoiser_class(config.denoiser)(config.model, config.text.width, rngs)
+        self.denoiser = denoiser_class(config.denoiser)(config.model, self.text.widths, rngs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,13 +151,32 @@ class System:
         return nnx.merge(self.graphdef, self.abstract)
 
     def init(self, key: jax.Array) -> Params:
-        """Draws the parameters, float32; call it inside jit with out_shardings, so that they are created sharded."""
+        """Draws the parameters, float32, but for those that `load` reads.
+
+        Call it inside jit with out_shardings, so that they are created sharded.
+        """
         with nnx.use_eager_sharding(False):
-            return nnx.to_pure_dict(nnx.state(TextToImage(self.config, nnx.Rngs(key)), nnx.Param))
+            return self.drawn(nnx.to_pure_dict(nnx.state(TextToImage(self.config, nnx.Rngs(key)), nnx.Param)))
+
+    def load(self, mesh: Mesh) -> Params:
+        """Reads the parameters of parts whose weights are those of a folder, laid out on the mesh.
+
+        Raises:
+          WeightsError: the files are not the network's.
+        """
+        return {"text": load_text(self.config.text, self.abstract["text"], mesh)} if self.config.text.public else {}
 
     def shapes(self) -> Params:
-        """Returns shapes and dtypes of what `init` draws; touches no device."""
+        """Returns shapes and dtypes of all parameters; touches no device."""
         return nnx.to_pure_dict(self.abstract)
+
+    def drawn(self, params: Params) -> Params:
+        """Returns the parts of a dict of all parameters that `init` draws."""
+        return {name: part for name, part in params.items() if name not in self.config.folders}
+
+    def loaded(self, params: Params) -> Params:
+        """Returns the parts of a dict of all parameters that `load` reads."""
+        return {name: part for name, part in params.items() if name in self.config.folders}
 
     def split(self, params: Params) -> tuple[Params, Params]:
         """Splits a dict like `init`'s into what is trained and what is frozen; `{**trained, **frozen}` is the whole."""
@@ -153,7 +196,7 @@ class System:
 
     def denoiser_flops(self, mode: Mode) -> tuple[PartFlops, ...]:
         """Returns the denoiser's work on one image, forward."""
-        return self.parts.denoiser.flops(mode, self.config.text.width, self.config.caption_length)
+        return self.parts.denoiser.flops(mode, self.parts.text.widths, self.config.text_length)
 
     def forward_flops(self, mode: Mode) -> tuple[PartFlops, ...]:
         """Returns the work on one image and its caption, forward: the denoiser's and the text encoder's."""

@@ -11,7 +11,11 @@ from ecdit.system import SystemConfig, TextToImage, make_system
 from tests.models.helpers import config, jit
 
 LENGTH = 6
-TEXT = TextConfig(20, 12, 1, 2, activation="gelu", frozen=False, remat="none", projections="plain", dtype="float32")
+TEXT = TextConfig(
+    weights="random", second_weights="", clip_states="last", clip_projection=False, frozen_random_ok=False,
+    vocab_size=20, width=12, layers=1, heads=2, activation="gelu", frozen=False, remat="none", projections="plain",
+    dtype="float32",
+)  # fmt: skip
 
 
 def system_config(**changes):

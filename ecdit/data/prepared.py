@@ -25,8 +25,8 @@ from ecdit.data.manifest import (
 from ecdit.data.mixing import mixing
 from ecdit.data.preparation import prepare_records, read_composition, summary
 from ecdit.data.record import Record, decode_record, unpack
-from ecdit.data.shards import ShardReader, check_shards, combined, file_sha256
-from ecdit.data.text import EOS, load_vocabulary, tokenize
+from ecdit.data.shards import ShardReader, check_shards, combined
+from ecdit.data.tokenizer import load_tokenizer, tokenizer_sha256
 from ecdit.data.tokens import TokensColumn, check_size, make_tokenizer, tokenizer_path, truncated_captions
 from ecdit.encoders.autoencoder import StoredLatents
 
@@ -151,7 +151,7 @@ def describe(prepared: Prepared) -> str:
         cut = truncated_captions(part.tokens.histograms, config.caption_length) if part else 0
         what = f"{summary(part.manifest)}, {cut} captions longer than {config.caption_length} tokens" if part else ""
         told.append(f"{component.task}: {what or 'made when it is read'}" if len(prepared.stored) > 1 else what)
-    pieces = load_vocabulary(prepared.tokenizer).vocab_size()
+    pieces = " and ".join(str(part.size) for part in load_tokenizer(prepared.tokenizer).parts)
     return "; ".join([*filter(None, told), f"{pieces} pieces in {prepared.tokenizer.name}"])
 
 
@@ -160,7 +160,7 @@ class Row:
     """A row before chance has its way with it."""
 
     content: np.ndarray  # uint8[H, W, 3], or float16[h, w, 2c], the moments of its latents
-    tokens: dict[str, Int[np.ndarray, " l"]]  # of every caption field, EOS at the end
+    tokens: dict[str, Int[np.ndarray, " l"]]  # of every caption field, the end token last
     original_size: Int[np.ndarray, "2"]
     crop: Int[np.ndarray, "2"]
 
@@ -204,12 +204,12 @@ class GeneratedRows:
     def __init__(self, task: str, config: DataConfig, split: Split, tokenizer: Path):
         self._source, self._config = GENERATED[task], config
         self._split: Split = split
-        self._encode = load_vocabulary(tokenizer).encode
+        self._encode = load_tokenizer(tokenizer).encode
 
     def row(self, seed: int, index: int) -> Row:
         """Returns a row: a function of seed and index."""
         made = self._source.example(self._config, self._split, seed, index)
-        tokens = {field: np.array([*self._encode(text), EOS], np.int32) for field, text in made.captions.items()}
+        tokens = {field: self._encode(text) for field, text in made.captions.items()}
         return Row(made.content, tokens, made.original_size, made.crop)
 
 
@@ -258,10 +258,13 @@ def check_tokenizers(all_prepared: Sequence[Prepared]) -> None:
     """Raises DataError where the data sets that one run reads in turn do not share their tokenizer."""
     first = all_prepared[0].tokenizer
     for prepared in all_prepared[1:]:
-        if file_sha256(prepared.tokenizer) != file_sha256(first):
+        if tokenizer_sha256(prepared.tokenizer) != tokenizer_sha256(first):
             raise DataError(f"{prepared.tokenizer} is another tokenizer than {first}: a run cannot use both")
 
 
 def tokenize_captions(config: DataConfig, captions: Sequence[str]) -> Int[np.ndarray, "n L"]:
-    """Returns the tokens of captions by the tokenizer of prepared data, int32, padded to the caption length."""
-    return tokenize(tokenizer_path(config), captions, config.caption_length)
+    """Returns the tokens of captions by the tokenizer of prepared data, int32, padded to the caption length.
+
+    Of two tokenizers the row of the second follows that of the first.
+    """
+    return load_tokenizer(tokenizer_path(config)).tokenize(captions, config.caption_length)

@@ -86,9 +86,9 @@ def load_vocabulary(path: Path) -> "sentencepiece.SentencePieceProcessor":
     return vocabulary
 
 
-def fit(tokens: Sequence[int] | np.ndarray, caption_length: int) -> np.ndarray:
-    """Tokens that end in EOS as int32[caption_length]: padded with zeros, or cut with the EOS kept."""
-    row = np.full(caption_length, PAD, np.int32)
-    kept = tokens if len(tokens) <= caption_length else [*tokens[: caption_length - 1], EOS]
+def fit(tokens: Sequence[int] | np.ndarray, caption_length: int, end: int = EOS, pad: int = PAD) -> np.ndarray:
+    """Tokens that finish with `end` as int32[caption_length]: filled with `pad`, or cut with the end kept."""
+    row = np.full(caption_length, pad, np.int32)
+    kept = tokens if len(tokens) <= caption_length else [*tokens[: caption_length - 1], end]
     row[: len(kept)] = kept
     return row

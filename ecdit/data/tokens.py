@@ -6,8 +6,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
 
-import numpy as np
-
 from ecdit.data import DataError
 from ecdit.data.config import DataConfig, rate_of
 from ecdit.data.generated import GENERATED
@@ -15,18 +13,22 @@ from ecdit.data.manifest import Composition, read_records_manifest, task_directo
 from ecdit.data.mixing import mixing
 from ecdit.data.record import Record, decode_record, pack
 from ecdit.data.shards import ShardReader, file_sha256
-from ecdit.data.text import EOS, load_vocabulary, train_vocabulary
+from ecdit.data.text import load_vocabulary, train_vocabulary
+from ecdit.data.tokenizer import copy_folders, folders_sha256, load_tokenizer, tokenizer_sha256
 
 _CAPTIONS = 1_000_000  # more teach a vocabulary little and would have to fit in memory
 _GENERATED_CAPTIONS = 4096
 
 
 def tokenizer_name(config: DataConfig) -> str:
-    """Returns the name of the tokenizer: of a file's its stem and the beginning of its sha256.
+    """Returns the name of the tokenizer: of a file or a folder its name and the beginning of its sha256.
 
     Raises:
-      DataError: there is no such file.
+      DataError: there is no such file or folder.
     """
+    if config.tokenizer_folders:
+        names = "+".join(Path(folder).resolve().name for folder in config.tokenizer_folders)
+        return f"{names}-{folders_sha256(config.tokenizer_folders)[:8]}"
     if not config.tokenizer:
         return f"{config.task}-{config.vocab_size}"
     path = Path(config.tokenizer)
@@ -36,8 +38,9 @@ def tokenizer_name(config: DataConfig) -> str:
 
 
 def tokenizer_path(config: DataConfig) -> Path:
-    """Returns where prepared data keeps its tokenizer."""
-    return task_directory(config) / "tokenizers" / f"{tokenizer_name(config)}.model"
+    """Returns where prepared data keeps its tokenizer: a .model file, or the folder of a public one."""
+    suffix = "" if config.tokenizer_folders else ".model"
+    return task_directory(config) / "tokenizers" / f"{tokenizer_name(config)}{suffix}"
 
 
 def make_tokenizer(config: DataConfig, composition: Composition) -> Path:
@@ -51,6 +54,9 @@ def make_tokenizer(config: DataConfig, composition: Composition) -> Path:
         check_size(config, path)
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
+    if config.tokenizer_folders:
+        copy_folders(config.tokenizer_folders, path)
+        return path
     scratch = path.with_name(f".{path.name}")
     if config.tokenizer:
         check_size(config, Path(config.tokenizer))
@@ -64,7 +70,12 @@ def make_tokenizer(config: DataConfig, composition: Composition) -> Path:
 
 
 def check_size(config: DataConfig, tokenizer: Path) -> None:
-    """Raises DataError if a tokenizer has more pieces than `data.vocab_size`, by which embeddings are sized."""
+    """Raises DataError if a file's tokenizer has more pieces than `data.vocab_size`, by which embeddings are sized.
+
+    A folder's must fit its text encoder: see `experiment.check_tokenizers`.
+    """
+    if config.tokenizer_folders:
+        return
     pieces = load_vocabulary(tokenizer).vocab_size()
     if pieces > config.vocab_size:
         raise DataError(f"data.vocab_size = {config.vocab_size}: must be at least {pieces}, the pieces of {tokenizer}")
@@ -99,25 +110,28 @@ def _captions(config: DataConfig, composition: Composition) -> Iterator[str]:
 
 @dataclasses.dataclass(frozen=True)
 class TokensColumn:
-    """The column tokens-<tokenizer>: for every caption field int32 tokens, EOS at the end, of the true length."""
+    """The column tokens-<tokenizer>: for every caption field int32 tokens of the true length, the end token last.
+
+    Of two tokenizers the tokens of the second follow those of the first.
+    """
 
     tokenizer: Path
 
     @property
     def name(self) -> str:
         """The column's name."""
-        return f"tokens-{self.tokenizer.stem}"
+        return f"tokens-{self.tokenizer.name.removesuffix('.model')}"
 
     @property
     def made_by(self) -> str:
         """The tokenizer's sha256."""
-        return file_sha256(self.tokenizer)
+        return tokenizer_sha256(self.tokenizer)
 
     def values(self, records: Iterable[Record]) -> Iterator[tuple[bytes, Mapping[str, int]]]:
         """Yields each record's tokens, and their lengths by field."""
-        encode = load_vocabulary(self.tokenizer).encode
+        encode = load_tokenizer(self.tokenizer).encode
         for record in records:
-            tokens = {field: np.array([*encode(text), EOS], np.int32) for field, text in record.captions.items()}
+            tokens = {field: encode(text) for field, text in record.captions.items()}
             yield pack(tokens), {field: len(row) for field, row in tokens.items()}
 
 

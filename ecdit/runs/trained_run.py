@@ -33,7 +33,7 @@ class Run:
     experiment: Experiment  # of the checkpoint's phase
     system: System
     mesh: Mesh
-    params: Params
+    params: Params  # whole; opened without drawing, without those of public weights
     step: int
     checkpoint: str  # a hash of what the checkpoint says of its arrays: their names, shapes and checksums
 
@@ -61,7 +61,11 @@ def open_run(workdir: Path, overrides: Sequence[str] = (), step: int | None = No
     mesh = mesh_of_devices(experiment, system, draw)
     params, step = restore_ema(workdir, system, mesh, step)
     with open_reader(workdir) as manager:
-        arrays = read_meta(manager, step).arrays
+        meta = read_meta(manager, step)
+    arrays = meta.arrays
+    if draw:
+        check_weights(workdir, meta.config.get("weights", {}), experiment.fingerprints())
+        params = {**params, **system.load(mesh)}
     if experiment.phases:  # all have the same parameters
         experiment = experiment.phase_of(step).experiment
         system = make_system(experiment.system)
@@ -93,6 +97,17 @@ def mesh_of_devices(experiment: Experiment, system: System, draw: bool) -> Mesh:
         except (ConfigError, ShardingError) as error:
             refused.append(error)
     raise refused[-1]
+
+
+def check_weights(workdir: Path, saved: Mapping[str, str], found: Mapping[str, str]) -> None:
+    """Raises CheckpointError if a part of the model has other public weights than the run was trained with."""
+    for part, digest in found.items():
+        if saved.get(part) != digest:
+            was = saved.get(part, "none")[:12]
+            raise CheckpointError(
+                f"{workdir} was trained with other public weights of its {part}: their fingerprint is {was}, and that "
+                f"of the folder which the config names is {digest[:12]}"
+            )
 
 
 def _check_files(workdir: Path, step: int | None, files: Mapping[str, str]) -> None:

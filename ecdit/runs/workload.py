@@ -17,7 +17,7 @@ from ecdit.config import changeable, to_dict
 from ecdit.data.config import DataConfig
 from ecdit.data.loader import make_loader
 from ecdit.data.prepared import Prepared, check_tokenizers, prepare
-from ecdit.data.shards import file_sha256
+from ecdit.data.tokenizer import tokenizer_sha256
 from ecdit.data.tokens import tokenizer_path
 from ecdit.experiment import Experiment, ResolvedPhase
 from ecdit.partitioning import batch_sharding
@@ -44,6 +44,7 @@ class Workload:
 
     abstract: TrainState  # shapes, dtypes and shardings
     first_state: Callable[[], tuple[TrainState, str]]  # of a run without a checkpoint, and where its weights are from
+    load: Callable[[], Params]  # the parameters of public weights, which no state or checkpoint brings
     prepare_data: Callable[[], Sequence[str]]  # the fingerprint of each phase's data
     vocabulary: Callable[[], str]  # hash of the one that captions are encoded with, once the data is prepared
     train_step: Callable[[ResolvedPhase], Callable[[TrainState, Batch], tuple[TrainState, Metrics]]]
@@ -90,6 +91,7 @@ def make_workload(experiment: Experiment, mesh: Mesh, init_differences: bool = F
     return Workload(
         abstract=abstract_state(system, optimizer, shardings),
         first_state=first_state,
+        load=lambda: system.load(mesh),
         prepare_data=lambda: prepared_fingerprints([phase.experiment.data for phase in experiment.resolved_phases()]),
         vocabulary=functools.cache(lambda: vocabulary_hash(experiment.data)),
         train_step=train_step,
@@ -102,14 +104,14 @@ def make_workload(experiment: Experiment, mesh: Mesh, init_differences: bool = F
 
 def vocabulary_hash(config: DataConfig) -> str:
     """Returns the sha256 of the tokenizer of prepared data, which all phases share."""
-    return file_sha256(tokenizer_path(config))
+    return tokenizer_sha256(tokenizer_path(config))
 
 
 def _differences(experiment: Experiment, source: Path, step: int, allow: bool) -> str:
     """Compares with the run that weights are from: see `check_same_model`."""
     with open_reader(source) as manager:
         saved = read_meta(manager, step)
-    now = to_dict(experiment) | {"files": user_files(experiment.denoiser)}
+    now = to_dict(experiment) | {"files": user_files(experiment.denoiser), "weights": experiment.fingerprints()}
     # A phase may change some of the model too, so weights keep their meaning; and what was trained may be frozen.
     may_differ = changeable(experiment, "resume") | changeable(experiment, "phase") | {"text.frozen"}
     return check_same_model(saved, now, may_differ, vocabulary_hash(experiment.data), allow)
