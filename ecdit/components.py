@@ -198,10 +198,14 @@ class Autoencoder(Protocol):
     def encode(self, content: Float[Array, "B H W k"], keys: Key[Array, " B"]) -> Float[Array, "B h w c"]:
         """Encodes images, float32[B, H, W, 3]; `keys` are for latents that are drawn from a posterior.
 
-        Without images `content` is what the data holds in their place: the latents' means and log variances.
+        Where the data holds prepared latents `content` is their means and log variances, side by side.
         """
         ...
 
     def decode(self, latents: Float[Array, "B h w c"]) -> Float[Array, "B H W 3"]:
         """Decodes latents."""
+        ...
+
+    def flops(self, image_size: int) -> PartFlops:
+        """Returns the work of `encode` on one image of `image_size` pixels."""
         ...

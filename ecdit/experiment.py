@@ -15,6 +15,7 @@ from ecdit.data.config import DataConfig
 from ecdit.data.registry import module_sha256
 from ecdit.data.tokenizer import PiecesFile, part_tokenizer
 from ecdit.diffusion.flow import FlowConfig
+from ecdit.encoders.autoencoder import VaeConfig
 from ecdit.encoders.text_tower import TextConfig
 from ecdit.files import is_remote
 from ecdit.partitioning import MeshConfig, batch_shards
@@ -54,7 +55,9 @@ class Experiment:
     denoiser: str  # "ec_dit", the paper's, or FILE.py:Class, a user's own: see `components.Denoiser`
     model: DenoiserConfig  # the denoiser's own config
     text: TextConfig
-    autoencoder: Literal["identity", "latents"]
+    # identity: latents are pixels; latents: the data holds them, and nothing decodes them; vae: a public AutoencoderKL
+    autoencoder: Literal["identity", "latents", "vae"]
+    vae: VaeConfig  # of autoencoder "vae"
     data: DataConfig
     flow: FlowConfig
     optimizer: OptimizerConfig
@@ -80,14 +83,19 @@ class Experiment:
             self.data.directory,
             "must be a directory: mount the bucket, by launch.tpu's --data or by gcsfuse",
         )
-        images = self.system.has_images
+        latents, channels = self.system.reads_latents, self.model.latent_channels
         require(
-            self.data.latent_channels == (0 if images else self.model.latent_channels),
+            self.data.latent_channels == (channels if latents else 0),
             "data.latent_channels",
             self.data.latent_channels,
             f"the autoencoder {self.autoencoder} needs "
-            + ("images: 0" if images else f"latents of model.latent_channels, {self.model.latent_channels}"),
+            + (f"latents of model.latent_channels, {channels}" if latents else "images: 0"),
         )
+        named = self.autoencoder != "vae" or not latents or self.data.latents != ""
+        require(
+            named, "data.latents", self.data.latents, "must name the column that ecdit.prepare --what=latents fills"
+        )
+        images = self.system.has_images
         require(
             images or self.train.images_every == 0,
             "train.images_every",
@@ -122,7 +130,7 @@ class Experiment:
     @property
     def system(self) -> SystemConfig:
         """What sampling and training need to build the model."""
-        return SystemConfig(self.denoiser, self.model, self.text, self.autoencoder, self.data.caption_length)
+        return SystemConfig(self.denoiser, self.model, self.text, self.autoencoder, self.vae, self.data.caption_length)
 
     def fingerprints(self) -> dict[str, str]:
         """Returns the sha256 of the public weights, by the part of the model that has them: see `SystemConfig`."""

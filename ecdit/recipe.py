@@ -162,7 +162,12 @@ def _set_inputs(config: ConfigDict) -> None:
     text.projections = "tokens_last"  # as model.projections
     text.dtype = "bfloat16"  # of activations
 
-    config.autoencoder = "latents"  # the data holds them
+    config.autoencoder = "latents"  # identity: pixels | latents: the data holds them, and nothing decodes them | vae
+    config.vae = vae = ConfigDict()  # of autoencoder "vae", a public AutoencoderKL: docs/weights.md
+    vae.weights = ""  # its folder
+    vae.encode = "prepared"  # prepared: once, by ecdit.prepare --what=latents | online: in every step
+    vae.posterior = "sample"  # sample: draw anew each time | mode: the mean
+    vae.dtype = "bfloat16"
 
     config.data = data = ConfigDict()
     data.module = ""  # a Python file that registers tasks of your own (docs/data.md)

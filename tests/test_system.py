@@ -5,6 +5,7 @@ import pytest
 from flax import nnx
 
 from ecdit.config import ConfigError
+from ecdit.encoders.autoencoder import VaeConfig
 from ecdit.encoders.text_tower import TextConfig
 from ecdit.partitioning import MeshConfig, make_mesh
 from ecdit.system import SystemConfig, TextToImage, make_system
@@ -17,9 +18,11 @@ TEXT = TextConfig(
     dtype="float32",
 )  # fmt: skip
 
+VAE = VaeConfig(weights="", encode="prepared", posterior="sample", dtype="float32")
+
 
 def system_config(**changes):
-    return SystemConfig("ec_dit", config(**changes), TEXT, autoencoder="identity", caption_length=LENGTH)
+    return SystemConfig("ec_dit", config(**changes), TEXT, "identity", VAE, caption_length=LENGTH)
 
 
 SYSTEM = make_system(system_config())

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -10,10 +11,11 @@ import numpy as np
 from jaxtyping import Int
 
 from ecdit.data import DataError, images
-from ecdit.data.columns import make_column, read_column
+from ecdit.data.columns import ColumnMaker, column_directory, make_column, read_column
 from ecdit.data.config import DataConfig, rate_of
 from ecdit.data.generated import GENERATED, Split
 from ecdit.data.manifest import (
+    COLUMN,
     Column,
     Component,
     Composition,
@@ -68,6 +70,14 @@ def prepare(config: DataConfig, workers: int = 1, say: Callable[[str], None] = p
         other settings.
     """
     done = tokenizer_path(config).exists()
+    prepare_captions(config, workers, say)
+    prepared = open_prepared(config)
+    say(f"{task_directory(config)} {'is' if done else 'is now'} prepared: {describe(prepared)}")
+    return prepared
+
+
+def prepare_captions(config: DataConfig, workers: int, say: Callable[[str], None]) -> Composition:
+    """Prepares what is not prepared of records, tokenizer and tokens, and returns the parts. Raises as `prepare`."""
     composition = prepare_records(config, workers, say)
     for component in composition.components:
         if not component.generated:
@@ -78,9 +88,25 @@ def prepare(config: DataConfig, workers: int = 1, say: Callable[[str], None] = p
         if not component.generated:
             manifest = read_records_manifest(config, component.task)
             make_column(task_directory(config, component.task), manifest, TokensColumn(tokenizer), workers, say)
-    prepared = open_prepared(config)
-    say(f"{task_directory(config)} {'is' if done else 'is now'} prepared: {describe(prepared)}")
-    return prepared
+    return composition
+
+
+def prepare_column(config: DataConfig, maker: ColumnMaker, workers: int, say: Callable[[str], None]) -> None:
+    """Computes a column of every stored part, after records and tokens; says how fast.
+
+    Raises:
+      DataError: as `prepare`; or there is one of that name that something else has made.
+    """
+    for component in prepare_captions(config, workers, say).components:
+        if component.generated:
+            raise DataError(f"{component.task} is made when it is read: it has no records to compute {maker.name} of")
+        directory, manifest = task_directory(config, component.task), read_records_manifest(config, component.task)
+        records, start = manifest.num_records + manifest.num_held_out, time.monotonic()
+        was_there = (column_directory(directory, maker.name) / COLUMN).exists()
+        make_column(directory, manifest, maker, workers, say)
+        seconds = time.monotonic() - start
+        rate = "is there" if was_there else f"{records} images in {seconds:.1f} s, {records / seconds:.1f} images/s"
+        say(f"{directory}, column {maker.name}: {rate}")
 
 
 def open_prepared(config: DataConfig) -> Prepared:
@@ -252,6 +278,13 @@ def caption_of(config: DataConfig, captions: Mapping[str, str]) -> str:
         if rate_of(config.captions, field) is not None:
             return text
     raise DataError(f"data.captions has rates for {', '.join(config.captions)}; a record has {', '.join(captions)}")
+
+
+def check_latents(prepared: Prepared, made_by: str) -> None:
+    """Raises DataError unless these weights have made the prepared latents."""
+    for part in filter(None, prepared.stored):
+        if part.latents is not None:
+            read_column(part.directory, part.manifest, part.latents.name, made_by)
 
 
 def check_tokenizers(all_prepared: Sequence[Prepared]) -> None:

@@ -12,7 +12,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
+from ecdit.components import PartFlops
 from ecdit.config import require
+from ecdit.encoders.vae_flops import VaeSizes, vae_part
 from ecdit.pretrained.config_json import read_config
 from ecdit.pretrained.layers import Conv, Dtype, GroupNorm, Linear, attention
 from ecdit.pretrained.layout import Layout
@@ -51,6 +53,11 @@ class AutoencoderConfig:
     scale: float
     posterior: Literal["sample", "mode"]  # what `encode` gives of the encoder's normal distribution
     dtype: Dtype
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels along a side for each latent pixel."""
+        return 2 ** (len(self.widths) - 1)
 
     def __post_init__(self):
         for width in self.widths:
@@ -224,11 +231,10 @@ class AutoencoderKL(nnx.Module):
     """Images to latents and back; a `components.Autoencoder`. All that it gives is float32."""
 
     Config = AutoencoderConfig
-    has_images = True
 
     def __init__(self, config: AutoencoderConfig, rngs: nnx.Rngs):
         self.config = config
-        self.downsampling = 2 ** (len(config.widths) - 1)
+        self.downsampling = config.downsampling
         self.encoder, self.decoder = Encoder(config, rngs), Decoder(config, rngs)
         channels = config.latent_channels
         quant_convs = config.quant_convs
@@ -263,6 +269,12 @@ class AutoencoderKL(nnx.Module):
         """Encodes images; see `latents`."""
         return self.latents(*self.moments(images), keys)
 
+    def flops(self, image_size: int) -> PartFlops:
+        """Returns the work of the encoder on one image."""
+        config = self.config
+        sizes = VaeSizes(config.widths, config.resnets, config.latent_channels, config.quant_convs)
+        return vae_part(image_size, sizes)
+
     @jax.named_scope("vae_decoder")
     def decode(self, latents: Float[Array, "B h w c"]) -> Float[Array, "B H W 3"]:
         """Decodes latents."""
@@ -270,6 +282,15 @@ class AutoencoderKL(nnx.Module):
         if self.post_quant_conv is not None:
             z = self.post_quant_conv(z)
         return self.decoder(z).astype(jnp.float32)
+
+
+class PreparedLatents(AutoencoderKL):
+    """The same with what its encoder has given at preparation in place of images."""
+
+    def encode(self, images: Float[Array, "B h w k"], keys: Key[Array, " B"]) -> Float[Array, "B h w c"]:
+        """Returns latents of stored means and log variances, side by side in the last dimension; see `latents`."""
+        mean, log_variance = jnp.split(images, 2, axis=-1)
+        return self.latents(mean, log_variance, keys)
 
 
 AUTOENCODER_LAYOUT = Layout(

@@ -16,7 +16,7 @@ from ecdit.checkpoints.restore import open_reader, read_meta, restore_ema
 from ecdit.config import changeable, to_dict
 from ecdit.data.config import DataConfig
 from ecdit.data.loader import make_loader
-from ecdit.data.prepared import Prepared, check_tokenizers, prepare
+from ecdit.data.prepared import Prepared, check_latents, check_tokenizers, open_prepared, prepare
 from ecdit.data.tokenizer import tokenizer_sha256
 from ecdit.data.tokens import tokenizer_path
 from ecdit.experiment import Experiment, ResolvedPhase
@@ -92,7 +92,7 @@ def make_workload(experiment: Experiment, mesh: Mesh, init_differences: bool = F
         abstract=abstract_state(system, optimizer, shardings),
         first_state=first_state,
         load=lambda: system.load(mesh),
-        prepare_data=lambda: prepared_fingerprints([phase.experiment.data for phase in experiment.resolved_phases()]),
+        prepare_data=lambda: _prepare_data(experiment),
         vocabulary=functools.cache(lambda: vocabulary_hash(experiment.data)),
         train_step=train_step,
         gradients=gradients,
@@ -135,6 +135,16 @@ def device_batches(experiment: Experiment, mesh: Mesh, start_row: int) -> Iterat
 
     for batch in make_loader(experiment.data, experiment.seed, size, start_row, rows):
         yield {name: put(array) for name, array in batch.items()}
+
+
+def _prepare_data(experiment: Experiment) -> list[str]:
+    """Prepares the data of each phase; refuses latents of other weights than the run's autoencoder has."""
+    phases = [phase.experiment for phase in experiment.resolved_phases()]
+    fingerprints = prepared_fingerprints([phase.data for phase in phases])
+    for phase in phases:
+        if phase.system.reads_latents and phase.system.public_autoencoder:
+            check_latents(open_prepared(phase.data), phase.fingerprints()["autoencoder"])
+    return fingerprints
 
 
 def prepared_fingerprints(configs: Sequence[DataConfig]) -> list[str]:

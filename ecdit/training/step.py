@@ -81,7 +81,7 @@ def abstract_batch(config: SystemConfig, batch_size: int, mesh: Mesh) -> dict[st
         "tokens": ((config.text_length,), jnp.int32),
         "size_crop": ((4,), jnp.float32),
     }
-    if config.has_images:
+    if not config.reads_latents:
         shapes["image"] = (config.image_size, config.image_size, 3), jnp.uint8
     else:
         height, width, channels = config.latent_shape
@@ -98,7 +98,7 @@ def _loss(
 ) -> tuple[Float[Array, ""], Metrics]:
     """Returns the loss of a microbatch, and its metrics."""
     model = system.bind({**params, **frozen})
-    content = to_unit(batch["image"]) if system.config.has_images else batch["latents"].astype(jnp.float32)
+    content = batch["latents"].astype(jnp.float32) if system.config.reads_latents else to_unit(batch["image"])
     latents = model.autoencoder.encode(content, keys.autoencoder)
     noise = jax.vmap(lambda key: jax.random.normal(key, latents.shape[1:], jnp.float32))(keys.noise)
     time = jax.vmap(lambda key: sample_time(key, flow))(keys.time)

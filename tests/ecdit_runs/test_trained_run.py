@@ -40,6 +40,7 @@ FIXED = {
     *("data.module", "data.tokenizer", "data.second_tokenizer", "data.latents", "data.captions.caption"),
     *(f"data.prepare.{key}" for key in flatten(to_dict(tiny().data.prepare))),
     *("data.caption_dropout", "data.flip_probability", "data.crop_padding"),
+    *("vae.encode", "vae.posterior", "vae.dtype"),
     *("train.batch_size", "train.ema_decay", "train.spike_factor"),
 }
 
