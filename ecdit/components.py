@@ -5,7 +5,7 @@ Trainer, sampler, planner and counters know a model by these protocols alone. Th
 are `flax.nnx` modules whose parameters name their logical axes (`models.layers.param`).
 
 Axes: B batch, h w c a latent's height, width and channels, N tokens that the loss is weighted by, L text tokens,
-t text width, H W an image's height and width in pixels.
+t text width, p width of the pooled text, H W an image's height and width in pixels.
 """
 
 import dataclasses
@@ -26,7 +26,14 @@ class TextStates(NamedTuple):
 
     states: Float[Array, "B L t"]
     mask: Bool[Array, "B L"]  # False on padding; never False for a whole row
-    pooled: Float[Array, "B t"]
+    pooled: Float[Array, "B p"]
+
+
+class TextWidths(NamedTuple):
+    """The widths of what a text encoder gives of a caption, which a public one may have different."""
+
+    states: int  # t
+    pooled: int  # p
 
 
 class Prediction(NamedTuple):
@@ -79,7 +86,7 @@ class DenoiserConfig(Protocol):
 
 
 class Denoiser(Protocol):
-    """Predicts the velocity of noisy latents; made as `Class(config, text_width, rngs)`.
+    """Predicts the velocity of noisy latents; made as `Class(config, text_widths, rngs)`.
 
     Its methods but `__call__` read the config alone, never parameters, so that they work on a model of abstract shapes.
     `WithoutExperts` has all of them but `flops` for a denoiser whose images do not meet.
@@ -87,7 +94,7 @@ class Denoiser(Protocol):
 
     Config: ClassVar[type]  # its DenoiserConfig, as which the group `model` of the config file is read
 
-    def __init__(self, config: Any, text_width: int, rngs: nnx.Rngs): ...
+    def __init__(self, config: Any, text_widths: TextWidths, rngs: nnx.Rngs): ...
 
     def __call__(
         self,
@@ -118,7 +125,7 @@ class Denoiser(Protocol):
         """Raises ConfigError if it cannot run on the mesh with so many images a device."""
         ...
 
-    def flops(self, mode: Mode, text_width: int, text_length: int) -> tuple[PartFlops, ...]:
+    def flops(self, mode: Mode, text_widths: TextWidths, text_length: int) -> tuple[PartFlops, ...]:
         """Returns what one forward pass does for one image, part by part; in training with tokens dropped."""
         ...
 
@@ -161,6 +168,11 @@ class WithoutExperts:
 class TextEncoder(Protocol):
     """Captions to states; made as `Class(config, max_length, rngs)`."""
 
+    @property
+    def widths(self) -> TextWidths:
+        """The widths of states and pooled state."""
+        ...
+
     def __call__(self, tokens: Int[Array, "B L"]) -> TextStates:
         """Encodes captions: int32 ids, padded at the end."""
         ...
@@ -177,8 +189,7 @@ class TextEncoder(Protocol):
 class Autoencoder(Protocol):
     """Images to latents and back. Pixels are float32 in [-1, 1]."""
 
-    downsampling: ClassVar[int]  # pixels along a side for each latent pixel
-    has_images: ClassVar[bool]  # False: the data holds latents, and no image can be decoded
+    downsampling: int  # pixels along a side for each latent pixel
 
     def latent_shape(self, image_size: int) -> tuple[int, int, int]:
         """Returns height, width and channels of the latents of square images of `image_size` pixels."""
@@ -187,10 +198,14 @@ class Autoencoder(Protocol):
     def encode(self, content: Float[Array, "B H W k"], keys: Key[Array, " B"]) -> Float[Array, "B h w c"]:
         """Encodes images, float32[B, H, W, 3]; `keys` are for latents that are drawn from a posterior.
 
-        Without images `content` is what the data holds in their place: the latents' means and log variances.
+        Where the data holds prepared latents `content` is their means and log variances, side by side.
         """
         ...
 
     def decode(self, latents: Float[Array, "B h w c"]) -> Float[Array, "B H W 3"]:
         """Decodes latents."""
+        ...
+
+    def flops(self, image_size: int) -> PartFlops:
+        """Returns the work of `encode` on one image of `image_size` pixels."""
         ...

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import field
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from jax.sharding import AbstractMesh, Mesh
@@ -12,10 +13,13 @@ from ecdit.components import DenoiserConfig
 from ecdit.config import RESUME, ConfigError, build, changeable, require, to_dict
 from ecdit.data.config import DataConfig
 from ecdit.data.registry import module_sha256
+from ecdit.data.tokenizer import PiecesFile, part_tokenizer
 from ecdit.diffusion.flow import FlowConfig
+from ecdit.encoders.autoencoder import VaeConfig
 from ecdit.encoders.text_tower import TextConfig
 from ecdit.files import is_remote
 from ecdit.partitioning import MeshConfig, batch_shards
+from ecdit.pretrained.text_encoders import read_encoders
 from ecdit.runtime import RuntimeConfig
 from ecdit.sampling.sampler import SamplingConfig, check_sampling
 from ecdit.system import SystemConfig, denoiser_class, make_system, user_files
@@ -51,7 +55,9 @@ class Experiment:
     denoiser: str  # "ec_dit", the paper's, or FILE.py:Class, a user's own: see `components.Denoiser`
     model: DenoiserConfig  # the denoiser's own config
     text: TextConfig
-    autoencoder: Literal["identity", "latents"]
+    # identity: latents are pixels; latents: the data holds them, and nothing decodes them; vae: a public AutoencoderKL
+    autoencoder: Literal["identity", "latents", "vae"]
+    vae: VaeConfig  # of autoencoder "vae"
     data: DataConfig
     flow: FlowConfig
     optimizer: OptimizerConfig
@@ -64,12 +70,7 @@ class Experiment:
 
     def __post_init__(self):
         require(0 <= self.seed < 2**32, "seed", self.seed, "must be in 0 .. 2**32 - 1")
-        require(
-            self.text.vocab_size >= self.data.vocab_size,
-            "text.vocab_size",
-            self.text.vocab_size,
-            f"must be at least data.vocab_size, {self.data.vocab_size}",
-        )
+        self._check_tokenizers()
         require(
             self.data.image_size == self.system.image_size,
             "data.image_size",
@@ -82,14 +83,19 @@ class Experiment:
             self.data.directory,
             "must be a directory: mount the bucket, by launch.tpu's --data or by gcsfuse",
         )
-        images = self.system.has_images
+        latents, channels = self.system.reads_latents, self.model.latent_channels
         require(
-            self.data.latent_channels == (0 if images else self.model.latent_channels),
+            self.data.latent_channels == (channels if latents else 0),
             "data.latent_channels",
             self.data.latent_channels,
             f"the autoencoder {self.autoencoder} needs "
-            + ("images: 0" if images else f"latents of model.latent_channels, {self.model.latent_channels}"),
+            + (f"latents of model.latent_channels, {channels}" if latents else "images: 0"),
         )
+        named = self.autoencoder != "vae" or not latents or self.data.latents != ""
+        require(
+            named, "data.latents", self.data.latents, "must name the column that ecdit.prepare --what=latents fills"
+        )
+        images = self.system.has_images
         require(
             images or self.train.images_every == 0,
             "train.images_every",
@@ -99,6 +105,23 @@ class Experiment:
         if self.phases:
             self.resolved_phases()
 
+    def _check_tokenizers(self) -> None:
+        """Raises ConfigError unless the data's tokenizers are of the kind that the text encoder takes.
+
+        Whether a folder's tokenizer has the embedding's tokens is checked when it is read: see `check_tokenizers`.
+        """
+        text, data = self.text, self.data
+        if not text.public:
+            allowed = f"must be at least data.vocab_size, {data.vocab_size}"
+            require(text.vocab_size >= data.vocab_size, "text.vocab_size", text.vocab_size, allowed)
+        found, wanted = len(data.tokenizer_folders), len(text.folders)
+        key = "data.second_tokenizer" if found and wanted else "data.tokenizer"
+        value = data.second_tokenizer if found and wanted else data.tokenizer
+        allowed = 'must be a .model file or "": text.weights is "random"'
+        if wanted:
+            allowed = f"must name the folder of a tokenizer for each of {' and '.join(map(str, text.folders))}"
+        require(found == wanted, key, value, allowed)
+
     @classmethod
     def field_types(cls, values: Mapping[str, Any]) -> dict[str, type]:
         """Returns the type of `model`, which depends on the denoiser: see `config.build`."""
@@ -107,7 +130,11 @@ class Experiment:
     @property
     def system(self) -> SystemConfig:
         """What sampling and training need to build the model."""
-        return SystemConfig(self.denoiser, self.model, self.text, self.autoencoder, self.data.caption_length)
+        return SystemConfig(self.denoiser, self.model, self.text, self.autoencoder, self.vae, self.data.caption_length)
+
+    def fingerprints(self) -> dict[str, str]:
+        """Returns the sha256 of the public weights, by the part of the model that has them: see `SystemConfig`."""
+        return self.system.fingerprints()
 
     def user_files(self) -> dict[str, str]:
         """Returns the sha256, by path, of the user's files that the run depends on: of its denoiser and its data."""
@@ -160,6 +187,28 @@ class Experiment:
 def make_experiment(values: Mapping[str, Any]) -> Experiment:
     """A config file's values as an Experiment; see `config.build` for what it refuses."""
     return build(Experiment, values)
+
+
+def check_trainable(experiment: Experiment) -> None:
+    """Raises ConfigError if a run would spend its steps on the states of a text encoder that was never trained."""
+    text = experiment.text
+    trained = text.public or not text.frozen or experiment.checkpoint.init_from
+    require(
+        bool(trained) or text.frozen_random_ok,
+        "text.weights",
+        text.weights,
+        "a frozen text encoder must have been trained: name a folder of public weights (docs/weights.md), or a run in "
+        "checkpoint.init_from; for a trial on random states set text.frozen_random_ok",
+    )
+
+
+def check_tokenizers(experiment: Experiment) -> None:
+    """Raises WeightsError unless every public text encoder has an embedding of its tokenizer's tokens."""
+    encoders = read_encoders(experiment.text)
+    for folder, encoder in zip(experiment.data.tokenizer_folders, encoders, strict=True):
+        tokenizer = part_tokenizer(Path(folder))
+        assert not isinstance(tokenizer, PiecesFile)  # as it is a folder
+        tokenizer.check_fits(encoder.config.vocab_size)
 
 
 def check_mesh(experiment: Experiment, mesh: Mesh | AbstractMesh) -> None:

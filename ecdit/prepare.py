@@ -1,8 +1,9 @@
 """Prepares a config's data: `python -m ecdit.prepare --config=configs/emoji.py`. Does nothing if it is prepared.
 
-    python -m ecdit.prepare --config=... --limit=1000            # a first look: rejections, speed, and ten images
-    python -m ecdit.prepare --config=... --verify                # reads everything again and compares checksums
-    python -m ecdit.prepare --config=... --vocabulary=F.model    # prepares records and tokenizer, and copies the latter
+    python -m ecdit.prepare --config=... --limit=1000      # a first look: what would be left out, and ten images
+    python -m ecdit.prepare --config=... --verify          # reads all of it again and compares checksums
+    python -m ecdit.prepare --config=... --vocabulary=F.model    # the records and the tokenizer, which is copied there
+    python -m ecdit.prepare --config=... --what=latents    # what the config's public autoencoder makes of each image
 
 It can be killed at any time. The same command then continues and ends with the same bytes.
 """
@@ -11,16 +12,19 @@ import os
 import shutil
 from pathlib import Path
 
+import jax
 from absl import flags
 
 from ecdit.command_line import config_values, define_config_flag, run_command
+from ecdit.config import require
 from ecdit.data.first_look import first_look
+from ecdit.data.latents import LatentsColumn
 from ecdit.data.manifest import task_directory
 from ecdit.data.preparation import prepare_records
-from ecdit.data.prepared import prepare
+from ecdit.data.prepared import prepare, prepare_captions, prepare_column
 from ecdit.data.tokens import make_tokenizer
 from ecdit.data.verification import verify
-from ecdit.experiment import make_experiment
+from ecdit.experiment import Experiment, check_tokenizers, make_experiment
 from ecdit.sampling.grids import save_grid
 
 CONFIG = define_config_flag()
@@ -30,6 +34,12 @@ LIMIT = flags.DEFINE_integer(
     "limit", None, "Prepare only this many pairs in memory, and write only an image.", lower_bound=1
 )
 VERIFY = flags.DEFINE_bool("verify", False, "Read all prepared data again and compare its checksums.")
+WHAT = flags.DEFINE_enum(
+    "what",
+    "captions",
+    ["captions", "latents"],
+    "captions: records and tokens; latents: those and the column data.latents.",
+)
 VOCABULARY = flags.DEFINE_string(
     "vocabulary", None, "Prepare only the records and the tokenizer, and copy the tokenizer to this .model file."
 )
@@ -38,7 +48,9 @@ VOCABULARY = flags.DEFINE_string(
 def main(argv: list[str]) -> None:
     """Prepares the data and prints where it is."""
     del argv
-    config = make_experiment(config_values(CONFIG)).data
+    experiment = make_experiment(config_values(CONFIG))
+    check_tokenizers(experiment)
+    config = experiment.data
     if LIMIT.value:
         first_look(config, LIMIT.value, save_grid)
     elif VERIFY.value:
@@ -47,9 +59,30 @@ def main(argv: list[str]) -> None:
         trained = make_tokenizer(config, prepare_records(config, WORKERS.value, print))
         shutil.copyfile(trained, Path(VOCABULARY.value))
         print(f"trained {VOCABULARY.value}")
+    elif WHAT.value == "latents":
+        column = latents_column(experiment)
+        # Several processes cannot share an accelerator; one uses all of its chips.
+        workers = WORKERS.value if jax.default_backend() == "cpu" else 1
+        prepare_column(config, column, workers, print)
+        prepare(config, WORKERS.value)
+    elif experiment.system.reads_latents and experiment.system.public_autoencoder:
+        prepare_captions(config, WORKERS.value, print)
+        print(f"records and tokens are in {task_directory(config)}; --what=latents prepares the latents")
     else:
         prepare(config, WORKERS.value)
         print(f"the data is in {task_directory(config)}")
+
+
+def latents_column(experiment: Experiment) -> LatentsColumn:
+    """Returns what makes the latents that a config's runs read.
+
+    Raises:
+      ConfigError: its runs read none, or not those of a public autoencoder.
+    """
+    name, vae = experiment.autoencoder, experiment.vae
+    require(name == "vae", "autoencoder", name, 'must be "vae" for --what=latents')
+    require(vae.encode == "prepared", "vae.encode", vae.encode, 'must be "prepared" for --what=latents')
+    return LatentsColumn(experiment.data.latents, Path(vae.weights), vae.dtype, experiment.data.image_size)
 
 
 if __name__ == "__main__":

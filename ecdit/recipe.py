@@ -147,6 +147,11 @@ def _set_model(config: ConfigDict) -> None:
 def _set_inputs(config: ConfigDict) -> None:
     """Sets the fields of text encoder, autoencoder, data and flow."""
     config.text = text = ConfigDict()
+    text.weights = "random"  # or a folder of CLIP's or T5's public weights, which sets the sizes: docs/weights.md
+    text.second_weights = ""  # a folder of an encoder beside that one; "" for none
+    text.clip_states = "last"  # last | penultimate: of a folder of CLIP
+    text.clip_projection = False  # of CLIP's pooled state
+    text.frozen_random_ok = False  # True trains on a frozen tower that was drawn at random: for trials alone
     text.vocab_size = 32128  # T5's [P], rows of the embedding
     text.width = 1280  # [S]
     text.layers = 32  # [S]
@@ -157,7 +162,12 @@ def _set_inputs(config: ConfigDict) -> None:
     text.projections = "tokens_last"  # as model.projections
     text.dtype = "bfloat16"  # dtype of activations
 
-    config.autoencoder = "latents"  # the data has stored latents
+    config.autoencoder = "latents"  # identity: pixels | latents: the data holds them, and nothing decodes them | vae
+    config.vae = vae = ConfigDict()  # of autoencoder "vae", a public AutoencoderKL: docs/weights.md
+    vae.weights = ""  # its folder
+    vae.encode = "prepared"  # prepared: once, by ecdit.prepare --what=latents | online: in every step
+    vae.posterior = "sample"  # sample: draw anew each time | mode: the mean
+    vae.dtype = "bfloat16"
 
     config.data = data = ConfigDict()
     data.module = ""  # a Python file that registers tasks of your own (docs/data.md)
@@ -178,9 +188,10 @@ def _set_inputs(config: ConfigDict) -> None:
     filters.max_caption = 0
     filters.columns = {}  # inclusive ranges of pairs' columns, such as {"aesthetic": (5.0, 10.0)}
     data.captions = {"caption": 1.0}  # rates at which a row's caption is drawn from these fields
-    data.tokenizer = ""  # a SentencePiece .model file; "" trains one on the captions
-    data.vocab_size = 32128  # upper limit of the tokenizer's pieces
-    data.caption_length = 128  # tokens, including the end of sequence [?]
+    data.tokenizer = ""  # a SentencePiece .model file, or a public encoder's folder; "" trains one on the captions
+    data.second_tokenizer = ""  # the folder of text.second_weights' tokenizer; "" for none
+    data.vocab_size = 32128  # pieces at most
+    data.caption_length = 128  # tokens with the end of sequence [?]
     data.latent_channels = 8  # [S], as model.latent_channels
     data.latents = ""  # <name> of the column latents-<name> that holds them
     data.caption_dropout = 0.1  # share of captions replaced by the null caption [S]

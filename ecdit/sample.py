@@ -73,10 +73,11 @@ def source_place() -> Path:
     """
     if (WORKDIR.value is None) == (WEIGHTS.value is None):
         raise UserError("give one of --workdir and --weights")
-    if WEIGHTS.value is None:
+    if WORKDIR.value is not None:
         return as_path(WORKDIR.value)
     if STEP.value is not None:
         raise UserError(f"--step={STEP.value}: an exported folder holds one step alone")
+    assert WEIGHTS.value is not None  # as one of them is given
     if is_remote(WEIGHTS.value):
         raise UserError(f"--weights={WEIGHTS.value}: must be a folder of this machine: copy it here first")
     check_exported(Path(WEIGHTS.value))

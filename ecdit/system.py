@@ -14,10 +14,20 @@ from jax.sharding import AbstractMesh, Mesh
 
 from ecdit.components import Autoencoder, Denoiser, DenoiserConfig, Mode, PartFlops, TextEncoder, total_flops
 from ecdit.config import require
-from ecdit.encoders.autoencoder import AUTOENCODERS
-from ecdit.encoders.text_tower import TextConfig, TextTower
+from ecdit.encoders.autoencoder import AUTOENCODERS, StoredLatents, VaeConfig
+from ecdit.encoders.text_tower import TextConfig
 from ecdit.models.dit import DiT
 from ecdit.partitioning import param_shardings
+from ecdit.pretrained.autoencoder_kl import (
+    AUTOENCODER_LAYOUT,
+    AutoencoderConfig,
+    AutoencoderKL,
+    PreparedLatents,
+    read_autoencoder,
+)
+from ecdit.pretrained.config_json import CONFIG
+from ecdit.pretrained.text_encoders import load_text, make_text_encoder
+from ecdit.pretrained.weights import fingerprint, load_folder
 
 Params = dict[str, Any]
 
@@ -31,26 +41,62 @@ class SystemConfig:
     denoiser: str  # "ec_dit", or a user's own as FILE.py:Class: see `denoiser_class`
     model: DenoiserConfig  # the denoiser's own
     text: TextConfig
-    autoencoder: Literal["identity", "latents"]
-    caption_length: int  # L, tokens
+    autoencoder: Literal["identity", "latents", "vae"]
+    vae: VaeConfig  # of autoencoder "vae"
+    caption_length: int  # tokens of a caption, by each text encoder
 
     def __post_init__(self):
-        channels = self.make_autoencoder().latent_shape(self.image_size)[2]
-        require(
-            channels == self.model.latent_channels,
-            "model.latent_channels",
-            self.model.latent_channels,
-            f"the {self.autoencoder} autoencoder has {channels}",
-        )
+        size, public, model = self.image_size, self.public_autoencoder, self.model
+        channels = public.latent_channels if public else self.make_autoencoder().latent_shape(size)[2]
+        allowed = f"the {self.autoencoder} autoencoder has {channels}"
+        require(channels == model.latent_channels, "model.latent_channels", model.latent_channels, allowed)
+        if public and self.reads_latents:
+            prepared, found = StoredLatents.downsampling, size // model.latent_size
+            allowed = f"must be online: {self.vae.weights} shrinks images by {found}, prepared latents by {prepared}"
+            require(found == prepared, "vae.encode", self.vae.encode, allowed)
 
-    def make_autoencoder(self) -> Autoencoder:
-        """Returns the autoencoder."""
-        return AUTOENCODERS[self.autoencoder](self.model.latent_channels)
+    def make_autoencoder(self, rngs: nnx.Rngs | None = None) -> Autoencoder:
+        """Returns the autoencoder; a public one needs `rngs`, and has its weights after `System.load`."""
+        if self.public_autoencoder is None:
+            return AUTOENCODERS[self.autoencoder](self.model.latent_channels)
+        assert rngs is not None
+        kind = PreparedLatents if self.reads_latents else AutoencoderKL
+        return kind(self.public_autoencoder, rngs)
+
+    @functools.cached_property
+    def public_autoencoder(self) -> AutoencoderConfig | None:
+        """The config in the folder of a public autoencoder; None for another.
+
+        Raises:
+          ConfigError: the folder is not there.
+          WeightsError: it cannot be read, or is another architecture's.
+        """
+        if self.autoencoder != "vae":
+            return None
+        path = Path(self.vae.weights) / CONFIG
+        named = bool(self.vae.weights) and path.is_file()
+        require(named, "vae.weights", self.vae.weights, f"there is no {path}: must be a folder of an AutoencoderKL")
+        return read_autoencoder(Path(self.vae.weights), self.vae.posterior, self.vae.dtype)
 
     @property
     def image_size(self) -> int:
         """Side of an image, pixels."""
-        return self.model.latent_size * AUTOENCODERS[self.autoencoder].downsampling
+        public = self.public_autoencoder
+        return self.model.latent_size * (public.downsampling if public else AUTOENCODERS[self.autoencoder].downsampling)
+
+    @property
+    def folders(self) -> dict[str, tuple[Path, ...]]:
+        """The folders of public weights by the part of the model that has them."""
+        text = {"text": self.text.folders} if self.text.public else {}
+        return text | ({"autoencoder": (Path(self.vae.weights),)} if self.autoencoder == "vae" else {})
+
+    def fingerprints(self) -> dict[str, str]:
+        """Returns the sha256 of the public weights, by the part of the model that has them; reads all of them once.
+
+        Raises:
+          WeightsError: a folder cannot be read.
+        """
+        return {name: "-".join(map(fingerprint_once, folders)) for name, folders in self.folders.items()}
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -58,9 +104,19 @@ class SystemConfig:
         return self.model.latent_size, self.model.latent_size, self.model.latent_channels
 
     @property
+    def text_length(self) -> int:
+        """The tokens and states of a caption, L: those of two encoders follow each other."""
+        return self.caption_length * max(len(self.text.folders), 1)
+
+    @property
     def has_images(self) -> bool:
-        """Whether latents can be made of images and images of latents."""
-        return AUTOENCODERS[self.autoencoder].has_images
+        """Whether images can be made of latents."""
+        return self.autoencoder != "latents"
+
+    @property
+    def reads_latents(self) -> bool:
+        """Whether the data holds means and log variances of latents in place of images."""
+        return self.autoencoder == "latents" or (self.autoencoder == "vae" and self.vae.encode == "prepared")
 
 
 def denoiser_class(name: str) -> type[Denoiser]:
@@ -100,6 +156,10 @@ def _users_class(name: str) -> tuple[type[Denoiser], str]:
     return found, digest
 
 
+# A start asks for it several times, and a large encoder takes a minute to read.
+fingerprint_once = functools.cache(fingerprint)
+
+
 class TextToImage(nnx.Module):
     """Text encoder, autoencoder and denoiser."""
 
@@ -108,9 +168,9 @@ class TextToImage(nnx.Module):
     denoiser: Denoiser
 
     def __init__(self, config: SystemConfig, rngs: nnx.Rngs):
-        self.text = TextTower(config.text, config.caption_length, rngs)
-        self.autoencoder = config.make_autoencoder()
-        self.denoiser = denoiser_class(config.denoiser)(config.model, config.text.width, rngs)
+        self.text = make_text_encoder(config.text, config.caption_length, rngs)
+        self.autoencoder = config.make_autoencoder(rngs)
+        self.denoiser = denoiser_class(config.denoiser)(config.model, self.text.widths, rngs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,13 +187,38 @@ class System:
         return nnx.merge(self.graphdef, self.abstract)
 
     def init(self, key: jax.Array) -> Params:
-        """Draws the parameters, float32; call it inside jit with out_shardings, so that they are created sharded."""
+        """Draws the parameters, float32, but for those that `load` reads.
+
+        Call it inside jit with out_shardings, so that they are created sharded.
+        """
         with nnx.use_eager_sharding(False):
-            return nnx.to_pure_dict(nnx.state(TextToImage(self.config, nnx.Rngs(key)), nnx.Param))
+            return self.drawn(nnx.to_pure_dict(nnx.state(TextToImage(self.config, nnx.Rngs(key)), nnx.Param)))
+
+    def load(self, mesh: Mesh) -> Params:
+        """Reads the parameters of parts whose weights are those of a folder, laid out on the mesh.
+
+        Raises:
+          WeightsError: the files are not the network's.
+        """
+        loaded = {}
+        if self.config.text.public:
+            loaded["text"] = load_text(self.config.text, self.abstract["text"], mesh)
+        if self.config.public_autoencoder is not None:
+            folder, abstract = Path(self.config.vae.weights), self.abstract["autoencoder"]
+            loaded["autoencoder"] = load_folder(abstract, AUTOENCODER_LAYOUT, folder, mesh).params
+        return loaded
 
     def shapes(self) -> Params:
-        """Returns shapes and dtypes of what `init` draws; touches no device."""
+        """Returns shapes and dtypes of all parameters; touches no device."""
         return nnx.to_pure_dict(self.abstract)
+
+    def drawn(self, params: Params) -> Params:
+        """Returns the parts of a dict of all parameters that `init` draws."""
+        return {name: part for name, part in params.items() if name not in self.config.folders}
+
+    def loaded(self, params: Params) -> Params:
+        """Returns the parts of a dict of all parameters that `load` reads."""
+        return {name: part for name, part in params.items() if name in self.config.folders}
 
     def split(self, params: Params) -> tuple[Params, Params]:
         """Splits a dict like `init`'s into what is trained and what is frozen; `{**trained, **frozen}` is the whole."""
@@ -153,19 +238,26 @@ class System:
 
     def denoiser_flops(self, mode: Mode) -> tuple[PartFlops, ...]:
         """Returns the denoiser's work on one image, forward."""
-        return self.parts.denoiser.flops(mode, self.config.text.width, self.config.caption_length)
+        return self.parts.denoiser.flops(mode, self.parts.text.widths, self.config.text_length)
 
     def forward_flops(self, mode: Mode) -> tuple[PartFlops, ...]:
-        """Returns the work on one image and its caption, forward: the denoiser's and the text encoder's."""
-        return (*self.denoiser_flops(mode), self.parts.text.flops(self.config.caption_length))
+        """Returns the work on one image and its caption, forward: the denoiser's and the encoders' that a step runs."""
+        return (*self.denoiser_flops(mode), *self._encoder_flops(mode))
+
+    def _encoder_flops(self, mode: Mode) -> tuple[PartFlops, ...]:
+        text = self.parts.text.flops(self.config.caption_length)
+        if mode != "train" or self.config.public_autoencoder is None or self.config.reads_latents:
+            return (text,)
+        return text, self.parts.autoencoder.flops(self.config.image_size)
 
     def training_flops(self) -> float:
-        """Returns an image's share of a step: forward, and twice that backward, but for a text encoder that is frozen.
+        """Returns an image's share of a step: forward, and twice that backward, but for encoders that are frozen.
 
         What remat computes again is not the model's and does not count, so a rate of these is a model FLOP/s
         (arXiv 2204.02311, appendix B).
         """
-        untrained = self.parts.text.flops(self.config.caption_length).flops if self.config.text.frozen else 0.0
+        text, *others = self._encoder_flops("train")
+        untrained = total_flops([text, *others] if self.config.text.frozen else others)
         return 3 * total_flops(self.forward_flops("train")) - 2 * untrained
 
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import jax
 
+from ecdit.checkpoints.restore import state_parts
 from ecdit.config import ConfigError
-from ecdit.experiment import Experiment, check_mesh
+from ecdit.experiment import Experiment, check_mesh, check_trainable
 from ecdit.partitioning import MeshConfig, abstract_mesh, batch_shards
 from ecdit.planning.cache import largest, plan_phases
 from ecdit.planning.compiler import DoesNotFit, find_target, use_compiler
@@ -52,6 +53,7 @@ def make_job(
     check_mesh(experiment, mesh)
     for phase in experiment.resolved_phases():
         check_placeholder(phase.experiment.data, [phase.experiment.data.task], where.hosts * slices)
+    check_trainable(experiment)
     system, optimizer = make_system(experiment.system), make_optimizer(experiment.optimizer)
     state = abstract_state(
         system, optimizer, state_shardings(system, optimizer, mesh)
@@ -72,12 +74,12 @@ def make_job(
         files=(
             origin["config"].partition(":")[0],
             *experiment.user_files(),
-            *filter(None, [experiment.data.tokenizer]),
+            *((experiment.data.tokenizer,) if experiment.data.tokenizer.endswith(".model") else ()),
         ),
         mesh=dict(mesh.shape),
         batch=f"{train.batch_size} images: {images} to each of {batch_shards(mesh)} parts, "
         f"{together} at a time compete for experts",
-        checkpoint_bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)),
+        checkpoint_bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state_parts(state))),
         checked=describe_checked(experiment),
         inputs=inputs_line(experiment),
         better=known_better(origin, experiment, where, slices),

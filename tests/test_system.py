@@ -5,17 +5,24 @@ import pytest
 from flax import nnx
 
 from ecdit.config import ConfigError
+from ecdit.encoders.autoencoder import VaeConfig
 from ecdit.encoders.text_tower import TextConfig
 from ecdit.partitioning import MeshConfig, make_mesh
 from ecdit.system import SystemConfig, TextToImage, make_system
 from tests.models.helpers import config, jit
 
 LENGTH = 6
-TEXT = TextConfig(20, 12, 1, 2, activation="gelu", frozen=False, remat="none", projections="plain", dtype="float32")
+TEXT = TextConfig(
+    weights="random", second_weights="", clip_states="last", clip_projection=False, frozen_random_ok=False,
+    vocab_size=20, width=12, layers=1, heads=2, activation="gelu", frozen=False, remat="none", projections="plain",
+    dtype="float32",
+)  # fmt: skip
+
+VAE = VaeConfig(weights="", encode="prepared", posterior="sample", dtype="float32")
 
 
 def system_config(**changes):
-    return SystemConfig("ec_dit", config(**changes), TEXT, autoencoder="identity", caption_length=LENGTH)
+    return SystemConfig("ec_dit", config(**changes), TEXT, "identity", VAE, caption_length=LENGTH)
 
 
 SYSTEM = make_system(system_config())

@@ -121,7 +121,7 @@ def _model_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     groups = {key: config.get(key) for key in ("denoiser", "model", "text", "autoencoder")}
     denoiser = str(config.get("denoiser")).rpartition(":")[0]
     files = {path: digest for path, digest in (config.get("files") or {}).items() if path == denoiser}
-    return flatten(groups | {"files": files})
+    return flatten(groups | {"files": files, "weights": config.get("weights") or {}})
 
 
 def _commit(code: Mapping[str, str]) -> str:

@@ -108,12 +108,15 @@ def read_meta(manager: ocp.CheckpointManager, step: int) -> Meta:
 
 
 def restore_unverified(manager: ocp.CheckpointManager, step: int, meta: Meta, abstract: TrainState) -> TrainState:
-    """Reads a checkpoint's state, with the shapes, dtypes and shardings of `abstract`. Raises as `restore`."""
+    """Reads a checkpoint's state but for `loaded`, with the shapes, dtypes and shardings of `abstract`.
+
+    Raises as `restore`.
+    """
     return TrainState(**restore_arrays(step_directory(manager, step), meta.arrays, state_parts(abstract)))
 
 
 def restore(manager: ocp.CheckpointManager, step: int, abstract: TrainState) -> TrainState:
-    """Reads a checkpoint's state, with the shapes, dtypes and shardings of `abstract`, and compares its checksums.
+    """Reads a checkpoint's state but for `loaded`, as `abstract` describes it, and compares its checksums.
 
     Raises:
       DamagedError: an array cannot be read, or is not what was saved.
@@ -128,7 +131,8 @@ def restore(manager: ocp.CheckpointManager, step: int, abstract: TrainState) -> 
 def restore_ema(workdir: Path, system: System, mesh: Mesh, step: int | None = None) -> tuple[Params, int]:
     """Reads the EMA weights and the frozen ones of a run's checkpoint; returns them, sharded over `mesh`, and its step.
 
-    It reads and verifies nothing else. `step` is by default the newest.
+    Those of folders of public weights are not among them: see `System.load`. It reads and verifies nothing else.
+    `step` is by default the newest.
 
     Raises:
       CheckpointError: no such checkpoint, a damaged one, or one of another model.
@@ -137,8 +141,7 @@ def restore_ema(workdir: Path, system: System, mesh: Mesh, step: int | None = No
         step = find_step(manager, workdir, step)
         directory = step_directory(manager, step)
     records = read_records(directory)
-    abstract = system.shapes()
-    shardings = system.shardings(mesh)
+    abstract, shardings = (system.drawn(tree) for tree in (system.shapes(), system.shardings(mesh)))
     params = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
     # That run may have frozen other parameters than this one does.
     frozen = {name.split("/")[1] for name in records if name.startswith("frozen/")}
@@ -150,8 +153,8 @@ def restore_ema(workdir: Path, system: System, mesh: Mesh, step: int | None = No
 
 
 def state_parts(state: TrainState) -> dict[str, Any]:
-    """Returns the parts of a state by name, as they are saved."""
-    return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    """Returns the parts of a state by name, as they are saved: all but what is read from folders of public weights."""
+    return {field.name: getattr(state, field.name) for field in dataclasses.fields(state) if field.name != "loaded"}
 
 
 def state_arrays(state: TrainState) -> dict[str, jax.Array]:

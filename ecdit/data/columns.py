@@ -61,6 +61,7 @@ def read_column(task: Path, manifest: Manifest, name: str, made_by: str) -> Colu
         or other weights.
     """
     directory = column_directory(task, name)
+    command = f"python -m ecdit.prepare --config=...{_what(name)}"
     if not (directory / COLUMN).exists():
         begun = _working(directory)
         if begun.exists():
@@ -69,9 +70,9 @@ def read_column(task: Path, manifest: Manifest, name: str, made_by: str) -> Colu
             raise DataError(
                 f"the column {name} of {task} is incomplete: {', '.join(left[:10])}"
                 f"{f' and {len(left) - 10} more' if len(left) > 10 else ''} of {len(shards)} shards are missing; "
-                "run python -m ecdit.prepare --config=... again"
+                f"run {command} again"
             )
-        raise DataError(f"{task} has no column {name}: run python -m ecdit.prepare --config=... first")
+        raise DataError(f"{task} has no column {name}: run {command} first")
     column = read_json(directory / COLUMN, Column)
     for origin, made, wanted in (
         ("records", column.records, manifest.fingerprint),
@@ -80,7 +81,7 @@ def read_column(task: Path, manifest: Manifest, name: str, made_by: str) -> Colu
         if made != wanted:
             raise DataError(
                 f"{directory} was made from other {origin}: their fingerprint is {made[:12]}, not {wanted[:12]}; "
-                "delete it and run python -m ecdit.prepare --config=... again"
+                f"delete it and run {command} again"
             )
     return column
 
@@ -107,8 +108,9 @@ def make_column(task: Path, manifest: Manifest, maker: ColumnMaker, workers: int
         if not (working / COLUMN).exists():  # else an earlier call was killed just before the rename
             left = [shard for shard in shards if read_summary(working / shard.name) is None]
             written = _written(task, working, left, maker, workers)
-            for _ in tqdm(written, maker.name, len(left), unit="shard", disable=None):
-                pass
+            with tqdm(None, maker.name, sum(shard.records for shard in left), unit="record", disable=None) as bar:
+                for records in written:
+                    bar.update(records)
             replace_text(working / COLUMN, to_json(_described(manifest, maker, working)))
         for shard in shards:  # training does not read summaries
             summary_path(working / shard.name).unlink(missing_ok=True)
@@ -117,21 +119,30 @@ def make_column(task: Path, manifest: Manifest, maker: ColumnMaker, workers: int
     return read_column(task, manifest, maker.name, maker.made_by)
 
 
+def _what(name: str) -> str:
+    """Returns the flag of the command that makes a column."""
+    kind = name.partition("-")[0]
+    return "" if kind == "tokens" else f" --what={kind}"
+
+
 def _working(directory: Path) -> Path:
     return directory.with_name(f".{directory.name}.preparing")
 
 
-def _written(task: Path, working: Path, shards: list[Shard], maker: ColumnMaker, workers: int) -> Iterator[None]:
+def _written(task: Path, working: Path, shards: list[Shard], maker: ColumnMaker, workers: int) -> Iterator[int]:
+    """Writes shards, and yields the records of each that is written."""
     if min(workers, len(shards)) <= 1:
         for shard in shards:
-            yield _write_one(task, working, shard, maker)
+            _write_one(task, working, shard, maker)
+            yield shard.records
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(workers, len(shards)), context, ends_with_its_parent, (os.getpid(),)) as pool:
         futures = [pool.submit(_write_one, task, working, shard, maker) for shard in shards]
         try:
-            for future in futures:
-                yield future.result()
+            for shard, future in zip(shards, futures, strict=True):
+                future.result()
+                yield shard.records
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

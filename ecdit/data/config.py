@@ -39,8 +39,11 @@ class DataConfig:
     # Rates at which a row's caption is drawn from the named fields; the draw leaves out fields that a record lacks. The
     # field `captions` stands for `captions.0`, `captions.1` and so on, which are drawn equally often.
     captions: Mapping[str, Any] = field(metadata=PHASE)
-    tokenizer: str  # a SentencePiece .model file; "" trains one of vocab_size pieces on the captions
-    vocab_size: int  # upper limit of the tokenizer's pieces
+    # A SentencePiece .model file; or the folder of a public text encoder's tokenizer, CLIP's or T5's; "" for one of
+    # vocab_size pieces that is trained on the captions.
+    tokenizer: str
+    second_tokenizer: str  # the folder of that of a second text encoder; "" for none
+    vocab_size: int  # pieces at most; a folder's tokenizer has those of its encoder
     caption_length: int  # tokens, EOS and padding included
     latent_channels: int  # channels of stored latents (one position per 8 x 8 px); 0 reads images instead
     placeholder_ok: bool = field(metadata=RESUME)  # whether several hosts may train on random_latents
@@ -61,6 +64,9 @@ class DataConfig:
         numbers = all(isinstance(rate, int | float) and not isinstance(rate, bool) and rate >= 0 for rate in rates)
         required = "must map names of caption fields to rates of 0 or more, one of them above 0"
         require(bool(rates) and numbers and sum(rates) > 0, "captions", dict(self.captions), required)
+        beside = bool(self.tokenizer_folders) or not self.second_tokenizer
+        allowed = 'must be "" unless data.tokenizer is a folder too'
+        require(beside, "second_tokenizer", self.second_tokenizer, allowed)
         require(self.caption_length >= 1, "caption_length", self.caption_length, "must have room for the EOS token")
         # 256 byte pieces, the three control pieces and the word mark.
         require(self.vocab_size >= 260, "vocab_size", self.vocab_size, "must be at least 260: bytes take 256")
@@ -75,6 +81,13 @@ class DataConfig:
                 require(getattr(self, key) == 0, key, getattr(self, key), "must be 0: latents cannot be augmented")
             step = StoredLatents.downsampling
             require(self.image_size % step == 0, "image_size", self.image_size, f"must be a multiple of {step} px")
+
+    @property
+    def tokenizer_folders(self) -> tuple[str, ...]:
+        """The folders of public tokenizers, in the order of their text encoders; none for a SentencePiece file."""
+        if not self.tokenizer or self.tokenizer.endswith(".model"):
+            return ()
+        return tuple(filter(None, (self.tokenizer, self.second_tokenizer)))
 
 
 def field_group(field: str) -> str:

@@ -20,7 +20,7 @@ from ecdit.data.config import DataConfig, rate_of
 from ecdit.data.generated import Split
 from ecdit.data.mixing import Mixing, mixing
 from ecdit.data.prepared import GeneratedRows, Prepared, Row, StoredRows, open_prepared
-from ecdit.data.text import EOS, fit
+from ecdit.data.tokenizer import Tokenizer, load_tokenizer
 
 Example = dict[str, np.ndarray]
 ReadRow = Callable[[int], Row]
@@ -41,8 +41,9 @@ def make_loader(
       rows: positions in the global batch that this process holds, in the order in which it reads them.
 
     Yields:
-      image uint8[b, H, W, 3] or latents float16[b, h, w, 2c] (mean and log variance), tokens int32[b, caption_length],
-      size_crop float32[b, 4] in px: the original's height and width, then top and left of the crop.
+      image uint8[b, H, W, 3] or latents float16[b, h, w, 2c] (mean and log variance), tokens int32[b, L], where L is
+      the caption length of one tokenizer or of both, size_crop float32[b, 4] in px: the original's height and width,
+      then top and left of the crop.
 
     Raises:
       DataError: the data is not prepared, prepared with other settings or incomplete, or start_row is inside a batch.
@@ -54,7 +55,8 @@ def make_loader(
     if start_row < 0 or start_row % batch_size:
         raise DataError(f"cannot start at row {start_row}: it is no multiple of the batch size {batch_size}")
     require(0 <= seed < 2**32, "seed", seed, "must be between 0 and 2**32 - 1")
-    read_row = augmented(config, seed, row_reader(open_prepared(config), seed))
+    prepared = open_prepared(config)
+    read_row = augmented(config, seed, row_reader(prepared, seed), load_tokenizer(prepared.tokenizer))
 
     def read(index: int) -> Example:
         batch, position = divmod(index, len(positions))
@@ -110,16 +112,16 @@ def _seeded(rows: GeneratedRows, seed: int) -> ReadRow:
     return lambda index: rows.row(seed, index)
 
 
-def augmented(config: DataConfig, seed: int, read_row: ReadRow) -> Callable[[int], Example]:
-    """Returns the function from a global row to its example: a batch of `make_loader` without the batch axis."""
+def augmented(config: DataConfig, seed: int, read_row: ReadRow, tokenizer: Tokenizer) -> Callable[[int], Example]:
+    """Returns the function from a global row to its example, a batch of `make_loader` without b."""
 
     def read(row: int) -> Example:
         found = read_row(row)
         if _random(seed, row, "caption").random() < config.caption_dropout:
-            tokens = fit([EOS], config.caption_length)
+            tokens = tokenizer.fit(tokenizer.empty, config.caption_length)
         else:
             field = draw_field(config.captions, list(found.tokens), _random(seed, row, "field").random())
-            tokens = fit(found.tokens[field], config.caption_length)
+            tokens = tokenizer.fit(found.tokens[field], config.caption_length)
         content, crop = found.content, found.crop
         if config.latent_channels:
             example = {"latents": content}

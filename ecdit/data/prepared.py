@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -10,10 +11,11 @@ import numpy as np
 from jaxtyping import Int
 
 from ecdit.data import DataError, images
-from ecdit.data.columns import make_column, read_column
+from ecdit.data.columns import ColumnMaker, column_directory, make_column, read_column
 from ecdit.data.config import DataConfig, rate_of
 from ecdit.data.generated import GENERATED, Split
 from ecdit.data.manifest import (
+    COLUMN,
     Column,
     Component,
     Composition,
@@ -25,8 +27,8 @@ from ecdit.data.manifest import (
 from ecdit.data.mixing import mixing
 from ecdit.data.preparation import prepare_records, read_composition, summary
 from ecdit.data.record import Record, decode_record, unpack
-from ecdit.data.shards import ShardReader, check_shards, combined, file_sha256
-from ecdit.data.text import EOS, load_vocabulary, tokenize
+from ecdit.data.shards import ShardReader, check_shards, combined
+from ecdit.data.tokenizer import load_tokenizer, tokenizer_sha256
 from ecdit.data.tokens import TokensColumn, check_size, make_tokenizer, tokenizer_path, truncated_captions
 from ecdit.encoders.autoencoder import StoredLatents
 
@@ -67,6 +69,14 @@ def prepare(config: DataConfig, workers: int = 1, say: Callable[[str], None] = p
       DataError: there is no usable image, a package is missing, or the directory has other data or other settings.
     """
     done = tokenizer_path(config).exists()
+    prepare_captions(config, workers, say)
+    prepared = open_prepared(config)
+    say(f"{task_directory(config)} {'is' if done else 'is now'} prepared: {describe(prepared)}")
+    return prepared
+
+
+def prepare_captions(config: DataConfig, workers: int, say: Callable[[str], None]) -> Composition:
+    """Prepares what is not prepared of records, tokenizer and tokens, and returns the parts. Raises as `prepare`."""
     composition = prepare_records(config, workers, say)
     for component in composition.components:
         if not component.generated:
@@ -77,9 +87,25 @@ def prepare(config: DataConfig, workers: int = 1, say: Callable[[str], None] = p
         if not component.generated:
             manifest = read_records_manifest(config, component.task)
             make_column(task_directory(config, component.task), manifest, TokensColumn(tokenizer), workers, say)
-    prepared = open_prepared(config)
-    say(f"{task_directory(config)} {'is' if done else 'is now'} prepared: {describe(prepared)}")
-    return prepared
+    return composition
+
+
+def prepare_column(config: DataConfig, maker: ColumnMaker, workers: int, say: Callable[[str], None]) -> None:
+    """Computes a column of every stored part, after records and tokens; says how fast.
+
+    Raises:
+      DataError: as `prepare`; or there is one of that name that something else has made.
+    """
+    for component in prepare_captions(config, workers, say).components:
+        if component.generated:
+            raise DataError(f"{component.task} is made when it is read: it has no records to compute {maker.name} of")
+        directory, manifest = task_directory(config, component.task), read_records_manifest(config, component.task)
+        records, start = manifest.num_records + manifest.num_held_out, time.monotonic()
+        was_there = (column_directory(directory, maker.name) / COLUMN).exists()
+        make_column(directory, manifest, maker, workers, say)
+        seconds = time.monotonic() - start
+        rate = "is there" if was_there else f"{records} images in {seconds:.1f} s, {records / seconds:.1f} images/s"
+        say(f"{directory}, column {maker.name}: {rate}")
 
 
 def open_prepared(config: DataConfig) -> Prepared:
@@ -149,8 +175,8 @@ def describe(prepared: Prepared) -> str:
     for component, part in zip(prepared.composition.components, prepared.stored, strict=True):
         cut = truncated_captions(part.tokens.histograms, config.caption_length) if part else 0
         what = f"{summary(part.manifest)}, {cut} captions longer than {config.caption_length} tokens" if part else ""
-        told.append(f"{component.task}: {what or 'generated when it is read'}" if len(prepared.stored) > 1 else what)
-    pieces = load_vocabulary(prepared.tokenizer).vocab_size()
+        told.append(f"{component.task}: {what or 'made when it is read'}" if len(prepared.stored) > 1 else what)
+    pieces = " and ".join(str(part.size) for part in load_tokenizer(prepared.tokenizer).parts)
     return "; ".join([*filter(None, told), f"{pieces} pieces in {prepared.tokenizer.name}"])
 
 
@@ -158,8 +184,8 @@ def describe(prepared: Prepared) -> str:
 class Row:
     """A row before augmentation."""
 
-    content: np.ndarray  # uint8[H, W, 3], or float16[h, w, 2c], the mean and log variance of latents
-    tokens: dict[str, Int[np.ndarray, " l"]]  # by caption field, EOS at the end
+    content: np.ndarray  # uint8[H, W, 3], or float16[h, w, 2c], the moments of its latents
+    tokens: dict[str, Int[np.ndarray, " l"]]  # of every caption field, the end token last
     original_size: Int[np.ndarray, "2"]
     crop: Int[np.ndarray, "2"]
 
@@ -203,12 +229,12 @@ class GeneratedRows:
     def __init__(self, task: str, config: DataConfig, split: Split, tokenizer: Path):
         self._source, self._config = GENERATED[task], config
         self._split: Split = split
-        self._encode = load_vocabulary(tokenizer).encode
+        self._encode = load_tokenizer(tokenizer).encode
 
     def row(self, seed: int, index: int) -> Row:
         """Returns the row of a seed and an index."""
         made = self._source.example(self._config, self._split, seed, index)
-        tokens = {field: np.array([*self._encode(text), EOS], np.int32) for field, text in made.captions.items()}
+        tokens = {field: self._encode(text) for field, text in made.captions.items()}
         return Row(made.content, tokens, made.original_size, made.crop)
 
 
@@ -253,14 +279,24 @@ def caption_of(config: DataConfig, captions: Mapping[str, str]) -> str:
     raise DataError(f"data.captions has rates for {', '.join(config.captions)}; a record has {', '.join(captions)}")
 
 
+def check_latents(prepared: Prepared, made_by: str) -> None:
+    """Raises DataError unless these weights have made the prepared latents."""
+    for part in filter(None, prepared.stored):
+        if part.latents is not None:
+            read_column(part.directory, part.manifest, part.latents.name, made_by)
+
+
 def check_tokenizers(all_prepared: Sequence[Prepared]) -> None:
     """Raises DataError unless the data sets that one run reads in turn share their tokenizer."""
     first = all_prepared[0].tokenizer
     for prepared in all_prepared[1:]:
-        if file_sha256(prepared.tokenizer) != file_sha256(first):
+        if tokenizer_sha256(prepared.tokenizer) != tokenizer_sha256(first):
             raise DataError(f"{prepared.tokenizer} is another tokenizer than {first}: a run cannot use both")
 
 
 def tokenize_captions(config: DataConfig, captions: Sequence[str]) -> Int[np.ndarray, "n L"]:
-    """Returns the captions' tokens by the prepared tokenizer, int32, padded to the caption length."""
-    return tokenize(tokenizer_path(config), captions, config.caption_length)
+    """Returns the tokens of captions by the tokenizer of prepared data, int32, padded to the caption length.
+
+    Of two tokenizers the row of the second follows that of the first.
+    """
+    return load_tokenizer(tokenizer_path(config)).tokenize(captions, config.caption_length)

@@ -30,7 +30,11 @@ class Shard:
 
 
 class ShardWriter:
-    """Writes a new shard. The caller renames the directory when all of it is complete."""
+    """Writes a new shard. Its caller makes the directory visible when all of it is complete.
+
+    Raises:
+      DataError: on writing and closing, the file cannot be written; a full disk may show only on closing.
+    """
 
     def __init__(self, path: Path):
         from array_record.python.array_record_module import ArrayRecordWriter
@@ -41,16 +45,25 @@ class ShardWriter:
 
     def write(self, record: bytes) -> None:
         """Adds a record."""
-        self._writer.write(record)
+        with self._writable():
+            self._writer.write(record)
         self._content.update(len(record).to_bytes(8, "little"))
         self._content.update(record)
         self.count += 1
 
     def close(self) -> Shard:
-        """Completes the file and returns its entry for a manifest."""
-        self._writer.close()
+        """Completes the file, and returns what a manifest says of it."""
+        with self._writable():
+            self._writer.close()
         size = self._path.stat().st_size
         return Shard(self._path.name, self.count, size, file_sha256(self._path), self._content.hexdigest())
+
+    @contextlib.contextmanager
+    def _writable(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:  # ArrayRecord's, of whatever the disk refuses
+            raise DataError(f"writing {self._path} failed: {error}") from None
 
     def discard(self) -> None:
         """Removes the file."""

@@ -61,14 +61,7 @@ def tokenize(tokenizer: Path, captions: Sequence[str], caption_length: int) -> I
     Raises:
       DataError: the tokenizer does not exist.
     """
-    return encode_rows(load_vocabulary(tokenizer), captions, caption_length)
-
-
-def encode_rows(
-    vocabulary: "sentencepiece.SentencePieceProcessor", captions: Sequence[str], caption_length: int
-) -> Int[np.ndarray, "n L"]:
-    """Returns tokens of `captions` by a vocabulary, as `tokenize` does."""
-    encode = vocabulary.encode
+    encode = load_vocabulary(tokenizer).encode
     rows = [fit([*encode(caption), EOS], caption_length) for caption in captions]
     return np.array(rows, np.int32).reshape(len(captions), caption_length)
 
@@ -102,9 +95,9 @@ def read_vocabulary(data: bytes, path: Path | str) -> "sentencepiece.SentencePie
     return vocabulary
 
 
-def fit(tokens: Sequence[int] | np.ndarray, caption_length: int) -> np.ndarray:
-    """Returns `tokens`, which end in EOS, as int32[caption_length]: padded with zeros, or cut before the EOS."""
-    row = np.full(caption_length, PAD, np.int32)
-    kept = tokens if len(tokens) <= caption_length else [*tokens[: caption_length - 1], EOS]
+def fit(tokens: Sequence[int] | np.ndarray, caption_length: int, end: int = EOS, pad: int = PAD) -> np.ndarray:
+    """Tokens that finish with `end` as int32[caption_length]: filled with `pad`, or cut with the end kept."""
+    row = np.full(caption_length, pad, np.int32)
+    kept = tokens if len(tokens) <= caption_length else [*tokens[: caption_length - 1], end]
     row[: len(kept)] = kept
     return row

@@ -2,14 +2,10 @@
 
 import dataclasses
 import hashlib
-import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
-
-import numpy as np
-from jaxtyping import Int
 
 from ecdit.data import DataError
 from ecdit.data.config import DataConfig, rate_of
@@ -18,19 +14,30 @@ from ecdit.data.manifest import Composition, read_records_manifest, task_directo
 from ecdit.data.mixing import mixing
 from ecdit.data.record import Record, decode_record, pack
 from ecdit.data.shards import ShardReader, file_sha256
-from ecdit.data.text import EOS, encode_rows, load_vocabulary, read_vocabulary, train_vocabulary
+from ecdit.data.text import load_vocabulary, train_vocabulary
+from ecdit.data.tokenizer import (
+    SPIECE,
+    copy_folders,
+    files_of,
+    folders_sha256,
+    hash_digests,
+    load_tokenizer,
+    tokenizer_sha256,
+)
 
 _CAPTIONS = 1_000_000  # more hardly improve a vocabulary and would have to fit in memory
 _GENERATED_CAPTIONS = 4096
-SPIECE = "spiece.model"  # the name of a SentencePiece vocabulary in the folder of a tokenizer, as T5 has it
 
 
 def tokenizer_name(config: DataConfig) -> str:
-    """Returns the tokenizer's name; for `data.tokenizer`, the file's stem and the beginning of its sha256.
+    """Returns the name of the tokenizer: of a file or a folder its name and the beginning of its sha256.
 
     Raises:
-      DataError: the file does not exist.
+      DataError: there is no such file or folder.
     """
+    if config.tokenizer_folders:
+        names = "+".join(Path(folder).resolve().name for folder in config.tokenizer_folders)
+        return f"{names}-{folders_sha256(config.tokenizer_folders)[:8]}"
     if not config.tokenizer:
         return f"{config.task}-{config.vocab_size}"
     path = Path(config.tokenizer)
@@ -40,8 +47,9 @@ def tokenizer_name(config: DataConfig) -> str:
 
 
 def tokenizer_path(config: DataConfig) -> Path:
-    """Returns the path of the tokenizer in prepared data."""
-    return task_directory(config) / "tokenizers" / f"{tokenizer_name(config)}.model"
+    """Returns where prepared data keeps its tokenizer: a .model file, or the folder of a public one."""
+    suffix = "" if config.tokenizer_folders else ".model"
+    return task_directory(config) / "tokenizers" / f"{tokenizer_name(config)}{suffix}"
 
 
 def tokenizer_files(config: DataConfig) -> dict[str, bytes]:
@@ -50,26 +58,15 @@ def tokenizer_files(config: DataConfig) -> dict[str, bytes]:
     Raises:
       OSError: one cannot be read.
     """
-    return {SPIECE: tokenizer_path(config).read_bytes()}
+    path = tokenizer_path(config)
+    if not config.tokenizer_folders:
+        return {SPIECE: path.read_bytes()}
+    return {name: file.read_bytes() for name, file in files_of(path).items()}
 
 
 def hash_files(files: Mapping[str, bytes]) -> str:
     """Returns the sha256 of a tokenizer's files: of one alone that of its contents, of several with their names."""
-    digests = {name: hashlib.sha256(data).hexdigest() for name, data in sorted(files.items())}
-    if len(digests) == 1:
-        return next(iter(digests.values()))
-    return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
-
-
-def tokenize_by(files: Mapping[str, bytes], captions: Sequence[str], caption_length: int) -> Int[np.ndarray, "n L"]:
-    """Returns the tokens of captions by a tokenizer's files, as `text.tokenize` does.
-
-    Raises:
-      DataError: the files are of no tokenizer that this version knows.
-    """
-    if SPIECE not in files:
-        raise DataError(f"a tokenizer of the files {', '.join(files) or 'none'} is not known: there must be {SPIECE}")
-    return encode_rows(read_vocabulary(files[SPIECE], SPIECE), captions, caption_length)
+    return hash_digests({name: hashlib.sha256(data).hexdigest() for name, data in files.items()})
 
 
 def make_tokenizer(config: DataConfig, composition: Composition) -> Path:
@@ -83,6 +80,9 @@ def make_tokenizer(config: DataConfig, composition: Composition) -> Path:
         check_size(config, path)
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
+    if config.tokenizer_folders:
+        copy_folders(config.tokenizer_folders, path)
+        return path
     scratch = path.with_name(f".{path.name}")
     if config.tokenizer:
         check_size(config, Path(config.tokenizer))
@@ -96,7 +96,12 @@ def make_tokenizer(config: DataConfig, composition: Composition) -> Path:
 
 
 def check_size(config: DataConfig, tokenizer: Path) -> None:
-    """Raises DataError if a tokenizer has more pieces than `data.vocab_size`, the number of token embeddings."""
+    """Raises DataError if a file's tokenizer has more pieces than `data.vocab_size`, by which embeddings are sized.
+
+    A folder's must fit its text encoder: see `experiment.check_tokenizers`.
+    """
+    if config.tokenizer_folders:
+        return
     pieces = load_vocabulary(tokenizer).vocab_size()
     if pieces > config.vocab_size:
         raise DataError(f"data.vocab_size = {config.vocab_size}: must be at least {pieces}, the pieces of {tokenizer}")
@@ -131,25 +136,28 @@ def _captions(config: DataConfig, composition: Composition) -> Iterator[str]:
 
 @dataclasses.dataclass(frozen=True)
 class TokensColumn:
-    """The column tokens-<tokenizer>: int32 tokens of every caption field, with EOS at the end and without padding."""
+    """The column tokens-<tokenizer>: for every caption field int32 tokens of the true length, the end token last.
+
+    Of two tokenizers the tokens of the second follow those of the first.
+    """
 
     tokenizer: Path
 
     @property
     def name(self) -> str:
-        """Returns the column's name."""
-        return f"tokens-{self.tokenizer.stem}"
+        """The column's name."""
+        return f"tokens-{self.tokenizer.name.removesuffix('.model')}"
 
     @property
     def made_by(self) -> str:
-        """Returns the tokenizer's sha256."""
-        return file_sha256(self.tokenizer)
+        """The tokenizer's sha256."""
+        return tokenizer_sha256(self.tokenizer)
 
     def values(self, records: Iterable[Record]) -> Iterator[tuple[bytes, Mapping[str, int]]]:
         """Yields each record's tokens, and their lengths by field."""
-        encode = load_vocabulary(self.tokenizer).encode
+        encode = load_tokenizer(self.tokenizer).encode
         for record in records:
-            tokens = {field: np.array([*encode(text), EOS], np.int32) for field, text in record.captions.items()}
+            tokens = {field: encode(text) for field, text in record.captions.items()}
             yield pack(tokens), {field: len(row) for field, row in tokens.items()}
 
 

@@ -1,16 +1,34 @@
 """Autoencoders, and pixels as numbers: float32 in [-1, 1] of uint8 in 0..255. See `components.Autoencoder`."""
 
+import dataclasses
+from dataclasses import field
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key, UInt8
+
+from ecdit.components import PartFlops
+from ecdit.config import RESUME
+
+
+@dataclasses.dataclass(frozen=True)
+class VaeConfig:
+    """The autoencoder of `autoencoder = "vae"`; others ignore it."""
+
+    weights: str = field(metadata=RESUME)  # a folder of AutoencoderKL; it may move: its contents are compared
+    # prepared: the column data.latents has what the encoder gives, by `ecdit.prepare --what=latents`; online: every
+    # step encodes its images.
+    encode: Literal["prepared", "online"]
+    posterior: Literal["sample", "mode"]  # what training takes of the encoder's normal distribution: a draw or the mean
+    dtype: Literal["float32", "bfloat16"]  # of parameters and activations
 
 
 class IdentityAutoencoder(nnx.Module):
     """Latents are pixels: for images small enough to need no autoencoder."""
 
     downsampling = 1
-    has_images = True
 
     def __init__(self, latent_channels: int):
         del latent_channels  # always 3
@@ -28,12 +46,15 @@ class IdentityAutoencoder(nnx.Module):
         """Returns the latents themselves."""
         return latents
 
+    def flops(self, image_size: int) -> PartFlops:
+        """Returns no work."""
+        return PartFlops("vae", float(image_size**2), 0.0)
+
 
 class StoredLatents(nnx.Module):
     """The data holds latents that some autoencoder has made: training never sees an image, and none can be decoded."""
 
     downsampling = 8  # of the autoencoders that text-to-image models use
-    has_images = False
 
     def __init__(self, latent_channels: int):
         self.latent_channels = latent_channels
@@ -52,6 +73,10 @@ class StoredLatents(nnx.Module):
     def decode(self, latents: Float[Array, "B h w c"]) -> Float[Array, "B H W 3"]:
         """Raises NotImplementedError: the autoencoder is not here."""
         raise NotImplementedError("the data holds latents: there is no autoencoder to decode with")
+
+    def flops(self, image_size: int) -> PartFlops:
+        """Returns no work: another process has encoded."""
+        return PartFlops("vae", float((image_size // self.downsampling) ** 2), 0.0)
 
 
 AUTOENCODERS = {"identity": IdentityAutoencoder, "latents": StoredLatents}

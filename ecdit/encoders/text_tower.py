@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import field
+from pathlib import Path
 from typing import Literal
 
 import jax
@@ -10,18 +11,25 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float, Int
 
-from ecdit.components import PartFlops, TextStates
-from ecdit.config import RESUME_OR_PHASE, require
+from ecdit.components import PartFlops, TextStates, TextWidths
+from ecdit.config import RESUME, RESUME_OR_PHASE, require
 from ecdit.models.attention import CausalAttention
 from ecdit.models.layers import Linear, layer_norm, param, scan_stack, stack, zeros
 
+RANDOM = "random"  # as configs write it in place of a folder
 PAD_ID = 0  # T5's SentencePiece ids: padding 0, end of sequence 1
 
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-    """Size of the text tower."""
+    """Which text encoder, and the size of the tower that is drawn at random, which a folder's encoder ignores."""
 
+    # "random", or a folder of public weights: see `pretrained.text_encoders`. It may move: its contents are compared.
+    weights: str = field(metadata=RESUME)
+    second_weights: str = field(metadata=RESUME)  # of an encoder beside that one; "" for none
+    clip_states: Literal["last", "penultimate"]  # of a folder of CLIP: normed, or the input of the last block
+    clip_projection: bool  # whether CLIP's pooled state is projected, by weights that the folder must have
+    frozen_random_ok: bool = field(metadata=RESUME)  # train on the states of a tower that is random and stays so
     vocab_size: int
     width: int  # t
     layers: int
@@ -31,12 +39,27 @@ class TextConfig:
     # What the backward pass finds saved: see `layers.REMAT_POLICIES`.
     remat: Literal["none", "minimal", "offload", "attention_out", "full"] = field(metadata=RESUME_OR_PHASE)
     projections: Literal["plain", "tokens_last"] = field(metadata=RESUME_OR_PHASE)  # as DiTConfig.projections
-    dtype: Literal["float32", "bfloat16"]  # of activations; parameters are float32
+    dtype: Literal["float32", "bfloat16"]  # of activations, and of a folder's parameters; others are float32
 
     def __post_init__(self):
         for key in ("vocab_size", "width", "layers", "heads"):
             require(getattr(self, key) >= 1, key, getattr(self, key), "must be 1 or more")
         require(self.width % self.heads == 0, "heads", self.heads, f"must divide the width, {self.width}")
+        require(self.weights != "", "weights", "", f'must be a folder of public weights, or "{RANDOM}"')
+        both = self.public or not self.second_weights
+        require(both, "second_weights", self.second_weights, f'must be "": text.weights is "{RANDOM}"')
+        required = "must be True: the weights of a folder are not trained"
+        require(self.frozen or not self.public, "frozen", self.frozen, required)
+
+    @property
+    def public(self) -> bool:
+        """Whether the weights are those of a folder."""
+        return self.weights != RANDOM
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """The folders of public weights, one for each encoder."""
+        return tuple(Path(folder) for folder in (self.weights, self.second_weights) if folder) if self.public else ()
 
 
 class Norm(nnx.Module):
@@ -87,6 +110,11 @@ class TextTower(nnx.Module):
         self.positions = param(rngs, jax.nn.initializers.normal(0.01), (max_length, config.width), ("length", "embed"))
         self.blocks = stack(lambda rngs: TextBlock(config, rngs), config.layers, rngs)
         self.final_norm = Norm(config.width, rngs)
+
+    @property
+    def widths(self) -> TextWidths:
+        """The widths of states and pooled state."""
+        return TextWidths(self.config.width, self.config.width)
 
     @jax.named_scope("text_tower")
     def __call__(self, tokens: Int[Array, "B L"]) -> TextStates:

@@ -104,7 +104,8 @@ def load_folder(folder: Path, target: dict[str, Any]) -> dict[str, Any]:
 
     def read(path: Any, x: jax.ShapeDtypeStruct) -> jax.Array:
         name = ".".join(str(key.key) for key in path)
-        return jax.make_array_from_callback(x.shape, x.sharding, lambda index: tensors.read(name, index))
+        part = lambda index: tensors.read(name, index)  # noqa: E731
+        return jax.make_array_from_callback(x.shape, x.sharding, part)
 
     return jax.tree_util.tree_map_with_path(read, target)
 

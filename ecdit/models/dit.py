@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float, Int, Key
 
-from ecdit.components import Metrics, Mode, PartFlops, Prediction, TextStates
+from ecdit.components import Metrics, Mode, PartFlops, Prediction, TextStates, TextWidths
 from ecdit.config import require
 from ecdit.models.attention import CrossAttention, SelfAttention
 from ecdit.models.config import DiTConfig, check_tuned, group_size
@@ -90,11 +90,11 @@ class DiT(nnx.Module):
 
     Config: ClassVar[type] = DiTConfig
 
-    def __init__(self, config: DiTConfig, text_width: int, rngs: nnx.Rngs):
-        self.config = config
+    def __init__(self, config: DiTConfig, text_widths: TextWidths, rngs: nnx.Rngs):
+        self.config, text_width = config, text_widths.states
         self.patches = Linear(config.patch_dim, config.width, ("features", "embed"), rngs)
         self.time = Mlp(SINUSOID_WIDTH, config.width, rngs)
-        self.caption = Mlp(text_width, config.width, rngs)
+        self.caption = Mlp(text_widths.pooled, config.width, rngs)
         self.size_crop = Mlp(4 * SINUSOID_WIDTH, config.width, rngs)
         self.modulation = param(rngs, zeros, (config.width, 6, config.width), ("embed", "modulation", "mlp"))
         self.modulation_bias = param(rngs, zeros, (6, config.width), ("modulation", "small_embed"))
@@ -157,9 +157,9 @@ class DiT(nnx.Module):
         for key, count in {"model.heads": config.heads, "model.kv_heads": config.kv_heads}.items():
             require(count % tensor == 0, key, count, f"must be a multiple of mesh.tensor, {tensor}")
 
-    def flops(self, mode: Mode, text_width: int, text_length: int) -> tuple[PartFlops, ...]:
-        """Returns the FLOPs of one image; `models.flops` says which operations count."""
-        return denoiser_parts(self.config, text_width, text_length, *self._tokens_and_group(mode))
+    def flops(self, mode: Mode, text_widths: TextWidths, text_length: int) -> tuple[PartFlops, ...]:
+        """Returns the work of one image: see `models.flops` for what counts."""
+        return denoiser_parts(self.config, text_widths, text_length, *self._tokens_and_group(mode))
 
     def idle_params(self) -> int:
         """Returns the parameters of experts that an average token does not use."""

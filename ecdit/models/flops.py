@@ -1,29 +1,29 @@
 """Counts the floating-point operations of the denoiser, part by part, from its config alone.
 
-A multiply-add counts as two operations. Only matrix products and attention count, because the rest (norms, softmax,
-GELU, gates, positions) is a few per cent. The products of dispatch = "one_hot" do not count, because they only move
-tokens.
-Axes: N tokens of an image, M kept tokens, L text tokens, t text width, d width, f hidden width, E experts, C capacity.
+A multiply-add counts as two operations, and only matrix products and attention count: the rest (norms, softmax,
+GELU, gates, positions) is a few per cent. The products of dispatch = "one_hot" do not count: they only move tokens.
+Axes: N tokens of an image, M kept tokens, L text tokens, t text width, p width of the pooled text, d width, f hidden
+width, E experts, C capacity.
 """
 
-from ecdit.components import PartFlops
+from ecdit.components import PartFlops, TextWidths
 from ecdit.models.config import DiTConfig, group_size
 from ecdit.models.embeddings import SINUSOID_WIDTH
 from ecdit.models.moe import TOKEN_CHOICES, capacity
 
 
 def denoiser_parts(
-    config: DiTConfig, text_width: int, text_length: int, tokens: int, group: str
+    config: DiTConfig, text_widths: TextWidths, text_length: int, tokens: int, group: str
 ) -> tuple[PartFlops, ...]:
     """Returns the FLOPs of one forward pass of the DiT on one image.
 
     Args:
-      config: the denoiser's config.
-      text_width: t.
-      text_length: L, including padding, which is computed and then masked.
-      tokens: tokens in the first blocks: config.num_kept in training, config.num_tokens in sampling.
-      group: tokens that compete for experts, config.group in training. For a group of several images, the result
-        counts one image's share of its slots.
+      config: the denoiser's.
+      text_widths: t and p.
+      text_length: L, with padding: it is computed with, then masked.
+      tokens: that the first blocks see: config.num_kept in training, config.num_tokens in sampling.
+      group: tokens that compete for experts, config.group in training; where a group holds several images, an
+        image's share of its slots is counted.
     """
     width, all_tokens = config.width, config.num_tokens
     rows = config.depth * tokens + config.extra_blocks * all_tokens
@@ -36,12 +36,12 @@ def denoiser_parts(
 
     projections = rows * (2 * width**2 + 2 * width * config.kv_heads * config.head_dim)
     layers = config.depth + config.extra_blocks
-    text_projections = layers * text_length * 2 * text_width * width
+    text_projections = layers * text_length * 2 * text_widths.states * width
     # Token choice looks up each expert's gate by a product over a token's choices.
     router = routed * config.num_experts * (width + (TOKEN_CHOICES if config.ffn == "token_choice" else 0))
     if config.router_input == "decoupled":
-        router += sparse_layers * config.num_experts * width  # the time's projection
-    embeddings = (SINUSOID_WIDTH + text_width + 4 * SINUSOID_WIDTH + 3 * width) * width
+        router += sparse_layers * config.num_experts * width  # of the time
+    embeddings = (SINUSOID_WIDTH + text_widths.pooled + 4 * SINUSOID_WIDTH + 3 * width) * width
     counts = (
         ("self_attention", rows, projections + 2 * squares * width),
         ("cross_attention", rows, rows * 2 * width**2 + text_projections + 2 * rows * text_length * width),

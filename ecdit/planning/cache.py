@@ -15,6 +15,7 @@ from ecdit.experiment import Experiment, ResolvedPhase
 from ecdit.files import is_remote, replace_text
 from ecdit.planning.compiler import DoesNotFit, Target, What
 from ecdit.planning.plan import Plan, make_plan
+from ecdit.pretrained.text_encoders import read_encoders
 from ecdit.runs.checked import code_digest
 from ecdit.system import user_files
 
@@ -80,7 +81,10 @@ def _path(experiment: Experiment, target: Target, what: What) -> Path | None:
     if not directory or is_remote(directory):
         return None
     compiler = {name: _version(name) for name in _LIBRARIES} | {name: os.environ.get(name, "") for name in _FLAGS}
-    follows_from = [to_dict(experiment), user_files(experiment.denoiser), target.name, what, compiler, code_digest()]
+    # Of public weights the sizes, and not the values.
+    shapes = [str(experiment.system.public_autoencoder), *map(str, read_encoders(experiment.text))]
+    follows_from = [to_dict(experiment), user_files(experiment.denoiser), shapes, target.name, what, compiler]
+    follows_from.append(code_digest())
     digest = hashlib.sha256(json.dumps(follows_from, sort_keys=True).encode()).hexdigest()[:32]
     return Path(os.path.expanduser(directory)) / "plans" / f"{digest}.json"
 

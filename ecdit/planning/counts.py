@@ -24,9 +24,9 @@ class Counts:
     denoiser_params: int
     activated_params: int  # parameters of the denoiser with the average number of experts per token
     text_params: int
-    vae_params: int  # parameters of the autoencoder that made the stored latents; 0 without one
-    flops_per_image: dict[str, dict[str, float]]  # by part: flops, and tokens, its input rows over all its layers
-    encoding_flops_per_image: float  # that autoencoder's FLOPs when latents are stored; no step runs it
+    vae_params: int  # of the autoencoder, which may be another program's that has made the latents; 0 without one
+    flops_per_image: dict[str, dict[str, float]]  # by part: flops, and tokens, the rows it sees over all its layers
+    encoding_flops_per_image: float  # of the autoencoder, once, when latents are prepared: then no step runs it
 
 
 def count(experiment: Experiment) -> Counts:
@@ -35,8 +35,11 @@ def count(experiment: Experiment) -> Counts:
     system = make_system(config)
     abstract = system.shapes()
     denoiser, text = (_size(abstract[name]) for name in ("denoiser", "text"))
-    stored, parts = not config.has_images, system.forward_flops("train")
-    vae = VAE_PARAMS if stored else 0
+    parts, encoding = system.forward_flops("train"), 0.0
+    vae = VAE_PARAMS if config.autoencoder == "latents" else _size(abstract.get("autoencoder", {}))
+    if config.reads_latents:
+        public = config.public_autoencoder is not None
+        encoding = (system.parts.autoencoder.flops(config.image_size) if public else vae_part(config.image_size)).flops
     return Counts(
         total_params=denoiser + text + vae,
         denoiser_params=denoiser,
@@ -44,7 +47,7 @@ def count(experiment: Experiment) -> Counts:
         text_params=text,
         vae_params=vae,
         flops_per_image={part.name: {"flops": part.flops, "tokens": part.tokens} for part in parts},
-        encoding_flops_per_image=vae_part(config.image_size).flops if stored else 0.0,
+        encoding_flops_per_image=encoding,
     )
 
 

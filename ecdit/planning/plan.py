@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 import jax
 
+from ecdit.checkpoints.restore import state_parts
 from ecdit.components import total_flops
 from ecdit.diffusion.solvers import CALLS
 from ecdit.experiment import Experiment, ResolvedPhase
@@ -72,7 +73,7 @@ def make_plan(experiment: Experiment, target: Target, what: What = "train") -> P
     flops, images = _model_flops(experiment, what), _images(experiment, what)
     seconds, peak = estimate.seconds, target.chip.peak_flops
     total_seconds = seconds * experiment.train.num_steps if what == "train" else 0.0
-    state_bytes = shard_bytes(step.state) if step.state else 0
+    state_bytes = shard_bytes(state_parts(step.state)) if step.state else 0
     return Plan(
         topology=target.name,
         what=what,
@@ -201,7 +202,7 @@ def _memory_parts(step: CompiledStep) -> dict[str, int]:
     parts = {}
     if state is not None:
         parts = {
-            "parameters": shard_bytes((state.params, state.frozen)),
+            "parameters": shard_bytes((state.params, state.frozen, state.loaded)),
             "optimizer": shard_bytes(state.optimizer),
             "ema": shard_bytes(state.ema),
         }
@@ -211,7 +212,7 @@ def _memory_parts(step: CompiledStep) -> dict[str, int]:
 
 
 def _saved_bytes(step: CompiledStep) -> int:
-    leaves = jax.tree.leaves(step.state) if step.state is not None else []
+    leaves = jax.tree.leaves(state_parts(step.state)) if step.state is not None else []
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
 
 

@@ -12,7 +12,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
+from ecdit.components import PartFlops
 from ecdit.config import require
+from ecdit.encoders.vae_flops import VaeSizes, vae_part
 from ecdit.pretrained.config_json import read_config
 from ecdit.pretrained.layers import Conv, Dtype, GroupNorm, Linear, attention
 from ecdit.pretrained.layout import Layout
@@ -53,6 +55,11 @@ class AutoencoderConfig:
         "sample", "mode"
     ]  # whether `encode` draws from the encoder's normal distribution or returns its mean
     dtype: Dtype
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels along a side for each latent pixel."""
+        return 2 ** (len(self.widths) - 1)
 
     def __post_init__(self):
         for width in self.widths:
@@ -226,11 +233,10 @@ class AutoencoderKL(nnx.Module):
     """Maps images to latents and back, a `components.Autoencoder`. Its results are float32."""
 
     Config = AutoencoderConfig
-    has_images = True
 
     def __init__(self, config: AutoencoderConfig, rngs: nnx.Rngs):
         self.config = config
-        self.downsampling = 2 ** (len(config.widths) - 1)
+        self.downsampling = config.downsampling
         self.encoder, self.decoder = Encoder(config, rngs), Decoder(config, rngs)
         channels = config.latent_channels
         quant_convs = config.quant_convs
@@ -261,9 +267,15 @@ class AutoencoderKL(nnx.Module):
             z = mean + jnp.exp(0.5 * log_variance) * noise
         return (z - self.config.shift) * self.config.scale
 
-    def encode(self, images: Float[Array, "B H W 3"], keys: Key[Array, " B"]) -> Float[Array, "B h w c"]:
+    def encode(self, content: Float[Array, "B H W 3"], keys: Key[Array, " B"]) -> Float[Array, "B h w c"]:
         """Returns the latents of images (see `latents`)."""
-        return self.latents(*self.moments(images), keys)
+        return self.latents(*self.moments(content), keys)
+
+    def flops(self, image_size: int) -> PartFlops:
+        """Returns the work of the encoder on one image."""
+        config = self.config
+        sizes = VaeSizes(config.widths, config.resnets, config.latent_channels, config.quant_convs)
+        return vae_part(image_size, sizes)
 
     @jax.named_scope("vae_decoder")
     def decode(self, latents: Float[Array, "B h w c"]) -> Float[Array, "B H W 3"]:
@@ -272,6 +284,15 @@ class AutoencoderKL(nnx.Module):
         if self.post_quant_conv is not None:
             z = self.post_quant_conv(z)
         return self.decoder(z).astype(jnp.float32)
+
+
+class PreparedLatents(AutoencoderKL):
+    """The same with what its encoder has given at preparation in place of images."""
+
+    def encode(self, content: Float[Array, "B h w k"], keys: Key[Array, " B"]) -> Float[Array, "B h w c"]:
+        """Returns latents of stored means and log variances, side by side in the last dimension; see `latents`."""
+        mean, log_variance = jnp.split(content, 2, axis=-1)
+        return self.latents(mean, log_variance, keys)
 
 
 AUTOENCODER_LAYOUT = Layout(

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float, Int
 
-from ecdit.components import PartFlops, TextStates
+from ecdit.components import PartFlops, TextStates, TextWidths
 from ecdit.config import require
 from ecdit.models.layers import scan_stack, stack
 from ecdit.partitioning import constrain
@@ -141,7 +141,7 @@ class ClipText(nnx.Module):
 
     def __init__(self, config: ClipTextConfig, max_length: int, rngs: nnx.Rngs):
         allowed = f"the text encoder's weights have {config.positions} positions"
-        require(max_length <= config.positions, "caption_length", max_length, allowed)
+        require(max_length <= config.positions, "data.caption_length", max_length, allowed)
         self.config = config
         width, dtype = config.width, config.dtype
         self.token_embedding = param(rngs, (config.vocab_size, width), ("vocab", "embed"), dtype)
@@ -153,6 +153,11 @@ class ClipText(nnx.Module):
         self.text_projection = (
             Linear(width, projected, ("embed", "mlp"), rngs, dtype, bias=False) if projected else None
         )
+
+    @property
+    def widths(self) -> TextWidths:
+        """The widths of states and pooled state."""
+        return TextWidths(self.config.width, self.config.projection_width or self.config.width)
 
     @jax.named_scope("clip_text")
     def __call__(self, tokens: Int[Array, "B L"]) -> TextStates:

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float, Int
 
-from ecdit.components import PartFlops, TextStates
+from ecdit.components import PartFlops, TextStates, TextWidths
 from ecdit.config import require
 from ecdit.models.layers import scan_stack, stack
 from ecdit.partitioning import constrain
@@ -161,6 +161,11 @@ class T5Encoder(nnx.Module):
         self.relative_attention_bias = param(rngs, (config.buckets, config.heads), ("features", "heads"), config.dtype)
         self.block = stack(lambda rngs: T5Block(config, rngs), config.layers, rngs)
         self.final_layer_norm = RmsNorm(config.width, config.epsilon, rngs, config.dtype)
+
+    @property
+    def widths(self) -> TextWidths:
+        """The widths of states and pooled state."""
+        return TextWidths(self.config.width, self.config.width)
 
     @jax.named_scope("t5_encoder")
     def __call__(self, tokens: Int[Array, "B L"]) -> TextStates:

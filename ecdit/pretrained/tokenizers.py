@@ -81,12 +81,21 @@ class ClipTokenizer:
             # transformers recognises these in captions, even the padding token, which is "!" in SDXL's folders.
             self._tokenizer.add_special_tokens(sorted(set(special.values())))
 
-    def encode(self, captions: Sequence[str], length: int) -> Tokens:
-        """Returns the captions' tokens."""
+    @property
+    def size(self) -> int:
+        """How many rows an embedding needs for it."""
+        return self.largest + 1
+
+    def rows(self, captions: Sequence[str]) -> list[list[int]]:
+        """Returns the ids of captions at their true length, with start and end."""
         if self._fix_text is not None:
             captions = [_clean(caption, self._fix_text) for caption in captions]
         encoded = self._tokenizer.encode_batch(list(captions), add_special_tokens=False)
-        return _fit(([self.start, *one.ids, self.end] for one in encoded), length, self.end, self.pad)
+        return [[self.start, *one.ids, self.end] for one in encoded]
+
+    def encode(self, captions: Sequence[str], length: int) -> Tokens:
+        """Encodes captions."""
+        return _fit(self.rows(captions), length, self.end, self.pad)
 
     def check_fits(self, vocab_size: int) -> None:
         """Raises WeightsError unless ids and rows match and the end token has the largest id, as `ClipText` expects."""
@@ -104,6 +113,8 @@ class T5Tokenizer:
       WeightsError: the folder has no readable spiece.model (on construction).
     """
 
+    end, pad = T5_EOS, T5_PAD
+
     def __init__(self, folder: Path):
         import sentencepiece
 
@@ -116,10 +127,19 @@ class T5Tokenizer:
         if ids != (T5_PAD, T5_EOS):
             raise WeightsError(f"{path}: padding and end have ids {ids}, T5's have {(T5_PAD, T5_EOS)}")
 
-    def encode(self, captions: Sequence[str], length: int) -> Tokens:
-        """Returns the captions' tokens. Like transformers, it treats the control character U+0085 as a space."""
+    @property
+    def size(self) -> int:
+        """How many pieces it has."""
+        return self._pieces.vocab_size()
+
+    def rows(self, captions: Sequence[str]) -> list[list[int]]:
+        """Returns the ids of captions at their true length, with the end; U+0085 is a space, as for transformers."""
         encoded = self._pieces.encode([caption.replace("\x85", " ") for caption in captions])
-        return _fit(([*ids, T5_EOS] for ids in encoded), length, T5_EOS, T5_PAD)
+        return [[*ids, T5_EOS] for ids in encoded]
+
+    def encode(self, captions: Sequence[str], length: int) -> Tokens:
+        """Encodes captions."""
+        return _fit(self.rows(captions), length, T5_EOS, T5_PAD)
 
     def check_fits(self, vocab_size: int) -> None:
         """Raises WeightsError if a piece has no row. T5's embeddings have more rows than pieces."""

@@ -20,7 +20,7 @@ from typing import Literal
 
 import jax
 
-from ecdit.checkpoints.restore import checkpoint_directory
+from ecdit.checkpoints.restore import checkpoint_directory, state_parts
 from ecdit.checkpoints.resume import half_written
 from ecdit.data.generated import GENERATED
 from ecdit.data.manifest import task_directory
@@ -172,8 +172,15 @@ def weights(experiment: Experiment | None, workdir: Path | None) -> Found:
             "fail",
             f"config.checkpoint.init_from = {source!r} has no finished checkpoint: name a workdir that has one",
         )
+    if experiment.text.public:
+        return "ok", f"the run draws them but the text encoder's, of {' and '.join(map(str, experiment.text.folders))}"
     if experiment.text.frozen:
-        return "warn", "the text tower is frozen as it is drawn: name a run with a trained one in checkpoint.init_from"
+        found, what = ("warn", "allows it") if experiment.text.frozen_random_ok else ("fail", "does not allow it")
+        return (
+            found,
+            f"the text tower is frozen as it is drawn, and text.frozen_random_ok {what}: name a folder in text.weights "
+            "or a run with a trained one in checkpoint.init_from",
+        )
     return "ok", "the run draws them"
 
 
@@ -231,7 +238,7 @@ def state_bytes(experiment: Experiment) -> int:
     one = abstract_mesh(MeshConfig(1, 1, 1, 1, 1), 1)
     system, optimizer = make_system(experiment.system), make_optimizer(experiment.optimizer)
     state = abstract_state(system, optimizer, state_shardings(system, optimizer, one))
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state_parts(state)))
 
 
 def _within(seconds: float, check: Callable[[], Found]) -> Found:

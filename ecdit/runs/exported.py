@@ -1,5 +1,8 @@
 """A run's EMA weights as a folder that is complete by itself: no workdir and no data are needed to sample from it.
 
+Public weights of a text encoder or an autoencoder stay in the folders that the config names; their fingerprints are
+compared.
+
     config.json                   the config of the checkpoint's phase
     model.safetensors             the weights under dotted names; or several shards and model.safetensors.index.json
     tokenizer/                    the tokenizer of the training
@@ -20,12 +23,12 @@ from ecdit.config import to_dict
 from ecdit.interop.weights import flat_names, load_folder, read_metadata, save_folder
 from ecdit.pretrained.safetensors_folder import weight_files
 from ecdit.runs.kept_tokenizer import FOLDER, find_tokenizer, kept_files
-from ecdit.runs.trained_run import CONFIG_FILE, Run, check_files, prepare_to_open, saved_experiment
+from ecdit.runs.trained_run import CONFIG_FILE, Run, check_files, check_weights, prepare_to_open, saved_experiment
 from ecdit.system import user_files
 
 SHARD_GB = 5.0  # a shard's size, unless another is asked for
 FORMAT = "1"
-_KEYS = ("step", "checkpoint", "dataset", "vocabulary", "files", "checksums")
+_KEYS = ("step", "checkpoint", "dataset", "vocabulary", "files", "weights", "checksums")
 
 
 def export_run(run: Run, folder: Path, shard_bytes: int) -> list[str]:
@@ -42,6 +45,7 @@ def export_run(run: Run, folder: Path, shard_bytes: int) -> list[str]:
         "dataset": run.dataset,
         "vocabulary": run.vocabulary,
         "files": json.dumps(user_files(run.experiment.denoiser)),
+        "weights": json.dumps(run.experiment.fingerprints()),
         "checksums": json.dumps(checksums(flat_names(run.params))),
     }
     config = json.dumps(to_dict(run.experiment), indent=2) + "\n"
@@ -76,9 +80,9 @@ def open_exported(folder: Path, overrides: Sequence[str] = (), join: bool = Fals
     check_files(folder, json.loads(metadata["files"]), user_files(experiment.denoiser))
     tokenizer = find_tokenizer(folder, experiment.data, metadata["vocabulary"])
     system, mesh = prepare_to_open(experiment, True, join)
-    target = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), system.shapes(), system.shardings(mesh)
-    )
+    check_weights(folder, json.loads(metadata["weights"]), experiment.fingerprints())
+    shapes, shardings = (system.drawn(tree) for tree in (system.shapes(), system.shardings(mesh)))
+    target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
     params = load_folder(folder, target)
     saved = json.loads(metadata["checksums"])
     wrong = [name for name, found in checksums(flat_names(params)).items() if saved.get(name) != found]
@@ -88,7 +92,7 @@ def open_exported(folder: Path, overrides: Sequence[str] = (), join: bool = Fals
         experiment,
         system,
         mesh,
-        params,
+        params | system.load(mesh),
         int(metadata["step"]),
         metadata["checkpoint"],
         metadata["dataset"],

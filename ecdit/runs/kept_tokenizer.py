@@ -14,7 +14,8 @@ from numpy import ndarray
 
 from ecdit.checkpoints.read_errors import CheckpointError
 from ecdit.data.config import DataConfig
-from ecdit.data.tokens import SPIECE, hash_files, tokenize_by, tokenizer_files
+from ecdit.data.tokenizer import SIDES, SPIECE, tokenizer_of
+from ecdit.data.tokens import hash_files, tokenizer_files
 from ecdit.files import replace_bytes
 from ecdit.storage import children, make_directory, reading
 
@@ -32,17 +33,20 @@ def keep_tokenizer(files: Mapping[str, bytes], workdir: Path) -> None:
     folder = workdir / FOLDER
     if kept_files(workdir) == files:
         return
-    make_directory(folder)
     for name, data in files.items():
+        make_directory((folder / name).parent)
         replace_bytes(folder / name, data)
 
 
 def kept_files(workdir: Path) -> dict[str, bytes]:
     """Returns the files of the tokenizer in a workdir or an exported folder, by name; none if it has no copy."""
+    folder = workdir / FOLDER
     with reading(workdir):
-        # Names with a dot are what a killed writer has left.
-        found = [path for path in children(workdir / FOLDER) if not path.name.startswith(".")]
-        return {path.name: path.read_bytes() for path in sorted(found)}
+        # Names with a dot are what a killed writer has left. Two tokenizers have a folder each.
+        found = [path for path in children(folder) if not path.name.startswith(".")]
+        inner = [path for side in found if side.name in SIDES for path in children(side) if path.name[0] != "."]
+        files = [path for path in (*found, *inner) if path.name not in SIDES]
+        return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(files)}
 
 
 def open_tokenizer(workdir: Path, config: DataConfig) -> Tokenize:
@@ -52,7 +56,8 @@ def open_tokenizer(workdir: Path, config: DataConfig) -> Tokenize:
 
 def encoder(files: Mapping[str, bytes], config: DataConfig) -> Tokenize:
     """Returns a function that encodes prompts by a tokenizer's files, padded to the caption length."""
-    return functools.partial(tokenize_by, files, caption_length=config.caption_length)
+    tokenizer = tokenizer_of(files, bool(config.tokenizer_folders))
+    return functools.partial(tokenizer.tokenize, length=config.caption_length)
 
 
 def find_tokenizer(workdir: Path, config: DataConfig, vocabulary: str | None = None) -> dict[str, bytes]:

@@ -1,6 +1,5 @@
 """Draws a folder of images with a run's weights, on all processes together, and goes on with one that was left."""
 
-import functools
 import io
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +10,6 @@ import jax
 import numpy as np
 from PIL import Image
 
-from ecdit.data.prepared import tokenize_captions
 from ecdit.errors import UserError
 from ecdit.files import replace_bytes
 from ecdit.multihost import anywhere, wait_for_all
@@ -56,12 +54,12 @@ def draw_folder(
     # The first process says which are left: others may not see the same at once.
     left = np.array([not is_finished(out / one.file) for one in planned] if first else [False] * len(planned))
     left = np.flatnonzero(_from_first(left))
-    todo = [planned[i] for i in left]
+    todo = [planned[int(i)] for i in left]
     programs = make_programs(run.system, run.experiment.sampling, run.mesh)
     batches = draw_images(
         programs,
         run.params,
-        functools.partial(tokenize_captions, run.experiment.data),
+        run.tokenize,
         [one.prompt for one in todo],
         [one.repeat for one in todo],
     )

@@ -35,7 +35,7 @@ class Run:
     experiment: Experiment  # of the checkpoint's phase
     system: System
     mesh: Mesh
-    params: Params
+    params: Params  # whole; opened without drawing, without those of public weights
     step: int
     checkpoint: str  # a hash of what the checkpoint says of its arrays: their names, shapes and checksums
     dataset: str  # fingerprint of the data that the checkpoint was trained on
@@ -72,6 +72,9 @@ def open_run(
     check_files(workdir, meta.config.get("files", {}), user_files(experiment.denoiser))
     tokenizer = find_tokenizer(workdir, experiment.data, meta.vocabulary)
     params, step = restore_ema(workdir, system, mesh, step)
+    if draw:
+        check_weights(workdir, meta.config.get("weights", {}), experiment.fingerprints())
+        params |= system.load(mesh)
     if experiment.phases:  # all have the same parameters
         experiment = experiment.phase_of(step).experiment
         system = make_system(experiment.system)
@@ -114,6 +117,17 @@ def mesh_of_devices(experiment: Experiment, system: System, draw: bool) -> Mesh:
         except (ConfigError, ShardingError) as error:
             refused.append(error)
     raise refused[-1]
+
+
+def check_weights(workdir: Path, saved: Mapping[str, str], found: Mapping[str, str]) -> None:
+    """Raises CheckpointError if a part of the model has other public weights than the run was trained with."""
+    for part, digest in found.items():
+        if saved.get(part) != digest:
+            was = saved.get(part, "none")[:12]
+            raise CheckpointError(
+                f"{workdir} was trained with other public weights of its {part}: their fingerprint is {was}, and that "
+                f"of the folder which the config names is {digest[:12]}"
+            )
 
 
 def check_files(workdir: Path, saved: Mapping[str, str], files: Mapping[str, str]) -> None:

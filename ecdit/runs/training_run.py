@@ -21,7 +21,7 @@ from ecdit.config import changeable, to_dict
 from ecdit.data.tokens import hash_files
 from ecdit.errors import UserError
 from ecdit.exit_codes import INTERRUPTED, PREEMPTED
-from ecdit.experiment import Experiment, ResolvedPhase, check_mesh
+from ecdit.experiment import Experiment, ResolvedPhase, check_mesh, check_tokenizers, check_trainable
 from ecdit.interop.weights import flat_names
 from ecdit.multihost import anywhere, host_differences
 from ecdit.partitioning import make_mesh
@@ -90,6 +90,8 @@ def train(
     check_mesh(experiment, mesh)
     for phase in experiment.resolved_phases():
         check_placeholder(phase.experiment.data, [phase.experiment.data.task], jax.process_count())
+    check_trainable(experiment)
+    check_tokenizers(experiment)
     flags = experiment.runtime.xla_flags
     check_deterministic(experiment.train.replay_every, mesh.devices.flat[0].platform, flags)
     say(first_line(experiment.train, experiment.model.dtype, mesh))
@@ -129,6 +131,7 @@ def run_workload(
         assert saver.manager is not None  # it has not saved yet
         found = _resumed(workload, experiment, full, saver.manager, fingerprints, accepted)
         state, check_restored = found or (_first_state(workload, experiment, workdir, accepted), lambda: None)
+        state = dataclasses.replace(state, loaded=workload.load())
         start = int(state.step)
         activity.ledger.open(workdir, start)
         record_start(config, workdir, start, origin)
@@ -311,8 +314,8 @@ def _note_save(workdir: Path, step: int) -> None:
 
 
 def config_of_run(experiment: Experiment) -> dict[str, Any]:
-    """Returns all that a run's config says, with the hashes of the user's files that it names."""
-    return to_dict(experiment) | {"files": experiment.user_files()}
+    """Returns all that a run's config says, with the hashes of the user's files and public weights that it names."""
+    return to_dict(experiment) | {"files": experiment.user_files(), "weights": experiment.fingerprints()}
 
 
 def _meta(experiment: Experiment, config: Mapping[str, Any], fingerprint: str, vocabulary: str, step: int) -> Meta:

@@ -16,7 +16,7 @@ from ecdit.checkpoints.restore import open_reader, read_meta, restore_ema
 from ecdit.config import changeable, to_dict
 from ecdit.data.config import DataConfig
 from ecdit.data.loader import make_loader
-from ecdit.data.prepared import Prepared, check_tokenizers, prepare
+from ecdit.data.prepared import Prepared, check_latents, check_tokenizers, open_prepared, prepare
 from ecdit.data.tokens import hash_files, tokenizer_files
 from ecdit.experiment import Experiment, ResolvedPhase
 from ecdit.partitioning import batch_sharding
@@ -44,6 +44,7 @@ class Workload:
 
     abstract: TrainState  # shapes, dtypes and shardings
     first_state: Callable[[], tuple[TrainState, str]]  # of a run without a checkpoint, and where its weights are from
+    load: Callable[[], Params]  # the parameters of public weights, which no state or checkpoint brings
     prepare_data: Callable[[], Sequence[str]]  # the fingerprint of each phase's data
     tokenizer: Callable[[], Mapping[str, bytes]]  # the files by which captions are encoded, once the data is prepared
     train_step: Callable[[ResolvedPhase], Callable[[TrainState, Batch], tuple[TrainState, Metrics]]]
@@ -90,7 +91,8 @@ def make_workload(experiment: Experiment, mesh: Mesh, init_differences: bool = F
     return Workload(
         abstract=abstract_state(system, optimizer, shardings),
         first_state=first_state,
-        prepare_data=lambda: prepared_fingerprints([phase.experiment.data for phase in experiment.resolved_phases()]),
+        load=lambda: system.load(mesh),
+        prepare_data=lambda: _prepare_data(experiment),
         tokenizer=functools.cache(lambda: tokenizer_files(experiment.data)),
         train_step=train_step,
         gradients=gradients,
@@ -104,7 +106,7 @@ def _differences(experiment: Experiment, source: Path, step: int, allow: bool) -
     """Compares with the run that weights are from: see `check_same_model`."""
     with open_reader(source) as manager:
         saved = read_meta(manager, step)
-    now = to_dict(experiment) | {"files": user_files(experiment.denoiser)}
+    now = to_dict(experiment) | {"files": user_files(experiment.denoiser), "weights": experiment.fingerprints()}
     # A phase may change some of the model too, so weights keep their meaning; and what was trained may be frozen.
     may_differ = changeable(experiment, "resume") | changeable(experiment, "phase") | {"text.frozen"}
     return check_same_model(saved, now, may_differ, hash_files(tokenizer_files(experiment.data)), allow)
@@ -128,6 +130,16 @@ def device_batches(experiment: Experiment, mesh: Mesh, start_row: int) -> Iterat
 
     for batch in make_loader(experiment.data, experiment.seed, size, start_row, rows):
         yield {name: put(array) for name, array in batch.items()}
+
+
+def _prepare_data(experiment: Experiment) -> list[str]:
+    """Prepares the data of each phase; refuses latents of other weights than the run's autoencoder has."""
+    phases = [phase.experiment for phase in experiment.resolved_phases()]
+    fingerprints = prepared_fingerprints([phase.data for phase in phases])
+    for phase in phases:
+        if phase.system.reads_latents and phase.system.public_autoencoder:
+            check_latents(open_prepared(phase.data), phase.fingerprints()["autoencoder"])
+    return fingerprints
 
 
 def prepared_fingerprints(configs: Sequence[DataConfig]) -> list[str]:

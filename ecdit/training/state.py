@@ -26,11 +26,13 @@ class TrainState:
     bad_steps: Int[Array, ""]  # skipped steps: loss or gradients not finite, or the loss a spike; int32
     bad_in_row: Int[Array, ""]  # skipped steps since the last good one, int32
     usual_loss: Float[Array, ""]  # running mean over good steps, infinite before the first; float32
+    # Parameters of public weights, read from their folders at each start: no checkpoint has them.
+    loaded: Params = dataclasses.field(default_factory=dict)
 
 
 def sampling_params(state: TrainState) -> Params:
     """Returns the whole model's parameters for sampling: the EMA of trained ones, and the frozen ones."""
-    return {**state.ema, **state.frozen}
+    return {**state.ema, **state.frozen, **state.loaded}
 
 
 def run_key(seed: int, use: Literal["init", "examples"]) -> Key[Array, ""]:
@@ -44,9 +46,10 @@ def state_shardings(system: System, optimizer: optax.GradientTransformation, mes
     Raises:
       ShardingError: as `partitioning.param_shardings`.
     """
-    params, frozen = system.split(system.shardings(mesh))
+    every = system.shardings(mesh)
+    params, frozen = system.split(system.drawn(every))
     whole: Any = replicated(mesh)  # a TrainState has shardings here where it has arrays otherwise
-    abstract_params, _ = system.split(system.shapes())
+    abstract_params, _ = system.split(system.drawn(system.shapes()))
     abstract = jax.eval_shape(optimizer.init, abstract_params)
 
     def like(moment: Any, param: Any, sharding: NamedSharding) -> NamedSharding:
@@ -56,7 +59,7 @@ def state_shardings(system: System, optimizer: optax.GradientTransformation, mes
     moments = optax.tree_utils.tree_map_params(
         optimizer, like, abstract, abstract_params, params, transform_non_params=lambda _: whole
     )
-    return TrainState(whole, params, params, frozen, moments, whole, whole, whole)
+    return TrainState(whole, params, params, frozen, moments, whole, whole, whole, system.loaded(every))
 
 
 def init_state(
@@ -66,17 +69,18 @@ def init_state(
     seed: int,
     params: Params | None = None,
 ) -> TrainState:
-    """Creates a state at step 0, sharded. `params`, sharded likewise, replace drawn parameters."""
+    """Creates a state at step 0, sharded, without `loaded`. `params`, sharded likewise, replace drawn parameters."""
 
     def init(params: Params | None) -> TrainState:
         return _state_of(system, optimizer, system.init(run_key(seed, "init")) if params is None else params)
 
-    return jax.jit(init, out_shardings=shardings)(params)
+    return jax.jit(init, out_shardings=dataclasses.replace(shardings, loaded={}))(params)
 
 
 def abstract_state(system: System, optimizer: optax.GradientTransformation, shardings: TrainState) -> TrainState:
     """Returns shapes, dtypes and shardings of a TrainState; allocates nothing."""
-    abstract = jax.eval_shape(lambda params: _state_of(system, optimizer, params), system.shapes())
+    abstract = jax.eval_shape(lambda params: _state_of(system, optimizer, params), system.drawn(system.shapes()))
+    abstract = dataclasses.replace(abstract, loaded=system.loaded(system.shapes()))
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
 
 

@@ -78,10 +78,10 @@ def make_gradients(
 def abstract_batch(config: SystemConfig, batch_size: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns shapes, dtypes and shardings of a batch; allocates nothing."""
     shapes: dict[str, tuple[tuple[int, ...], Any]] = {
-        "tokens": ((config.caption_length,), jnp.int32),
+        "tokens": ((config.text_length,), jnp.int32),
         "size_crop": ((4,), jnp.float32),
     }
-    if config.has_images:
+    if not config.reads_latents:
         shapes["image"] = (config.image_size, config.image_size, 3), jnp.uint8
     else:
         height, width, channels = config.latent_shape
@@ -98,7 +98,7 @@ def _loss(
 ) -> tuple[Float[Array, ""], Metrics]:
     """Returns the loss of a microbatch, and its metrics."""
     model = system.bind({**params, **frozen})
-    content = to_unit(batch["image"]) if system.config.has_images else batch["latents"].astype(jnp.float32)
+    content = batch["latents"].astype(jnp.float32) if system.config.reads_latents else to_unit(batch["image"])
     latents = model.autoencoder.encode(content, keys.autoencoder)
     noise = jax.vmap(lambda key: jax.random.normal(key, latents.shape[1:], jnp.float32))(keys.noise)
     time = jax.vmap(lambda key: sample_time(key, flow))(keys.time)
@@ -120,13 +120,14 @@ def _accumulated_gradients(
     rows = jnp.arange(config.train.batch_size, dtype=jnp.int32)
     keys = jax.vmap(example_keys, in_axes=(None, None, 0))(run_key(config.seed, "examples"), state.step, rows)
     gradient = jax.value_and_grad(_loss, has_aux=True)
+    fixed = {**state.frozen, **state.loaded}
     count = config.train.accumulation
     if count == 1:
-        (loss, metrics), grads = gradient(state.params, state.frozen, config.flow, system, batch, keys)
+        (loss, metrics), grads = gradient(state.params, fixed, config.flow, system, batch, keys)
         return loss, metrics, grads
 
     def add_microbatch(total: Params, microbatch: tuple[Batch, ExampleKeys]) -> tuple[Params, tuple[Array, Metrics]]:
-        (loss, metrics), grads = gradient(state.params, state.frozen, config.flow, system, *microbatch)
+        (loss, metrics), grads = gradient(state.params, fixed, config.flow, system, *microbatch)
         return jax.tree.map(jnp.add, total, grads), (loss, metrics)
 
     microbatches = _split_microbatches((batch, keys), count, system.parts.denoiser.images_together("train"))
@@ -191,6 +192,7 @@ def _gated_update(
         bad_steps=state.bad_steps + bad,
         bad_in_row=(state.bad_in_row + 1) * bad,
         usual_loss=gate(usual_loss, state.usual_loss),
+        loaded=state.loaded,
     )
     metrics |= {
         "loss": loss,

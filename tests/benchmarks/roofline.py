@@ -19,6 +19,7 @@ import dataclasses
 from collections.abc import Iterable
 
 from ecdit.chips import CHIPS, GPUS, Limits, limits
+from ecdit.components import TextWidths
 from ecdit.experiment import Experiment
 from ecdit.models.config import DiTConfig
 from ecdit.models.flops import denoiser_parts
@@ -48,6 +49,11 @@ class Work:
 def seconds(works: Iterable[Work], chip: Limits) -> float:
     """Parts one after the other."""
     return sum(work.seconds(chip) for work in works)
+
+
+def text_widths(experiment: Experiment) -> TextWidths:
+    """Of the states and the pooled state of the config's own tower."""
+    return TextWidths(experiment.text.width, experiment.text.width)
 
 
 def weights(model: DiTConfig, text_width: int) -> dict[str, float]:
@@ -80,7 +86,7 @@ def activations(experiment: Experiment, tokens: int, group: str) -> dict[str, fl
     """Numbers that one forward pass moves for one image, by part."""
     model, text_width, length = experiment.model, experiment.text.width, experiment.data.caption_length
     d, kv, layers = model.width, model.kv_heads * model.head_dim, model.depth + model.extra_blocks
-    parts = {part.name: part for part in denoiser_parts(model, text_width, length, tokens, group)}
+    parts = {part.name: part for part in denoiser_parts(model, text_widths(experiment), length, tokens, group)}
     rows = parts["self_attention"].tokens
     around = 2 * d + 3 * d  # norm with modulation; output norm, gate and residual
     even = model.depth // 2 * tokens
@@ -122,7 +128,7 @@ def training_work(experiment: Experiment, batch: int, tower: bool = True) -> tup
             3 * batch * part.flops,
             3 * ACTIVATION * batch * numbers[part.name] + (2 * CAST + GRADIENT) * parameters[part.name],
         )
-        for part in denoiser_parts(model, experiment.text.width, length, model.num_kept, model.group)
+        for part in denoiser_parts(model, text_widths(experiment), length, model.num_kept, model.group)
     ]
     works.append(Work("optimizer", 0.0, UPDATE * sum(parameters.values())))
     return (*works, text_work(experiment, batch)) if tower else tuple(works)
@@ -133,14 +139,14 @@ def sampling_work(experiment: Experiment, batch: int) -> tuple[Work, ...]:
     model, group = experiment.model, experiment.model.sampling_group
     parameters = weights(model, experiment.text.width)
     numbers = activations(experiment, model.num_tokens, group)
-    length, text_width = experiment.data.caption_length, experiment.text.width
+    length = experiment.data.caption_length
     return tuple(
         Work(
             part.name,
             2 * batch * part.flops,
             ACTIVATION * 2 * batch * numbers[part.name] + CAST * parameters[part.name],
         )
-        for part in denoiser_parts(model, text_width, length, model.num_tokens, group)
+        for part in denoiser_parts(model, text_widths(experiment), length, model.num_tokens, group)
     )
 
 

@@ -85,6 +85,7 @@ class Toy:
         return Workload(
             abstract=toy_abstract(),
             first_state=lambda: (jax.jit(self.first_state, out_shardings=toy_sharding())(), ""),
+            load=dict,
             prepare_data=lambda: ["toy" for _ in experiment.resolved_phases()],
             tokenizer=lambda: {"words.txt": b"toy's words"},
             train_step=lambda phase: self.train_step,

@@ -28,6 +28,7 @@ def make_config(directory="nowhere", **changes):
         "prepare": prepare,
         "captions": {"caption": 1.0},
         "tokenizer": "",
+        "second_tokenizer": "",
         "vocab_size": 1024,
         "caption_length": 12,
         "latent_channels": 0,

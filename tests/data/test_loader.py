@@ -3,6 +3,7 @@
 import itertools
 import time
 from fractions import Fraction
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,10 +13,24 @@ from ecdit.data import DataError, loader
 from ecdit.data.loader import augmented, draw_field, make_loader, mixed, row_reader, shuffled
 from ecdit.data.mixing import mixing
 from ecdit.data.prepared import Row, open_prepared, prepare, stored_records
-from ecdit.data.text import EOS, tokenize
+from ecdit.data.text import EOS, PAD, tokenize
+from ecdit.data.tokenizer import Tokenizer
 from tests.data.example import make_config, module
 
 BATCH = 8
+
+
+class Words:
+    """A tokenizer with the special tokens of SentencePiece files, for rows that are tokens already."""
+
+    end, pad = EOS, PAD
+
+    def rows(self, captions):
+        assert captions == [""]
+        return [[EOS]]
+
+
+WORDS = Tokenizer([Words()])
 
 
 class CountedRows:
@@ -50,12 +65,13 @@ def source(monkeypatch):
 
 
 def use(monkeypatch, source):
-    monkeypatch.setattr(loader, "open_prepared", lambda config: None)
+    monkeypatch.setattr(loader, "open_prepared", lambda config: SimpleNamespace(tokenizer=None))
+    monkeypatch.setattr(loader, "load_tokenizer", lambda path: WORDS)
     monkeypatch.setattr(loader, "row_reader", lambda _, seed: shuffled(source, seed, "counted"))
 
 
 def reader(config, source, seed=3):
-    return augmented(config, seed, shuffled(source, seed, "counted"))
+    return augmented(config, seed, shuffled(source, seed, "counted"), WORDS)
 
 
 def make_default():

@@ -119,6 +119,8 @@ def test_what_a_run_would_start_from(experiment, tmp_path, monkeypatch):
     other = dataclasses.replace(experiment, checkpoint=start(tmp_path / "empty"))
     assert found("weights", other, tmp_path / "empty")[0] == "fail"
     other = dataclasses.replace(experiment, text=dataclasses.replace(experiment.text, frozen=True))
+    assert found("weights", other, tmp_path / "empty")[0] == "fail"
+    other = dataclasses.replace(other, text=dataclasses.replace(other.text, frozen_random_ok=True))
     assert found("weights", other, tmp_path / "empty")[0] == "warn"
     # In a bucket a killed save is where the checkpoint would be.
     (tmp_path / "run" / "checkpoints" / "9").mkdir()

@@ -11,7 +11,8 @@ from ecdit.checkpoints.restore import CheckpointError
 from ecdit.data import DataError
 from ecdit.data.prepared import tokenize_captions
 from ecdit.data.text import train_vocabulary
-from ecdit.data.tokens import SPIECE, hash_files, tokenize_by, tokenizer_files, tokenizer_path
+from ecdit.data.tokenizer import SPIECE, tokenizer_of
+from ecdit.data.tokens import hash_files, tokenizer_files, tokenizer_path
 from ecdit.runs.kept_tokenizer import FOLDER, encoder, find_tokenizer, keep_tokenizer, kept_files, open_tokenizer
 from tests.runs import tiny
 
@@ -84,7 +85,7 @@ def test_a_folder_of_several_files_is_kept_whole(tmp_path):
     swapped = {"vocab.json": b"a b", "merges.txt": b"{}"}
     assert len({hash_files(one) for one in (files, swapped, {"vocab.json": b"{}"})}) == 3
     with pytest.raises(DataError, match=r"files vocab\.json, merges\.txt is not known: there must be spiece\.model"):
-        tokenize_by(files, WORDS, 8)
+        tokenizer_of(files, public=False)
 
 
 def test_training_keeps_its_tokenizer_and_a_start_over_moves_it_aside(toy):

@@ -25,19 +25,21 @@ from tests.runs import keep_small_tokenizer, run, save_ema, tiny
 
 # Fields that alter how a model runs, or is sampled, not what it learns.
 HOW = ("attention", "projections", "dispatch", "expert_products", "remat", "scan_unroll", "sampling_group")
+WHERE = ("weights", "second_weights", "frozen_random_ok")  # a folder's contents are compared, not its place
 # What decides which numbers a run computes; all other keys say how, where and how long.
 FIXED = {
     "seed",
     "denoiser",
     "autoencoder",
     *(f"model.{key}" for key in to_dict(tiny().model) if key not in HOW),
-    *(f"text.{key}" for key in to_dict(tiny().text) if key not in HOW),
+    *(f"text.{key}" for key in to_dict(tiny().text) if key not in (*HOW, *WHERE)),
     *(f"flow.{key}" for key in to_dict(tiny().flow)),
     *(f"optimizer.{key}" for key in to_dict(tiny().optimizer)),
     *("data.task", "data.image_size", "data.latent_channels", "data.caption_length", "data.vocab_size"),
-    *("data.module", "data.tokenizer", "data.latents", "data.captions.caption"),
+    *("data.module", "data.tokenizer", "data.second_tokenizer", "data.latents", "data.captions.caption"),
     *(f"data.prepare.{key}" for key in flatten(to_dict(tiny().data.prepare))),
     *("data.caption_dropout", "data.flip_probability", "data.crop_padding"),
+    *("vae.encode", "vae.posterior", "vae.dtype"),
     *("train.batch_size", "train.ema_decay", "train.spike_factor"),
 }
 

@@ -11,7 +11,11 @@ from ecdit.config import ConfigError
 from ecdit.encoders.text_tower import Norm, TextConfig, TextTower
 from tests.models.helpers import Model, close, jit
 
-CONFIG = TextConfig(20, 16, 2, 2, activation="gelu", frozen=False, remat="none", projections="plain", dtype="float32")
+CONFIG = TextConfig(
+    weights="random", second_weights="", clip_states="last", clip_projection=False, frozen_random_ok=False,
+    vocab_size=20, width=16, layers=2, heads=2, activation="gelu", frozen=False, remat="none", projections="plain",
+    dtype="float32",
+)  # fmt: skip
 LENGTH = 6
 EOS = 1
 # Captions of 5, 2 and 0 pieces, each with its end: the first fills the length, the last is the empty caption.

@@ -50,6 +50,7 @@ HOSTILE = [
 def experiment(model="XL-32E", **overrides):
     config = config_file("ec_dit").get_config(model)
     config.data.placeholder_ok = True
+    config.text.frozen_random_ok = True
     config.update_from_flattened_dict({key.replace("__", "."): value for key, value in overrides.items()})
     return make_experiment(config)
 

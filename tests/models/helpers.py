@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from ecdit.components import TextStates
+from ecdit.components import TextStates, TextWidths
 from ecdit.models.config import DiTConfig
 from ecdit.models.dit import DiT
 
@@ -109,7 +109,7 @@ def normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
 
 @functools.cache
 def dit(config: DiTConfig) -> Model:
-    return Model(lambda rngs: DiT(config, TEXT_WIDTH, rngs))
+    return Model(lambda rngs: DiT(config, TextWidths(TEXT_WIDTH, TEXT_WIDTH), rngs))
 
 
 @functools.cache

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from ecdit.components import TextWidths
 from ecdit.models.dit import DiT, kept_tokens
 from ecdit.models.layers import REMAT_POLICIES
 from ecdit.models.routing import expert_capacity
@@ -64,7 +65,7 @@ def drawn():
     """Parameters as training draws them, and what they make of random inputs."""
 
     def draw(values):
-        model = DiT(config(depth=4), TEXT_WIDTH, nnx.Rngs(0))
+        model = DiT(config(depth=4), TextWidths(TEXT_WIDTH, TEXT_WIDTH), nnx.Rngs(0))
         return nnx.to_pure_dict(nnx.state(model, nnx.Param)), model.forward(*values, KEPT)[0]
 
     with nnx.use_eager_sharding(False):

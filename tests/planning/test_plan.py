@@ -101,11 +101,13 @@ def test_the_speed_of_a_plan_by_hand(plan):
 
 
 def test_the_flops_of_a_plan_are_the_denoiser_s(plan):
-    from ecdit.components import total_flops
+    from ecdit.components import TextWidths, total_flops
     from ecdit.models.flops import denoiser_parts
 
     experiment = small()
-    parts = denoiser_parts(experiment.model, 128, 128, experiment.model.num_kept, experiment.model.group)
+    parts = denoiser_parts(
+        experiment.model, TextWidths(128, 128), 128, experiment.model.num_kept, experiment.model.group
+    )
     assert plan.model_flops_per_step == pytest.approx(3 * 64 * total_flops(parts))
 
 

@@ -18,6 +18,7 @@ SMALL = {
     "model.kv_heads": 1,
     "model.latent_size": 8,
     "model.group": "64",  # eight masked images of eight tokens, as 1024 are of 128
+    "text.frozen_random_ok": True,
     "text.vocab_size": 512,
     "text.width": 32,
     "text.layers": 1,

@@ -1,0 +1,191 @@
+"""Runs whose autoencoder is a public one, of a folder: prepared and online latents, counts, and what is refused."""
+
+import math
+import shutil
+import subprocess
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend.core import jaxprs_in_params
+
+from ecdit.components import total_flops
+from ecdit.config import ConfigError
+from ecdit.data import DataError
+from ecdit.data.images import decode_stored
+from ecdit.data.latents import LatentsColumn
+from ecdit.data.loader import make_loader
+from ecdit.data.manifest import task_directory
+from ecdit.data.prepared import open_prepared, prepare, prepare_captions, prepare_column
+from ecdit.data.record import Record
+from ecdit.encoders.autoencoder import to_unit
+from ecdit.encoders.vae_flops import VaeSizes, vae_params
+from ecdit.partitioning import MeshConfig, make_mesh
+from ecdit.planning.counts import count, report
+from ecdit.prepare import latents_column
+from ecdit.system import make_system
+from ecdit.training.step import abstract_batch
+from tests.data.example import module, png
+from tests.models.helpers import jit
+from tests.pretrained.folders import NETWORKS, tensors, write_folder
+from tests.pretrained.towers import write_vae
+from tests.runs import tiny
+
+QUIET = lambda _: None  # noqa: E731
+SIDE, LATENT, CHANNELS = 32, 4, 4
+
+
+def public(folder, data, encode="prepared", **changes):
+    """A tiny experiment on the images of `data`, with the autoencoder of a folder."""
+    prepared = encode == "prepared"
+    named = {"autoencoder": "vae", "vae__weights": str(folder), "vae__encode": encode, "vae__dtype": "float32"}
+    sizes = {"model__latent_size": LATENT, "model__latent_channels": CHANNELS, "model__patch_size": 2}
+    reads = {"data__latent_channels": CHANNELS if prepared else 0, "data__latents": "small" if prepared else ""}
+    return tiny(**{**named, **sizes, **reads, "data__image_size": SIDE, "data__vocab_size": 300, **data, **changes})
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory):
+    return write_vae(tmp_path_factory.mktemp("vae") / "vae")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory, vae):
+    """36 grey images in four parts, with their latents."""
+    place = tmp_path_factory.mktemp("grey")
+    named = {
+        "data__module": module(place, "grey", "36"),
+        "data__task": "grey",
+        "data__directory": str(place / "data"),
+    }
+    experiment = public(vae, named)
+    prepare_captions(experiment.data, 1, QUIET)
+    with pytest.raises(DataError, match=r"has no column latents-small: run python -m ecdit\.prepare .* --what=latents"):
+        open_prepared(experiment.data)
+    said = []
+    prepare_column(experiment.data, latents_column(experiment), 1, said.append)
+    assert "column latents-small: 36 images in " in said[-1]
+    assert "images/s" in said[-1]
+    prepare_column(experiment.data, latents_column(experiment), 1, said.append)
+    assert said[-1].endswith("column latents-small: is there")
+    return named
+
+
+def first_batch(experiment):
+    return next(make_loader(experiment.data, 0, 16, 0, range(16)))
+
+
+@pytest.mark.parametrize("posterior", ["sample", "mode"])
+def test_prepared_latents_are_those_of_online_encoding(vae, data, posterior):
+    experiments = [public(vae, data, encode, vae__posterior=posterior) for encode in ("prepared", "online")]
+    keys, encoded = jax.random.split(jax.random.key(1), 16), []
+    for experiment in experiments:
+        system, batch = make_system(experiment.system), first_batch(experiment)
+        shapes = abstract_batch(experiment.system, 16, make_mesh(MeshConfig(1, -1, 1, 1, 1)))
+        assert {name: (x.shape, x.dtype) for name, x in batch.items()} == {
+            name: (x.shape, x.dtype) for name, x in shapes.items()
+        }
+        loaded = system.load(make_mesh(MeshConfig(1, -1, 1, 1, 1)))
+        drawn = jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype), system.drawn(system.shapes()))
+        content = batch["latents"].astype(np.float32) if "latents" in batch else to_unit(batch["image"])
+        encode = jit(lambda params, content, system=system: system.bind(params).autoencoder.encode(content, keys))
+        encoded.append(np.asarray(encode({**drawn, **loaded}, content)))
+    prepared, online = encoded
+    assert prepared.shape == (16, LATENT, LATENT, CHANNELS)
+    assert online.std() > 0.01
+    np.testing.assert_allclose(prepared, online, atol=2e-3 * np.ptp(online))
+    if posterior == "sample":
+        assert (np.abs(prepared - prepared.mean(axis=0)) > 1e-3).any()  # each image is drawn with its own key
+
+
+def test_latents_of_other_weights_are_refused(vae, data, tmp_path):
+    from ecdit.data.prepared import check_latents
+
+    experiment = public(vae, data)
+    check_latents(open_prepared(experiment.data), experiment.fingerprints()["autoencoder"])
+    other = public(write_vae(tmp_path / "other", seed=1), data)
+    with pytest.raises(DataError, match="latents-small was made from other tokenizer or weights: their fingerprint is "):
+        check_latents(open_prepared(other.data), other.fingerprints()["autoencoder"])
+    with pytest.raises(DataError, match="latents-small was made from other tokenizer or weights"):
+        prepare_column(other.data, latents_column(other), 1, QUIET)
+
+
+def test_what_does_not_fit_is_refused(vae, data, tmp_path):
+    with pytest.raises(ConfigError, match=r"vae\.weights = '.*nowhere': there is no .*nowhere/config\.json"):
+        public(tmp_path / "nowhere", data)
+    with pytest.raises(ConfigError, match=r"model\.latent_channels = 8: the vae autoencoder has 4"):
+        public(vae, data, model__latent_channels=8, data__latent_channels=8)
+    with pytest.raises(ConfigError, match=r"data\.latent_channels = 4: the autoencoder vae needs images: 0"):
+        public(vae, data, "online", data__latent_channels=4)
+    with pytest.raises(ConfigError, match=r"data\.latents = '': must name the column"):
+        public(vae, data, data__latents="")
+    small, layout, values = NETWORKS["vae"]
+    shrinks_by_4 = write_folder(tmp_path / "four", tensors(small(), layout), values)
+    with pytest.raises(ConfigError, match=r"vae\.encode = 'prepared': must be online: .* by 4, prepared latents by 8"):
+        public(shrinks_by_4, data, model__latent_size=8)
+    public(shrinks_by_4, data, "online", model__latent_size=8)
+    with pytest.raises(ConfigError, match=r"autoencoder = 'identity': must be \"vae\" for --what=latents"):
+        latents_column(tiny())
+
+
+def test_latents_must_be_finite_and_images_whole(vae):
+    column = LatentsColumn("small", vae, "float32", SIDE)
+    size = np.full(2, SIDE, np.int32)
+    wrong = Record("one", png(np.zeros((8, 8, 3), np.uint8)), size, size, {"caption": "a"})
+    with pytest.raises(DataError, match=r"one: the image has the shape \(8, 8, 3\), not \(32, 32, 3\)"):
+        list(column.values([wrong]))
+    assert decode_stored(wrong.image).shape == (8, 8, 3)
+
+
+def products(jaxpr):
+    """The FLOPs of every product and convolution in a jaxpr."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            shape = equation.invars[0].aval.shape
+            yield 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(shape[axis] for axis in contracted)
+        if equation.primitive.name == "conv_general_dilated":
+            yield 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(equation.invars[1].aval.shape[:3])
+        for inner in jaxprs_in_params(equation.params):
+            yield from products(inner)
+
+
+def test_parameters_and_work_are_counted(vae, data):
+    prepared, online = (public(vae, data, encode) for encode in ("prepared", "online"))
+    system = make_system(online.system)
+    images = jax.ShapeDtypeStruct((1, SIDE, SIDE, 3), jnp.float32)
+    traced = jax.make_jaxpr(lambda params, x: system.bind(params).autoencoder.moments(x))(system.shapes(), images)
+    work = system.parts.autoencoder.flops(SIDE).flops
+    assert work == sum(products(traced.jaxpr))
+    with_vae, without = (make_system(one.system) for one in (online, prepared))
+    # Frozen: forward once in a step that encodes, and never where latents are prepared.
+    assert with_vae.training_flops() - without.training_flops() == work
+    assert total_flops(with_vae.forward_flops("sample")) == total_flops(without.forward_flops("sample"))
+    counts = {"prepared": count(prepared), "online": count(online)}
+    assert counts["prepared"].vae_params == vae_params(VaeSizes((4, 8, 8, 8), 1, CHANNELS, True))
+    assert (counts["prepared"].encoding_flops_per_image, counts["online"].encoding_flops_per_image) == (work, 0)
+    assert "vae" in counts["online"].flops_per_image
+    assert "vae" not in counts["prepared"].flops_per_image
+    assert "no step runs it" in report(counts["prepared"])[-1]
+
+
+def test_a_full_disk_leaves_no_column_and_the_same_command_goes_on(vae, data, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", disk], capture_output=True).returncode:
+        pytest.skip("mounting a small file system needs root")
+    try:
+        shutil.copytree(task_directory(public(vae, data).data), disk / "grey")
+        shutil.rmtree(disk / "grey/columns/latents-small")
+        experiment = public(vae, {**data, "data__directory": str(disk)})
+        with (disk / "filler").open("wb") as file:
+            file.write(bytes(shutil.disk_usage(disk).free - 8192))
+        with pytest.raises((DataError, OSError), match="No space left on device"):
+            prepare_column(experiment.data, latents_column(experiment), 1, QUIET)
+        assert not (disk / "grey/columns/latents-small").exists()
+        (disk / "filler").unlink()
+        prepare_column(experiment.data, latents_column(experiment), 1, QUIET)
+        assert prepare(experiment.data, say=QUIET).fingerprint == open_prepared(public(vae, data).data).fingerprint
+    finally:
+        subprocess.run(["umount", "-l", disk], check=True)

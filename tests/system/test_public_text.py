@@ -1,0 +1,184 @@
+"""Runs whose text encoder is a public one, of a folder: what it is, what is kept of it, and what is refused."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from ecdit.checkpoints import restore
+from ecdit.checkpoints.arrays import read_records
+from ecdit.checkpoints.read_errors import CheckpointError
+from ecdit.components import TextWidths
+from ecdit.config import ConfigError
+from ecdit.data.tokenizer import load_tokenizer
+from ecdit.data.tokens import tokenizer_path
+from ecdit.experiment import check_tokenizers, check_trainable, make_experiment
+from ecdit.partitioning import MeshConfig, make_mesh
+from ecdit.pretrained.config_json import WeightsError
+from ecdit.runs.trained_run import open_run
+from ecdit.runs.training_run import train
+from ecdit.system import make_system
+from ecdit.training.optimizer import make_optimizer
+from ecdit.training.state import abstract_state, state_shardings
+from tests.models.helpers import jit
+from tests.pretrained.towers import CAPTIONS, CLIP_TOKENS, write_clip, write_t5
+from tests.runs import tiny, tiny_values
+
+LENGTH = 12
+
+
+@pytest.fixture(autouse=True)
+def _package():
+    pytest.importorskip("tokenizers", reason="needs the extra pretrained")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    place = tmp_path_factory.mktemp("weights")
+    return {"clip": write_clip(place / "clip"), "t5": write_t5(place / "t5")}
+
+
+def public(*folders, **changes):
+    """A tiny experiment with the text encoders of these folders."""
+    first, second = [*map(str, folders), ""][:2]
+    named = {"text__weights": first, "text__second_weights": second, "text__frozen": True}
+    tokenizers = {"data__tokenizer": first, "data__second_tokenizer": second, "data__caption_length": LENGTH}
+    return tiny(**{**named, **tokenizers, **changes})
+
+
+def states(experiment, tokens):
+    """What the system's text encoder gives of tokens, with the weights of its folders."""
+    system = make_system(experiment.system)
+    mesh = make_mesh(MeshConfig(1, -1, 1, 1, 1))
+    loaded = system.load(mesh)
+    drawn = jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype), system.drawn(system.shapes()))
+    return jit(lambda params: system.bind(params).text(tokens))({**drawn, **loaded})
+
+
+def test_the_folder_says_what_the_encoder_is(folders):
+    clip, t5 = (make_system(public(folders[name]).system).parts.text for name in ("clip", "t5"))
+    assert (type(clip).__name__, clip.config.vocab_size, clip.config.width) == ("ClipText", CLIP_TOKENS, 32)
+    assert type(t5).__name__ == "T5Encoder"
+    projected = make_system(public(folders["clip"], text__clip_projection=True).system)
+    assert projected.parts.text.widths == TextWidths(32, 16)
+    # The denoiser's embedding of the caption is of the pooled state, its keys are of the states.
+    shapes = projected.shapes()["denoiser"]
+    assert shapes["caption"]["hidden"]["kernel"].shape[0] == 16
+    assert shapes["pairs"]["odd"]["cross_attention"]["key"].shape[1] == 32
+
+
+def test_two_encoders_follow_each_other(folders):
+    both = public(folders["clip"], folders["t5"], text__clip_projection=True)
+    tokenizers = [load_tokenizer(folders[name]) for name in ("clip", "t5")]
+    tokens = [tokenizer.tokenize(CAPTIONS, LENGTH) for tokenizer in tokenizers]
+    found = states(both, np.concatenate(tokens, axis=1))
+    alone = [
+        states(public(folders[name], text__clip_projection=True), one)
+        for name, one in zip(("clip", "t5"), tokens, strict=True)
+    ]
+    assert make_system(both.system).parts.text.widths == TextWidths(32, 16 + 32)
+    assert both.system.text_length == 2 * LENGTH
+    np.testing.assert_allclose(found.pooled, np.concatenate([one.pooled for one in alone], axis=1), atol=1e-5)
+    np.testing.assert_array_equal(found.mask, np.concatenate([one.mask for one in alone], axis=1))
+    for n, one in enumerate(alone):
+        np.testing.assert_allclose(found.states[:, n * LENGTH : (n + 1) * LENGTH], one.states, atol=1e-5)
+
+
+def test_a_pair_of_tokenizers_is_stored_in_one_row_and_told_apart(folders, tmp_path):
+    for name in ("clip", "t5"):
+        (tmp_path / {"clip": "first", "t5": "second"}[name]).symlink_to(folders[name])
+    both, clip, t5 = (load_tokenizer(path) for path in (tmp_path, folders["clip"], folders["t5"]))
+    for caption in (*CAPTIONS, "", "x" * 100):
+        ids = both.encode(caption)
+        assert ids.tolist() == [*clip.encode(caption), *t5.encode(caption)]
+        for length in (2, 5, 40):
+            expected = [*clip.fit(clip.encode(caption), length), *t5.fit(t5.encode(caption), length)]
+            assert both.fit(ids, length).tolist() == expected
+    assert clip.fit(clip.encode("ab"), 6).tolist()[-3:] == [CLIP_TOKENS - 1] * 3  # it pads with its end
+
+
+@pytest.fixture(scope="module")
+def run(folders, emoji_data, tmp_path_factory):
+    """Three steps with CLIP's text encoder, sharded over two devices."""
+    workdir = tmp_path_factory.mktemp("public") / "run"
+    changes = {"data__directory": str(emoji_data), "train__num_steps": 3, "checkpoint__every": 2}
+    experiment = public(folders["clip"], mesh__fsdp=2, **changes)
+    assert train(experiment, workdir) == 0
+    return experiment, workdir
+
+
+def test_loaded_weights_are_sharded_and_outside_optimizer_ema_and_checkpoint(run):
+    experiment, workdir = run
+    mesh = make_mesh(experiment.mesh)
+    system, optimizer = make_system(experiment.system), make_optimizer(experiment.optimizer)
+    state = abstract_state(system, optimizer, state_shardings(system, optimizer, mesh))
+    for part in (state.params, state.ema, restore.state_parts(state)["frozen"]):
+        assert "text" not in part
+    assert "clip_text" not in str(jax.tree_util.tree_structure(state.optimizer))
+    matrix = state.loaded["text"]["layers"]["mlp"]["fc1"]["kernel"]
+    assert np.prod(matrix.sharding.shard_shape(matrix.shape)) * 2 == np.prod(matrix.shape)
+    with restore.open_reader(workdir) as manager:
+        directory, meta = restore.step_directory(manager, 3), restore.read_meta(manager, 3)
+    assert not [name for name in read_records(directory) if "text" in name.split("/")]
+    assert meta.config["weights"] == experiment.fingerprints()
+    assert len(meta.config["weights"]["text"]) == 64
+
+
+def test_captions_are_encoded_by_the_folder_s_tokenizer(run, folders):
+    experiment, _ = run
+    kept = tokenizer_path(experiment.data)
+    assert sorted(path.name for path in kept.iterdir()) == ["merges.txt", "vocab.json"]  # and not the weights
+    column = kept.parents[1] / "columns" / f"tokens-{kept.name}" / "column.json"
+    assert json.loads(column.read_text())["made_by"]
+
+
+def test_it_resumes_and_samples_with_the_same_weights_alone(run, folders, tmp_path):
+    experiment, workdir = run
+    moved = write_clip(tmp_path / "moved")
+    text = dataclasses.replace(experiment.text, weights=str(moved))
+    longer = dataclasses.replace(experiment.train, num_steps=4)
+    assert train(dataclasses.replace(experiment, text=text, train=longer), workdir) == 0  # the same, elsewhere
+    opened = open_run(workdir)
+    stored = load_file(moved / "model.safetensors")["text_model.embeddings.token_embedding.weight"]
+    np.testing.assert_array_equal(opened.params["text"]["token_embedding"], stored)
+    write_clip(tmp_path / "other", seed=1)
+    other = dataclasses.replace(experiment, text=dataclasses.replace(text, weights=str(tmp_path / "other")))
+    with pytest.raises(CheckpointError, match=r"config\.weights\.text: saved '\w{64}', now '\w{64}'"):
+        train(other, workdir)
+    with pytest.raises(CheckpointError, match="was trained with other public weights of its text"):
+        open_run(workdir, [f"text.weights={tmp_path}/other"])
+
+
+def test_what_does_not_fit_is_refused(folders, tmp_path):
+    with pytest.raises(ConfigError, match=r"text\.weights = '.*nowhere': there is no .*nowhere/config\.json"):
+        make_system(public(tmp_path / "nowhere").system)
+    with pytest.raises(ConfigError, match=r"text\.frozen = False: must be True"):
+        public(folders["clip"], text__frozen=False)
+    with pytest.raises(ConfigError, match=r"data\.tokenizer = '': must name the folder of a tokenizer for each of"):
+        public(folders["clip"], data__tokenizer="")
+    with pytest.raises(ConfigError, match=r"data\.second_tokenizer = '': must name the folder"):
+        public(folders["clip"], folders["t5"], data__second_tokenizer="")
+    with pytest.raises(ConfigError, match=r"data\.tokenizer = '.*clip': must be a \.model file"):
+        tiny(data__tokenizer=str(folders["clip"]))
+    with pytest.raises(ConfigError, match=r"data\.caption_length = 77: the text encoder's weights have 16 positions"):
+        make_system(public(folders["clip"], data__caption_length=77).system)
+    with pytest.raises(WeightsError, match="the tokenizer has 514 tokens, the text encoder's embedding 400 rows"):
+        check_tokenizers(public(folders["t5"], data__tokenizer=str(folders["clip"])))
+
+
+def test_a_frozen_random_tower_trains_only_where_the_config_says_so(folders):
+    frozen = tiny(text__frozen=True)
+    with pytest.raises(ConfigError, match=r"text\.weights = 'random': a frozen text encoder must have been trained"):
+        check_trainable(frozen)
+    check_trainable(tiny(text__frozen=True, text__frozen_random_ok=True))
+    check_trainable(tiny(text__frozen=True, checkpoint__init_from="runs/emoji"))
+    check_trainable(tiny())
+    check_trainable(public(folders["clip"]))
+    del_weights = tiny_values()
+    del del_weights.text["weights"]
+    with pytest.raises(ConfigError, match=r"text\.weights = None: missing"):
+        make_experiment(del_weights)
