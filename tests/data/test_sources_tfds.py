@@ -99,7 +99,7 @@ def test_stamp_and_attribution(builder_dir):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"image": "image"}, "no feature 'image'; it has"),
+        ({"image": "photo"}, "no feature 'photo'; it has"),
         ({"image": "score"}, "must be one image"),
         ({"captions": ("score",)}, "must be a text"),
         ({"captions": ("captions/text", "captions/id")}, "different first parts"),

@@ -184,7 +184,7 @@ def another_version(folder):
     ("change", "said"),
     [
         (flip_a_weight, r"weights is damaged: \S+: not what was exported"),
-        (cut_weights, "model.safetensors is no whole safetensors file"),
+        (cut_weights, "model.safetensors is no complete safetensors file"),
         (swap_tokenizer, "the tokenizer in .*/weights/tokenizer is not the one of the training"),
         (another_model, r"weights does not hold this model: denoiser\.\S+ is float32\[.*\], not float32\["),
         (another_version, r"weights/config.json, which ecdit [\d.]+\S* wrote, is no config of ecdit .*train\.wandb"),
