@@ -6,7 +6,7 @@
                        quarantine.jsonl                a line for each pair that was left out
                        columns/tokens-<name>/          a Column and its shards, named and ordered as the records'
                        composition.json                the Composition: the task itself, or the parts of a mixture
-                       tokenizers/<name>.model         SentencePiece
+                       tokenizers/<name>.model         SentencePiece; a public encoder's is a folder <name>/
 A mixture, and data that is generated, has only the last two; the parts of a mixture are tasks of their own.
 """
 
