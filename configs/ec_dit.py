@@ -6,7 +6,9 @@
 
     python -m ecdit.plan --config=configs/ec_dit.py:M-64E        # counts parameters and FLOPs
 
-The data task is a stand-in, noise under random words: a task of your own (docs/data.md) takes its place.
+The data task is a stand-in, noise under random words: a task of your own (docs/data.md) takes its place. So is the text
+tower, random and frozen: name a folder of public weights in text.weights (docs/weights.md), or set
+text.frozen_random_ok for a trial.
 
 All fields, their meaning and the marks of certainty [P], [N] and [A] are in `ecdit/recipe.py`.
 """

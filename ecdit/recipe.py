@@ -64,6 +64,7 @@ def small_recipe(image_size: int) -> ConfigDict:
     text.dtype = "float32"
 
     config.autoencoder = "identity"
+    config.vae.dtype = "float32"
 
     data = config.data
     data.image_size = image_size

@@ -6,7 +6,7 @@
                        quarantine.jsonl                a line for each rejected pair
                        columns/tokens-<name>/          a Column and its shards, named and ordered like the records'
                        composition.json                the Composition: the task itself, or the parts of a mixture
-                       tokenizers/<name>.model         SentencePiece
+                       tokenizers/<name>.model         SentencePiece; a public encoder's is a folder <name>/
 Mixtures and generated data have only the last two. The parts of a mixture are tasks with directories of their own.
 """
 

@@ -81,10 +81,9 @@ def _path(experiment: Experiment, target: Target, what: What) -> Path | None:
     if not directory or is_remote(directory):
         return None
     compiler = {name: _version(name) for name in _LIBRARIES} | {name: os.environ.get(name, "") for name in _FLAGS}
+    follows_from = [to_dict(experiment), user_files(experiment.denoiser), target.name, what, compiler, code_digest()]
     # Of public weights the sizes, and not the values.
-    shapes = [str(experiment.system.public_autoencoder), *map(str, read_encoders(experiment.text))]
-    follows_from = [to_dict(experiment), user_files(experiment.denoiser), shapes, target.name, what, compiler]
-    follows_from.append(code_digest())
+    follows_from += [str(experiment.system.public_autoencoder), *map(str, read_encoders(experiment.text))]
     digest = hashlib.sha256(json.dumps(follows_from, sort_keys=True).encode()).hexdigest()[:32]
     return Path(os.path.expanduser(directory)) / "plans" / f"{digest}.json"
 

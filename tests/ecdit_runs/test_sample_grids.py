@@ -31,7 +31,7 @@ def test_each_caption_stands_under_the_image_that_was_drawn_of_it(ffn, tmp_path,
     def save_grid(images, captions, path):
         written[path.name] = images[:, 0, 0, 0].tolist(), list(captions)
 
-    def draw_maps(images, captions, counts):
+    def draw_maps(images, captions, counts, time_shift):
         written["maps"] = images[:, 0, 0, 0].tolist(), list(captions), counts[:, 0, 0, 0].tolist()
         return Image.new("RGB", (1, 1))
 

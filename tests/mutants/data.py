@@ -128,14 +128,14 @@ MUTANTS = (
     ),
     Mutant(
         _TEXT,
-        "kept = tokens if len(tokens) <= caption_length else [*tokens[: caption_length - 1], EOS]",
+        "kept = tokens if len(tokens) <= caption_length else [*tokens[: caption_length - 1], end]",
         "kept = tokens[:caption_length]",
         _preparation("test_fit_pads_or_cuts_before_the_eos"),
         "a caption that is cut has no end, and its pooled state is that of a word",
     ),
     Mutant(
         _TEXT,
-        "row = np.full(caption_length, PAD, np.int32)",
+        "row = np.full(caption_length, pad, np.int32)",
         "row = np.full(caption_length, EOS, np.int32)",
         _preparation("test_fit_pads_or_cuts_before_the_eos"),
     ),

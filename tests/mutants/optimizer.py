@@ -61,7 +61,7 @@ MUTANTS = (
     ),
     Mutant(
         _STATE,
-        "return TrainState(whole, params, params, frozen, moments, whole, whole, whole)",
+        "return TrainState(whole, params, params, frozen, moments, whole, whole, whole, system.loaded(every))",
         "return TrainState(whole, params, jax.tree.map(lambda _: whole, params), frozen, moments, whole, whole, whole)",
         _step("test_moments_and_ema_are_sharded_like_their_parameters"),
         "every chip holds the whole EMA",

@@ -7,6 +7,8 @@ _WEIGHTS, _FOLDER, _T5X = (
     f"ecdit/pretrained/{name}.py" for name in ("weights", "safetensors_folder", "t5x_checkpoint")
 )
 _TOKENIZERS = "ecdit/pretrained/tokenizers.py"
+_ENCODERS, _SYSTEM, _TOKENIZER = "ecdit/pretrained/text_encoders.py", "ecdit/system.py", "ecdit/data/tokenizer.py"
+_TEXT, _AUTOENCODER = "tests/system/test_public_text.py", "tests/system/test_public_autoencoder.py"
 
 
 def _tests(file: str, *names: str) -> tuple[str, ...]:
@@ -133,5 +135,95 @@ MUTANTS = (
         "if size > vocab_size or (exactly and size != vocab_size)",
         "if size > vocab_size",
         _tests("tokenizers", "test_a_clip_tokenizer_must_fit_the_embedding"),
+    ),
+    Mutant(
+        _ENCODERS,
+        "zip((self.first, self.second), jnp.split(tokens, 2, 1), strict=True)",
+        "zip((self.first, self.second), jnp.split(tokens, 2, 1)[::-1], strict=True)",
+        (f"{_TEXT}::test_two_encoders_follow_each_other",),
+        "each of two encoders reads the other's tokens",
+    ),
+    Mutant(
+        _ENCODERS,
+        "jnp.concatenate([text.pooled for text in both], axis=1)",
+        "jnp.concatenate([text.pooled for text in both[::-1]], axis=1)",
+        (f"{_TEXT}::test_two_encoders_follow_each_other",),
+    ),
+    Mutant(
+        _CLIP,
+        "TextWidths(self.config.width, self.config.projection_width or self.config.width)",
+        "TextWidths(self.config.width, self.config.width)",
+        (f"{_TEXT}::test_the_folder_says_what_the_encoder_is",),
+    ),
+    Mutant(
+        _TOKENIZER,
+        "end = int(np.argmax(np.asarray(ids) == part.end)) + 1",
+        "end = int(np.argmax(np.asarray(ids) == part.end))",
+        (f"{_TEXT}::test_a_pair_of_tokenizers_is_stored_in_one_row_and_told_apart",),
+    ),
+    Mutant(
+        "ecdit/experiment.py",
+        "bool(trained) or text.frozen_random_ok,",
+        "bool(trained) or bool(text.weights),",
+        (f"{_TEXT}::test_a_frozen_random_tower_trains_only_where_the_config_says_so",),
+        "a run spends its steps on the states of a tower that nobody has trained",
+    ),
+    Mutant(
+        "ecdit/experiment.py",
+        "tokenizer.check_fits(encoder.config.vocab_size)",
+        "tokenizer.check_fits(tokenizer.size)",
+        (f"{_TEXT}::test_what_does_not_fit_is_refused",),
+        "captions are encoded by another encoder's ids",
+    ),
+    Mutant(
+        "ecdit/checkpoints/restore.py",
+        'if field.name != "loaded"}',
+        'if field.name != "none"}',
+        (f"{_TEXT}::test_loaded_weights_are_sharded_and_outside_optimizer_ema_and_checkpoint",),
+        "each checkpoint has a copy of the public weights",
+    ),
+    Mutant(
+        "ecdit/runs/trained_run.py",
+        "if saved.get(part) != digest:",
+        "if part not in saved:",
+        (f"{_TEXT}::test_it_resumes_and_samples_with_the_same_weights_alone",),
+        "images are drawn with another text encoder's states",
+    ),
+    Mutant(
+        _VAE,
+        "return self.latents(mean, log_variance, keys)",
+        "return self.latents(log_variance, mean, keys)",
+        (f"{_AUTOENCODER}::test_prepared_latents_are_those_of_online_encoding",),
+    ),
+    Mutant(
+        "ecdit/data/latents.py",
+        "moments(to_unit(images))",
+        "moments(images.astype(jnp.float32))",
+        (f"{_AUTOENCODER}::test_prepared_latents_are_those_of_online_encoding",),
+    ),
+    Mutant(
+        "ecdit/data/prepared.py",
+        "read_column(part.directory, part.manifest, part.latents.name, made_by)",
+        'read_column(part.directory, part.manifest, part.latents.name, "")',
+        (f"{_AUTOENCODER}::test_latents_of_other_weights_are_refused",),
+        "a run trains on latents that its autoencoder cannot decode",
+    ),
+    Mutant(
+        _SYSTEM,
+        "untrained = total_flops([text, *others] if self.config.text.frozen else others)",
+        "untrained = total_flops([text] if self.config.text.frozen else [])",
+        (f"{_AUTOENCODER}::test_parameters_and_work_are_counted",),
+    ),
+    Mutant(
+        _SYSTEM,
+        'self.autoencoder == "vae" and self.vae.encode == "prepared"',
+        'self.autoencoder == "vae"',
+        (f"{_AUTOENCODER}::test_what_does_not_fit_is_refused",),
+    ),
+    Mutant(
+        "ecdit/data/shards.py",
+        "except RuntimeError as error:  # ArrayRecord's, of whatever the disk refuses",
+        "except KeyError as error:  # ArrayRecord's, of whatever the disk refuses",
+        (f"{_AUTOENCODER}::test_a_full_disk_leaves_no_column_and_the_same_command_goes_on",),
     ),
 )

@@ -182,8 +182,8 @@ MUTANTS = (
     # Images with the weights and captions that they are said to have.
     Mutant(
         "ecdit/training/state.py",
-        "return {**state.ema, **state.frozen}",
-        "return {**state.params, **state.frozen}",
+        "return {**state.ema, **state.frozen, **state.loaded}",
+        "return {**state.params, **state.frozen, **state.loaded}",
         (_EMA_IMAGES,),
     ),
     Mutant(
