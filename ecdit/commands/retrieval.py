@@ -9,11 +9,10 @@ import numpy as np
 from absl import flags
 
 from ecdit.config import to_dict
-from ecdit.data import DataError
 from ecdit.data.emoji_styles import style_and_name
 from ecdit.data.images import decode_stored
 from ecdit.data.manifest import SPLITS
-from ecdit.data.prepared import caption_of, open_prepared, stored_records
+from ecdit.data.prepared import caption_of
 from ecdit.evaluation.json_lines import check_results, json_text, write_results
 from ecdit.evaluation.retrieval import (
     NUM_CAPTIONS,
@@ -24,6 +23,7 @@ from ecdit.evaluation.retrieval import (
     recall,
     target_ranks,
 )
+from ecdit.evaluation.run_scores import retrieval_records
 from ecdit.runs.trained_run import each_image_alone, open_run, sample_run
 from ecdit.sampling.grids import save_grid
 from ecdit.sampling.sampler import SamplingConfig
@@ -70,12 +70,8 @@ def retrieval(
     start = time.monotonic()
     run = each_image_alone(open_run(workdir, step=step))
     data = run.experiment.data
-    prepared = open_prepared(data)
-    targeted = list(stored_records(prepared, split))
-    if not targeted:
-        raise DataError(f"the data of {workdir} has no stored record in the split {split}: see data.prepare.held_out")
-    records = targeted if split == "train" else [*targeted, *stored_records(prepared, "train")]
-    chosen = fixed_choice(len(targeted), count or len(targeted))
+    records, targeted = retrieval_records(data, split)
+    chosen = fixed_choice(targeted, count or targeted)
     sampling = protocol(run.experiment.sampling, seed)
     captions = [caption_of(data, records[i].captions) for i in chosen]
     samples = sample_run(run, captions, [0] * len(chosen), sampling)
@@ -96,7 +92,7 @@ def retrieval(
         },
     }
     if split == "held_out":
-        trained = np.arange(len(records)) >= len(targeted)
+        trained = np.arange(len(records)) >= targeted
         result |= compared(samples, images, chosen, [record.key for record in records], trained)
     result["seconds"] = round(time.monotonic() - start, 1)
     if grid:

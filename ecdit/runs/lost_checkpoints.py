@@ -27,6 +27,7 @@ _RECORDS = {
     PROFILE,
     DIRECTORY,
     "samples",
+    "evaluations",
 }
 
 
