@@ -17,6 +17,7 @@ from ecdit.errors import UserError
 # NumPy alone, start at once, and the flags of one evaluation are no other's.
 EVALUATIONS = {
     "retrieval": "ecdit.commands.retrieval",
+    "loss": "ecdit.commands.loss",
     "shapes": "ecdit.commands.shapes",
     "geneval-score": "ecdit.commands.geneval_score",
     "geneval2-score": "ecdit.commands.geneval2_score",
@@ -26,6 +27,7 @@ EVALUATIONS = {
     "kid": "ecdit.commands.kid",
     "cmmd": "ecdit.commands.cmmd",
     "precision-recall": "ecdit.commands.precision_recall",
+    "clip-score": "ecdit.commands.clip_score",
 }
 
 

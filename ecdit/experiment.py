@@ -17,6 +17,7 @@ from ecdit.data.tokenizer import PiecesFile, part_tokenizer
 from ecdit.diffusion.flow import FlowConfig
 from ecdit.encoders.autoencoder import VaeConfig
 from ecdit.encoders.text_tower import TextConfig
+from ecdit.evaluation.config import EvaluationConfig
 from ecdit.files import is_remote
 from ecdit.partitioning import MeshConfig, batch_shards
 from ecdit.pretrained.text_encoders import read_encoders
@@ -66,6 +67,7 @@ class Experiment:
     checkpoint: CheckpointConfig = field(metadata=RESUME)
     mesh: MeshConfig = field(metadata=RESUME)
     sampling: SamplingConfig = field(metadata=RESUME)
+    evaluation: EvaluationConfig = field(metadata=RESUME)  # while it trains
     runtime: RuntimeConfig = field(metadata=RESUME)
 
     def __post_init__(self):
@@ -102,6 +104,10 @@ class Experiment:
             self.train.images_every,
             f"must be 0: the autoencoder {self.autoencoder} decodes no images",
         )
+        for key, none in (("prompts", ""), ("score", "none")):
+            value = getattr(self.evaluation, key)
+            allowed = f"must be {none!r}: the autoencoder {self.autoencoder} decodes no images"
+            require(images or value == none, f"evaluation.{key}", value, allowed)
         if self.phases:
             self.resolved_phases()
 

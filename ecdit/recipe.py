@@ -284,6 +284,14 @@ def _set_machines(config: ConfigDict) -> None:
     sampling.seed = 0
     sampling.num_grid = 36  # images of the grid that training draws
 
+    config.evaluation = evaluation = ConfigDict()  # of the EMA weights while they are trained: docs/watching.md
+    evaluation.every = 0  # steps; 0 for never
+    evaluation.loss_images = 0  # for the flow loss by time; 0 for none
+    evaluation.prompts = ""  # a text file, a prompt a line, drawn with the same noise every time; "" for none
+    evaluation.score = "none"  # none | shapes | retrieval
+    evaluation.split = "held_out"  # train | held_out: of the loss's images and the score's captions
+    evaluation.captions = 50  # of the score; of shapes for each kind
+
     config.runtime = runtime = ConfigDict()
     runtime.xla_flags = ()
     runtime.tpu_options = ConfigDict(TPU_OPTIONS)  # compiler options of the training step on TPUs, by kind of chip

@@ -8,7 +8,7 @@ run), export (see interop.weights).
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import orbax.checkpoint as ocp
@@ -128,11 +128,13 @@ def restore(manager: ocp.CheckpointManager, step: int, abstract: TrainState) -> 
     return state
 
 
-def restore_ema(workdir: Path, system: System, mesh: Mesh, step: int | None = None) -> tuple[Params, int]:
+def restore_ema(
+    workdir: Path, system: System, mesh: Mesh, step: int | None = None, part: Literal["ema", "params"] = "ema"
+) -> tuple[Params, int]:
     """Reads the EMA weights and the frozen ones of a run's checkpoint; returns them, sharded over `mesh`, and its step.
 
     Those of folders of public weights are not among them: see `System.load`. It reads and verifies nothing else.
-    `step` is by default the newest.
+    `step` is by default the newest. `part` "params" reads the weights that the optimizer changes in place of their EMA.
 
     Raises:
       CheckpointError: no such checkpoint, a damaged one, or one of another model.
@@ -145,11 +147,11 @@ def restore_ema(workdir: Path, system: System, mesh: Mesh, step: int | None = No
     params = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
     # That run may have frozen other parameters than this one does.
     frozen = {name.split("/")[1] for name in records if name.startswith("frozen/")}
-    target = {"ema": {n: p for n, p in params.items() if n not in frozen}}
+    target = {part: {n: p for n, p in params.items() if n not in frozen}}
     target |= {"frozen": {n: p for n, p in params.items() if n in frozen}} if frozen else {}
     values = restore_arrays(directory, records, target)
     check_sums(directory, records, checksums(flat_arrays(values)))
-    return {**values["ema"], **values.get("frozen", {})}, step
+    return {**values[part], **values.get("frozen", {})}, step
 
 
 def state_parts(state: TrainState) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from ecdit.data import DataError
 from ecdit.data.emoji_styles import style_and_name
 from ecdit.data.images import decode_stored
 from ecdit.data.manifest import SPLITS, task_directory
-from ecdit.data.prepared import caption_of, open_prepared, stored_records
+from ecdit.data.prepared import caption_of, open_prepared
 from ecdit.evaluation.json_lines import check_results, json_text, write_results
 from ecdit.evaluation.retrieval import (
     NUM_CAPTIONS,
@@ -24,6 +24,7 @@ from ecdit.evaluation.retrieval import (
     recall,
     target_ranks,
 )
+from ecdit.evaluation.run_scores import retrieval_records
 from ecdit.runs.trained_run import each_image_alone, open_run, sample_run
 from ecdit.sampling.grids import save_grid
 from ecdit.sampling.sampler import SamplingConfig
@@ -76,11 +77,8 @@ def retrieval(
             f"{task_directory(data)} is not the data of the training: its fingerprint is {prepared.fingerprint[:12]}, "
             f"and step {run.step} of {workdir} was trained on {run.dataset[:12]}"
         )
-    targeted = list(stored_records(prepared, split))
-    if not targeted:
-        raise DataError(f"the data of {workdir} has no stored record in the split {split}: see data.prepare.held_out")
-    records = targeted if split == "train" else [*targeted, *stored_records(prepared, "train")]
-    chosen = fixed_choice(len(targeted), count or len(targeted))
+    records, targeted = retrieval_records(data, split)
+    chosen = fixed_choice(targeted, count or targeted)
     sampling = protocol(run.experiment.sampling, seed)
     captions = [caption_of(data, records[i].captions) for i in chosen]
     samples = sample_run(run, captions, [0] * len(chosen), sampling)
@@ -101,7 +99,7 @@ def retrieval(
         },
     }
     if split == "held_out":
-        trained = np.arange(len(records)) >= len(targeted)
+        trained = np.arange(len(records)) >= targeted
         result |= compared(samples, images, chosen, [record.key for record in records], trained)
     result["seconds"] = round(time.monotonic() - start, 1)
     if grid:

@@ -93,6 +93,20 @@ class Reporter:
             for name, path in files.items():
                 writer.image(step, name, path)
 
+    def evaluation(self, step: int, values: Mapping[str, float], files: Mapping[str, Path]) -> None:
+        """Passes the evaluation of a step to the writers, and prints its main numbers.
+
+        Excludes the time until the next step from the statistics.
+        """
+        self.watch.pause()
+        for writer in self.writers:
+            writer.scalars(step, values)
+            for name, path in files.items():
+                writer.image(step, name, path)
+        if self.file is not None:
+            main = [f"{name.removeprefix('eval/')} {value:.4f}" for name, value in values.items() if "/t_" not in name]
+            print(f"step {step} evaluated: {', '.join([*main, *map(str, files.values())])}", flush=True)
+
     def save(self) -> None:
         """Writes buffered lines, so that they precede the checkpoint unless the bucket is away."""
         if self.file is not None:

@@ -29,6 +29,7 @@ _RECORDS = {
     DIRECTORY,
     FOLDER,
     "samples",
+    "evaluations",
 }
 
 

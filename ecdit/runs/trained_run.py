@@ -15,6 +15,7 @@ import ecdit
 from ecdit import runtime
 from ecdit.checkpoints.restore import CheckpointError, find_step, open_reader, read_meta, restore_ema
 from ecdit.config import ConfigError, require
+from ecdit.evaluation.run_scores import image_groups
 from ecdit.experiment import Experiment, make_experiment
 from ecdit.interop.weights import read_metadata
 from ecdit.partitioning import MeshConfig, ShardingError, abstract_mesh, make_mesh
@@ -167,11 +168,7 @@ def saved_experiment(workdir: Path, overrides: Sequence[str] = ()) -> Experiment
 
 def each_image_alone(run: Run) -> Run:
     """Returns the run with groups of one image in sampling, so that no image depends on its neighbours."""
-    config = run.system.config
-    if not hasattr(config.model, "sampling_group"):  # a denoiser without experts
-        return run
-    model = dataclasses.replace(config.model, sampling_group="image")
-    return dataclasses.replace(run, system=make_system(dataclasses.replace(config, model=model)))
+    return dataclasses.replace(run, system=image_groups(run.system))
 
 
 def _version(workdir: Path) -> str:

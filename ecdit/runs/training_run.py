@@ -44,7 +44,7 @@ from ecdit.runs.provenance import (
     record_start,
 )
 from ecdit.runs.replay import check_deterministic, replayed
-from ecdit.runs.workload import ImageWriter, Workload, make_workload
+from ecdit.runs.workload import ImageWriter, StepEvaluator, Workload, make_workload
 from ecdit.storage import check_workdir, make_directory
 from ecdit.training.loop import Hooks, StopRequests, run_steps
 from ecdit.training.state import TrainState, sampling_params
@@ -153,7 +153,8 @@ def run_workload(
             if phase.after:
                 say(f"phase from step {phase.after + 1} to {phase.last}")
             images = workload.images(phase, workdir)
-            state, stopped = run.steps_of(phase, fingerprint, images, state)
+            evaluator = workload.evaluator(phase, workdir)
+            state, stopped = run.steps_of(phase, fingerprint, images, evaluator, state)
             if stopped and int(state.step) < experiment.train.num_steps:
                 by = "Ctrl-C" if stops.interrupted else "a signal"
                 say(f"stopped by {by}; saved step {int(state.step)}, the same command goes on from it")
@@ -183,7 +184,12 @@ class _Run:
     host_times: HostTimes
 
     def steps_of(
-        self, phase: ResolvedPhase, fingerprint: str, images: ImageWriter | None, state: TrainState
+        self,
+        phase: ResolvedPhase,
+        fingerprint: str,
+        images: ImageWriter | None,
+        evaluator: StepEvaluator | None,
+        state: TrainState,
     ) -> tuple[TrainState, bool]:
         """Steps to the end of a phase, or to a stop; saves the state that the run ends with."""
         first = int(state.step) + 1
@@ -191,19 +197,37 @@ class _Run:
             state = dataclasses.replace(state, usual_loss=state.usual_loss + np.inf)
         watch = stopwatch(phase.experiment.train.batch_size, self.workload.flops_per_image(phase))
         self.reporter.begin(watch)
+        done = int(state.step)
+        # A run that was stopped at a step has saved it without an evaluation.
+        missed = self.experiment.evaluation.is_due(done) and done > phase.after
+        if evaluator is not None and missed and not evaluator.is_recorded(done):
+            self.activity.enter("draw", f"evaluating step {done}")
+            self.evaluate(evaluator, done, state)
         batches = self.workload.batches(phase, self.experiment.next_row(int(state.step)))
         train_step, gradients = self.workload.train_step(phase), self.workload.gradients(phase)
         compiling = functools.partial(self.activity.enter, "compile", "compiling and replaying a step")
         train_step = replayed(train_step, gradients, self.experiment.train.replay_every, int(state.step), compiling)
         profile = Profile(self.experiment.train, self.workdir, int(state.step), self.saver.settle)
         with contextlib.closing(profile):
-            hooks = self._hooks(profile, watch, fingerprint, images, first)
+            hooks = self._hooks(profile, watch, fingerprint, images, evaluator, first)
             return run_steps(train_step, state, batches, phase.last, hooks)
 
     def _hooks(
-        self, profile: Profile, watch: Stopwatch, fingerprint: str, images: ImageWriter | None, first: int
+        self,
+        profile: Profile,
+        watch: Stopwatch,
+        fingerprint: str,
+        images: ImageWriter | None,
+        evaluator: StepEvaluator | None,
+        first: int,
     ) -> Hooks:
         config, every = self.experiment.train, self.experiment.checkpoint.every
+
+        def draws(step: int) -> bool:
+            return images is not None and images_due(config, step)
+
+        def evaluates(step: int) -> bool:
+            return evaluator is not None and self.experiment.evaluation.is_due(step)
 
         def before_step(step: int, state: TrainState) -> None:
             profile.before(step, state)
@@ -218,8 +242,10 @@ class _Run:
                 say(forecast(config, step, speed, images is not None))
 
         def draw(step: int, state: TrainState) -> None:
-            assert images is not None  # or `draws` would be False
-            self.draw(images, step, state)
+            if images is not None and draws(step):
+                self.draw(images, step, state)
+            if evaluator is not None and evaluates(step):
+                self.evaluate(evaluator, step, state)
 
         def save(step: int, state: TrainState) -> None:
             self.reporter.save()
@@ -236,7 +262,7 @@ class _Run:
             enter=self.activity.enter,
             before_step=before_step,
             report=report,
-            draws=lambda step: images is not None and images_due(config, step),
+            draws=lambda step: draws(step) or evaluates(step),
             draw=draw,
             saves=lambda step: step % every == 0 or step == config.num_steps,
             save=save,
@@ -251,6 +277,12 @@ class _Run:
         files = dict(images.write(sampling_params(state), step))
         self.reporter.images(step, files)
         return files
+
+    def evaluate(self, evaluator: StepEvaluator, step: int, state: TrainState) -> None:
+        """Evaluates the EMA weights, and reports the result."""
+        say(f"evaluating step {step}")
+        found = evaluator.evaluate(sampling_params(state), step)
+        self.reporter.evaluation(step, found.scalars, found.files)
 
 
 def say(line: str) -> None:

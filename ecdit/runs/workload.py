@@ -20,6 +20,7 @@ from ecdit.data.prepared import Prepared, check_latents, check_tokenizers, open_
 from ecdit.data.tokens import hash_files, tokenizer_files
 from ecdit.experiment import Experiment, ResolvedPhase
 from ecdit.partitioning import batch_sharding
+from ecdit.runs.evaluator import Evaluated, Evaluator
 from ecdit.runs.inputs import check_placeholder
 from ecdit.runs.sample_grids import SampleWriter
 from ecdit.runtime import compiler_options
@@ -38,6 +39,18 @@ class ImageWriter(Protocol):
         ...
 
 
+class StepEvaluator(Protocol):
+    """Evaluates the weights of a step."""
+
+    def is_recorded(self, step: int) -> bool:
+        """Returns whether an earlier start has done so; all processes call it."""
+        ...
+
+    def evaluate(self, params: Params, step: int) -> Evaluated:
+        """Evaluates and records it; all processes call it."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Workload:
     """What a run trains. A function of a phase makes what differs between phases; the parameters' shapes do not."""
@@ -52,6 +65,8 @@ class Workload:
     batches: Callable[[ResolvedPhase, int], Iterator[Batch]]  # from a global row of the data on
     images: Callable[[ResolvedPhase, Path], ImageWriter | None]  # for a workdir; None where there are none to draw
     flops_per_image: Callable[[ResolvedPhase], float]  # of a training step
+    # For a workdir; None where the config asks for none.
+    evaluator: Callable[[ResolvedPhase, Path], StepEvaluator | None] = lambda phase, workdir: None
 
 
 def make_workload(experiment: Experiment, mesh: Mesh, init_differences: bool = False) -> Workload:
@@ -88,6 +103,9 @@ def make_workload(experiment: Experiment, mesh: Mesh, init_differences: bool = F
             return None
         return SampleWriter(one.data, one.sampling, make_system(one.system), mesh, workdir)
 
+    def evaluator(phase: ResolvedPhase, workdir: Path) -> Evaluator | None:
+        return Evaluator(phase.experiment, mesh, workdir) if phase.experiment.evaluation.every else None
+
     return Workload(
         abstract=abstract_state(system, optimizer, shardings),
         first_state=first_state,
@@ -98,6 +116,7 @@ def make_workload(experiment: Experiment, mesh: Mesh, init_differences: bool = F
         gradients=gradients,
         batches=lambda phase, row: device_batches(phase.experiment, mesh, row),
         images=images,
+        evaluator=evaluator,
         flops_per_image=lambda phase: make_system(phase.experiment.system).training_flops(),
     )
 

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from ecdit.commands.shapes import scores, wanted
 from ecdit.data.shape_scenes import KINDS, KINDS_HELD_OUT, ShapesConfig
 from ecdit.data.shapes import example
+from ecdit.evaluation.run_scores import scores, wanted
 from ecdit.evaluation.shapes_judge import judge
 
 

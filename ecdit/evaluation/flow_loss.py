@@ -1,0 +1,132 @@
+"""The flow loss on fixed (image, noise, time) triples, by time: the same numbers are compared at every step of a run.
+
+Each image meets every bin of time once, with a time drawn uniformly in the bin and noise of its own, so the loss of a
+bin is a mean over all images, and the mean over bins is that of uniform times (not of those that training draws). No
+token, caption or pixel is dropped, flipped or cropped. The loss is the mean squared error of the velocity over an
+image's elements.
+
+A batch has different images, at times of neighbouring bins: where images compete for experts ("train" groups of several
+images), they compete with others at other times, as in training. Axes: n images, B of a batch.
+"""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float64, Int
+
+from ecdit.components import Denoiser, Mode
+from ecdit.data import DataError
+from ecdit.data.generated import Split
+from ecdit.data.loader import augmented, row_reader
+from ecdit.data.prepared import Prepared
+from ecdit.data.tokenizer import load_tokenizer
+from ecdit.diffusion.flow import SAMPLE_KEY_IMPL, interpolate, velocity_target
+from ecdit.encoders.autoencoder import to_unit
+from ecdit.partitioning import batch_sharding, batch_shards, replicated
+from ecdit.system import Params, System
+
+BINS = 10  # of time, equally wide
+SEED = 0x1055  # of noise and times
+
+Rows = dict[str, np.ndarray]  # image or latents, tokens, size_crop: as training reads them, [n, ...]
+
+
+class LossProgram(NamedTuple):
+    """A compiled function from weights and a batch to the loss of each image."""
+
+    losses: jax.stages.Wrapped  # (params, rows of B images, images int32[B], bins int32[B]) -> float32[B]
+    batch_size: int
+    mesh: Mesh
+
+
+def fixed_rows(prepared: Prepared, count: int, split: Split = "held_out") -> Rows:
+    """Returns `count` rows of a split, always the same ones, or all if there are fewer stored.
+
+    Raises:
+      DataError: there are none.
+    """
+    parts = [part for part in prepared.stored if part]
+    stored = sum(p.manifest.num_held_out if split == "held_out" else p.manifest.num_records for p in parts)
+    if len(parts) == len(prepared.stored):  # nothing is generated
+        count = min(count, stored)
+    if not count:
+        raise DataError(f"the data has no record in the split {split}: see data.prepare.held_out")
+    plain = dataclasses.replace(prepared.config, caption_dropout=0.0, flip_probability=0.0, crop_padding=0)
+    read = augmented(plain, 0, row_reader(prepared, 0, split), load_tokenizer(prepared.tokenizer))
+    rows = [read(i) for i in range(count)]
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def make_loss_program(system: System, mesh: Mesh, about: int, mode: Mode = "sample") -> LossProgram:
+    """Returns the program, which compiles when it is first called.
+
+    Args:
+      system: the model.
+      mesh: of devices.
+      about: images of a batch; as many are taken as devices and groups of images need, at least these.
+      mode: whether images compete for experts as in training or as in sampling.
+    """
+    size = batch_size(system.parts.denoiser, mesh, about, mode)
+    system.parts.denoiser.check_layout(mesh, size // batch_shards(mesh), mode)
+    rows = batch_sharding(mesh)
+
+    def losses(params: Params, batch: dict[str, Array], images: Array, bins: Array) -> Array:
+        model = system.bind(params)
+        root = jax.random.key(SEED, impl=SAMPLE_KEY_IMPL)
+
+        def keys_of(image: Array, bin_: Array) -> Array:
+            key = jax.random.fold_in(jax.random.fold_in(root, image), bin_)
+            return jax.random.split(key, 3)
+
+        noise_keys, time_keys, autoencoder_keys = jnp.moveaxis(jax.vmap(keys_of)(images, bins), 1, 0)
+        content = to_unit(batch["image"]) if system.config.has_images else batch["latents"].astype(jnp.float32)
+        latents = model.autoencoder.encode(content, autoencoder_keys)
+        noise = jax.vmap(lambda key: jax.random.normal(key, latents.shape[1:], jnp.float32))(noise_keys)
+        time = (bins + jax.vmap(lambda key: jax.random.uniform(key, (), jnp.float32))(time_keys)) / BINS
+        noisy = interpolate(latents, noise, time)
+        found = model.denoiser(noisy, time, model.text(batch["tokens"]), batch["size_crop"], None, mode)
+        error = found.velocity.astype(jnp.float32) - velocity_target(latents, noise)
+        return jnp.mean(jnp.square(error), axis=(1, 2, 3))
+
+    jitted = jax.jit(
+        losses,
+        in_shardings=(system.shardings(mesh), rows, rows, rows),
+        out_shardings=replicated(mesh),
+    )
+    return LossProgram(jitted, size, mesh)
+
+
+def batch_size(denoiser: Denoiser, mesh: Mesh, about: int, mode: Mode) -> int:
+    """Returns the least number of images, at least `about`, that gives each device whole groups."""
+    unit = batch_shards(mesh) * denoiser.images_together(mode)
+    return math.ceil(about / unit) * unit
+
+
+def losses_by_time(program: LossProgram, params: Params, rows: Rows) -> Float64[np.ndarray, " bins"]:
+    """Returns the mean loss over all images in each bin of time. Collective: all processes get the same."""
+    count, size = len(rows["tokens"]), program.batch_size
+    sharding, totals = batch_sharding(program.mesh), np.zeros(BINS)
+
+    def put(x: np.ndarray) -> Array:
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    for shift in range(BINS):
+        for begin in range(0, count, size):
+            images = (np.arange(begin, begin + size) % count).astype(np.int32)  # the last batch goes on with the first
+            bins = time_bins(images, shift)
+            with jax.set_mesh(program.mesh):
+                batch = {name: put(x[images]) for name, x in rows.items()}
+                found = np.asarray(program.losses(params, batch, put(images), put(bins)), np.float64)
+            valid = slice(min(size, count - begin))
+            np.add.at(totals, bins[valid], found[valid])
+    return totals / count
+
+
+def time_bins(images: Int[np.ndarray, " B"], shift: int) -> Int[np.ndarray, " B"]:
+    """Returns the bin of each image in a pass: over all passes, each image meets each bin once."""
+    return ((images + shift) % BINS).astype(np.int32)

@@ -1,0 +1,113 @@
+"""Evaluates the EMA weights of a run while it trains, as the config's group `evaluation` says."""
+
+import functools
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from ecdit.data.prepared import open_prepared, tokenize_captions
+from ecdit.evaluation.flow_loss import BINS, fixed_rows, losses_by_time, make_loss_program
+from ecdit.evaluation.retrieval import protocol
+from ecdit.evaluation.run_scores import image_groups, retrieval_records, score_retrieval, score_shapes, shapes_of
+from ecdit.experiment import Experiment
+from ecdit.files import replace_text, writing
+from ecdit.sampling.grids import save_grid
+from ecdit.sampling.prompts import check_prompts, prompt_lines
+from ecdit.sampling.sampler import make_sampler, sample_images
+from ecdit.storage import make_directory
+from ecdit.system import Params, make_system
+
+EVALUATIONS = "evaluations"  # of a workdir
+
+
+class Evaluated(NamedTuple):
+    """The evaluation of a step."""
+
+    scalars: dict[str, float]  # by name, such as eval/loss
+    files: dict[str, Path]  # images by name
+
+
+class Evaluator:
+    """Evaluates a step of a run. Reads what it needs once, and compiles each part once."""
+
+    def __init__(self, experiment: Experiment, mesh: Mesh, workdir: Path):
+        """Raises UserError (its subclasses) where the config's evaluation does not fit the run."""
+        config, data = experiment.evaluation, experiment.data
+        system = make_system(experiment.system)
+        self.config, self.data, self.sampling, self.workdir = config, data, experiment.sampling, workdir
+        self.tokenize = functools.partial(tokenize_captions, data)
+        self.seen_rows = self.prompts = None
+        if config.loss_images:
+            self.seen_rows = fixed_rows(open_prepared(data), config.loss_images, config.split)
+            self.loss_program = make_loss_program(system, mesh, experiment.sampling.batch_size)
+        if config.prompts:
+            self.prompts = prompt_lines(config.prompts)
+            check_prompts(self.tokenize, self.prompts)
+            self.prompt_sampler = make_sampler(system, self.sampling, mesh)
+        if config.score != "none":
+            # What is missing is said before the first step, and not at the first evaluation.
+            shapes_of(data) if config.score == "shapes" else retrieval_records(data, config.split)
+            self.protocol = protocol(experiment.sampling)
+            self.score_sampler = make_sampler(image_groups(system), self.protocol, mesh)
+
+    def is_recorded(self, step: int) -> bool:
+        """Returns whether the step was evaluated by an earlier start. The first process says it for all."""
+        found = np.array(_record(self.workdir, step).exists())
+        if jax.process_count() == 1:
+            return bool(found)
+        from jax.experimental import multihost_utils
+
+        return bool(multihost_utils.broadcast_one_to_all(found))
+
+    def evaluate(self, params: Params, step: int) -> Evaluated:
+        """Evaluates weights; writes evaluations/step_XXXXXXXX.json, and the images. Collective.
+
+        Raises:
+          UserError: a file cannot be written.
+        """
+        found: dict[str, Any] = {}
+        if self.seen_rows is not None:
+            by_time = losses_by_time(self.loss_program, params, self.seen_rows)
+            found["loss"] = {"mean": float(by_time.mean()), "by_time": by_time.tolist()}
+        if self.config.score != "none":
+            score = score_shapes if self.config.score == "shapes" else score_retrieval
+            draw = functools.partial(self._draw, params)
+            found[self.config.score] = score(self.data, self.config.captions, self.config.split, draw)
+        files, drawn = {}, None
+        if self.prompts is not None:
+            drawn = sample_images(
+                self.prompt_sampler, params, self.tokenize, self.prompts, [0] * len(self.prompts), self.sampling
+            )
+            files["prompts"] = self.workdir / EVALUATIONS / f"step_{step:08d}.png"
+        if jax.process_index() == 0:
+            with writing(self.workdir / EVALUATIONS):
+                make_directory(self.workdir / EVALUATIONS)
+                if drawn is not None and self.prompts is not None:
+                    save_grid(drawn, self.prompts, files["prompts"])
+            # Last: a step with a record has been evaluated whole.
+            replace_text(_record(self.workdir, step), json.dumps({"step": step, **found}, indent=2) + "\n")
+        return Evaluated(scalars(found), files)
+
+    def _draw(self, params: Params, captions: Any) -> np.ndarray:
+        return sample_images(self.score_sampler, params, self.tokenize, captions, [0] * len(captions), self.protocol)
+
+
+def scalars(found: dict[str, Any]) -> dict[str, float]:
+    """Returns an evaluation's numbers by name, those of the loss by the middle of their bin of time."""
+    named = {}
+    if loss := found.get("loss"):
+        named["eval/loss"] = loss["mean"]
+        named |= {f"eval/loss/t_{(i + 0.5) / BINS:.2f}": value for i, value in enumerate(loss["by_time"])}
+    for name in ("shapes", "retrieval"):
+        for key, value in found.get(name, {}).items():
+            several = value if isinstance(value, dict) else {key: value}
+            named |= {f"eval/{name}/{one}": number for one, number in several.items()}
+    return named
+
+
+def _record(workdir: Path, step: int) -> Path:
+    return workdir / EVALUATIONS / f"step_{step:08d}.json"

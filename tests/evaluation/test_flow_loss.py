@@ -1,0 +1,90 @@
+"""The loss on fixed triples, of a network whose error is known at every time."""
+
+import jax
+import numpy as np
+import pytest
+
+from ecdit.data import DataError
+from ecdit.data.prepared import open_prepared
+from ecdit.evaluation.flow_loss import BINS, batch_size, fixed_rows, losses_by_time, make_loss_program
+from ecdit.partitioning import make_mesh
+from tests.knowing import PIXEL, KnowingSystem
+from tests.runs import tiny
+
+COUNT = 6  # images, in batches of four
+
+
+@pytest.fixture(scope="module")
+def found():
+    """The losses by time of a network that is wrong by 2 t, and what it was given."""
+    experiment = tiny(mesh__data=1)
+    system, mesh = KnowingSystem(experiment), make_mesh(experiment.mesh, jax.devices()[:1])
+    program = make_loss_program(system, mesh, 4, "train")
+    rows = {
+        "image": np.full((COUNT, 32, 32, 3), PIXEL, np.uint8),
+        "tokens": np.ones((COUNT, experiment.data.caption_length), np.int32),
+        "size_crop": np.arange(COUNT * 4, dtype=np.float32).reshape(COUNT, 4),
+    }
+    losses = losses_by_time(program, system.params(error=2.0), rows)
+    return losses, system.taken()
+
+
+def test_the_loss_of_a_bin_is_the_mean_over_all_images(found):
+    """Batches have 4 and 2 images; the two that fill up the second one are the first two again, and do not count."""
+    losses, given = found
+    assert len(given["time"]) == BINS * 8
+    image = given["size_crop"][:, 0] / 4
+    for bin_ in range(BINS):
+        times = {}
+        for i, time in zip(image, given["time"], strict=True):
+            if bin_ <= time * BINS < bin_ + 1:
+                times.setdefault(i, []).append(time)
+        assert sorted(times) == list(range(COUNT)), "each image meets each bin"
+        assert all(len(set(seen)) == 1 for seen in times.values()), "at one time"
+        np.testing.assert_allclose(losses[bin_], np.mean([(2 * seen[0]) ** 2 for seen in times.values()]), rtol=1e-4)
+
+
+def test_images_of_a_batch_are_at_different_times(found):
+    _, given = found
+    batches = given["time"].reshape(-1, 4)
+    assert (np.ptp(batches, axis=1) > 0.15).all()
+
+
+def test_noise_differs_by_image_and_bin(found):
+    _, given = found
+    flat = given["latents"].reshape(len(given["latents"]), -1)
+    assert len(np.unique(flat.round(5), axis=0)) == BINS * COUNT
+
+
+def test_no_token_is_dropped(found):
+    assert not found[1]["dropped"].any()
+
+
+def test_rows_are_the_same_every_time_whole_and_with_their_captions(emoji_data):
+    config = tiny(data__directory=str(emoji_data), data__caption_dropout=0.9, data__crop_padding=2).data
+    prepared = open_prepared(config)
+    rows, again = (fixed_rows(prepared, 12, "train") for _ in range(2))
+    for name, values in rows.items():
+        assert len(values) == 12
+        np.testing.assert_array_equal(values, again[name])
+    assert len(np.unique(rows["tokens"], axis=0)) == 12  # none is the empty caption, which several would be
+    assert (rows["size_crop"][:, 2:] == 0).all()
+
+
+def test_a_split_has_no_more_rows_than_records(emoji_data):
+    prepared = open_prepared(tiny(data__directory=str(emoji_data)).data)
+    (part,) = prepared.stored
+    held_out = part.manifest.num_held_out
+    if held_out:
+        assert len(fixed_rows(prepared, 10_000)["tokens"]) == held_out
+    else:
+        with pytest.raises(DataError, match="no record in the split held_out"):
+            fixed_rows(prepared, 10_000)
+
+
+@pytest.mark.parametrize(("group", "about", "expected"), [("image", 5, 6), ("image", 6, 6), ("64", 5, 8)])
+def test_a_batch_has_whole_groups_on_each_device(group, about, expected):
+    """Two devices; a group of 64 tokens is four images of 16, and of the 8 that are kept of each in training eight."""
+    experiment = tiny(mesh__data=2, model__sampling_group=group)
+    mesh, denoiser = make_mesh(experiment.mesh, jax.devices()[:2]), KnowingSystem(experiment).parts.denoiser
+    assert batch_size(denoiser, mesh, about, "sample") == expected
