@@ -162,8 +162,8 @@ MUTANTS = (
     ),
     Mutant(
         _LOADER,
-        'example, crop = {"image": np.ascontiguousarray(content)}, crop + corner',
-        'example, crop = {"image": np.ascontiguousarray(content)}, corner',
+        "crop = crop + corner",
+        "crop = corner",
         _loader("test_crop_offsets_are_those_of_the_pixels_beside_the_stored_crop"),
         "the micro-condition knows nothing of the crop at preparation",
     ),
