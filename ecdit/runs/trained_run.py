@@ -30,12 +30,12 @@ OVERRIDES_FILE = "overrides.json"  # a list of the run's starts
 class Run:
     """A run that is open for sampling."""
 
-    experiment: Experiment  # of the checkpoint's phase
+    experiment: Experiment  # the experiment in the checkpoint's phase
     system: System
     mesh: Mesh
     params: Params
     step: int
-    checkpoint: str  # a hash of what the checkpoint says of its arrays: their names, shapes and checksums
+    checkpoint: str  # a hash of the names, shapes and checksums of the checkpoint's arrays
 
 
 def open_run(workdir: Path, overrides: Sequence[str] = (), step: int | None = None, draw: bool = True) -> Run:
@@ -55,14 +55,14 @@ def open_run(workdir: Path, overrides: Sequence[str] = (), step: int | None = No
     if draw:
         images, name = experiment.system.has_images, experiment.autoencoder
         require(images, "autoencoder", name, "the run has latents alone: it cannot draw images")
-    runtime.configure(dataclasses.replace(experiment.runtime, distributed=False))  # the trainer's alone
+    runtime.configure(dataclasses.replace(experiment.runtime, distributed=False))  # only the trainer joins other hosts
     system = make_system(experiment.system)
     _check_files(workdir, step, user_files(experiment.denoiser))
     mesh = mesh_of_devices(experiment, system, draw)
     params, step = restore_ema(workdir, system, mesh, step)
     with open_reader(workdir) as manager:
         arrays = read_meta(manager, step).arrays
-    if experiment.phases:  # all have the same parameters
+    if experiment.phases:  # all phases have the same parameters
         experiment = experiment.phase_of(step).experiment
         system = make_system(experiment.system)
     digest = hashlib.sha256(json.dumps(arrays, sort_keys=True).encode()).hexdigest()
@@ -102,7 +102,7 @@ def _check_files(workdir: Path, step: int | None, files: Mapping[str, str]) -> N
     with open_reader(workdir) as manager:
         steps = manager.all_steps()
         if step is not None and step not in steps:
-            return  # `restore_ema` says which there are
+            return  # `restore_ema` lists the available steps
         saved = read_meta(manager, max(steps) if step is None else step).config["files"]
     for path, digest in files.items():
         if saved.get(path) != digest:

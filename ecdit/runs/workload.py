@@ -43,14 +43,14 @@ class Workload:
     """What a run trains. A function of a phase makes what differs between phases; the parameters' shapes do not."""
 
     abstract: TrainState  # shapes, dtypes and shardings
-    first_state: Callable[[], tuple[TrainState, str]]  # of a run without a checkpoint, and where its weights are from
+    first_state: Callable[[], tuple[TrainState, str]]  # for a run without a checkpoint; with the weights' origin
     prepare_data: Callable[[], Sequence[str]]  # the fingerprint of each phase's data
-    vocabulary: Callable[[], str]  # hash of the one that captions are encoded with, once the data is prepared
+    vocabulary: Callable[[], str]  # hash of the captions' vocabulary; call it after preparing the data
     train_step: Callable[[ResolvedPhase], Callable[[TrainState, Batch], tuple[TrainState, Metrics]]]
-    gradients: Callable[[ResolvedPhase], Callable[[TrainState, Batch], Params]]  # of a step alone, for replays
-    batches: Callable[[ResolvedPhase, int], Iterator[Batch]]  # from a global row of the data on
-    images: Callable[[ResolvedPhase, Path], ImageWriter | None]  # for a workdir; None where there are none to draw
-    flops_per_image: Callable[[ResolvedPhase], float]  # of a training step
+    gradients: Callable[[ResolvedPhase], Callable[[TrainState, Batch], Params]]  # a step's gradients, for replays
+    batches: Callable[[ResolvedPhase, int], Iterator[Batch]]  # batches from a global row of the data on
+    images: Callable[[ResolvedPhase, Path], ImageWriter | None]  # writer for a workdir; None for stored latents
+    flops_per_image: Callable[[ResolvedPhase], float]  # FLOPs of a training step per image
 
 
 def make_workload(experiment: Experiment, mesh: Mesh, init_differences: bool = False) -> Workload:
@@ -110,7 +110,7 @@ def _differences(experiment: Experiment, source: Path, step: int, allow: bool) -
     with open_reader(source) as manager:
         saved = read_meta(manager, step)
     now = to_dict(experiment) | {"files": user_files(experiment.denoiser)}
-    # A phase may change some of the model too, so weights keep their meaning; and what was trained may be frozen.
+    # Fields that a phase may change keep the weights' meaning. Parameters trained there may be frozen here.
     may_differ = changeable(experiment, "resume") | changeable(experiment, "phase") | {"text.frozen"}
     return check_same_model(saved, now, may_differ, vocabulary_hash(experiment.data), allow)
 
