@@ -1,4 +1,4 @@
-"""Mutants of what guards a run: locks, lost checkpoints, records, errors of reading, hosts, replays."""
+"""Mutants of a run's safeguards: locks, lost checkpoints, records, read errors, hosts, replays."""
 
 from tests.mutants.mutant import Mutant
 
