@@ -1,1 +1,1 @@
-"""The code of the tests and benchmarks: a package, because an installed one is called `tests` too."""
+"""Makes the tests and benchmarks a package, because an installed package is also called `tests`."""

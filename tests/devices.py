@@ -1,4 +1,4 @@
-"""Prints how many devices JAX sees and where it keeps what it compiles; sleeps as many seconds as it is told."""
+"""Prints the number of JAX devices and the directory of the compilation cache, then sleeps the given seconds."""
 
 import sys
 import time

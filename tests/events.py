@@ -1,4 +1,4 @@
-"""Reads TensorBoard's event files as TensorBoard does, without it (it is not needed to write them)."""
+"""Reads TensorBoard's event files like TensorBoard, without the package (writing does not need it either)."""
 
 import struct
 

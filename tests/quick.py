@@ -1,4 +1,4 @@
-"""How tests compile: quickly, as they compile much and run little. Imports no JAX, which would read its flags then."""
+"""Sets fast compilation for tests, which compile much and run little. Imports no JAX, which would read its flags."""
 
 import importlib.metadata
 

@@ -1,4 +1,4 @@
-"""Tiny runs: the emoji config made small, in this process or as the real command."""
+"""Makes tiny runs of the emoji config, in this process or as the real command."""
 
 import importlib.util
 import os

@@ -1,4 +1,4 @@
-"""The run-time checks of annotations are on, in the tests."""
+"""Tests that the run-time checks of annotations are on."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""The table of chips, and what is not in it."""
+"""Tests the table of chips, and chips that it lacks."""
 
 import jax
 import pytest

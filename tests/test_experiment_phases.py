@@ -1,4 +1,4 @@
-"""Phases: what a run changes after so many steps."""
+"""Tests phases, which change a run after some steps."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Tests that files are written atomically."""
 
 import os
 import threading

@@ -1,4 +1,4 @@
-"""A forked command is the command: output, errors, exit code, environment, signals to itself."""
+"""Tests that a forked command behaves like the command: output, errors, exit code, environment, signals."""
 
 import os
 import subprocess

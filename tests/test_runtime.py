@@ -1,4 +1,4 @@
-"""What a process tells the compiler."""
+"""Tests the compiler options of a process."""
 
 from types import SimpleNamespace
 

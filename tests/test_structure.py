@@ -1,4 +1,4 @@
-"""The rules that keep the code readable: imports go one way, files and functions are short, public names described."""
+"""Tests the rules that keep the code readable: one-way imports, short files and functions, documented public names."""
 
 import ast
 import json

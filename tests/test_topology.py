@@ -1,4 +1,4 @@
-"""Slices by name: what must hold of all of them, what public tables say of some, and which names are refused."""
+"""Tests slices by name: properties of all, some from public tables, and refused names."""
 
 import math
 import re

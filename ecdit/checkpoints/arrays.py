@@ -18,9 +18,9 @@ from etils import epath
 from ecdit.checkpoints.checksums import checksums
 from ecdit.checkpoints.read_errors import CheckpointError, DamagedError, read
 
-FORMAT = 5  # of what is saved: a checkpoint of another one is not read
+FORMAT = 5  # format of checkpoints; others are refused
 
-NAMED = 5  # damaged arrays in a message
+NAMED = 5  # damaged arrays that a message names
 
 # By flat name: [type and shape, checksum], as ["float32[3, 4]", "00c0ffee00c0ffee"].
 ArrayRecords = Mapping[str, list[str]]
@@ -53,7 +53,7 @@ def read_json(directory: Path) -> dict[str, Any]:
     def values() -> dict[str, Any]:
         values = json.loads((directory / "meta" / "metadata").read_text())
         digest = values.pop("digest", None)
-        if values["format"] != FORMAT and digest in (None, _digest(values)):  # the first ones had no digest
+        if values["format"] != FORMAT and digest in (None, _digest(values)):  # the first checkpoints had no digest
             raise CheckpointError(f"{directory}: format {values['format']}, this version reads {FORMAT}")
         if digest != _digest(values):
             raise DamagedError(f"{directory} is damaged: its meta differs from what was saved")
@@ -99,11 +99,11 @@ def restore_arrays(directory: Path, records: ArrayRecords, target: dict[str, Any
             raise CheckpointError(f"{directory}: has no array {name}")
         if records[name][0] != text:
             raise CheckpointError(f"{directory}: {name} is {records[name][0]}, this run needs {text}")
-        if stored.get(name) != text:  # Orbax would cast, and say nothing
+        if stored.get(name) != text:  # Orbax would cast silently
             raise DamagedError(f"{directory} is damaged: {name}, saved as {text}, is now {stored.get(name, 'missing')}")
 
     def arrays() -> dict[str, Any]:
-        # By the handler: a manager would wait for all processes at the end, even if one of them could not read.
+        # Uses the handler, because a manager would wait for all processes at the end, even if one could not read.
         arguments = ocp.checkpoint_utils.construct_restore_args(target)
         item = ocp.args.PyTreeRestore(item=target, restore_args=arguments, partial_restore=True)
         return ocp.PyTreeCheckpointHandler().restore(_state(directory), args=item)

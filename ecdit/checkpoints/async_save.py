@@ -45,7 +45,7 @@ class AsyncSaver:
           say: prints a line.
           saved: is called with the step of each save that has ended well.
         """
-        # A save that fails is reported once, here; asyncio would print it again for each of its arrays.
+        # A failed save is reported once, here; asyncio would report it again for each array.
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         self.workdir, self.config, self.say, self.saved = workdir, config, say, saved
         self.directory = checkpoint_directory(workdir)
@@ -102,7 +102,7 @@ class AsyncSaver:
     def close(self) -> None:
         """Waits for the running save and closes the manager. Raises as `finish`."""
         self._wait()
-        if self.failed_in_row:  # already reported; a bucket's manager would raise it once more
+        if self.failed_in_row:  # already reported; a bucket's manager would raise it again
             self._drop_manager()
         if self.manager is not None:
             self.manager.close()
@@ -144,7 +144,7 @@ class AsyncSaver:
         if is_remote(self.directory):
             return None
         if anywhere(None if self.directory.is_dir() else "has vanished"):
-            self._drop_manager()  # it lists checkpoints that are gone
+            self._drop_manager()  # it lists checkpoints that no longer exist
         problem = None
         if jax.process_index() == 0:
             try:
@@ -159,7 +159,7 @@ class AsyncSaver:
         self.failed_in_row, self.failed_step = self.failed_in_row + 1, step
         self.failure = f"saving to {self.directory}/{step} failed: {reason}. Earlier checkpoints are untouched."
         if self.failed_in_row > self.config.max_failed_saves:
-            time.sleep(2)  # Orbax gives up at the first array; the writes of the others still fail and print
+            time.sleep(2)  # Orbax stops at the first array, while writes of the others still fail and print
             raise CheckpointError(self.failure)
         self._drop_manager()
         self.say(
@@ -168,6 +168,6 @@ class AsyncSaver:
 
     def _drop_manager(self) -> None:
         if self.manager is not None:
-            with contextlib.suppress(Exception):  # the failed save, once more
+            with contextlib.suppress(Exception):  # raises the failed save again
                 self.manager.close()
             self.manager = None

@@ -21,7 +21,7 @@ from jaxtyping import Array, UInt32
 
 from ecdit.partitioning import replicated
 
-GOLDEN = 0x9E3779B1  # odd, its bits without a pattern: 2^32 / golden ratio
+GOLDEN = 0x9E3779B1  # 2^32 / golden ratio, an odd number whose bits have no pattern
 
 
 def start_checksums(arrays: Mapping[str, jax.Array]) -> UInt32[Array, "arrays 2"]:
@@ -56,7 +56,7 @@ def shard_sums(x: Array) -> UInt32[Array, " 2"]:
     first = _scramble(words ^ _scramble(_positions(words.shape)))
     second = _scramble(first + jnp.uint32(GOLDEN))
     zero, add = jnp.uint32(0), lambda a, b: (a[0] + b[0], a[1] + b[1])
-    # One reduction of both: two would make XLA keep the scrambled words, a second copy of the array.
+    # One reduction computes both, because two would make XLA store the scrambled words, a second copy of the array.
     return jnp.stack(lax.reduce((first, second), (zero, zero), add, tuple(range(words.ndim))))
 
 

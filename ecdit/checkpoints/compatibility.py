@@ -44,7 +44,7 @@ def check_resume(saved: Meta, now: Mapping[str, Any], may_change: Set[str], fing
         )
 
 
-# Libraries that decide which record a row of the data is: another version may shuffle in another order.
+# Libraries that determine the record of a row of the data; another version may shuffle differently.
 ORDERS_DATA = ("grain",)
 
 

@@ -10,13 +10,13 @@ from ecdit.config import require
 class CheckpointConfig:
     """When to save, and what to start from."""
 
-    every: int  # steps; the last step is always saved
+    every: int  # steps between checkpoints; the last step is always saved
     keep: int  # newest checkpoints to keep
-    keep_every: int  # steps; checkpoints of its multiples are kept for ever, beside the newest. 0 for none
-    init_from: str  # another run's workdir, whose EMA weights to start from at step 0; "" for a fresh start
-    # Whether what is restored is compared with its checksums: before the first step, during the first steps, or not.
+    keep_every: int  # also keeps checkpoints at multiples of this step forever; 0 for none
+    init_from: str  # workdir of a run with whose EMA weights to start at step 0; "" for a fresh start
+    # When restored arrays are compared with their checksums: before the first step, during the first steps, or never.
     verify: Literal["always", "background", "never"]
-    max_failed_saves: int  # failed saves in a row that a run goes on after
+    max_failed_saves: int  # failed saves in a row that a run tolerates
 
     def __post_init__(self):
         require(self.every >= 1, "every", self.every, "must be 1 or more")

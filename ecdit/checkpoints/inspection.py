@@ -31,7 +31,7 @@ class Finding:
 
     directory: Path
     arrays: int
-    damage: dict[str, str]  # what is wrong by the array's name, or by "meta"
+    damage: dict[str, str]  # descriptions by the array's name, or "meta"
 
     def line(self) -> str:
         """Returns the result in one line."""

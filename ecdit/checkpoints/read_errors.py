@@ -17,14 +17,14 @@ from ecdit.storage import STATUSES, is_outage
 
 T = TypeVar("T")
 
-RETRY_SECONDS = (1.0, 2.0, 4.0)  # pauses between tries of a read that an I/O error has ended
+RETRY_SECONDS = (1.0, 2.0, 4.0)  # pauses between attempts of a read after I/O errors
 
-# What Python and the libraries raise when they decode garbage, or miss a file. (JSON's and UTF-8's are ValueErrors.)
+# Errors of Python and the libraries for undecodable data or a missing file. (JSON's and UTF-8's are ValueErrors.)
 _UNDECODABLE = (ValueError, LookupError, TypeError, AttributeError, EOFError)
 _MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
-_REFUSED = (errno.EACCES, errno.EPERM)  # trying again does not help
+_REFUSED = (errno.EACCES, errno.EPERM)  # a retry does not help
 _FAULTS = (ImportError, MemoryError, RecursionError)
-# How tensorstore begins messages of errors that are not in the data. It appends the number of an error of the system.
+# Beginnings of tensorstore's messages for errors outside the data. It appends the number of a system error.
 _STATUS = re.compile(r"(UNKNOWN|ABORTED|CANCELLED|INTERNAL|UNIMPLEMENTED): ")
 _STATUS_ANYWHERE = re.compile("|".join(STATUSES))
 _NUMBER = re.compile(r"os_error_code='(\d+)'")

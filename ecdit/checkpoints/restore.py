@@ -29,23 +29,23 @@ class Meta:
     """The JSON that a checkpoint holds beside its arrays."""
 
     format: int
-    config: dict[str, Any]  # the resolved Experiment, as config.to_dict gives it
-    next_row: int  # global row of the data that the next step reads first
+    config: dict[str, Any]  # the resolved Experiment, from config.to_dict
+    next_row: int  # first global row of the data that the next step reads
     dataset: str  # fingerprint of the prepared data
-    versions: dict[str, str]  # of the libraries that wrote it
-    arrays: dict[str, list[str]]  # type, shape and checksum of each, see arrays.ArrayRecords
-    vocabulary: str  # hash of the vocabulary that captions were encoded with
-    code: dict[str, str]  # that wrote it: see runs.provenance.code_state
+    versions: dict[str, str]  # versions of the libraries that wrote it
+    arrays: dict[str, list[str]]  # type, shape and checksum of each array (see arrays.ArrayRecords)
+    vocabulary: str  # hash of the vocabulary of captions
+    code: dict[str, str]  # the code that wrote it (see runs.provenance.code_state)
     config_hash: str
 
 
 def open_manager(workdir: Path, config: CheckpointConfig | None, **options: Any) -> ocp.CheckpointManager:
     """Opens the manager of a run's checkpoints; without a config it only reads. `options` are further ones of Orbax."""
     if config is None:
-        options = {"create": False}  # read_only=True says the same with three warnings
+        options = {"create": False}  # read_only=True does the same with three warnings
     else:
         options["preservation_policy"] = _kept(config)
-        options["cleanup_tmp_directories"] = True  # of killed saves
+        options["cleanup_tmp_directories"] = True  # removes those of killed saves
     handlers = {"state": ocp.PyTreeCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
     return ocp.CheckpointManager(
         checkpoint_directory(workdir), options=ocp.CheckpointManagerOptions(**options), item_handlers=handlers
@@ -145,7 +145,7 @@ def restore_ema(
     records = read_records(directory)
     abstract, shardings = (system.drawn(tree) for tree in (system.shapes(), system.shardings(mesh)))
     params = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings)
-    # That run may have frozen other parameters than this one does.
+    # That run may have frozen other parameters than this one.
     frozen = {name.split("/")[1] for name in records if name.startswith("frozen/")}
     target = {part: {n: p for n, p in params.items() if n not in frozen}}
     target |= {"frozen": {n: p for n, p in params.items() if n in frozen}} if frozen else {}

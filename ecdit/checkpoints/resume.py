@@ -40,7 +40,7 @@ def half_written(workdir: Path) -> list[str]:
     """Returns the names of what killed saves have left; opening the manager removes it."""
     directory = checkpoint_directory(workdir)
     paths = children(directory)
-    if is_remote(directory):  # a save there writes in place, and adds a mark when it is complete
+    if is_remote(directory):  # a save in a bucket writes in place, and adds a mark when it is complete
         return sorted(path.name for path in paths if path.name.isdigit() and not (path / COMMITTED).exists())
     return sorted(path.name for path in paths if path.name.endswith("-tmp"))
 
@@ -121,7 +121,7 @@ def _attempt(action: Callable[[], T], step: int, damaged: dict[int, str]) -> T |
         fault, cause = str(error), error
     if fault := anywhere(fault):
         text = fault if "/" in fault else f"the checkpoint of step {step} cannot be read: {fault}"
-        raise UnreadableError(text) from cause  # so that an outage is known as one
+        raise UnreadableError(text) from cause  # the cause shows whether it is an outage
     problem = anywhere(problem)
     if problem is None:
         return result

@@ -8,7 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, UInt8
 
 from ecdit.data import DataError, images
 from ecdit.data.columns import ColumnMaker, column_directory, make_column, read_column
@@ -247,6 +247,18 @@ def stored_records(prepared: Prepared, split: Split) -> Iterator[Record]:
 
 def sample_captions(prepared: Prepared, count: int) -> list[str]:
     """Returns captions that training reads, evenly spaced over a stored task, or from the first rows of other data."""
+    return [caption_of(prepared.config, captions) for captions, _ in _sample_rows(prepared, count, with_images=False)]
+
+
+def sample_targets(prepared: Prepared, count: int) -> list[UInt8[np.ndarray, "H W 3"] | None]:
+    """Returns the images of `sample_captions`, without augmentation; None for a row that is generated latents."""
+    return [image for _, image in _sample_rows(prepared, count, with_images=True)]
+
+
+def _sample_rows(
+    prepared: Prepared, count: int, with_images: bool
+) -> Iterator[tuple[Mapping[str, str], UInt8[np.ndarray, "H W 3"] | None]]:
+    """Yields captions by field and, if asked for and not generated latents, images of rows that training reads."""
     parts, config = prepared.stored, prepared.config
     readers = [part and ShardReader(part.directory, part.manifest.train) for part in parts]
     rates = mixing([Fraction(one.rate) for one in prepared.composition.components])
@@ -255,16 +267,18 @@ def sample_captions(prepared: Prepared, count: int) -> list[str]:
         places = [(0, int(i)) for i in np.linspace(0, total - 1, min(count, total))]
     else:
         places = [rates.locate(row) for row in range(count)]
-    found = []
     for part, index in places:
         reader = readers[part]
-        if reader is None:
-            name = prepared.composition.components[part].task
-            captions = GENERATED[name].captions(config, "train", 0, index)
+        if reader is not None:
+            record = decode_record(reader[index % len(reader)])
+            yield record.captions, images.decode_stored(record.image) if with_images else None
+            continue
+        source = GENERATED[prepared.composition.components[part].task]
+        if with_images and not config.latent_channels:
+            made = source.example(config, "train", 0, index)
+            yield made.captions, made.content
         else:
-            captions = decode_record(reader[index % len(reader)]).captions
-        found.append(caption_of(config, captions))
-    return found
+            yield source.captions(config, "train", 0, index), None
 
 
 def caption_of(config: DataConfig, captions: Mapping[str, str]) -> str:

@@ -110,7 +110,7 @@ class Ground:
     texture: str  # "plain" or one of TEXTURES
     contrast: int
     period: float  # period of stripes and checks, as a share of the image's side
-    direction: tuple[int, int]  # in which stripes alternate: (1, 0) across, (0, 1) down, (1, 1) and (1, -1) diagonal
+    direction: tuple[int, int]  # direction across stripes: (1, 0) across, (0, 1) down, (1, 1) and (1, -1) diagonal
     phase: float
     lattice: tuple[float, ...]  # LATTICE x LATTICE values of clouds, row by row
 

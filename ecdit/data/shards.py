@@ -25,7 +25,7 @@ class Shard:
     name: str  # file name
     records: int
     size: int  # bytes
-    sha256: str  # of the file
+    sha256: str  # sha256 of the file
     content: str  # sha256 of its records in order, without ArrayRecord's framing
 
 

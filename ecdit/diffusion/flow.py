@@ -106,7 +106,7 @@ class ExampleKeys(NamedTuple):
 
     noise: Key[Array, ""]
     time: Key[Array, ""]
-    mask: Key[Array, ""]  # which tokens are dropped
+    mask: Key[Array, ""]  # selects the dropped tokens
     autoencoder: Key[Array, ""]  # latents drawn from an autoencoder's posterior
 
 

@@ -23,8 +23,8 @@ RELATIONS = ("left of", "right of", "above", "below")
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 THRESHOLD = 0.3  # a detection counts if its score is larger
 COUNTING_THRESHOLD = 0.9  # in the task "counting"
-MAX_OBJECTS = 16  # of a class; detections with lower scores do not count
-POSITION_THRESHOLD = 0.1  # of the summed sizes: the part of an offset that does not count
+MAX_OBJECTS = 16  # objects of a class that count, those with the highest scores
+POSITION_THRESHOLD = 0.1  # share of the summed sizes by which offsets are shortened
 # evaluation/object_names.txt: COCO's classes in GenEval's own spelling.
 CLASSES = tuple(
     """person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,parking meter,
@@ -38,7 +38,7 @@ refrigerator,book,clock,vase,scissors,teddy bear,hair drier,toothbrush""".replac
 
 @dataclasses.dataclass(frozen=True)
 class Clause:
-    """What the prompt asks of one class: at least (or, excluded, fewer than) `count` objects."""
+    """A prompt's demand on one class: at least (or, excluded, fewer than) `count` objects."""
 
     name: str
     count: int
@@ -57,12 +57,12 @@ class DetectedImage:
     include: tuple[Clause, ...]
     exclude: tuple[Clause, ...]
     boxes: Mapping[str, Float32[np.ndarray, "n 5"]]
-    colours: Mapping[str, Sequence[str | None]]  # of each box in the same order; None is none of COLOURS
+    colours: Mapping[str, Sequence[str | None]]  # colour of each box in the same order; None is none of COLOURS
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """Whether an image is right, and each way in which it is not, joined by newlines."""
+    """Says whether an image is right, and why not, one reason per line."""
 
     filename: str
     tag: str
@@ -103,14 +103,14 @@ def relations(box: Float32[np.ndarray, "5"], target: Float32[np.ndarray, "5"]) -
 
 
 def judge(image: DetectedImage) -> Verdict:
-    """Whether each included clause is met, and no excluded one.
+    """Judges an image: each included clause must be met, and no excluded one.
 
     Raises:
       UserError: a clause asks for the colour of a class whose colours are not there.
     """
     asked = {clause.name for clause in (*image.include, *image.exclude)} & set(image.boxes)
     kept = {name: confident(image.boxes[name][:, 4], image.tag) for name in asked}
-    reasons, groups = [], []  # of each clause so far: the boxes that it found, or None if it is not met
+    reasons, groups = [], []  # groups has, for each clause so far, its boxes, or None if it is not met
     for clause in image.include:
         best = kept.get(clause.name, np.zeros(0, int))[: clause.count]
         found = image.boxes[clause.name][best] if len(best) else np.zeros((0, 5), np.float32)

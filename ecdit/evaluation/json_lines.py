@@ -93,7 +93,7 @@ def take(values: dict[str, Any], key: str, kind: type, inside: str = "") -> Any:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value of JSON is a number that float64 holds: not a boolean, not beyond 1.8e308."""
+    """Returns whether a value of JSON is a number within float64's range, and no boolean."""
     return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 

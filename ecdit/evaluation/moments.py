@@ -20,7 +20,7 @@ BLOCK = 4096
 
 @dataclasses.dataclass(frozen=True)
 class Moments:
-    """What a Fréchet distance needs of a set of features. `count` is None if a file does not say it."""
+    """The moments of a set of features for the Fréchet distance. `count` is None if a file does not state it."""
 
     mean: Float[np.ndarray, " D"]
     covariance: Float[np.ndarray, "D D"]  # divided by count - 1, as np.cov does

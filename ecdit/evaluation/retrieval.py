@@ -1,4 +1,4 @@
-"""How near samples come to the images of their captions: is the captioned image among the nearest of many?
+"""Measures retrieval: whether the image of a caption is among those nearest to its sample.
 
 For training captions it measures fit, not generality: a model that memorised its data would be perfect. For
 held-out ones it measures how well names and styles that were seen apart are put together.

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 from ecdit.data.shape_rendering import coverage
 from ecdit.data.shape_scenes import COLORS, SHAPES, Box, relations
 
-_SMALLEST_AREA = 0.008  # of the image; the smallest shape of the data, a star, has 0.026
+_SMALLEST_AREA = 0.008  # share of the image; the smallest shape of the data, a star, has 0.026
 _GROUND_RADIUS = 60  # levels from the median: textures are within, shapes not
 _BLURS = (0, 1, 2, 4)  # how often a template is blurred: edges may be sharper or softer than the data's
 _WORST_FIT = 0.7  # a region that fits no shape better is none
@@ -37,7 +37,7 @@ class Found:
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """Whether a caption is true of an image, and if not why, one reason a line."""
+    """Says whether a caption is true of an image, and why not, one reason per line."""
 
     correct: bool
     reason: str
@@ -120,7 +120,7 @@ def _ground(pixels: Float[np.ndarray, "H W 3"]) -> Float[np.ndarray, "3"]:
 
 
 def _nearest(pixels: Float[np.ndarray, "H W 3"], ground: Float[np.ndarray, "3"]) -> Bool[np.ndarray, "H W"]:
-    """Whether a pixel is nearer to one of COLORS than to the ground: more than half of it is covered."""
+    """Returns whether pixels are nearer to one of COLORS than to the ground, so that a shape covers more than half."""
     colors = np.array([ground, *COLORS.values()])
     distance = np.square(pixels[:, :, None] - colors[None, None]).sum(axis=-1)
     return distance.argmin(axis=-1) > 0
@@ -221,7 +221,7 @@ class _Unit:
     """A shape in the box [-1, 1] x [-1, 1]."""
 
     area: float
-    perimeter: float  # of its horizontal and vertical steps
+    perimeter: float  # length in horizontal and vertical steps
     center: float  # how far its centre of gravity is below the middle
 
 

@@ -51,7 +51,7 @@ class T5Config:
     head_width: int  # k; H k need not be t
     buckets: int  # buckets of relative positions
     max_distance: int  # larger distances share a bucket
-    mlp: Literal["relu", "gated-gelu"]  # of version 1.0 and of 1.1
+    mlp: Literal["relu", "gated-gelu"]  # versions 1.0 and 1.1
     epsilon: float  # added to variances in norms
     dtype: Dtype
 

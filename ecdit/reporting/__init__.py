@@ -1,1 +1,1 @@
-"""What a run says while it trains: metrics, printed lines, TensorBoard, profiles."""
+"""Reports a run while it trains: metrics, printed lines, TensorBoard, profiles."""

@@ -28,7 +28,7 @@ def open_lines(
         _tell_gaps(drop_lines_after(path, start_step), start_step, path, say)
         return path.open("ab")
     parts = _parts(workdir)
-    # The latest first: a kill in between leaves a beginning of the run without a gap.
+    # The latest part goes first, so that a kill in between leaves the beginning of the run without a gap.
     for part in reversed(parts):
         if _first_step(part) > start_step:
             part.unlink()
@@ -101,6 +101,6 @@ def _row(line: bytes) -> dict[str, Any] | None:
     """Returns a line's metrics, or None for a line that a crash has garbled."""
     try:
         row = json.loads(line)
-    except ValueError:  # of JSON or of UTF-8
+    except ValueError:  # from JSON or UTF-8
         return None
     return row if isinstance(row, dict) and type(row.get("step")) is int else None

@@ -36,11 +36,11 @@ class Profile:
         `state` is the state from which `step` begins.
         """
         if (step in self.window) != self.running:
-            jax.block_until_ready(state)  # so that a step is traced whole, or not at all
+            jax.block_until_ready(state)  # so that each step is traced completely or not at all
             self.close()
             if step in self.window:
                 self.settle()
-                if is_remote(self.directory):  # the profiler itself writes to disks alone
+                if is_remote(self.directory):  # the profiler itself writes only to disks
                     self.local = Path(tempfile.mkdtemp())
                 jax.profiler.start_trace(self.local)
                 self.running = True

@@ -7,7 +7,7 @@ import jax
 
 from ecdit.chips import limits
 
-WINDOW = 100  # steps over which what is printed is averaged
+WINDOW = 100  # steps over which printed values are averaged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,10 +15,10 @@ class Speed:
     """The speed of training, as a mean over some steps."""
 
     step_seconds: float
-    data_seconds: float  # that a step waits for its batch
+    data_seconds: float  # time that a step waits for its batch
     images_per_second: float
-    model_flops_per_second: float  # of all devices together
-    peak_share: float | None  # of the devices' peak; None where the peak is not known
+    model_flops_per_second: float  # sum over all devices
+    peak_share: float | None  # share of the devices' peak; None if the peak is unknown
 
 
 class Stopwatch:
@@ -28,7 +28,7 @@ class Stopwatch:
         """Takes a step's images and model FLOPs, and the peak FLOP/s of all devices together."""
         self.images, self.flops, self.peak = images, flops, peak
         self.last_time: float | None = None
-        self.steps: list[tuple[float, float]] = []  # seconds, and those of waiting for data
+        self.steps: list[tuple[float, float]] = []  # seconds of a step, and seconds of waiting for data
 
     def tick(self, data_seconds: float) -> Speed | None:
         """Ends a step, and returns its speed, or None for a first step."""

@@ -51,7 +51,7 @@ class TensorBoard:
     """
 
     def __init__(self, workdir: Path, start_step: int):
-        # Imported here, because it imports torch where torch is installed.
+        # Imported here, because it imports torch if torch is installed.
         from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]  # made at run time
         from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]  # made at run time
 
@@ -62,7 +62,8 @@ class TensorBoard:
             make_directory(self.directory)
             self.file = self._open(self.directory / name)
         self._write(file_version="brain.Event:2")
-        self._write(step=start_step + 1, session_log=SessionLog(status=SessionLog.START))  # purges from that step on
+        # TensorBoard hides older points from that step on.
+        self._write(step=start_step + 1, session_log=SessionLog(status=SessionLog.START))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Writes values by name."""
@@ -92,7 +93,7 @@ class TensorBoard:
         from tensorboardX.record_writer import RecordWriter, register_writer_factory
 
         self.parts = None
-        if is_remote(path):  # tensorboardX's own writer there sends the whole file at each flush
+        if is_remote(path):  # tensorboardX's own writer for buckets sends the whole file at each flush
             numbers = itertools.count()
             self.parts = AppendedObjects(lambda _: path.with_name(f"{path.name}.{next(numbers):06d}"))
             register_writer_factory("gs", types.SimpleNamespace(open=lambda _: self.parts))
@@ -123,7 +124,7 @@ class WeightsAndBiases:
                 resume="allow",
                 dir=tempfile.mkdtemp() if is_remote(workdir) else workdir,
                 config=config,
-                settings=wandb.Settings(console="off"),  # it would rewrite what the run prints
+                settings=wandb.Settings(console="off"),  # it would rewrite the run's output
             )
         except wandb.Error as error:
             raise UserError(f"config.train.wandb_project: Weights & Biases refused: {error}") from None

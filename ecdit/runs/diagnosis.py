@@ -34,7 +34,7 @@ from ecdit.system import make_system
 from ecdit.training.optimizer import make_optimizer
 from ecdit.training.state import abstract_state, state_shardings
 
-# Oldest and newest versions that the tests have run with: docs/versions.md says which of them.
+# Oldest and newest versions with which tests have run; docs/versions.md says which tests.
 TESTED = {
     "python": ("3.11", "3.13"),
     "jax": ("0.10.2", "0.12.0.1"),
@@ -125,7 +125,7 @@ def compare_versions(found: Mapping[str, str]) -> Found:
     """What is to be said of versions by name."""
     odd = []
     for name, (oldest, newest) in TESTED.items():
-        parts = oldest.count(".") + 1 if name == "python" else None  # any 3.13 is one that was tested
+        parts = oldest.count(".") + 1 if name == "python" else None  # any 3.13 counts as tested
         if _numbers(found[name])[:parts] < _numbers(oldest):
             odd.append(f"{name} {found[name]} is older than {oldest}")
         elif _numbers(found[name])[:parts] > _numbers(newest):
@@ -248,7 +248,7 @@ def _within(seconds: float, check: Callable[[], Found]) -> Found:
     def run() -> None:
         try:
             results.append(check())
-        except Exception as error:  # whatever it is, it is told, and the other checks go on
+        except Exception as error:  # any error is reported, and the other checks continue
             text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
             results.append(("fail", text))
 

@@ -26,7 +26,7 @@ class HostTime:
 
     process: int
     host: str
-    step: float  # in the step, waiting for other hosts included
+    step: float  # time in the step, including waits for other hosts
     data: float
     save: float
 
@@ -81,12 +81,12 @@ class HostTimes:
             time = HostTime(jax.process_index(), socket.gethostname(), **spent)
             self.client.key_value_set(f"{_PREFIX}/{step}/{time.process}", json.dumps(dataclasses.asdict(time)))
             if jax.process_index() == 0:
-                # The others may be some steps behind: what is read is the report before.
+                # The others may be some steps behind, so this reads the previous report.
                 self._read(step - self.config.log_every)
         self.before = now
 
     def _read(self, step: int) -> None:
-        assert self.client is not None  # or nobody would call it
+        assert self.client is not None  # it is called only with several processes
         found = self.client.key_value_dir_get(f"{_PREFIX}/{step}/")
         if len(found) < jax.process_count():
             return

@@ -21,9 +21,9 @@ from ecdit.storage import children, make_directory, read_all
 from ecdit.training.config import Phase
 
 DIRECTORY = "goodput"
-WRITE_SECONDS = {False: 5.0, True: 60.0}  # between writes, on a disk and in a bucket
-MARKS = 100  # newest saves of a start from which a later start can tell how much of its time was lost
-REPEATED: tuple[Phase, ...] = ("data", "step")  # what is done again after a kill, and was lost
+WRITE_SECONDS = {False: 5.0, True: 60.0}  # seconds between writes, on a disk and in a bucket
+MARKS = 100  # newest saves of a start, from which a later start computes how much of its time was lost
+REPEATED: tuple[Phase, ...] = ("data", "step")  # activities that are repeated after a kill, whose time was lost
 
 
 @dataclasses.dataclass
@@ -31,10 +31,10 @@ class Record:
     """Holds the seconds that a start spent in each phase."""
 
     began: float  # Unix time of the process's start
-    seen: float  # Unix time up to which it is booked
-    first: int  # steps done when it began
+    seen: float  # Unix time of the last entry
+    first: int  # steps done when it started
     seconds: dict[str, float]  # by phase
-    marks: dict[str, dict[str, float]]  # by step, from its save on: `seconds` when that step was done
+    marks: dict[str, dict[str, float]]  # by saved step: `seconds` when that step was done
 
 
 class Ledger:
@@ -102,7 +102,7 @@ class Ledger:
             self._book()
             text = json.dumps(dataclasses.asdict(self.record)) + "\n"
         if self.path is not None:
-            with contextlib.suppress(UserError):  # accounting stops no run, and the next write may succeed
+            with contextlib.suppress(UserError):  # accounting must not stop a run, and the next write may succeed
                 replace_text(self.path, text)
 
 

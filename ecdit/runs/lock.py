@@ -42,7 +42,7 @@ class Holder:
     host: str
     pid: int
     since: str
-    machine: str  # where the process ID counts: the machine's boot, and its namespace of process IDs
+    machine: str  # the scope of the process ID: the machine's boot and its namespace of process IDs
     token: str  # unique to this start
 
     def __str__(self) -> str:
@@ -131,7 +131,7 @@ class Lease:
         self.closed.set()
         self.thread.join()
         if self.lost is None:
-            with contextlib.suppress(Exception):  # it ends by itself
+            with contextlib.suppress(Exception):  # the lock expires by itself
                 replace_generation(self.path, None, self.generation)
 
     def _take(self, say: Callable[[str], None]) -> bytes:
@@ -140,7 +140,7 @@ class Lease:
             data, generation = read_generation(self.path)
             holder = None if data is None else _holder(data.decode(errors="replace"))
             if first not in (None, generation) and data is not None:
-                raise _taken(self.workdir, holder)  # it was renewed
+                raise _taken(self.workdir, holder)  # its holder has renewed it
             left = 0.0
             if data is not None and not (holder and holder.has_ended()):
                 try:
@@ -151,7 +151,7 @@ class Lease:
                 taken = replace_generation(self.path, _text(self.own).encode(), generation)
                 if taken is not None:
                     return taken
-                continue  # another process was faster
+                continue  # another process took it first
             if first is None:
                 say(f"{self.workdir} is leased by {holder}: waiting {left:.0f} s, unless the lease is renewed")
             first = generation
@@ -159,7 +159,7 @@ class Lease:
 
     def _renew(self) -> None:
         while not self.closed.wait(RENEW_SECONDS):
-            with contextlib.suppress(Exception):  # the bucket is away: what it holds decides when it is back
+            with contextlib.suppress(Exception):  # in an outage, the bucket's contents decide when it is back
                 renewed = replace_generation(self.path, _text(self.own).encode(), self.generation)
                 if renewed is None:
                     data, renewed = read_generation(self.path)

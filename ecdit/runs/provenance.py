@@ -22,7 +22,7 @@ from ecdit.storage import reading
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 _PACKAGE = Path(ecdit.__file__).parent
 _GIT_SECONDS = 10.0
-_SHORT = 40  # characters of a config value that hosts compare as it is
+_SHORT = 40  # longest config value, in characters, that hosts compare as text instead of as a hash
 
 
 def library_versions() -> dict[str, str]:
@@ -35,7 +35,7 @@ def library_versions() -> dict[str, str]:
 def code_state() -> dict[str, str]:
     """Returns which code runs: commit and dirty ("" where it is in no git checkout), and a hash of its sources."""
     commit = dirty = ""
-    # A package that is installed inside another project's checkout is not of that project's commit.
+    # A package installed inside another project's checkout does not belong to that project's commit.
     if _git("ls-files", "--error-unmatch", "__init__.py"):
         commit = _git("rev-parse", "HEAD")
         dirty = "yes" if _git("status", "--porcelain", "--", ".") else "no"
@@ -83,7 +83,7 @@ def recorded_starts(workdir: Path) -> list[dict[str, Any]]:
     try:
         with reading(path):
             starts = json.loads(path.read_text()) if path.exists() else []
-    except ValueError as error:  # of JSON or of UTF-8
+    except ValueError as error:  # from JSON or UTF-8
         raise UserError(f"{path} is damaged ({error}): move it away") from None
     if not isinstance(starts, list) or not all(isinstance(start, dict) for start in starts):
         raise UserError(f"{path} is damaged (it is no list of starts): move it away")
@@ -118,7 +118,7 @@ def record_save(workdir: Path, step: int) -> None:
     """
     if jax.process_index() > 0:
         return
-    *earlier, last = recorded_starts(workdir) or [{}]  # it may have been deleted
+    *earlier, last = recorded_starts(workdir) or [{}]  # the file may have been deleted
     replace_text(workdir / OVERRIDES_FILE, _json([*earlier, last | {"saved": step}]))
 
 

@@ -1,13 +1,17 @@
 """Draws the same training captions again and again while a run trains, with the EMA weights of a step."""
 
 import functools
+import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import UInt8
 
 from ecdit.data.config import DataConfig
-from ecdit.data.prepared import open_prepared, sample_captions, tokenize_captions
+from ecdit.data.prepared import open_prepared, sample_captions, sample_targets, tokenize_captions
 from ecdit.files import writing
 from ecdit.sampling.grids import save_grid, write_png
 from ecdit.sampling.routing_maps import draw_maps
@@ -15,15 +19,19 @@ from ecdit.sampling.sampler import SamplingConfig, make_sampler, sample_images
 from ecdit.storage import make_directory
 from ecdit.system import Params, System
 
+Images = UInt8[np.ndarray, "n h w 3"]
+
 
 class SampleWriter:
-    """Draws `sampling.num_grid` captions, evenly spaced over the data. Compiles once."""
+    """Draws `sampling.num_grid` captions, evenly spaced over the data, beside their true images. Compiles once."""
 
     def __init__(self, data: DataConfig, sampling: SamplingConfig, system: System, mesh: Mesh, workdir: Path):
         self.data, self.sampling, self.directory = data, sampling, workdir / "samples"
         self.with_experts = system.parts.denoiser.counts_experts()
         self.sampler = make_sampler(system, sampling, mesh, self.with_experts)
-        self.prompts = sample_captions(open_prepared(data), sampling.num_grid)
+        prepared = open_prepared(data)
+        self.prompts = sample_captions(prepared, sampling.num_grid)
+        self.targets = sample_targets(prepared, sampling.num_grid)
 
     def write(self, params: Params, step: int) -> dict[str, Path]:
         """Writes the grid of step `step`, and a heat map of experts if the model has any; returns the files by name.
@@ -49,7 +57,29 @@ class SampleWriter:
         if jax.process_index() == 0:
             with writing(self.directory):
                 make_directory(self.directory)
-                save_grid(images, prompts, files["samples"])
+                cells, captions, columns = beside_targets(images, prompts, self.targets)
+                save_grid(cells, captions, files["samples"], columns)
                 if counts is not None:
                     write_png(draw_maps(images, prompts, counts, self.sampling.time_shift), files["experts"])
         return files
+
+
+def beside_targets(
+    images: Images, captions: Sequence[str], targets: Sequence[UInt8[np.ndarray, "h w 3"] | None]
+) -> tuple[Images, list[str], int]:
+    """Returns the images, captions and columns of a grid in which each image has its true image to its right.
+
+    An image without a target of its size has a white cell there. If none has a target, the grid has only the images.
+    """
+    fitting = [target if target is not None and target.shape == images.shape[1:] else None for target in targets]
+    if all(target is None for target in fitting):
+        return images, list(captions), 0
+    white = np.full_like(images[0], 255)
+    cells = [cell for image, target in zip(images, fitting, strict=True) for cell in (image, target)]
+    texts = [
+        text
+        for caption, target in zip(captions, fitting, strict=True)
+        for text in (caption, "" if target is None else "true image")
+    ]
+    cells = np.stack([white if cell is None else cell for cell in cells])
+    return cells, texts, 2 * math.ceil(math.sqrt(len(images) / 2))

@@ -33,7 +33,7 @@ OVERRIDES_FILE = "overrides.json"  # a list of the run's starts
 class Run:
     """A run that is open for sampling."""
 
-    experiment: Experiment  # of the checkpoint's phase
+    experiment: Experiment  # the experiment in the checkpoint's phase
     system: System
     mesh: Mesh
     params: Params  # whole; opened without drawing, without those of public weights

@@ -50,16 +50,16 @@ from ecdit.training.loop import Hooks, StopRequests, run_steps
 from ecdit.training.state import TrainState, sampling_params
 from ecdit.training.step import Metrics
 
-FORECAST_AFTER = 10  # steps of a start, after which it says how long the others will take
+FORECAST_AFTER = 10  # steps of a start after which it prints how long the others will take
 
 
 @dataclasses.dataclass(frozen=True)
 class Accepted:
     """What a run does only where its user has said so, by a flag of `ecdit.train` of the same name."""
 
-    start_over: bool = False  # begin at step 0 where checkpoints have vanished, with the old records moved aside
-    data_order: bool = False  # go on though another version of a library may order the data in another way
-    init_differences: bool = False  # start from the weights of a run of another model, text encoder or vocabulary
+    start_over: bool = False  # start at step 0 if checkpoints have vanished, and move the old records aside
+    data_order: bool = False  # resume although another version of a library may order the data differently
+    init_differences: bool = False  # start from weights of a run with another model, text encoder or vocabulary
 
 
 def train(
@@ -96,7 +96,7 @@ def train(
     check_deterministic(experiment.train.replay_every, mesh.devices.flat[0].platform, flags)
     say(first_line(experiment.train, experiment.model.dtype, mesh))
     accepted = accepted or Accepted()
-    # It refuses what cannot be laid out, before anything is written.
+    # Raises if the run does not fit the mesh, before anything is written.
     workload = make_workload(experiment, mesh, accepted.init_differences)
     with jax.set_mesh(mesh), contextlib.ExitStack() as stack:
         activity = activity or stack.enter_context(contextlib.closing(Activity(experiment.train)))
@@ -172,15 +172,15 @@ class _Run:
     """What all phases of a run share."""
 
     workload: Workload
-    experiment: Experiment  # of the whole run, with its phases
-    config: Mapping[str, Any]  # the same as a dict, with the hashes of the user's files: see `config_of_run`
+    experiment: Experiment  # the whole run, with its phases
+    config: Mapping[str, Any]  # the same as a dict, with hashes of the user's files (see `config_of_run`)
     workdir: Path
     saver: AsyncSaver
     reporter: Reporter
     activity: Activity
     stops: StopRequests
-    check_restored: Callable[[], None]  # see resume.Recovered
-    check_lock: Callable[[], None]  # see lock.locked
+    check_restored: Callable[[], None]  # from resume.Recovered
+    check_lock: Callable[[], None]  # from lock.locked
     host_times: HostTimes
 
     def steps_of(
@@ -193,7 +193,7 @@ class _Run:
     ) -> tuple[TrainState, bool]:
         """Steps to the end of a phase, or to a stop; saves the state that the run ends with."""
         first = int(state.step) + 1
-        if first == phase.after + 1:  # a new phase's losses are not like those before it
+        if first == phase.after + 1:  # a new phase's losses may differ from those before it
             state = dataclasses.replace(state, usual_loss=state.usual_loss + np.inf)
         watch = stopwatch(phase.experiment.train.batch_size, self.workload.flops_per_image(phase))
         self.reporter.begin(watch)

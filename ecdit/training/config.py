@@ -8,19 +8,19 @@ from ecdit.config import PHASE, RESUME, RESUME_OR_PHASE, require
 from ecdit.diffusion.flow import FlowConfig
 from ecdit.training.optimizer import OptimizerConfig
 
-# What a process of a run can be doing; for the meaning of most see WatchdogConfig. data: waiting for a batch.
+# Activities of a run's process. WatchdogConfig describes most of them; data is waiting for a batch.
 Phase = Literal["start", "prepare", "restore", "compile", "data", "step", "save", "draw"]
-PATIENCE = 10  # times train.watchdog_seconds, for phases without a limit of their own
+PATIENCE = 10  # factor on train.watchdog_seconds for activities without their own limit
 
 
 @dataclasses.dataclass(frozen=True)
 class WatchdogConfig:
     """Seconds after which a process ends that is still in a phase; 0 for ten times train.watchdog_seconds."""
 
-    start: float  # until all processes have joined and devices are there
+    start: float  # joining all processes and finding devices
     prepare: float  # preparing data
     restore: float  # reading a checkpoint, or drawing parameters
-    compile: float  # the first steps of a start or phase
+    compile: float  # the first steps of a start or a phase
     save: float  # waiting for a save
     draw: float  # drawing images
 
@@ -34,24 +34,24 @@ class TrainConfig:
     """How long and in what portions to train."""
 
     num_steps: int = field(metadata=RESUME)
-    batch_size: int = field(metadata=PHASE)  # images a step, over all devices and microbatches
-    accumulation: int = field(metadata=RESUME_OR_PHASE)  # microbatches a step
-    ema_decay: float = field(metadata=PHASE)  # of step n: min(ema_decay, (1 + n) / (10 + n))
+    batch_size: int = field(metadata=PHASE)  # images per step, over all devices and microbatches
+    accumulation: int = field(metadata=RESUME_OR_PHASE)  # microbatches per step
+    ema_decay: float = field(metadata=PHASE)  # decay at step n is min(ema_decay, (1 + n) / (10 + n))
     max_bad_steps: int = field(metadata=RESUME)  # skipped steps in a row after which the run stops
-    spike_factor: float  # a step whose loss is above so many times its running mean is skipped; 0: only if not finite
-    # in a step, or waiting for its batch, after which a process ends with exit code 43; 0 for no watchdog
+    spike_factor: float  # skips steps whose loss exceeds its running mean by this factor; 0: only non-finite ones
+    # longest time in a step or waiting for its batch, after which a process ends with exit code 43; 0 for no watchdog
     watchdog_seconds: float = field(metadata=RESUME)
-    watchdog: WatchdogConfig = field(metadata=RESUME)  # of the other phases
-    # a warning names the host whose steps stay so many times as long as those of the others
+    watchdog: WatchdogConfig = field(metadata=RESUME)  # limits of other activities
+    # a warning names a host whose steps stay this many times as long as those of the others
     slow_host_factor: float = field(metadata=RESUME)
-    # steps between two replays: the gradients of a batch computed twice and compared; 0 for none (see runs.replay)
+    # steps between replays, which compute a batch's gradients twice and compare them; 0 for none (see runs.replay)
     replay_every: int = field(metadata=RESUME)
-    # steps between printed lines and TensorBoard's points; metrics.jsonl has every step
+    # steps between printed lines and between points in TensorBoard; metrics.jsonl has every step
     log_every: int = field(metadata=RESUME)
-    images_every: int = field(metadata=RESUME)  # steps between images of samples; 0 for those at the end alone
+    images_every: int = field(metadata=RESUME)  # steps between sample grids; 0 draws one only at the end
     profile_start: int = field(metadata=RESUME)  # the first step to trace, from 1
     profile_steps: int = field(metadata=RESUME)  # steps to trace; 0 for none
-    wandb_project: str = field(metadata=RESUME)  # of Weights & Biases; "" for none
+    wandb_project: str = field(metadata=RESUME)  # project in Weights & Biases; "" for none
 
     def __post_init__(self):
         for key in ("num_steps", "batch_size", "accumulation", "max_bad_steps", "log_every"):
@@ -94,7 +94,7 @@ class TrainConfig:
 class StepConfig:
     """What a training step follows from, beside the model."""
 
-    seed: int  # of the run
+    seed: int  # the run's seed
     train: TrainConfig
     flow: FlowConfig
     optimizer: OptimizerConfig

@@ -22,16 +22,16 @@ from ecdit.training.step import Batch, Metrics
 class Hooks:
     """What the loop calls beside the step. All processes make the same calls in the same order."""
 
-    enter: Callable[[Phase, str], None]  # what the run does from now on
+    enter: Callable[[Phase, str], None]  # announces the run's next activity
     before_step: Callable[[int, TrainState], None]
-    report: Callable[[int, Metrics, float], None]  # (step, its metrics, seconds that it waited for its batch)
-    draws: Callable[[int], bool]  # whether images are drawn after this step
+    report: Callable[[int, Metrics, float], None]  # gets (step, its metrics, seconds of waiting for its batch)
+    draws: Callable[[int], bool]  # returns whether to draw images after this step
     draw: Callable[[int, TrainState], None]
-    saves: Callable[[int], bool]  # whether this step is saved
+    saves: Callable[[int], bool]  # returns whether to save this step
     save: Callable[[int, TrainState], None]  # may return before the save has ended
     after_step: Callable[[int], None]
     finish: Callable[[int], None]  # waits until the save of this step has ended
-    stop_requested: Callable[[int], bool]  # asked once a step; True ends the loop after a save
+    stop_requested: Callable[[int], bool]  # called once per step; True ends the loop after a save
 
 
 def run_steps(
@@ -57,7 +57,7 @@ def run_steps(
         start = time.perf_counter()
         batch = next(batches)
         data_seconds = time.perf_counter() - start
-        # The metrics of the first step are read in the second one, which may compile too, for arrays laid out anew.
+        # The first step's metrics are read in the second, which may also compile, because the arrays' layout changed.
         hooks.enter("compile" if step <= done + 2 else "step", f"in step {step}")
         state, metrics = train_step(state, batch)
         if pending is not None:
@@ -92,7 +92,7 @@ class StopRequests:
     def __init__(self) -> None:
         self.signalled = self.interrupted = False
         one = jax.process_count() == 1
-        # With several processes Orbax agrees on a step; with one it does not even notice the signal.
+        # With several processes Orbax makes them agree on a step; with one process it ignores the signal.
         self.previous = {signal.SIGTERM: signal.signal(signal.SIGTERM, self._on_sigterm)} if one else {}
         self.previous[signal.SIGINT] = signal.signal(signal.SIGINT, _ignore)
         self.read_end, self.write_end = os.pipe()
@@ -126,7 +126,7 @@ class StopRequests:
                 print("interrupted twice: ended without a save", file=sys.stderr, flush=True)
                 os._exit(INTERRUPTED)
             self.interrupted = self.signalled = True
-            if signal.SIGTERM not in self.previous:  # the processes agree on stopping by this one
+            if signal.SIGTERM not in self.previous:  # the processes agree to stop by SIGTERM
                 os.kill(os.getpid(), signal.SIGTERM)
 
 

@@ -18,18 +18,18 @@ class OptimizerConfig:
 
     name: Literal["rmsprop", "adamw", "adafactor"]
     learning_rate: float = field(metadata=PHASE)  # after warm-up, constant
-    warmup_steps: int  # linear from 0
-    clip_norm: float  # global norm that gradients are clipped to
-    moment_dtype: Literal["float32", "bfloat16"]  # of stored moments; updates are computed in float32
+    warmup_steps: int  # steps of linear warm-up from 0
+    clip_norm: float  # global norm to which gradients are clipped
+    moment_dtype: Literal["float32", "bfloat16"]  # dtype of stored moments; updates are computed in float32
     rmsprop_decay: float
-    rmsprop_momentum: float  # an undamped trace behind the preconditioner: effective rate lr / (1 - momentum)
+    rmsprop_momentum: float  # an undamped trace after the preconditioner, with the effective rate lr / (1 - momentum)
     rmsprop_eps: float
     rmsprop_eps_in_sqrt: bool  # True makes eps a floor of sqrt(eps) under the root mean square
-    rmsprop_bias_correction: bool  # False takes first steps about 1 / sqrt(1 - decay) too long
+    rmsprop_bias_correction: bool  # without it the first steps are about 1 / sqrt(1 - decay) times too long
     adam_b1: float
     adam_b2: float
     adam_eps: float
-    weight_decay: float  # of adamw
+    weight_decay: float  # only for adamw
 
     def __post_init__(self):
         require(self.learning_rate > 0, "learning_rate", self.learning_rate, "must be above 0")

@@ -18,10 +18,10 @@ from ecdit.system import Params, System
 class TrainState:
     """Everything that a step changes, and frozen parameters. Parameters, EMA and moments are float32."""
 
-    step: Int[Array, ""]  # steps done, bad ones included, int32
-    params: Params  # the trained ones
+    step: Int[Array, ""]  # steps done, including bad ones, int32
+    params: Params  # trained parameters
     ema: Params
-    frozen: Params  # the others; empty if all are trained
+    frozen: Params  # other parameters; empty if all are trained
     optimizer: optax.OptState
     bad_steps: Int[Array, ""]  # skipped steps: loss or gradients not finite, or the loss a spike; int32
     bad_in_row: Int[Array, ""]  # skipped steps since the last good one, int32
@@ -53,7 +53,7 @@ def state_shardings(system: System, optimizer: optax.GradientTransformation, mes
     abstract = jax.eval_shape(optimizer.init, abstract_params)
 
     def like(moment: Any, param: Any, sharding: NamedSharding) -> NamedSharding:
-        # Factored moments (adafactor) have other shapes than their parameters, and are small.
+        # Factored moments (adafactor) are not sharded, because their shapes differ from the parameters', and are small.
         return sharding if moment.shape == param.shape else whole
 
     moments = optax.tree_utils.tree_map_params(

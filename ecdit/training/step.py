@@ -32,8 +32,8 @@ from ecdit.training.state import TrainState, run_key, state_shardings
 # image uint8[B, H, W, 3] or latents float16[B, h, w, 2c], tokens int32[B, L], size_crop float32[B, 4]
 Batch = dict[str, Array]
 
-USUAL_LOSS_DECAY = 0.98  # of the running mean that defines a spike: about fifty steps
-SPIKE = -2  # the metric bad_leaf of a step that was skipped because its loss, though finite, was a spike
+USUAL_LOSS_DECAY = 0.98  # decay of the running mean that defines a spike: about fifty steps
+SPIKE = -2  # the metric bad_leaf of a step that was skipped because its finite loss was a spike
 
 
 def make_train_step(

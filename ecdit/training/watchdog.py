@@ -17,7 +17,7 @@ class Watchdog:
     def __init__(self, limits: Mapping[Phase, float]):
         """Allows each phase so many seconds: see `TrainConfig.watchdog_limits`. Without any there is no watchdog."""
         self.limits = limits
-        self.now: tuple[Phase, str, float] | None = None  # phase, what is done in it, and the time at which it is over
+        self.now: tuple[Phase, str, float] | None = None  # activity, its description, and the time of its limit
         self.closed = threading.Event()
         self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         if limits:
@@ -45,4 +45,4 @@ class Watchdog:
         seconds = self.limits[phase]
         print(f"hung: {what} for {seconds:g} s (config.train.{key} = {seconds:g})", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
-        os._exit(HUNG)  # an orderly exit would hang too
+        os._exit(HUNG)  # an orderly exit would also hang

@@ -1,4 +1,4 @@
-"""What the rows of `accelerator` share: one device's experiments and inputs, times and memory."""
+"""Shares one device's experiments, inputs, times and memory among the rows of `accelerator`."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""What each row of `accelerator` measures, in a process of its own. The code that it times is the product's."""
+"""Measures the rows of `accelerator`, each in its own process. The timed code is the product's."""
 
 import argparse
 import dataclasses

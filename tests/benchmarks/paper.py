@@ -1,4 +1,4 @@
-"""The experiments of configs/ec_dit.py for benchmarks, also where ml_collections is not installed."""
+"""Builds the experiments of configs/ec_dit.py for benchmarks, also without ml_collections."""
 
 import sys
 import types

@@ -1,4 +1,4 @@
-"""The accelerator's benchmark: its plan of rows, its predictions, and all of it at tiny sizes with little installed."""
+"""Tests the accelerator's benchmark: its plan of rows, its predictions, and a tiny run with few packages."""
 
 import json
 import math

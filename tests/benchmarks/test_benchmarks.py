@@ -1,4 +1,4 @@
-"""The arithmetic of the benchmarks, by hand-made timings, and each benchmark at a tiny size. Nothing tests a speed."""
+"""Tests the benchmarks' arithmetic with made-up timings, and runs each at a tiny size. Nothing tests a speed."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""What disks do to checkpoints."""
+"""Damages checkpoints as disks do."""
 
 import numpy as np
 import tensorstore

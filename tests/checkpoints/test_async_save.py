@@ -1,4 +1,4 @@
-"""Saves on a disk that is full, gone or read-only for a while. A process of its own: a failed save leaves threads."""
+"""Tests saves on a disk that is full, gone or read-only for a while, in its own process because of leftover threads."""
 
 import subprocess
 import sys

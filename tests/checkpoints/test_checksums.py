@@ -1,4 +1,4 @@
-"""Checksums of arrays: the same wherever the shards are, another for every damage."""
+"""Tests that checksums of arrays are the same for any shards, and differ for every damage."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""A disk that is full while a run writes what it shows: the message names what could not be written."""
+"""Tests that a run on a full disk names the file that could not be written."""
 
 import contextlib
 import subprocess

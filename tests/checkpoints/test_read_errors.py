@@ -1,4 +1,4 @@
-"""A checkpoint that cannot be read is not a damaged one: nothing is moved, and a read that failed is tried again."""
+"""Tests that unreadable checkpoints are not taken for damaged: nothing is moved, and failed reads are retried."""
 
 import errno
 import resource

@@ -1,4 +1,4 @@
-"""Checkpoints that are damaged: found, set aside, and gone on from an older one; the toy in the model's place."""
+"""Tests that damaged checkpoints are found and set aside, and that runs resume from older ones, with a toy model."""
 
 import json
 import shutil

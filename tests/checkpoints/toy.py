@@ -1,4 +1,4 @@
-"""A toy in the model's place: its step adds 1 to every parameter, so a state tells which step it belongs to."""
+"""Defines a toy model whose step adds 1 to every parameter, so that a state shows its step."""
 
 import contextlib
 import itertools

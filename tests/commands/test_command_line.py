@@ -1,4 +1,4 @@
-"""What commands say to flags that they cannot take, and the exit codes of their errors."""
+"""Tests the commands' messages for invalid flags, and the exit codes of their errors."""
 
 import re
 import subprocess

@@ -1,4 +1,4 @@
-"""Bad input to the commands, beyond a wrong config: prompts, seeds and paths."""
+"""Tests invalid input to the commands other than a wrong config: prompts, seeds and paths."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Images and tars for tests of sources, sound and broken ones."""
+"""Makes images and tars, valid and broken ones, for tests of sources."""
 
 import io
 import json

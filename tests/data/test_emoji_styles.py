@@ -1,4 +1,4 @@
-"""Emoji in several styles: drawings, captions, the held-out rule, and how the sets are fetched."""
+"""Tests emoji in several styles: drawings, captions, the held-out rule, and fetching the sets."""
 
 import io
 import json

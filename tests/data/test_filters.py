@@ -1,4 +1,4 @@
-"""Filters by size, caption and columns, with limits that are inclusive."""
+"""Tests filters by size, caption and columns, whose limits are inclusive."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""A thousand damaged tars and images: each record is what the decoder alone makes of its bytes, or has a reason."""
+"""Tests a thousand damaged tars and images: each record equals the decoder's result, or has a reason."""
 
 import io
 import random

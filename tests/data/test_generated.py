@@ -1,4 +1,4 @@
-"""Rows that are made when they are read: the same on every host, and what their captions say."""
+"""Tests generated rows: they are the same on every host, and their captions are true."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ import pytest
 from ecdit.config import ConfigError
 from ecdit.data.generated import GENERATED
 from ecdit.data.loader import make_loader
-from ecdit.data.prepared import prepare, sample_captions
+from ecdit.data.prepared import prepare, sample_captions, sample_targets
 from tests.data.example import make_config
 from tests.runs import config_file
 
@@ -42,7 +42,7 @@ def test_the_fingerprint_follows_what_decides_the_rows(name):
 
 def test_random_latents_are_moments_with_next_to_no_variance(tmp_path):
     config = dataclasses.replace(CONFIGS["random_latents"], directory=str(tmp_path))
-    prepare(config, say=lambda _: None)
+    assert sample_targets(prepare(config, say=lambda _: None), 2) == [None, None]
     batch = next(make_loader(config, 0, 64, 0, range(64)))
     assert set(batch) == {"latents", "tokens", "size_crop"}
     assert (batch["latents"].shape, batch["latents"].dtype) == ((64, 8, 8, 10), np.float16)
@@ -62,6 +62,8 @@ def test_the_shapes_config_cuts_no_caption(tmp_path):
     prepared = prepare(config, say=lambda _: None)
     captions = sample_captions(prepared, 500)
     assert captions[:2] == [GENERATED["shapes"].captions(config, "train", 0, row)["caption"] for row in (0, 1)]
+    for row, target in enumerate(sample_targets(prepared, 2)):
+        np.testing.assert_array_equal(target, GENERATED["shapes"].example(config, "train", 0, row).content)
     tokens = next(make_loader(config, 0, 500, 0, range(500)))["tokens"]
     assert (tokens[:, -1] == 0).all()  # padding follows the end of every caption
 

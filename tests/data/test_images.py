@@ -1,4 +1,4 @@
-"""Decoding, resizing and encoding of images."""
+"""Tests decoding, resizing and encoding of images."""
 
 import io
 import pickle

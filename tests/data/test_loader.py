@@ -1,4 +1,4 @@
-"""The loader: which rows, in which order, on any number of processes, and what chance does to them."""
+"""Tests the loader's rows, their order on any number of processes, and their augmentation."""
 
 import itertools
 import time

@@ -1,4 +1,4 @@
-"""Mixtures: how many rows each part has, up to any row, and which."""
+"""Tests which rows of a mixture belong to which part, and how many there are up to any row."""
 
 from fractions import Fraction
 

@@ -1,4 +1,4 @@
-"""Preparation: what is stored, what is left out, and that it can be killed at any moment."""
+"""Tests preparation: stored and rejected pairs, and that it can be killed at any time."""
 
 import dataclasses
 import json
@@ -25,7 +25,14 @@ from ecdit.data.first_look import first_look
 from ecdit.data.images import decode_stored
 from ecdit.data.manifest import read_records_manifest, task_directory
 from ecdit.data.parts import split_of
-from ecdit.data.prepared import open_prepared, prepare, stored_records, tokenize_captions
+from ecdit.data.prepared import (
+    open_prepared,
+    prepare,
+    sample_captions,
+    sample_targets,
+    stored_records,
+    tokenize_captions,
+)
 from ecdit.data.quarantine import read
 from ecdit.data.shards import ShardReader, combined, file_sha256
 from ecdit.data.text import EOS, PAD, fit, tokenize, train_vocabulary
@@ -213,6 +220,15 @@ def test_the_parts_of_a_source_change_no_record(tmp_path):
         config = make_config(tmp_path / name, module=module(tmp_path, name, f"30, {per_part}"), task=name)
         stored.append(list(map(parts.encode_record, stored_records(prepare(config, say=lambda _: None), "train"))))
     assert stored[0] == stored[1]
+
+
+def test_the_targets_of_sampled_captions_are_the_images_of_their_records(counted):
+    found = open_prepared(counted)
+    images = {record.captions["caption"]: decode_stored(record.image) for record in stored_records(found, "train")}
+    captions, targets = sample_captions(found, 5), sample_targets(found, 5)
+    assert len(set(captions)) == len(targets) == 5
+    for caption, target in zip(captions, targets, strict=True):
+        np.testing.assert_array_equal(target, images[caption], err_msg=caption)
 
 
 def test_the_fingerprint_is_of_the_records_in_order(counted):

@@ -1,4 +1,4 @@
-"""The quarantine file is ASCII lines of JSON that give back what was written."""
+"""Tests that the quarantine file consists of ASCII lines of JSON that restore the written values."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Each reason of the table can come about, by the code that is meant to give it; others cannot be given."""
+"""Tests that each reason of the table can occur, by the code that is meant to give it, and that no other can."""
 
 import tarfile
 from pathlib import Path

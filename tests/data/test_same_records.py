@@ -1,4 +1,4 @@
-"""The same pairs as tars, as a folder with a CSV and as a TFDS builder become the same records."""
+"""Tests that the same pairs in tars, in a folder with a CSV and in a TFDS builder become the same records."""
 
 import csv
 import io

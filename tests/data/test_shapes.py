@@ -1,4 +1,4 @@
-"""The `shapes` data: rows are a pure function of (seed, row), held-out combinations stay out, captions are true."""
+"""Tests the `shapes` data: rows are a function of (seed, row), held-out combinations never occur, captions are true."""
 
 import collections
 import dataclasses

@@ -1,4 +1,4 @@
-"""Folders of images with CSV or JSON lines."""
+"""Tests folders of images with CSV or JSON lines."""
 
 import json
 import os

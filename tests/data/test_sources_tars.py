@@ -1,4 +1,4 @@
-"""Tars: every record whole, or rejected under one reason; no damage is silent."""
+"""Tests tars: every record is complete or rejected for one reason, and no damage is silent."""
 
 import gzip
 import io

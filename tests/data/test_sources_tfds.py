@@ -1,4 +1,4 @@
-"""TFDS builders: a small one that is really written, and coco_captions with the random content of TFDS's mock."""
+"""Tests TFDS builders: a small one on disk, and coco_captions with the random content of TFDS's mock."""
 
 import pickle
 

@@ -1,4 +1,4 @@
-"""A run starts only if it is what the launcher checked."""
+"""Tests that a run starts only with the config and code that the launcher checked."""
 
 import re
 import sys

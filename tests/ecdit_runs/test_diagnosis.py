@@ -1,4 +1,4 @@
-"""What the doctor finds, with what it looks at replaced by something broken."""
+"""Tests the doctor's findings, with broken replacements of the things that it checks."""
 
 import dataclasses
 import threading

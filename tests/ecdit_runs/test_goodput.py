@@ -1,4 +1,4 @@
-"""Every second of a run's life is booked, across kills and restarts."""
+"""Tests that every second of a run is accounted for, across kills and restarts."""
 
 import signal
 import sys

@@ -1,4 +1,4 @@
-"""The host that the others wait for is named."""
+"""Tests that a report names the host for which the others wait."""
 
 import dataclasses
 import sys

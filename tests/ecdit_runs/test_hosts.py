@@ -1,4 +1,4 @@
-"""Hosts that would not train the same: found before the first step, by all of them."""
+"""Tests that hosts which would not train the same run are found before the first step, by all of them."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""One trainer at a time in a workdir."""
+"""Tests that only one trainer runs at a time in a workdir."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""A workdir whose checkpoints have vanished: no run begins at step 0 without a word."""
+"""Tests that a run whose checkpoints have vanished does not silently start at step 0."""
 
 import json
 import os

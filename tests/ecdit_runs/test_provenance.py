@@ -1,4 +1,4 @@
-"""What a checkpoint records of how it was made, and what a run makes of a record that differs."""
+"""Tests the record in a checkpoint of how it was made, and what a run does if it differs."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Silent errors of the hardware: a bit that flips in a computation or in a copy is found and its device named."""
+"""Tests that a bit flipped in a computation or in a copy by the hardware is found, and its device named."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""What a training run draws as it goes on: which captions, with which weights, and that files belong together."""
+"""Tests the grids of a training run: their captions, weights and true images, and that files belong together."""
 
 from types import SimpleNamespace
 
@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from ecdit.runs import sample_grids as samples
-from ecdit.runs.sample_grids import SampleWriter
+from ecdit.runs.sample_grids import SampleWriter, beside_targets
 from ecdit.system import make_system
 from tests.runs import tiny
 
@@ -20,7 +20,10 @@ def tokenize(config, captions):
 
 @pytest.mark.parametrize("ffn", ["expert_choice", "dense"])
 def test_each_caption_stands_under_the_image_that_was_drawn_of_it(ffn, tmp_path, monkeypatch):
-    """Seven of ten captions, in batches of four; an image is of its caption's number, and so are its counts."""
+    """Seven of ten captions, in batches of four; an image is of its caption's number, and so are its counts.
+
+    The true image, which is 100 above that number, is to the right of the sample; the data has none for caption 3.
+    """
     written = {}
 
     def sampler(params, tokens, null_tokens, keys):
@@ -28,8 +31,8 @@ def test_each_caption_stands_under_the_image_that_was_drawn_of_it(ffn, tmp_path,
         images = np.broadcast_to(tokens[:, :, None, None], (4, 2, 2, 3)).astype(np.uint8)
         return images if ffn == "dense" else (images, np.broadcast_to(tokens[:, :, None, None], (4, 1, 1, 1)))
 
-    def save_grid(images, captions, path):
-        written[path.name] = images[:, 0, 0, 0].tolist(), list(captions)
+    def save_grid(images, captions, path, columns):
+        written[path.name] = images[:, 0, 0, 0].tolist(), list(captions), columns
 
     def draw_maps(images, captions, counts, time_shift):
         written["maps"] = images[:, 0, 0, 0].tolist(), list(captions), counts[:, 0, 0, 0].tolist()
@@ -40,15 +43,26 @@ def test_each_caption_stands_under_the_image_that_was_drawn_of_it(ffn, tmp_path,
     chosen = [0, 1, 3, 4, 6, 7, 9]  # every 9 / 6, rounded down
     monkeypatch.setattr(samples, "open_prepared", lambda config: config)
     monkeypatch.setattr(samples, "sample_captions", lambda _, count: [CAPTIONS[i] for i in chosen[:count]])
+    targets = {i: None if i == 3 else np.full((2, 2, 3), 100 + i, np.uint8) for i in chosen}
+    monkeypatch.setattr(samples, "sample_targets", lambda _, count: [targets[i] for i in chosen[:count]])
     monkeypatch.setattr(samples, "make_sampler", lambda *_: sampler)
     experiment = tiny(model__ffn=ffn, sampling__num_grid=7, sampling__batch_size=4)
     system = make_system(experiment.system)
     files = SampleWriter(experiment.data, experiment.sampling, system, SimpleNamespace(), tmp_path).write("ema", 12)
     captions = [CAPTIONS[i] for i in chosen]
     assert files["samples"] == tmp_path / "samples/step_00000012.png"
-    assert written["step_00000012.png"] == (chosen, captions)
+    cells = [number for i in chosen for number in (i, 255 if i == 3 else 100 + i)]
+    texts = [text for i in chosen for text in (CAPTIONS[i], "" if i == 3 else "true image")]
+    assert written["step_00000012.png"] == (cells, texts, 4)
     if ffn == "dense":
         assert set(files) == {"samples"}
     else:
         assert files["experts"].exists()
         assert written["maps"] == (chosen, captions, chosen)
+
+
+@pytest.mark.parametrize("targets", [[None, None], [np.zeros((4, 4, 3), np.uint8), None]])
+def test_a_grid_without_targets_of_the_samples_size_has_only_the_samples(targets):
+    images = np.arange(2 * 2 * 2 * 3, dtype=np.uint8).reshape(2, 2, 2, 3)
+    cells, captions, columns = beside_targets(images, ["a", "b"], targets)
+    assert (cells.tolist(), captions, columns) == (images.tolist(), ["a", "b"], 0)

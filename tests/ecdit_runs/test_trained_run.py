@@ -1,4 +1,4 @@
-"""Runs opened to sample from: their config and overrides, and that nothing but the EMA weights is read."""
+"""Tests runs opened for sampling: their config and overrides, and that only the EMA weights are read."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""The loop with a toy in the model's place: what it saves, writes and raises, and in which order."""
+"""Tests what the loop saves, writes and raises, and in which order, with a toy model."""
 
 import dataclasses
 import itertools

@@ -1,4 +1,4 @@
-"""Counted operations against those of the real forward pass, and against numbers worked out by hand."""
+"""Tests counted operations against those of the real forward pass and against numbers worked out by hand."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""DSG and DPG-Bench: what answers make of questions that depend on each other, by hand."""
+"""Tests DSG and DPG-Bench by hand: scores of answers to questions that depend on each other."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The Fréchet distance by hand and against pytorch-fid's formula; moments whatever the shards."""
+"""Tests the Fréchet distance by hand and against pytorch-fid's formula, and moments of any shards."""
 
 import io
 import re

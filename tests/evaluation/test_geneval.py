@@ -1,4 +1,4 @@
-"""GenEval's rules: a case worked out by hand for each branch, and images of all its prompts, right by construction."""
+"""Tests GenEval's rules: a case by hand for each branch, and correct images of all its prompts."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""GenEval 2's scores by hand, and answers that do not fit the benchmark."""
+"""Tests GenEval 2's scores by hand, and answers that do not fit the benchmark."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Input that is read strictly: what a tolerant reader would take for something else is refused with its line."""
+"""Tests strict reading of input: misleading values are refused with their line."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""KID and CMMD by hand and against sums over all pairs."""
+"""Tests KID and CMMD by hand and against sums over all pairs."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""What the sampler asks of the network, and what it makes of the answers: no model is compiled here."""
+"""Tests the sampler's calls of the network and its use of the results. No model is compiled here."""
 
 import dataclasses
 

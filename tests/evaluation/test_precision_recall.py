@@ -1,4 +1,4 @@
-"""Precision and recall on a line of numbers, by hand."""
+"""Tests precision and recall on a line of numbers, by hand."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""`python -m ecdit.evaluate NAME` for the scorers: from files to files, whole or not at all."""
+"""Tests `python -m ecdit.evaluate NAME` for the scorers: from files to files, which are written atomically."""
 
 import importlib
 import json

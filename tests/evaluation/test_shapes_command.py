@@ -1,4 +1,4 @@
-"""`evaluate shapes`: which captions it asks for, and what it counts."""
+"""Tests the captions and the counts of `evaluate shapes`."""
 
 import numpy as np
 import pytest

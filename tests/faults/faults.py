@@ -1,4 +1,4 @@
-"""What can happen to a run, each drawn at random: kills, signals, damaged files, a full disk, other processes."""
+"""Draws faults of a run at random: kills, signals, damaged files, a full disk, other processes."""
 
 import contextlib
 import dataclasses

@@ -1,4 +1,4 @@
-"""Tiny runs in several layouts, for faults to happen to: started, watched, ended, and compared with one left alone."""
+"""Starts, watches and ends tiny runs in several layouts, and compares them with a run without faults."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""The first trials of a campaign, and its table. All of it: `python -m tests.faults.campaign`."""
+"""Tests the first trials of a campaign and its table. `python -m tests.faults.campaign` runs all of it."""
 
 import errno
 import json

@@ -1,4 +1,4 @@
-"""Jobs of the paper's models, made in this process, and stand-ins for the programs that launchers run."""
+"""Makes jobs of the paper's models in this process, and stand-ins for the programs that launchers run."""
 
 import dataclasses
 import functools

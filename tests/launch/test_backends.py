@@ -1,4 +1,4 @@
-"""The protocol of backends: each implements all of it, and the commands need nothing else of them."""
+"""Tests that each backend implements the whole protocol, and that commands need nothing else."""
 
 import ast
 import inspect

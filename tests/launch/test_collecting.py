@@ -1,4 +1,4 @@
-"""Tables, power laws and plots of runs whose metrics are written by hand."""
+"""Tests tables, power laws and plots of runs with made-up metrics."""
 
 import csv
 import dataclasses

@@ -1,4 +1,4 @@
-"""`launch.tpu`, `launch.status` and `launch.stop` as they are typed, with stand-ins for kubectl and gcloud."""
+"""Tests the commands `launch.tpu`, `launch.status` and `launch.stop`, with stand-ins for kubectl and gcloud."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Sweep files: what their points are, how they are named, and what is refused before anything starts."""
+"""Tests sweep files: their points, the points' names, and refusals before anything starts."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""What a job is, and what is refused before anything is started."""
+"""Tests the description of a job, and refusals before anything starts."""
 
 import dataclasses
 import re

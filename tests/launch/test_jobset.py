@@ -1,4 +1,4 @@
-"""The JobSet: it is valid, says what the job is, and restarts on the codes that it should."""
+"""Tests that the JobSet is valid, describes the job, and restarts after the right exit codes."""
 
 import dataclasses
 import json

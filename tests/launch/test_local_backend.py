@@ -1,4 +1,4 @@
-"""Jobs on this machine: they are found, and stopped, by what the launcher noted of its processes."""
+"""Tests that jobs on this machine are found and stopped by the launcher's record of processes."""
 
 import dataclasses
 import json

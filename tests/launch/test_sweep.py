@@ -1,4 +1,4 @@
-"""Sweeps as they are run: what is done is skipped, what is killed goes on, what fails stops nothing else."""
+"""Tests real sweeps: done points are skipped, killed ones continue, and a failed one does not stop the others."""
 
 import csv
 import json

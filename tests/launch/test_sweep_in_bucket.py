@@ -1,4 +1,4 @@
-"""Sweeps on pods, whose runs are in a bucket: what is done there gets no job, and is collected from there."""
+"""Tests sweeps on pods, whose runs are in a bucket: done points get no job, and are collected from there."""
 
 import csv
 import io

@@ -1,4 +1,4 @@
-"""TPU VMs: the script runs with a stand-in for gcloud, its loop restarts on the right codes, gcloud knows the flags."""
+"""Tests the script for TPU VMs with a stand-in for gcloud, its restarts, and that gcloud knows its flags."""
 
 import dataclasses
 import json

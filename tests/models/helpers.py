@@ -1,4 +1,4 @@
-"""Tiny models with random parameters, and inputs for them. Compiling is what these tests wait for: share it."""
+"""Makes tiny models with random parameters, and inputs for them. Share them, because compiling is slow."""
 
 import dataclasses
 import functools

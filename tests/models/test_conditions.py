@@ -1,4 +1,4 @@
-"""The conditions of a DiT, by hand in float64: which numbers they are made of, and in which order."""
+"""Tests the conditions of a DiT by hand in float64: the numbers that they use, and their order."""
 
 import jax
 import numpy as np

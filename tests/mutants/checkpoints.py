@@ -76,8 +76,8 @@ MUTANTS = (
     ),
     Mutant(
         _STORED,
-        "if stored.get(name) != text:  # Orbax would cast, and say nothing",
-        "if name not in stored:  # Orbax would cast, and say nothing",
+        "if stored.get(name) != text:  # Orbax would cast silently",
+        "if name not in stored:  # Orbax would cast silently",
         _recovery("test_an_array_that_is_of_another_type_than_was_saved_is_damage"),
     ),
     Mutant(

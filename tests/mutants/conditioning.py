@@ -1,4 +1,4 @@
-"""Mutants of what conditions the denoiser: pixels, the text tower, and the whole model's parts."""
+"""Mutants of the denoiser's conditions: pixels, the text tower, and the whole model's parts."""
 
 from tests.mutants.mutant import Mutant
 

@@ -1,4 +1,4 @@
-"""Mutants of the data: which record a row is, what chance does to it, tokens, and what is stored."""
+"""Mutants of the data: the record of a row, its augmentation, tokens, and stored files."""
 
 from tests.mutants.mutant import Mutant
 

@@ -1,4 +1,4 @@
-"""The record of a mutant: one line of the program made wrong, and the tests that must notice."""
+"""Defines a mutant: one line of the program made wrong, and the tests that must notice it."""
 
 import dataclasses
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Mutants of the routing rules: which expert takes which token, with which gate, and what is reported of it."""
+"""Mutants of the routing rules: which expert takes which token, its gate, and the report."""
 
 from tests.mutants.mutant import Mutant
 

@@ -1,4 +1,4 @@
-"""Mutants of what guards a run: locks, lost checkpoints, records, errors of reading, hosts, replays."""
+"""Mutants of a run's safeguards: locks, lost checkpoints, records, read errors, hosts, replays."""
 
 from tests.mutants.mutant import Mutant
 
@@ -47,7 +47,7 @@ MUTANTS = (
     ),
     Mutant(
         "ecdit/reporting/metrics_file.py",
-        "    except ValueError:  # of JSON or of UTF-8",
+        "    except ValueError:  # from JSON or UTF-8",
         "    except json.JSONDecodeError:",
         _tests("reporting/test_reporter", "test_garbled_and_doubled_lines_are_repaired_and_gaps_are_told"),
         "a garbled byte stops every restart",

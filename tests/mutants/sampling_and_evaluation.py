@@ -251,4 +251,25 @@ MUTANTS = (
         "place = np.clip(values / top, 0, 1) * len(VIRIDIS)",
         _maps("test_colours_by_hand"),
     ),
+    Mutant(
+        "ecdit/sampling/grids.py",
+        "font = caption_font(caption)",
+        "font = _pillow_font()",
+        ("tests/sampling/test_grids.py::test_captions_that_no_font_covers_are_numbered_and_listed",),
+        "captions in other scripts are rows of boxes",
+    ),
+    Mutant(
+        "ecdit/runs/sample_grids.py",
+        "for cell in (image, target)]",
+        "for cell in (target, image)]",
+        ("tests/ecdit_runs/test_sample_grids.py::test_each_caption_stands_under_the_image_that_was_drawn_of_it",),
+        "the true image stands above the caption",
+    ),
+    Mutant(
+        "ecdit/data/prepared.py",
+        'made = source.example(config, "train", 0, index)',
+        'made = source.example(config, "train", 0, index + 1)',
+        ("tests/data/test_generated.py::test_the_shapes_config_cuts_no_caption",),
+        "another row's image stands beside a sample",
+    ),
 )

@@ -1,4 +1,4 @@
-"""Mutants of the mesh and of what lies where on it."""
+"""Mutants of the mesh and of the sharding over it."""
 
 from tests.mutants.mutant import Mutant
 

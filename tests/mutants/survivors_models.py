@@ -1,4 +1,4 @@
-"""Mutants of the models that once survived: each is noticed by tests that were written for it."""
+"""Mutants of the models that once survived. New tests notice each of them."""
 
 from tests.mutants.mutant import Mutant
 

@@ -194,8 +194,8 @@ MUTANTS = (
     ),
     Mutant(
         "ecdit/runs/sample_grids.py",
-        "save_grid(images, prompts, ",
-        "save_grid(images, prompts[1:] + prompts[:1], ",
+        "beside_targets(images, prompts, ",
+        "beside_targets(images, prompts[1:] + prompts[:1], ",
         (_SAMPLES,),
     ),
     Mutant(

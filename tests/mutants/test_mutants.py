@@ -1,4 +1,4 @@
-"""The list of mutants fits the program and its tests; `python -m tests.mutants` runs it."""
+"""Tests that the list of mutants fits the program and its tests; `python -m tests.mutants` runs it."""
 
 import ast
 import difflib

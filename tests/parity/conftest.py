@@ -1,4 +1,4 @@
-"""The libraries that the project is compared with: `tests/parity/run` installs them, elsewhere these tests skip."""
+"""Skips these tests without the libraries for comparison, which `tests/parity/run` installs."""
 
 import importlib
 import os

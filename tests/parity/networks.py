@@ -1,4 +1,4 @@
-"""A network of the project with the weights that a library has written into a folder."""
+"""Makes a network of the project with the weights that a library has written into a folder."""
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""AutoencoderKL against diffusers', at random weights."""
+"""Compares AutoencoderKL with diffusers', at random weights."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""The networks behind scores: CLIP's images and captions against transformers', Inception against pytorch-fid's."""
+"""Compares the networks of scores: CLIP's images and captions with transformers', Inception with pytorch-fid's."""
 
 import jax
 import numpy as np

@@ -1,4 +1,4 @@
-"""CLIP's text encoder and T5's against transformers', at random weights."""
+"""Compares CLIP's text encoder and T5's with transformers', at random weights."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""CLIP's and T5's tokenizers against open_clip's and transformers', on 2000 captions of every kind."""
+"""Compares CLIP's and T5's tokenizers with open_clip's and transformers', on 2000 captions of every kind."""
 
 import csv
 import gzip

@@ -1,4 +1,4 @@
-"""Plans are made once, and anew for whatever they follow from. Nothing is compiled here."""
+"""Tests that plans are made once, and again if anything that they depend on changes. Nothing is compiled here."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Bytes and seconds of collectives, by hand: a chip whose link carries 1 GB/s, on small tori."""
+"""Tests bytes and seconds of collectives by hand: a chip whose link carries 1 GB/s, on small tori."""
 
 import dataclasses
 import itertools

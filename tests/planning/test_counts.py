@@ -1,4 +1,4 @@
-"""Parameters and operations of the paper's family, against the paper's table and numbers worked out by hand."""
+"""Tests parameters and operations of the paper's family against the paper's table and numbers worked out by hand."""
 
 import json
 

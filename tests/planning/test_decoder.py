@@ -1,4 +1,4 @@
-"""The calibrator of the step-time estimate: it computes what it should, and the TPU compiler shards it as it should."""
+"""Tests the calibrator of the step-time estimate: its results, and its sharding by the TPU compiler."""
 
 import re
 

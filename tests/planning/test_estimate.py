@@ -1,4 +1,4 @@
-"""The walk through a schedule, on programs small enough to add up by hand: 1 GHz, links and memory of 1 GB/s."""
+"""Tests the walk through a schedule on programs that can be added up by hand: 1 GHz, links and memory of 1 GB/s."""
 
 import pytest
 

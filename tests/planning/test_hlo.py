@@ -1,4 +1,4 @@
-"""The reader of the compiler's text, on lines as the compiler writes them."""
+"""Tests the parser of the compiler's text, on lines in the compiler's form."""
 
 import pytest
 

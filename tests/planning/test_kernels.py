@@ -1,4 +1,4 @@
-"""What a plan takes for attention's kernels, against the schedules that the TPU compiler makes of them."""
+"""Tests the time that plans assume for attention's kernels against their schedules by the TPU compiler."""
 
 import re
 import subprocess

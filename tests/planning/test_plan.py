@@ -1,4 +1,4 @@
-"""Plans of small steps by the real TPU compiler, and what a plan makes of what the compiler says."""
+"""Tests plans of small steps by the real TPU compiler, and their reading of the compiler's output."""
 
 import dataclasses
 import json

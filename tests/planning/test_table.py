@@ -1,4 +1,4 @@
-"""The table of plans in a markdown file."""
+"""Tests the table of plans in a markdown file."""
 
 import re
 

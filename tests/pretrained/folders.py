@@ -1,4 +1,4 @@
-"""Small networks, and folders with their weights as the libraries write them."""
+"""Makes small networks, and folders with their weights in the libraries' form."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Tokenizers on vocabularies that are small enough to encode by hand."""
+"""Tests tokenizers on vocabularies that are small enough to encode by hand."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""metrics.jsonl: whole lines, one a step, whatever happened before."""
+"""Tests that metrics.jsonl has complete lines, one per step, after any interruption."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""TensorBoard's files, the profile's window, and what is refused before a run begins."""
+"""Tests TensorBoard's files, the profile's window, and refusals before a run starts."""
 
 import dataclasses
 import json

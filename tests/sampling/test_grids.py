@@ -1,4 +1,4 @@
-"""Grids and pages of images: each image stands above its own caption, in order."""
+"""Tests grids and pages of images: each image is above its own caption, in order, in any script."""
 
 import json
 
@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ecdit.sampling.grids import save_grid, save_png
+from ecdit.sampling import grids
+from ecdit.sampling.grids import save_grid, save_png, wrapped
 from ecdit.sampling.image_folder import begin_folder, finish_folder
 from ecdit.sampling.layouts import Planned
 from ecdit.sampling.routing_maps import draw_maps
@@ -74,3 +75,57 @@ def test_every_row_of_the_maps_has_its_own_image_counts_and_caption():
     for i in range(7):
         alone = np.asarray(draw_maps(IMAGES[i : i + 1], CAPTIONS[i : i + 1], counts[i : i + 1]))
         np.testing.assert_array_equal(page[32 + 160 * i :][:160], alone[32:][:160], err_msg=f"row {i}")
+
+
+SCRIPTS = {
+    "accents": ("é", "ô"),
+    "Cyrillic": ("куб", "шар"),
+    "Han": ("红心", "蓝海"),
+    "Arabic": ("قلب", "بحر"),
+    "Devanagari": ("लाल", "नाक"),
+    "emoji": ("😀", "🦊"),
+}
+
+
+@pytest.fixture
+def fonts_of_the_system(monkeypatch):
+    """Replaces fontconfig: sets the only font of the system, or none."""
+
+    def replace(font):
+        monkeypatch.setattr(grids, "_system_font", lambda characters: font)
+        grids._covering_font.cache_clear()
+
+    yield replace
+    grids._covering_font.cache_clear()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_captions_of_any_script_are_told_apart(script, tmp_path):
+    """Missing glyphs are all the same box, so that captions as long as each other would look the same."""
+    same = IMAGES[:1].repeat(2, axis=0)
+    save_grid(same, SCRIPTS[script], tmp_path / "grid.png", columns=2)
+    grid = read(tmp_path / "grid.png")
+    assert (grid[:, : CELL[0]] != grid[:, CELL[0] :]).any()
+
+
+@pytest.mark.parametrize("font", [None, grids._pillow_font()], ids=["no font", "a font without the glyphs"])
+def test_captions_that_no_font_covers_are_numbered_and_listed(font, tmp_path, fonts_of_the_system):
+    fonts_of_the_system(font)
+    captions = ["red heart", *(one for one, _ in SCRIPTS.values())]
+    save_grid(IMAGES, captions, tmp_path / "grid.png")
+    numbered = ["red heart", *(f"caption {i}: see grid.txt" for i in range(2, 8))]
+    assert (tmp_path / "grid.txt").read_text(encoding="utf-8").splitlines() == [
+        f"{i}: {caption}" for i, caption in enumerate(captions, 1)
+    ]
+    save_grid(IMAGES, numbered, tmp_path / "ascii.png")
+    np.testing.assert_array_equal(read(tmp_path / "grid.png"), read(tmp_path / "ascii.png"))
+    assert not (tmp_path / "ascii.txt").exists()
+
+
+def test_lines_fit_their_width_and_keep_every_character():
+    font = grids._pillow_font()
+    text = "a  caption of words and\nincomprehensibilities-without-end " + "W" * 40
+    lines = wrapped(text, font, 100)
+    assert max(map(font.getlength, lines)) <= 100
+    assert "".join(lines).replace(" ", "") == "".join(text.split())
+    assert wrapped("red heart", font, 100) == ["red heart"]

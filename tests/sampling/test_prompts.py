@@ -1,4 +1,4 @@
-"""Prompts of which the vocabulary leaves nothing, or not all."""
+"""Tests prompts of which the vocabulary keeps nothing or only a part."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Heat maps of experts per token: what is averaged, how it is coloured, and where it stands in the image."""
+"""Tests heat maps of experts per token: their averages, colours and positions in the image."""
 
 import numpy as np
 import pytest

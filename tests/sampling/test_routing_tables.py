@@ -1,4 +1,4 @@
-"""Tables of routing, by hand: two images of four tokens, three experts, two solver steps, one sparse layer."""
+"""Tests tables of routing by hand: two images of four tokens, three experts, two solver steps, one sparse layer."""
 
 import numpy as np
 import pytest

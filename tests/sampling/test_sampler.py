@@ -1,4 +1,4 @@
-"""Drawing images by hand: what the network is given, which caption is the null one, and whose image is whose."""
+"""Tests sampling by hand: the network's inputs, the null caption, and the order of images."""
 
 import dataclasses
 

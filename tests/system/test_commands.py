@@ -1,4 +1,4 @@
-"""The commands as a user runs them, and what they say to bad input."""
+"""Tests the commands as a user runs them, and their messages for invalid input."""
 
 import json
 import shutil

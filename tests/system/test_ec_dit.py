@@ -1,4 +1,4 @@
-"""The paper's config, made small, through the real commands: latents, bfloat16, groups of images, four devices."""
+"""Tests the paper's config, made small, by the real commands: latents, bfloat16, groups of images, four devices."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Workdirs in a bucket: real processes, whose gcsfs, tensorstore and Orbax speak to a server of the tests."""
+"""Tests workdirs in a bucket: real processes, whose gcsfs, tensorstore and Orbax use a server of the tests."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""A denoiser of the user's own, as docs/model.md writes it: trained, resumed and sampled by the real commands."""
+"""Tests the user's own denoiser in docs/model.md: the real commands train, resume and sample it."""
 
 import hashlib
 import json

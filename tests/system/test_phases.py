@@ -1,4 +1,4 @@
-"""A run through two phases by the real commands, stopped on both sides of the boundary and on it."""
+"""Tests a run of two phases by the real commands, stopped before, at and after the boundary."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Real processes, joined as the hosts of a pod are: they read one sequence of rows, and train as one process does."""
+"""Tests real processes, joined like the hosts of a pod: they read one sequence of rows, and train like one process."""
 
 import json
 import runpy

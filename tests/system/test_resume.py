@@ -1,4 +1,4 @@
-"""Runs that are killed, stopped and resumed: real processes, real signals."""
+"""Tests runs that are killed, stopped and resumed, with real processes and signals."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""`python -m ecdit.routing_maps` on a tiny run of random weights: what it writes, and what it refuses."""
+"""Tests the files and refusals of `python -m ecdit.routing_maps` on a tiny run with random weights."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""Samples depend on (seed, prompt, repeat) and on nothing else. Shares of differing pixels are of uint8 values."""
+"""Tests that samples depend only on (seed, prompt, repeat). Shares of differing pixels count uint8 values."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""The training step on real data and on meshes of eight devices."""
+"""Tests the training step on real data and on meshes of eight devices."""
 
 import dataclasses
 import functools

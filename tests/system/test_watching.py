@@ -1,4 +1,4 @@
-"""What a user sees of a training run, from real processes: files, TensorBoard, Weights & Biases."""
+"""Tests a training run's output in real processes: files, TensorBoard, Weights & Biases."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""What a step says of numbers that are not finite, and of a batch that it takes in microbatches."""
+"""Tests a step's reports of non-finite numbers, also for a batch in microbatches."""
 
 import dataclasses
 import itertools

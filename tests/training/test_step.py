@@ -1,4 +1,4 @@
-"""The step by hand: what it gives the network, which keys chance comes of, and the loss and metrics it makes of it."""
+"""Tests the step by hand: the network's inputs, the random keys, and the loss and metrics."""
 
 import jax
 import numpy as np

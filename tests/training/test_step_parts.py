@@ -1,4 +1,4 @@
-"""Parts of the training step by hand, without a model: coverage of tokens, microbatches, and what a step changes."""
+"""Tests parts of the training step by hand, without a model: coverage, microbatches, and changes of the state."""
 
 from types import SimpleNamespace
 

@@ -1,4 +1,4 @@
-"""A process that hangs, for real."""
+"""Tests a process that really hangs."""
 
 import subprocess
 import sys
