@@ -2,7 +2,7 @@
 
     python -m launch.sweep --sweep=configs/sweeps/experts.py --workdir=runs/experts
     python -m launch.sweep --sweep=configs/sweeps/experts.py --config=configs/ec_dit.py:XL-8E \
-        --config.data.placeholder_ok=True --backend=jobset \
+        --config.data.placeholder_ok=True --config.text.frozen_random_ok=True --backend=jobset \
         --accelerator=v5p-128 --workdir=gs://BUCKET/experts --dry-run --out=jobs
 
 (With --skip-plan it does not compile each point's step.)

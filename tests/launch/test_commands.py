@@ -23,8 +23,8 @@ with open(os.environ["NOTES"], "a") as file: print(json.dumps([sys.argv[1:], tex
 sys.exit(int(os.environ.get("EXIT_CODE", "0")))
 """
 # All that a dry run has to be told, beside its backend.
-PLACEHOLDER = "--config.data.placeholder_ok=True"
-REQUEST = ["--config=configs/ec_dit.py:M-64E", "--accelerator=v5p-256", f"--workdir={WORKDIR}", PLACEHOLDER]
+TRIAL = ["--config.data.placeholder_ok=True", "--config.text.frozen_random_ok=True"]
+REQUEST = ["--config=configs/ec_dit.py:M-64E", "--accelerator=v5p-256", f"--workdir={WORKDIR}", *TRIAL]
 PLACE = [f"--workdir={WORKDIR}"]
 
 
@@ -83,7 +83,7 @@ def test_a_dry_run_on_tpu_vms_writes_the_script(outside, tmp_path):
     done = launch("tpu", *REQUEST, *flags, "--dry-run", f"--out={out}", env=environment)
     assert (done.returncode, done.stderr) == (0, "")
     assert subprocess.run(["bash", "-n", out]).returncode == 0
-    assert f"--config.checkpoint.every=500 {PLACEHOLDER} --config.mesh.slices=2\n" in done.stdout
+    assert f"--config.checkpoint.every=500 {' '.join(TRIAL)} --config.mesh.slices=2\n" in done.stdout
     assert "--zone=us-east5-a" in out.read_text()
     assert notes(outside) == []
 
