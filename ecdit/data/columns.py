@@ -18,7 +18,7 @@ from ecdit.data.locks import ends_with_its_parent, locked, remove_scratch
 from ecdit.data.manifest import COLUMN, FORMAT, Column, Manifest, by_number, read_json, to_json
 from ecdit.data.record import Record, decode_record
 from ecdit.data.shards import Shard, ShardReader, combined, read_summary, summary_path, write_shard, write_summary
-from ecdit.files import replace_text
+from ecdit.files import replace_bytes, replace_text
 
 _MADE_OF = "made_of"  # the file that says of which records, and by what
 Say = Callable[[str], None]
@@ -85,8 +85,17 @@ def read_column(task: Path, manifest: Manifest, name: str, made_by: str) -> Colu
     return column
 
 
-def make_column(task: Path, manifest: Manifest, maker: ColumnMaker, workers: int, say: Say) -> Column:
+def make_column(
+    task: Path,
+    manifest: Manifest,
+    maker: ColumnMaker,
+    workers: int,
+    say: Say,
+    constants: Callable[[], Mapping[str, bytes]] = dict,
+) -> Column:
     """Computes a column unless it is there; goes on where an earlier call was killed.
+
+    `constants` gives files that stand beside its shards.
 
     Raises:
       DataError: there is one of that name that was made of other records or by something else.
@@ -110,7 +119,10 @@ def make_column(task: Path, manifest: Manifest, maker: ColumnMaker, workers: int
             with tqdm(None, maker.name, sum(shard.records for shard in left), unit="record", disable=None) as bar:
                 for records in written:
                     bar.update(records)
-            replace_text(working / COLUMN, to_json(_described(manifest, maker, working)))
+            files = constants()
+            for name, data in files.items():
+                replace_bytes(working / name, data)
+            replace_text(working / COLUMN, to_json(_described(manifest, maker, working, files)))
         for shard in shards:  # what only this call needed
             summary_path(working / shard.name).unlink(missing_ok=True)
         remove_scratch(working)
@@ -168,7 +180,7 @@ def _write_one(task: Path, working: Path, shard: Shard, maker: ColumnMaker) -> N
     write_summary(place, dataclasses.replace(written, name=shard.name), histograms)
 
 
-def _described(manifest: Manifest, maker: ColumnMaker, working: Path) -> Column:
+def _described(manifest: Manifest, maker: ColumnMaker, working: Path, files: Mapping[str, bytes]) -> Column:
     histograms: dict[str, Counter[str]] = collections.defaultdict(Counter)
     found: dict[str, list[Shard]] = {"train": [], "held_out": []}
     for split, shards in (("train", manifest.train), ("held_out", manifest.held_out)):
@@ -187,6 +199,6 @@ def _described(manifest: Manifest, maker: ColumnMaker, working: Path) -> Column:
         made_by=maker.made_by,
         train=tuple(found["train"]),
         held_out=tuple(found["held_out"]),
-        fingerprint=combined(shard.content for shard in every),
+        fingerprint=combined([*(shard.content for shard in every), *(data.hex() for _, data in sorted(files.items()))]),
         histograms={name: by_number(counts) for name, counts in sorted(histograms.items())},
     )

@@ -47,6 +47,7 @@ class DataConfig:
     caption_length: int  # tokens, EOS and padding included
     latent_channels: int  # of latents, a pixel for 8 x 8 px, that are read in place of images; 0: images are
     latents: str  # the column that holds them, latents-<name>; generated latents need none
+    text_states: str  # the column text-<name> that holds the states of captions, which then need no tokens; "" for none
     caption_dropout: float  # probability that a caption becomes the empty one
     flip_probability: float  # of a left-right flip
     crop_padding: int  # px of white around the image before it is cropped back at random; 0 is off

@@ -33,6 +33,7 @@ def make_config(directory="nowhere", **changes):
         "caption_length": 12,
         "latent_channels": 0,
         "latents": "",
+        "text_states": "",
         "caption_dropout": 0.1,
         "flip_probability": 0.5,
         "crop_padding": 2,
