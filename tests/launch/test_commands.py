@@ -23,7 +23,8 @@ with open(os.environ["NOTES"], "a") as file: print(json.dumps([sys.argv[1:], tex
 sys.exit(int(os.environ.get("EXIT_CODE", "0")))
 """
 # All that a dry run has to be told, beside its backend.
-REQUEST = ["--config=configs/ec_dit.py:M-64E", "--accelerator=v5p-256", f"--workdir={WORKDIR}"]
+CONFIG = ["--config=configs/ec_dit.py:M-64E", "--config.text.frozen_random_ok=True"]
+REQUEST = [*CONFIG, "--accelerator=v5p-256", f"--workdir={WORKDIR}"]
 PLACE = [f"--workdir={WORKDIR}"]
 
 
