@@ -85,6 +85,15 @@ def read_column(task: Path, manifest: Manifest, name: str, made_by: str) -> Colu
     return column
 
 
+def records_left(task: Path, manifest: Manifest, name: str) -> int:
+    """Returns of how many records a column is still to be computed: not those of an earlier call that was killed."""
+    directory = column_directory(task, name)
+    if (directory / COLUMN).exists():
+        return 0
+    shards = (*manifest.train, *manifest.held_out)
+    return sum(shard.records for shard in shards if read_summary(_working(directory) / shard.name) is None)
+
+
 def make_column(
     task: Path,
     manifest: Manifest,

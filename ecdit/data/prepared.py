@@ -12,11 +12,10 @@ import numpy as np
 from jaxtyping import Int
 
 from ecdit.data import DataError, images
-from ecdit.data.columns import ColumnMaker, column_directory, make_column, read_column
+from ecdit.data.columns import ColumnMaker, make_column, read_column, records_left
 from ecdit.data.config import DataConfig, rate_of
 from ecdit.data.generated import GENERATED, Split
 from ecdit.data.manifest import (
-    COLUMN,
     Column,
     Component,
     Composition,
@@ -110,11 +109,10 @@ def prepare_column(
         if component.generated:
             raise DataError(f"{component.task} is made when it is read: it has no records to compute {maker.name} of")
         directory, manifest = task_directory(config, component.task), read_records_manifest(config, component.task)
-        records, start = manifest.num_records + manifest.num_held_out, time.monotonic()
-        was_there = (column_directory(directory, maker.name) / COLUMN).exists()
+        left, start = records_left(directory, manifest, maker.name), time.monotonic()
         make_column(directory, manifest, maker, workers, say, constants)
         seconds = time.monotonic() - start
-        rate = "is there" if was_there else f"{records} images in {seconds:.1f} s, {records / seconds:.1f} images/s"
+        rate = f"{left} images in {seconds:.1f} s, {left / seconds:.1f} images/s" if left else "is there"
         say(f"{directory}, column {maker.name}: {rate}")
 
 
@@ -317,7 +315,11 @@ def empty_caption(prepared: Prepared) -> Mapping[str, Any]:
     part = next((one for one in prepared.stored if one and one.text), None)
     if part is None or part.text is None:
         raise DataError(f"{task_directory(prepared.config)} has no prepared states of captions")
-    return unpack((part.directory / "columns" / part.text.name / EMPTY).read_bytes())
+    path = part.directory / "columns" / part.text.name / EMPTY
+    try:
+        return unpack(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {error}; delete {path.parent} and prepare it again") from None
 
 
 def check_tokenizers(all_prepared: Sequence[Prepared]) -> None:

@@ -187,7 +187,9 @@ def test_a_full_disk_leaves_no_column_and_the_same_command_goes_on(vae, data, tm
             prepare_column(experiment.data, latents_column(experiment), 1, QUIET)
         assert not (disk / "grey/columns/latents-small").exists()
         (disk / "filler").unlink()
-        prepare_column(experiment.data, latents_column(experiment), 1, QUIET)
+        said = []
+        prepare_column(experiment.data, latents_column(experiment), 1, said.append)
+        assert "column latents-small: 36 images in " in said[-1]
         assert prepare(experiment.data, say=QUIET).fingerprint == open_prepared(public(vae, data).data).fingerprint
     finally:
         subprocess.run(["umount", "-l", disk], check=True)
