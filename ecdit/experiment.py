@@ -13,7 +13,9 @@ from ecdit.components import DenoiserConfig
 from ecdit.config import RESUME, ConfigError, build, changeable, require, to_dict
 from ecdit.data.config import DataConfig
 from ecdit.data.registry import module_sha256
+from ecdit.data.text_states import TextColumn
 from ecdit.data.tokenizer import PiecesFile, part_tokenizer
+from ecdit.data.tokens import tokenizer_path
 from ecdit.diffusion.flow import FlowConfig
 from ecdit.encoders.autoencoder import VaeConfig
 from ecdit.encoders.text_tower import TextConfig
@@ -120,6 +122,9 @@ class Experiment:
         if not text.public:
             allowed = f"must be at least data.vocab_size, {data.vocab_size}"
             require(text.vocab_size >= data.vocab_size, "text.vocab_size", text.vocab_size, allowed)
+        named = (text.encode == "prepared") == (data.text_states != "")
+        allowed = 'must name the column that ecdit.prepare --what=text fills, if text.encode is "prepared", else ""'
+        require(named, "data.text_states", data.text_states, allowed)
         found, wanted = len(data.tokenizer_folders), len(text.folders)
         key = "data.second_tokenizer" if found and wanted else "data.tokenizer"
         value = data.second_tokenizer if found and wanted else data.tokenizer
@@ -146,6 +151,12 @@ class Experiment:
         """Returns the sha256, by path, of the user's files that the run depends on: of its denoiser and its data."""
         data = {self.data.module: module_sha256(self.data)} if self.data.module else {}
         return user_files(self.denoiser) | data
+
+    def text_column(self) -> TextColumn:
+        """Returns what makes the states that runs with text.encode "prepared" read, once there is a tokenizer."""
+        data = self.data
+        place, stored = tokenizer_path(data), self.text.stored
+        return TextColumn(data.text_states, self.text, place, data.caption_length, stored)
 
     @property
     def step_config(self) -> StepConfig:

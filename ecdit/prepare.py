@@ -4,6 +4,7 @@
     python -m ecdit.prepare --config=... --verify          # reads all of it again and compares checksums
     python -m ecdit.prepare --config=... --vocabulary=F.model    # the records and the tokenizer, which is copied there
     python -m ecdit.prepare --config=... --what=latents    # what the config's public autoencoder makes of each image
+    python -m ecdit.prepare --config=... --what=text       # what its public text encoder makes of each caption
 
 It can be killed at any time. The same command then continues and ends with the same bytes.
 """
@@ -17,10 +18,11 @@ from absl import flags
 
 from ecdit.command_line import config_values, define_config_flag, run_command
 from ecdit.config import require
+from ecdit.data.columns import column_directory
 from ecdit.data.first_look import first_look
 from ecdit.data.latents import LatentsColumn
 from ecdit.data.manifest import task_directory
-from ecdit.data.preparation import prepare_records
+from ecdit.data.preparation import prepare_records, read_composition
 from ecdit.data.prepared import prepare, prepare_captions, prepare_column
 from ecdit.data.tokens import make_tokenizer
 from ecdit.data.verification import verify
@@ -59,15 +61,37 @@ def main(argv: list[str]) -> None:
         trained = make_tokenizer(config, prepare_records(config, WORKERS.value, print))
         shutil.copyfile(trained, Path(VOCABULARY.value))
         print(f"trained {VOCABULARY.value}")
-    elif WHAT.value == "latents":
-        column = latents_column(experiment)
-        # Several processes cannot share an accelerator; one uses all of its chips.
-        workers = WORKERS.value if jax.default_backend() == "cpu" else 1
-        prepare_column(config, column, workers, print)
-        prepare(config, WORKERS.value)
-    elif experiment.system.reads_latents and experiment.system.public_autoencoder:
-        prepare_captions(config, WORKERS.value, print)
-        print(f"records and tokens are in {task_directory(config)}; --what=latents prepares the latents")
+    else:
+        fill_columns(experiment, WHAT.value)
+
+
+def fill_columns(experiment: Experiment, what: str) -> None:
+    """Prepares records and tokens, and what `--what` asks for; says which columns are left."""
+    # Several processes cannot share an accelerator; one uses all of its chips.
+    config, workers = experiment.data, WORKERS.value
+    if what == "latents":
+        workers = workers if jax.default_backend() == "cpu" else 1
+        prepare_column(config, latents_column(experiment), workers, print)
+    elif what == "text":
+        encode = experiment.text.encode
+        require(encode == "prepared", "text.encode", encode, 'must be "prepared" for --what=text')
+        prepare_captions(config, workers, print)  # the tokenizer too
+        workers = workers if jax.default_backend() == "cpu" else 1
+        column = experiment.text_column()
+        prepare_column(config, column, workers, print, column.constants)
+    else:
+        prepare_captions(config, workers, print)
+    wanted = {"text": config.text_states, "latents": config.latents if experiment.autoencoder == "vae" else ""}
+    names = [component.task for component in read_composition(config).components if not component.generated]
+    folders = [task_directory(config, name) for name in names]
+    left = [
+        kind
+        for kind, label in wanted.items()
+        if label and not all(column_directory(folder, f"{kind}-{label}").exists() for folder in folders)
+    ]
+    if left:
+        flags = " and ".join(f"--what={kind}" for kind in left)
+        print(f"records and tokens are in {task_directory(config)}; {flags} prepares the {' and '.join(left)}")
     else:
         prepare(config, WORKERS.value)
         print(f"the data is in {task_directory(config)}")

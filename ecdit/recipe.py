@@ -152,6 +152,8 @@ def _set_inputs(config: ConfigDict) -> None:
     text.second_weights = ""  # a folder of an encoder beside that one; "" for none
     text.clip_states = "last"  # last | penultimate: of a folder of CLIP
     text.clip_projection = False  # of CLIP's pooled state
+    text.encode = "online"  # online: in every step | prepared: once, by ecdit.prepare --what=text
+    text.stored = "bfloat16"  # bfloat16 | int8, of prepared states
     text.frozen_random_ok = False  # True trains on a frozen tower that was drawn at random: for trials alone
     text.vocab_size = 32128  # T5's [P], rows of the embedding
     text.width = 1280  # [S]
@@ -195,6 +197,7 @@ def _set_inputs(config: ConfigDict) -> None:
     data.caption_length = 128  # tokens with the end of sequence [?]
     data.latent_channels = 8  # [S], as model.latent_channels
     data.latents = ""  # <name> of the column latents-<name> that holds them
+    data.text_states = ""  # <name> of the column text-<name> of text.encode "prepared"
     data.caption_dropout = 0.1  # share of captions replaced by the null caption [S]
     data.flip_probability = 0.0  # latents cannot be flipped
     data.crop_padding = 0  # pixels of white before a random crop

@@ -246,6 +246,8 @@ class System:
 
     def _encoder_flops(self, mode: Mode) -> tuple[PartFlops, ...]:
         text = self.parts.text.flops(self.config.caption_length)
+        if mode == "train" and self.config.text.encode == "prepared":
+            text = PartFlops(text.name, 0.0, 0.0)
         if mode != "train" or self.config.public_autoencoder is None or self.config.reads_latents:
             return (text,)
         return text, self.parts.autoencoder.flops(self.config.image_size)

@@ -1,7 +1,8 @@
 """Launches a training run on TPUs after checking that it fits them.
 
     python -m launch.tpu --config=configs/ec_dit.py:M-64E --config.data.placeholder_ok=True \
-        --config.text.frozen_random_ok=True --accelerator=v5p-256 --workdir=gs://BUCKET/m-64e --backend=jobset --dry-run --out=job.yaml
+        --config.text.frozen_random_ok=True --accelerator=v5p-256 --workdir=gs://BUCKET/m-64e \
+        --backend=jobset --dry-run --out=job.yaml
 
 It checks the job, describes it, and starts it. With --dry-run it only writes the manifest (jobset), the script (tpu-vm)
 or the command (local) to --out, or prints it, which needs no network. The launched command is the one that you would

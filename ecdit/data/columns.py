@@ -18,7 +18,7 @@ from ecdit.data.locks import ends_with_its_parent, locked, remove_scratch
 from ecdit.data.manifest import COLUMN, FORMAT, Column, Manifest, by_number, read_json, to_json
 from ecdit.data.record import Record, decode_record
 from ecdit.data.shards import Shard, ShardReader, combined, read_summary, summary_path, write_shard, write_summary
-from ecdit.files import replace_text
+from ecdit.files import replace_bytes, replace_text
 
 _MADE_OF = "made_of"  # file with the fingerprints of the records and of the tokenizer or weights
 Say = Callable[[str], None]
@@ -86,8 +86,26 @@ def read_column(task: Path, manifest: Manifest, name: str, made_by: str) -> Colu
     return column
 
 
-def make_column(task: Path, manifest: Manifest, maker: ColumnMaker, workers: int, say: Say) -> Column:
-    """Returns a task's column and computes it if it is missing. Resumes where an earlier call was killed.
+def records_left(task: Path, manifest: Manifest, name: str) -> int:
+    """Returns of how many records a column is still to be computed: not those of an earlier call that was killed."""
+    directory = column_directory(task, name)
+    if (directory / COLUMN).exists():
+        return 0
+    shards = (*manifest.train, *manifest.held_out)
+    return sum(shard.records for shard in shards if read_summary(_working(directory) / shard.name) is None)
+
+
+def make_column(
+    task: Path,
+    manifest: Manifest,
+    maker: ColumnMaker,
+    workers: int,
+    say: Say,
+    constants: Callable[[], Mapping[str, bytes]] = dict,
+) -> Column:
+    """Computes a column unless it is there; goes on where an earlier call was killed.
+
+    `constants` gives files that stand beside its shards.
 
     Raises:
       DataError: a column of that name was made from other records, or by another tokenizer or other weights.
@@ -111,8 +129,11 @@ def make_column(task: Path, manifest: Manifest, maker: ColumnMaker, workers: int
             with tqdm(None, maker.name, sum(shard.records for shard in left), unit="record", disable=None) as bar:
                 for records in written:
                     bar.update(records)
-            replace_text(working / COLUMN, to_json(_described(manifest, maker, working)))
-        for shard in shards:  # training does not read summaries
+            files = constants()
+            for name, data in files.items():
+                replace_bytes(working / name, data)
+            replace_text(working / COLUMN, to_json(_described(manifest, maker, working, files)))
+        for shard in shards:  # what only this call needed
             summary_path(working / shard.name).unlink(missing_ok=True)
         remove_scratch(working)
         working.rename(directory)
@@ -169,7 +190,7 @@ def _write_one(task: Path, working: Path, shard: Shard, maker: ColumnMaker) -> N
     write_summary(place, dataclasses.replace(written, name=shard.name), histograms)
 
 
-def _described(manifest: Manifest, maker: ColumnMaker, working: Path) -> Column:
+def _described(manifest: Manifest, maker: ColumnMaker, working: Path, files: Mapping[str, bytes]) -> Column:
     histograms: dict[str, Counter[str]] = collections.defaultdict(Counter)
     found: dict[str, list[Shard]] = {"train": [], "held_out": []}
     for split, shards in (("train", manifest.train), ("held_out", manifest.held_out)):
@@ -188,6 +209,6 @@ def _described(manifest: Manifest, maker: ColumnMaker, working: Path) -> Column:
         made_by=maker.made_by,
         train=tuple(found["train"]),
         held_out=tuple(found["held_out"]),
-        fingerprint=combined(shard.content for shard in every),
+        fingerprint=combined([*(shard.content for shard in every), *(data.hex() for _, data in sorted(files.items()))]),
         histograms={name: by_number(counts) for name, counts in sorted(histograms.items())},
     )

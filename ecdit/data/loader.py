@@ -19,7 +19,8 @@ from ecdit.data import DataError
 from ecdit.data.config import DataConfig, rate_of
 from ecdit.data.generated import Split
 from ecdit.data.mixing import Mixing, mixing
-from ecdit.data.prepared import GeneratedRows, Prepared, Row, StoredRows, open_prepared
+from ecdit.data.prepared import GeneratedRows, Prepared, Row, StoredRows, empty_caption, open_prepared
+from ecdit.data.text_states import restore
 from ecdit.data.tokenizer import Tokenizer, load_tokenizer
 
 Example = dict[str, np.ndarray]
@@ -56,7 +57,8 @@ def make_loader(
         raise DataError(f"cannot start at row {start_row}: it is no multiple of the batch size {batch_size}")
     require(0 <= seed < 2**32, "seed", seed, "must be between 0 and 2**32 - 1")
     prepared = open_prepared(config)
-    read_row = augmented(config, seed, row_reader(prepared, seed), load_tokenizer(prepared.tokenizer))
+    empty = empty_caption(prepared) if config.text_states else None
+    read_row = augmented(config, seed, row_reader(prepared, seed), load_tokenizer(prepared.tokenizer), empty)
 
     def read(index: int) -> Example:
         batch, position = divmod(index, len(positions))
@@ -112,16 +114,27 @@ def _seeded(rows: GeneratedRows, seed: int) -> ReadRow:
     return lambda index: rows.row(seed, index)
 
 
-def augmented(config: DataConfig, seed: int, read_row: ReadRow, tokenizer: Tokenizer) -> Callable[[int], Example]:
-    """Returns the function from a global row to its example, a batch of `make_loader` without b."""
+def augmented(
+    config: DataConfig, seed: int, read_row: ReadRow, tokenizer: Tokenizer, empty: Mapping[str, Any] | None = None
+) -> Callable[[int], Example]:
+    """Returns the function from a global row to its example, a batch of `make_loader` without b.
+
+    `empty` are the stored states of the empty caption, where rows have states in place of tokens.
+    """
+
+    def text(stored: Any) -> Example:
+        if empty is None:
+            return {"tokens": tokenizer.fit(stored, config.caption_length)}
+        row = restore(stored, config.caption_length)
+        return {"text_states": row.states, "text_mask": row.mask, "text_pooled": row.pooled}
 
     def read(row: int) -> Example:
         found = read_row(row)
         if _random(seed, row, "caption").random() < config.caption_dropout:
-            tokens = tokenizer.fit(tokenizer.empty, config.caption_length)
+            caption = text(tokenizer.empty if empty is None else empty)
         else:
             field = draw_field(config.captions, list(found.tokens), _random(seed, row, "field").random())
-            tokens = tokenizer.fit(found.tokens[field], config.caption_length)
+            caption = text(found.tokens[field])
         content, crop = found.content, found.crop
         if config.latent_channels:
             example = {"latents": content}
@@ -133,7 +146,7 @@ def augmented(config: DataConfig, seed: int, read_row: ReadRow, tokenizer: Token
                 crop = crop + corner
             example = {"image": np.ascontiguousarray(content)}
         size_crop = np.concatenate([found.original_size, crop]).astype(np.float32)
-        return {**example, "tokens": tokens, "size_crop": size_crop}
+        return {**example, **caption, "size_crop": size_crop}
 
     return read
 

@@ -6,16 +6,16 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int, UInt8
 
 from ecdit.data import DataError, images
-from ecdit.data.columns import ColumnMaker, column_directory, make_column, read_column
+from ecdit.data.columns import ColumnMaker, make_column, read_column, records_left
 from ecdit.data.config import DataConfig, rate_of
 from ecdit.data.generated import GENERATED, Split
 from ecdit.data.manifest import (
-    COLUMN,
     Column,
     Component,
     Composition,
@@ -28,6 +28,7 @@ from ecdit.data.mixing import mixing
 from ecdit.data.preparation import prepare_records, read_composition, summary
 from ecdit.data.record import Record, decode_record, unpack
 from ecdit.data.shards import ShardReader, check_shards, combined
+from ecdit.data.text_states import EMPTY
 from ecdit.data.tokenizer import load_tokenizer, tokenizer_sha256
 from ecdit.data.tokens import TokensColumn, check_size, make_tokenizer, tokenizer_path, truncated_captions
 from ecdit.encoders.autoencoder import StoredLatents
@@ -42,6 +43,7 @@ class StoredPart:
     manifest: Manifest
     tokens: Column
     latents: Column | None
+    text: Column | None  # the states of captions, which take the place of tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +92,13 @@ def prepare_captions(config: DataConfig, workers: int, say: Callable[[str], None
     return composition
 
 
-def prepare_column(config: DataConfig, maker: ColumnMaker, workers: int, say: Callable[[str], None]) -> None:
+def prepare_column(
+    config: DataConfig,
+    maker: ColumnMaker,
+    workers: int,
+    say: Callable[[str], None],
+    constants: Callable[[], Mapping[str, bytes]] = dict,
+) -> None:
     """Computes a column of every stored part, after records and tokens; says how fast.
 
     Raises:
@@ -100,11 +108,10 @@ def prepare_column(config: DataConfig, maker: ColumnMaker, workers: int, say: Ca
         if component.generated:
             raise DataError(f"{component.task} is made when it is read: it has no records to compute {maker.name} of")
         directory, manifest = task_directory(config, component.task), read_records_manifest(config, component.task)
-        records, start = manifest.num_records + manifest.num_held_out, time.monotonic()
-        was_there = (column_directory(directory, maker.name) / COLUMN).exists()
-        make_column(directory, manifest, maker, workers, say)
+        left, start = records_left(directory, manifest, maker.name), time.monotonic()
+        make_column(directory, manifest, maker, workers, say, constants)
         seconds = time.monotonic() - start
-        rate = "is there" if was_there else f"{records} images in {seconds:.1f} s, {records / seconds:.1f} images/s"
+        rate = f"{left} images in {seconds:.1f} s, {left / seconds:.1f} images/s" if left else "is there"
         say(f"{directory}, column {maker.name}: {rate}")
 
 
@@ -131,10 +138,15 @@ def open_prepared(config: DataConfig) -> Prepared:
         _check_captions(config, component.task, manifest.caption_fields)
         tokens = read_column(directory, manifest, column.name, column.made_by)
         latents = read_column(directory, manifest, f"latents-{config.latents}", "") if config.latent_channels else None
-        part = StoredPart(component, directory, manifest, tokens, latents)
+        text = read_column(directory, manifest, f"text-{config.text_states}", "") if config.text_states else None
+        part = StoredPart(component, directory, manifest, tokens, latents, text)
         _check_whole(part)
         stored.append(part)
-        decides += [manifest.fingerprint, tokens.fingerprint, *([latents.fingerprint] if latents else [])]
+        decides += [
+            manifest.fingerprint,
+            tokens.fingerprint,
+            *(column.fingerprint for column in (latents, text) if column),
+        ]
     rates = [component.rate for component in composition.components]
     fingerprint = combined([*decides, *rates, column.made_by])
     return Prepared(config, composition, tokenizer, tuple(stored), fingerprint)
@@ -165,7 +177,8 @@ def _check_whole(part: StoredPart) -> None:
     """Raises DataError unless every shard that training reads exists with its original size."""
     columns = part.directory / "columns"
     read = {part.directory: part.manifest} if part.latents is None else {columns / part.latents.name: part.latents}
-    for directory, manifest in {**read, columns / part.tokens.name: part.tokens}.items():
+    text = part.text or part.tokens
+    for directory, manifest in {**read, columns / text.name: text}.items():
         check_shards(directory, (*manifest.train, *manifest.held_out))
 
 
@@ -185,7 +198,8 @@ class Row:
     """A row before augmentation."""
 
     content: np.ndarray  # uint8[H, W, 3], or float16[h, w, 2c], the moments of its latents
-    tokens: dict[str, Int[np.ndarray, " l"]]  # of every caption field, the end token last
+    # Of every caption field the tokens, the end token last; or its states as `text_states.store` keeps them.
+    tokens: Mapping[str, Any]
     original_size: Int[np.ndarray, "2"]
     crop: Int[np.ndarray, "2"]
 
@@ -198,7 +212,8 @@ class StoredRows:
     """
 
     def __init__(self, part: StoredPart, config: DataConfig, split: Split):
-        self._tokens = ShardReader(part.directory / "columns" / part.tokens.name, shards_of(part.tokens, split))
+        text = part.text or part.tokens
+        self._tokens = ShardReader(part.directory / "columns" / text.name, shards_of(text, split))
         latents = part.latents
         self._latents = latents and ShardReader(part.directory / "columns" / latents.name, shards_of(latents, split))
         self._records = None if latents else ShardReader(part.directory, shards_of(part.manifest, split))
@@ -298,6 +313,26 @@ def check_latents(prepared: Prepared, made_by: str) -> None:
     for part in filter(None, prepared.stored):
         if part.latents is not None:
             read_column(part.directory, part.manifest, part.latents.name, made_by)
+
+
+def check_text(prepared: Prepared, made_by: str) -> None:
+    """Raises DataError unless these weights have made the prepared states of captions, in every part."""
+    for component, part in zip(prepared.composition.components, prepared.stored, strict=True):
+        if part is None or part.text is None:
+            raise DataError(f"{component.task} has no prepared states of captions: text.encode must be online")
+        read_column(part.directory, part.manifest, part.text.name, made_by)
+
+
+def empty_caption(prepared: Prepared) -> Mapping[str, Any]:
+    """Returns the prepared states of the empty caption. Raises DataError if there are none."""
+    part = next((one for one in prepared.stored if one and one.text), None)
+    if part is None or part.text is None:
+        raise DataError(f"{task_directory(prepared.config)} has no prepared states of captions")
+    path = part.directory / "columns" / part.text.name / EMPTY
+    try:
+        return unpack(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {error}; delete {path.parent} and prepare it again") from None
 
 
 def check_tokenizers(all_prepared: Sequence[Prepared]) -> None:

@@ -22,7 +22,7 @@ def verify(config: DataConfig, say: Callable[[str], None] = print) -> Prepared:
     """
     prepared, damaged, records, shards = open_prepared(config), [], 0, 0
     for part in filter(None, prepared.stored):
-        columns = [part.tokens, *([part.latents] if part.latents else [])]
+        columns = [column for column in (part.tokens, part.latents, part.text) if column]
         for split in SPLITS:
             for shard in tqdm(shards_of(part.manifest, split), f"{part.component.task}, {split}", disable=None):
                 problem = _problem(part, shard, config.image_size)

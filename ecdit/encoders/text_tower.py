@@ -29,6 +29,10 @@ class TextConfig:
     second_weights: str = field(metadata=RESUME)  # of an encoder beside that one; "" for none
     clip_states: Literal["last", "penultimate"]  # of a folder of CLIP: normed, or the input of the last block
     clip_projection: bool  # whether CLIP's pooled state is projected, by weights that the folder must have
+    # online: every step encodes its captions; prepared: the column data.text_states has what a folder's encoder gives,
+    # by `ecdit.prepare --what=text`.
+    encode: Literal["online", "prepared"]
+    stored: Literal["bfloat16", "int8"]  # of prepared states; int8 has a scale a token
     frozen_random_ok: bool = field(metadata=RESUME)  # train on the states of a tower that is random and stays so
     vocab_size: int
     width: int  # t
@@ -48,6 +52,8 @@ class TextConfig:
         require(self.weights != "", "weights", "", f'must be a folder of public weights, or "{RANDOM}"')
         both = self.public or not self.second_weights
         require(both, "second_weights", self.second_weights, f'must be "": text.weights is "{RANDOM}"')
+        prepared = self.public or self.encode == "online"
+        require(prepared, "encode", self.encode, f'must be "online": text.weights is "{RANDOM}"')
         required = "must be True: the weights of a folder are not trained"
         require(self.frozen or not self.public, "frozen", self.frozen, required)
 

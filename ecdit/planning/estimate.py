@@ -23,7 +23,7 @@ KERNEL_SHARE = 1 / 9.6
 SORT_OPERATIONS = 4  # vector operations per element, operand and stage: compare, two selects, a move
 
 PARTS = ("self_attention", "cross_attention", "ffn", "experts", "router", "conditioning", "head")
-PARTS += ("text_tower", "optimizer")
+PARTS += ("text_tower", "clip_text", "t5_encoder", "vae_encoder", "optimizer")
 
 
 @dataclasses.dataclass

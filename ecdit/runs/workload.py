@@ -16,7 +16,7 @@ from ecdit.checkpoints.restore import open_reader, read_meta, restore_ema
 from ecdit.config import changeable, to_dict
 from ecdit.data.config import DataConfig
 from ecdit.data.loader import make_loader
-from ecdit.data.prepared import Prepared, check_latents, check_tokenizers, open_prepared, prepare
+from ecdit.data.prepared import Prepared, check_latents, check_text, check_tokenizers, open_prepared, prepare
 from ecdit.data.tokens import hash_files, tokenizer_files
 from ecdit.experiment import Experiment, ResolvedPhase
 from ecdit.partitioning import batch_sharding
@@ -152,12 +152,14 @@ def device_batches(experiment: Experiment, mesh: Mesh, start_row: int) -> Iterat
 
 
 def _prepare_data(experiment: Experiment) -> list[str]:
-    """Prepares the data of each phase; refuses latents of other weights than the run's autoencoder has."""
+    """Prepares the data of each phase; refuses columns of other weights than the run's."""
     phases = [phase.experiment for phase in experiment.resolved_phases()]
     fingerprints = prepared_fingerprints([phase.data for phase in phases])
     for phase in phases:
         if phase.system.reads_latents and phase.system.public_autoencoder:
             check_latents(open_prepared(phase.data), phase.fingerprints()["autoencoder"])
+        if phase.text.encode == "prepared":
+            check_text(open_prepared(phase.data), phase.text_column().made_by)
     return fingerprints
 
 

@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from ecdit.components import Metrics
+from ecdit.components import Metrics, TextStates
 from ecdit.diffusion.flow import (
     ExampleKeys,
     FlowConfig,
@@ -24,12 +24,13 @@ from ecdit.diffusion.flow import (
 from ecdit.encoders.autoencoder import to_unit
 from ecdit.partitioning import batch_sharding, constrain, replicated
 from ecdit.patches import patchify
-from ecdit.system import Params, System, SystemConfig
+from ecdit.system import Params, System, SystemConfig, TextToImage, make_system
 from ecdit.training.config import StepConfig, TrainConfig
 from ecdit.training.optimizer import make_optimizer
 from ecdit.training.state import TrainState, run_key, state_shardings
 
-# image uint8[B, H, W, 3] or latents float16[B, h, w, 2c], tokens int32[B, L], size_crop float32[B, 4]
+# image uint8[B, H, W, 3] or latents float16[B, h, w, 2c], size_crop float32[B, 4], tokens int32[B, L] or text_states
+# bfloat16[B, L, t], text_mask bool[B, L] and text_pooled bfloat16[B, p]
 Batch = dict[str, Array]
 
 USUAL_LOSS_DECAY = 0.98  # decay of the running mean that defines a spike: about fifty steps
@@ -77,10 +78,14 @@ def make_gradients(
 
 def abstract_batch(config: SystemConfig, batch_size: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns shapes, dtypes and shardings of a batch; allocates nothing."""
-    shapes: dict[str, tuple[tuple[int, ...], Any]] = {
-        "tokens": ((config.text_length,), jnp.int32),
-        "size_crop": ((4,), jnp.float32),
-    }
+    shapes: dict[str, tuple[tuple[int, ...], Any]] = {"size_crop": ((4,), jnp.float32)}
+    if config.text.encode == "prepared":
+        widths = make_system(config).parts.text.widths
+        shapes["text_states"] = (config.text_length, widths.states), jnp.bfloat16
+        shapes["text_mask"] = (config.text_length,), jnp.bool_
+        shapes["text_pooled"] = (widths.pooled,), jnp.bfloat16
+    else:
+        shapes["tokens"] = (config.text_length,), jnp.int32
     if not config.reads_latents:
         shapes["image"] = (config.image_size, config.image_size, 3), jnp.uint8
     else:
@@ -102,7 +107,7 @@ def _loss(
     latents = model.autoencoder.encode(content, keys.autoencoder)
     noise = jax.vmap(lambda key: jax.random.normal(key, latents.shape[1:], jnp.float32))(keys.noise)
     time = jax.vmap(lambda key: sample_time(key, flow))(keys.time)
-    text = model.text(batch["tokens"])
+    text = _text_states(model, batch, system.config.text.dtype)
     noisy = interpolate(latents, noise, time)
     predicted = model.denoiser(noisy, time, text, batch["size_crop"], keys.mask, "train")
 
@@ -111,6 +116,13 @@ def _loss(
     velocity, target = (patchify(x, patch) for x in (predicted.velocity, velocity_target(latents, noise)))
     flow_loss = loss_per_example(velocity, target, predicted.loss_weights, flow.dropped_token_weight).mean()
     return flow_loss + predicted.auxiliary_loss, {"flow_loss": flow_loss, **predicted.metrics}
+
+
+def _text_states(model: TextToImage, batch: Batch, dtype: str) -> TextStates:
+    """Returns the encoded captions of a batch, or those that it holds."""
+    if "tokens" in batch:
+        return model.text(batch["tokens"])
+    return TextStates(batch["text_states"].astype(dtype), batch["text_mask"], batch["text_pooled"].astype(dtype))
 
 
 def _accumulated_gradients(

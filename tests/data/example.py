@@ -34,6 +34,7 @@ def make_config(directory="nowhere", **changes):
         "latent_channels": 0,
         "latents": "",
         "placeholder_ok": False,
+        "text_states": "",
         "caption_dropout": 0.1,
         "flip_probability": 0.5,
         "crop_padding": 2,

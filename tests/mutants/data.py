@@ -68,8 +68,8 @@ MUTANTS = (
     ),
     Mutant(
         _LOADER,
-        "tokens = tokenizer.fit(tokenizer.empty, config.caption_length)",
-        "tokens = tokenizer.fit([], config.caption_length)",
+        "caption = text(tokenizer.empty if empty is None else empty)",
+        "caption = text([] if empty is None else empty)",
         _loader("test_captions_drop_at_their_rate_and_by_row"),
         "the null caption in training is not the one in sampling",
     ),
@@ -148,8 +148,8 @@ MUTANTS = (
     ),
     Mutant(
         _LOADER,
-        "tokens = tokenizer.fit(found.tokens[field], config.caption_length)",
-        "tokens = tokenizer.fit(next(iter(found.tokens.values())), config.caption_length)",
+        "caption = text(found.tokens[field])",
+        "caption = text(next(iter(found.tokens.values())))",
         _loader("test_caption_fields_are_drawn_at_their_rates_and_by_row"),
         "of several captions only the first is ever read",
     ),

@@ -226,4 +226,32 @@ MUTANTS = (
         "except KeyError as error:  # ArrayRecord's, of whatever the disk refuses",
         (f"{_AUTOENCODER}::test_a_full_disk_leaves_no_column_and_the_same_command_goes_on",),
     ),
+    Mutant(
+        "ecdit/data/text_states.py",
+        'mask = (np.arange(length)[None] < row["lengths"][:, None]).reshape(-1)',
+        'mask = np.arange(length * len(row["lengths"])) < row["lengths"].sum()',
+        (f"{_TEXT}::test_a_state_is_stored_at_its_true_length",),
+        "the second encoder's states stand behind the first's, without the padding that training knows",
+    ),
+    Mutant(
+        "ecdit/data/text_states.py",
+        "scale = np.maximum(np.abs(kept).max(axis=1), 1e-30)",
+        "scale = np.maximum(np.abs(kept).max(keepdims=True)[0], 1e-30)",
+        (f"{_TEXT}::test_a_state_is_stored_at_its_true_length",),
+        "one large token takes the precision of all others",
+    ),
+    Mutant(
+        "ecdit/data/prepared.py",
+        "read_column(part.directory, part.manifest, part.text.name, made_by)",
+        'read_column(part.directory, part.manifest, part.text.name, "")',
+        (f"{_TEXT}::test_prepared_states_are_those_of_online_encoding",),
+        "a run trains on other states than it is sampled with",
+    ),
+    Mutant(
+        "ecdit/data/loader.py",
+        "caption = text(tokenizer.empty if empty is None else empty)",
+        "caption = text(tokenizer.empty if empty is None else next(iter(found.tokens.values())))",
+        (f"{_TEXT}::test_prepared_states_are_those_of_online_encoding",),
+        "prepared captions are never dropped, and guidance has nothing to go by",
+    ),
 )

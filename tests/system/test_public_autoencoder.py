@@ -25,7 +25,9 @@ from ecdit.partitioning import MeshConfig, make_mesh
 from ecdit.planning.counts import count, report
 from ecdit.prepare import latents_column
 from ecdit.system import make_system
-from ecdit.training.step import abstract_batch
+from ecdit.training.optimizer import make_optimizer
+from ecdit.training.state import abstract_state, state_shardings
+from ecdit.training.step import abstract_batch, make_train_step
 from tests.data.example import module, png
 from tests.models.helpers import jit
 from tests.pretrained.folders import NETWORKS, tensors, write_folder
@@ -187,7 +189,24 @@ def test_a_full_disk_leaves_no_column_and_the_same_command_goes_on(vae, data, tm
             prepare_column(experiment.data, latents_column(experiment), 1, QUIET)
         assert not (disk / "grey/columns/latents-small").exists()
         (disk / "filler").unlink()
-        prepare_column(experiment.data, latents_column(experiment), 1, QUIET)
+        said = []
+        prepare_column(experiment.data, latents_column(experiment), 1, said.append)
+        assert "column latents-small: 36 images in " in said[-1]
         assert prepare(experiment.data, say=QUIET).fingerprint == open_prepared(public(vae, data).data).fingerprint
     finally:
         subprocess.run(["umount", "-l", disk], check=True)
+
+
+@pytest.mark.parametrize("encode", ["prepared", "online"])
+def test_a_step_runs_the_encoder_only_where_it_is_online(vae, data, encode):
+    """From shapes alone, as a plan does it; the weights are arguments either way, as the run's images are decoded."""
+    experiment = public(vae, data, encode, mesh__fsdp=2)
+    mesh, optimizer = make_mesh(experiment.mesh), make_optimizer(experiment.optimizer)
+    system = make_system(experiment.system)
+    state = abstract_state(system, optimizer, state_shardings(system, optimizer, mesh))
+    step = make_train_step(experiment.step_config, system, mesh)
+    with jax.set_mesh(mesh):
+        text = step.lower(state, abstract_batch(experiment.system, 16, mesh)).as_text()
+    assert ("stablehlo.convolution" in text) == (encode == "online")
+    assert jax.tree.leaves(state.loaded["autoencoder"])
+    assert "autoencoder" not in {**state.params, **state.frozen}

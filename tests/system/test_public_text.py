@@ -14,6 +14,11 @@ from ecdit.checkpoints.arrays import read_records
 from ecdit.checkpoints.read_errors import CheckpointError
 from ecdit.components import TextWidths
 from ecdit.config import ConfigError
+from ecdit.data import DataError
+from ecdit.data.loader import make_loader
+from ecdit.data.prepared import check_text, open_prepared, prepare_captions, prepare_column
+from ecdit.data.text_states import restore as restore_row
+from ecdit.data.text_states import store
 from ecdit.data.tokenizer import load_tokenizer
 from ecdit.data.tokens import tokenizer_path
 from ecdit.experiment import check_tokenizers, check_trainable, make_experiment
@@ -24,11 +29,14 @@ from ecdit.runs.training_run import train
 from ecdit.system import make_system
 from ecdit.training.optimizer import make_optimizer
 from ecdit.training.state import abstract_state, state_shardings
+from ecdit.training.step import abstract_batch
+from tests.data.example import module
 from tests.models.helpers import jit
 from tests.pretrained.towers import CAPTIONS, CLIP_TOKENS, write_clip, write_t5
 from tests.runs import tiny, tiny_values
 
 LENGTH = 12
+QUIET = lambda _: None  # noqa: E731
 
 
 @pytest.fixture(autouse=True)
@@ -182,3 +190,69 @@ def test_a_frozen_random_tower_trains_only_where_the_config_says_so(folders):
     del del_weights.text["weights"]
     with pytest.raises(ConfigError, match=r"text\.weights = None: missing"):
         make_experiment(del_weights)
+
+
+@pytest.fixture(scope="module")
+def grey(tmp_path_factory):
+    """36 images and their captions, which are not prepared."""
+    place = tmp_path_factory.mktemp("grey_text")
+    task = {"data__module": module(place, "grey_text", "36"), "data__task": "grey_text"}
+    return {**task, "data__directory": str(place / "data"), "data__vocab_size": 300}
+
+
+@pytest.mark.parametrize(("stored", "tolerance"), [("bfloat16", 2**-8), ("int8", 1 / 127)])
+def test_prepared_states_are_those_of_online_encoding(folders, grey, stored, tolerance):
+    """With dropped captions; two encoders share a row, and each fills its part of it."""
+    both = folders["clip"], folders["t5"]
+    named = {"text__encode": "prepared", "text__stored": stored, "data__text_states": stored}
+    prepared, online = (public(*both, **{**grey, **more, "data__caption_dropout": 0.5}) for more in (named, {}))
+    prepare_captions(prepared.data, 1, QUIET)
+    with pytest.raises(DataError, match=rf"has no column text-{stored}: run .* --what=text"):
+        open_prepared(prepared.data)
+    column = prepared.text_column()
+    prepare_column(prepared.data, column, 1, QUIET, column.constants)
+    check_text(open_prepared(prepared.data), column.made_by)
+    other = dataclasses.replace(column, config=dataclasses.replace(column.config, clip_states="penultimate"))
+    with pytest.raises(DataError, match=f"text-{stored} was made of other tokenizer or weights"):
+        check_text(open_prepared(prepared.data), other.made_by)
+
+    of_states, of_tokens = (next(make_loader(one.data, 0, 16, 0, range(16))) for one in (prepared, online))
+    assert "tokens" not in of_states
+    shapes = abstract_batch(prepared.system, 16, make_mesh(MeshConfig(1, -1, 1, 1, 1)))
+    found = {name: (x.shape, x.dtype) for name, x in of_states.items()}
+    assert found == {name: (x.shape, x.dtype) for name, x in shapes.items()}
+    expected = states(online, of_tokens["tokens"])
+    np.testing.assert_array_equal(of_states["text_mask"], expected.mask)
+    assert 2 <= (expected.mask.sum(axis=1) == 3).sum() <= 14  # empty captions: start and end of CLIP's, end of T5's
+    kept, scale = np.asarray(expected.mask)[..., None], np.abs(expected.states).max(axis=-1, keepdims=True)
+    difference = np.abs(np.float32(of_states["text_states"]) - expected.states) * kept
+    assert (difference <= tolerance * scale + 1e-5).all()
+    assert difference.max() > 0
+    np.testing.assert_allclose(np.float32(of_states["text_pooled"]), expected.pooled, rtol=2**-7, atol=1e-5)
+
+
+def test_prepared_states_take_no_work_in_a_step_and_need_a_folder(folders, grey):
+    online, prepared = (
+        make_system(public(folders["clip"], **{**grey, **more}).system)
+        for more in ({}, {"text__encode": "prepared", "data__text_states": "x"})
+    )
+    work = online.parts.text.flops(LENGTH).flops
+    assert work > 0
+    assert online.training_flops() - prepared.training_flops() == work
+    assert online.forward_flops("sample") == prepared.forward_flops("sample")
+    with pytest.raises(ConfigError, match=r"text\.encode = 'prepared': must be \"online\""):
+        tiny(text__encode="prepared", data__text_states="x")
+    with pytest.raises(ConfigError, match=r"data\.text_states = '': must name the column"):
+        public(folders["clip"], text__encode="prepared")
+
+
+def test_a_state_is_stored_at_its_true_length():
+    """One token of [3, -1] and a second encoder's of [0.5, 0.25]: int8 of a 127th of the largest number."""
+    rows = np.array([[3, -1], [9, 9], [0.5, 0.25], [9, 9]], np.float32)
+    mask = np.array([True, False, True, False])
+    stored = store(rows, mask, np.float32([1, 2]), 2, "int8")
+    assert stored["states"].tolist() == [[127, -42], [127, 64]]
+    np.testing.assert_allclose(stored["scale"], [3 / 127, 0.5 / 127], rtol=1e-6)
+    found = restore_row(stored, 2)
+    assert found.mask.tolist() == mask.tolist()
+    np.testing.assert_allclose(np.float32(found.states), [[3, -0.992], [0, 0], [0.5, 0.252], [0, 0]], rtol=4e-3)
