@@ -9,15 +9,11 @@ import jax
 import numpy as np
 from absl import flags
 
-import ecdit
 from ecdit.command_line import run_command
-from ecdit.config import to_dict
 from ecdit.data.prepared import tokenize_captions
-from ecdit.data.shards import file_sha256
-from ecdit.data.tokens import tokenizer_path
 from ecdit.errors import UserError
 from ecdit.files import check_writable, is_remote
-from ecdit.runs.sample_folder import draw_folder
+from ecdit.runs.sample_folder import describe_source, draw_folder
 from ecdit.runs.trained_run import Run, open_run, sample_run, saved_experiment
 from ecdit.sampling.grids import write_png
 from ecdit.sampling.image_folder import check_folder
@@ -91,24 +87,6 @@ def main(argv: list[str]) -> None:
             write_png(maps, out / "experts.png")
         had = f", {len(planned) - new} of them from before" if new < len(planned) else ""
         print(f"{len(planned)} images of step {run.step} in {out}{had}")
-
-
-def describe_source(run: Run, workdir: str, changes: Sequence[str], kind: Kind) -> dict[str, Any]:
-    """Returns all that the images follow from beside prompts and repeats, for the manifest."""
-    return {
-        "workdir": workdir,
-        "step": run.step,
-        "checkpoint": run.checkpoint,
-        "weights": "ema",
-        "seed": run.experiment.sampling.seed,
-        "sampling": to_dict(run.experiment.sampling),
-        "group": getattr(run.experiment.model, "sampling_group", None),
-        "tokenizer": file_sha256(tokenizer_path(run.experiment.data)),
-        "caption_length": run.experiment.data.caption_length,
-        "set": list(changes),
-        "format": kind,
-        "ecdit": ecdit.__version__,
-    }
 
 
 def draw_experts(run: Run, planned: Sequence[Planned]) -> Any:

@@ -11,7 +11,11 @@ import jax
 import numpy as np
 from PIL import Image
 
+import ecdit
+from ecdit.config import to_dict
 from ecdit.data.prepared import tokenize_captions
+from ecdit.data.shards import file_sha256
+from ecdit.data.tokens import tokenizer_path
 from ecdit.errors import UserError
 from ecdit.files import replace_bytes
 from ecdit.multihost import anywhere, wait_for_all
@@ -21,6 +25,7 @@ from ecdit.runs.trained_run import Run
 from ecdit.sampling.image_folder import begin_folder, finish_folder, is_finished
 from ecdit.sampling.layouts import Planned
 from ecdit.sampling.many import draw_images, make_programs
+from ecdit.sampling.prompt_files import Kind
 
 
 def draw_folder(
@@ -74,6 +79,24 @@ def draw_folder(
     wait_for_all("images are written")
     _on_first(lambda: finish_folder(out, planned))
     return len(todo)
+
+
+def describe_source(run: Run, workdir: str, changes: Sequence[str], kind: Kind) -> dict[str, Any]:
+    """Returns all that the images follow from beside prompts and repeats, for the manifest."""
+    return {
+        "workdir": workdir,
+        "step": run.step,
+        "checkpoint": run.checkpoint,
+        "weights": "ema",
+        "seed": run.experiment.sampling.seed,
+        "sampling": to_dict(run.experiment.sampling),
+        "group": getattr(run.experiment.model, "sampling_group", None),
+        "tokenizer": file_sha256(tokenizer_path(run.experiment.data)),
+        "caption_length": run.experiment.data.caption_length,
+        "set": list(changes),
+        "format": kind,
+        "ecdit": ecdit.__version__,
+    }
 
 
 def machine(run: Run) -> dict[str, Any]:
