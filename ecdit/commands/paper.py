@@ -48,6 +48,7 @@ class Read:
     value: Callable[[Mapping[str, Any]], float]
     how: str  # to make the file
     note: str = ""  # why numbers do not compare
+    in_paper: bool = True
 
 
 READ = (
@@ -85,6 +86,7 @@ READ = (
         lambda found: found["am"],
         f"{_SAMPLE}geneval2_data.jsonl, a judge's answers, {_SCORE}geneval2-score --json=geneval2.json",
         "later than the paper",
+        in_paper=False,
     ),
     Read(
         "DPG-Bench",
@@ -92,6 +94,7 @@ READ = (
         lambda found: found["overall"],
         f"{_SAMPLE}DPG's prompts, a judge's answers, {_SCORE}dpg-score --json=dpg.json",
         "not in the paper",
+        in_paper=False,
     ),
 )
 
@@ -141,7 +144,8 @@ def read_results(folder: Path) -> list[Row]:
     rows = []
     for one in READ:
         number, source = PAPER.get(one.name, (None, ""))
-        paper = "not known" if number is None else f"{number:.2f} ({source})"
+        unknown = "not known" if one.in_paper else "none"
+        paper = unknown if number is None else f"{number:.2f} ({source})"
         file, ours, missing = folder / one.file, None, f"{one.how} in {folder}"
         if file.exists():
             try:

@@ -35,7 +35,7 @@ MOST_CHURN = math.sqrt(2) - 1  # of one step: at most as much noise is added as 
 class Step(NamedTuple):
     """One step."""
 
-    index: Int[Array, ""]
+    number: Int[Array, ""]
     start: Float32[Array, " B"]
     end: Float32[Array, " B"]
     length: Float32[Array, ""]  # end - start, below 0; from float64, because a difference of float32 times is rounded
@@ -129,7 +129,7 @@ def stochastic_heun(
     def move(x: Array, step: Step) -> tuple[Array, Any]:
         if gamma == 0 or keys is None:
             return _heun_step(call, x, step.start, step.end, step.length)
-        draw = lambda key: jax.random.normal(jax.random.fold_in(key, step.index), x.shape[1:], jnp.float32)  # noqa: E731
+        draw = lambda key: jax.random.normal(jax.random.fold_in(key, step.number), x.shape[1:], jnp.float32)  # noqa: E731
         x, start = add_noise(x, step.start, jax.vmap(draw)(keys), gamma)
         return _heun_step(call, x, start, step.end, step.end[0] - start[0])
 
@@ -184,9 +184,9 @@ def _integrate(
     ends = np.stack([times[:-1], times[1:], lengths, ratios]).astype(np.float32)
 
     def body(carry: Any, step: tuple[Array, Array]) -> tuple[Any, Any]:
-        index, (start, end, length, ratio) = step
+        number, (start, end, length, ratio) = step
         time = lambda value: jnp.full(x.shape[:1], value, jnp.float32)  # noqa: E731
-        return move(carry, Step(index, time(start), time(end), length, ratio))
+        return move(carry, Step(number, time(start), time(end), length, ratio))
 
     carry = x.astype(jnp.float32)
     steps = jnp.arange(len(lengths)), jnp.asarray(ends.T)

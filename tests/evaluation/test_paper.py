@@ -22,7 +22,7 @@ def test_results_stand_beside_the_paper_s_numbers(tmp_path):
     assert rows["DSG, %"].ours == pytest.approx(70)
     assert "judge is not public" in rows["DSG, %"].missing
     assert (rows["FID, COCO-30K"].paper, rows["FID, COCO-30K"].ours) == ("not known", 12.5)
-    assert rows["DPG-Bench"].ours is None
+    assert (rows["DPG-Bench"].paper, rows["DPG-Bench"].ours) == ("none", None)
     assert "dpg-score --json=dpg.json" in rows["DPG-Bench"].missing
 
 

@@ -129,7 +129,7 @@ MUTANTS = (
     ),
     Mutant(
         _SOLVERS,
-        "jax.random.fold_in(key, step.index)",
+        "jax.random.fold_in(key, step.number)",
         "jax.random.fold_in(key, 0)",
         _solvers("test_each_step_adds_noise_of_its_own"),
         "the same noise is added in all steps",

@@ -128,8 +128,8 @@ MUTANTS = (
     ),
     Mutant(
         _DRAWN,
-        "left = np.flatnonzero(_from_first(left))",
-        "left = np.arange(len(planned))",
+        "left = np.flatnonzero(_from_first(left)).tolist()",
+        "left = list(range(len(planned)))",
         _many("test_a_folder_that_was_left_is_finished_and_what_is_whole_in_it_kept"),
         "a call that goes on draws all images again",
     ),
