@@ -28,6 +28,7 @@ EVALUATIONS = {
     "cmmd": "ecdit.commands.cmmd",
     "precision-recall": "ecdit.commands.precision_recall",
     "clip-score": "ecdit.commands.clip_score",
+    "paper": "ecdit.commands.paper",
 }
 
 

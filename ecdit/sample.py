@@ -11,15 +11,13 @@ import jax
 import numpy as np
 from absl import flags
 
-import ecdit
 from ecdit.command_line import run_command
-from ecdit.config import to_dict
 from ecdit.errors import UserError
 from ecdit.files import check_writable, is_remote
-from ecdit.runs.exported import check_exported, open_exported
+from ecdit.runs.exported import check_exported
 from ecdit.runs.kept_tokenizer import open_tokenizer
-from ecdit.runs.sample_folder import draw_folder
-from ecdit.runs.trained_run import Run, open_run, sample_run, saved_experiment
+from ecdit.runs.sample_folder import describe_source, draw_folder
+from ecdit.runs.trained_run import Run, sample_run, saved_experiment
 from ecdit.sampling.grids import write_png
 from ecdit.sampling.image_folder import check_folder
 from ecdit.sampling.layouts import REPEATS, Planned, plan_images, write_after, write_before
@@ -120,23 +118,6 @@ def open_source(place: Path) -> Run:
     if WEIGHTS.value:
         return open_exported(place, SET.value, join=DISTRIBUTED.value)
     return open_run(place, SET.value, STEP.value, join=DISTRIBUTED.value)
-
-
-def describe_source(run: Run, changes: Sequence[str], kind: Kind) -> dict[str, Any]:
-    """Returns all that the images follow from beside prompts and repeats, for the manifest."""
-    return {
-        "step": run.step,
-        "checkpoint": run.checkpoint,
-        "weights": "ema",
-        "seed": run.experiment.sampling.seed,
-        "sampling": to_dict(run.experiment.sampling),
-        "group": getattr(run.experiment.model, "sampling_group", None),
-        "vocabulary": run.vocabulary,
-        "caption_length": run.experiment.data.caption_length,
-        "set": list(changes),
-        "format": kind,
-        "ecdit": ecdit.__version__,
-    }
 
 
 def draw_experts(run: Run, planned: Sequence[Planned]) -> Any:

@@ -92,6 +92,13 @@ def keep_small_tokenizer(workdir, captions=("red heart", "tiger", "owl", "moon c
     return hash_files(kept_files(workdir))
 
 
+def random_params(system):
+    """Weights that are random everywhere, so that nothing is hidden by zeros at the start."""
+    rng = np.random.default_rng(4)
+    params = jax.jit(system.init)(jax.random.key(3))
+    return jax.tree.map(lambda p: np.asarray(p) + 0.1 * rng.normal(size=p.shape).astype(np.float32), params)
+
+
 def save_ema(workdir, ema, step=1, config=None, frozen=None, vocabulary=""):
     """Adds a checkpoint of EMA weights alone, nested dicts of numpy arrays, and of `frozen` ones if there are any."""
     import orbax.checkpoint as ocp  # here, so that benchmarks of a step need none of it

@@ -184,9 +184,9 @@ def _integrate(
     ends = np.stack([times[:-1], times[1:], lengths, ratios]).astype(np.float32)
 
     def body(carry: Any, step: tuple[Array, Array]) -> tuple[Any, Any]:
-        index, (start, end, length, ratio) = step
+        number, (start, end, length, ratio) = step
         time = lambda value: jnp.full(x.shape[:1], value, jnp.float32)  # noqa: E731
-        return move(carry, Step(index, time(start), time(end), length, ratio))
+        return move(carry, Step(number, time(start), time(end), length, ratio))
 
     carry = x.astype(jnp.float32)
     steps = jnp.arange(len(lengths)), jnp.asarray(ends.T)

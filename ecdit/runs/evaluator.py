@@ -2,6 +2,7 @@
 
 import functools
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,9 +41,9 @@ class Evaluator:
         system = make_system(experiment.system)
         self.config, self.data, self.sampling, self.workdir = config, data, experiment.sampling, workdir
         self.tokenize = functools.partial(tokenize_captions, data)
-        self.seen_rows = self.prompts = None
+        self.rows, self.prompts = None, list[str]()
         if config.loss_images:
-            self.seen_rows = fixed_rows(open_prepared(data), config.loss_images, config.split)
+            self.rows = fixed_rows(open_prepared(data), config.loss_images, config.split)
             self.loss_program = make_loss_program(system, mesh, experiment.sampling.batch_size)
         if config.prompts:
             self.prompts = prompt_lines(config.prompts)
@@ -70,30 +71,35 @@ class Evaluator:
           UserError: a file cannot be written.
         """
         found: dict[str, Any] = {}
-        if self.seen_rows is not None:
-            by_time = losses_by_time(self.loss_program, params, self.seen_rows)
+        if self.rows is not None:
+            by_time = losses_by_time(self.loss_program, params, self.rows)
             found["loss"] = {"mean": float(by_time.mean()), "by_time": by_time.tolist()}
         if self.config.score != "none":
             score = score_shapes if self.config.score == "shapes" else score_retrieval
             draw = functools.partial(self._draw, params)
             found[self.config.score] = score(self.data, self.config.captions, self.config.split, draw)
-        files, drawn = {}, None
-        if self.prompts is not None:
-            drawn = sample_images(
-                self.prompt_sampler, params, self.tokenize, self.prompts, [0] * len(self.prompts), self.sampling
-            )
-            files["prompts"] = self.workdir / EVALUATIONS / f"step_{step:08d}.png"
+        images = self._draw_prompts(params)
+        files = {} if images is None else {"prompts": self.workdir / EVALUATIONS / f"step_{step:08d}.png"}
         if jax.process_index() == 0:
             with writing(self.workdir / EVALUATIONS):
                 make_directory(self.workdir / EVALUATIONS)
-                if drawn is not None and self.prompts is not None:
-                    save_grid(drawn, self.prompts, files["prompts"])
+                if images is not None:
+                    save_grid(images, self.prompts, files["prompts"])
             # Last: a step with a record has been evaluated whole.
             replace_text(_record(self.workdir, step), json.dumps({"step": step, **found}, indent=2) + "\n")
         return Evaluated(scalars(found), files)
 
-    def _draw(self, params: Params, captions: Any) -> np.ndarray:
-        return sample_images(self.score_sampler, params, self.tokenize, captions, [0] * len(captions), self.protocol)
+    def _draw(self, params: Params, captions: Sequence[str]) -> np.ndarray:
+        """Draws by the score's protocol."""
+        repeats = [0] * len(captions)
+        return sample_images(self.score_sampler, params, self.tokenize, captions, repeats, self.protocol)
+
+    def _draw_prompts(self, params: Params) -> np.ndarray | None:
+        """Draws the user's prompts as the config's sampling says; None if there are none."""
+        if not self.prompts:
+            return None
+        repeats = [0] * len(self.prompts)
+        return sample_images(self.prompt_sampler, params, self.tokenize, self.prompts, repeats, self.sampling)
 
 
 def scalars(found: dict[str, Any]) -> dict[str, float]:

@@ -10,15 +10,19 @@ import jax
 import numpy as np
 from PIL import Image
 
+import ecdit
+from ecdit.config import to_dict
 from ecdit.errors import UserError
 from ecdit.files import replace_bytes
 from ecdit.multihost import anywhere, wait_for_all
 from ecdit.partitioning import batch_shards
-from ecdit.runs.provenance import library_versions
+from ecdit.runs.provenance import config_hash, library_versions
 from ecdit.runs.trained_run import Run
 from ecdit.sampling.image_folder import begin_folder, finish_folder, is_finished
 from ecdit.sampling.layouts import Planned
 from ecdit.sampling.many import draw_images, make_programs
+from ecdit.sampling.prompt_files import Kind
+from ecdit.system import user_files
 
 
 def draw_folder(
@@ -53,8 +57,8 @@ def draw_folder(
     _on_first(begin)
     # The first process says which are left: others may not see the same at once.
     left = np.array([not is_finished(out / one.file) for one in planned] if first else [False] * len(planned))
-    left = np.flatnonzero(_from_first(left))
-    todo = [planned[int(i)] for i in left]
+    left = np.flatnonzero(_from_first(left)).tolist()
+    todo = [planned[i] for i in left]
     programs = make_programs(run.system, run.experiment.sampling, run.mesh)
     batches = draw_images(
         programs,
@@ -72,6 +76,26 @@ def draw_folder(
     wait_for_all("images are written")
     _on_first(lambda: finish_folder(out, planned))
     return len(todo)
+
+
+def describe_source(run: Run, changes: Sequence[str], kind: Kind) -> dict[str, Any]:
+    """Returns all that the images follow from beside prompts and repeats, for the manifest."""
+    return {
+        "step": run.step,
+        "checkpoint": run.checkpoint,
+        "weights": "ema",
+        "model": config_hash(to_dict(run.experiment.system)),
+        "public_weights": run.experiment.fingerprints(),
+        "files": user_files(run.experiment.denoiser),
+        "seed": run.experiment.sampling.seed,
+        "sampling": to_dict(run.experiment.sampling),
+        "group": getattr(run.experiment.model, "sampling_group", None),
+        "vocabulary": run.vocabulary,
+        "caption_length": run.experiment.data.caption_length,
+        "set": list(changes),
+        "format": kind,
+        "ecdit": ecdit.__version__,
+    }
 
 
 def machine(run: Run) -> dict[str, Any]:

@@ -42,6 +42,15 @@ def check_folder(out: Path) -> dict[str, Any] | None:
     return manifest
 
 
+def is_done(out: Path, planned: Sequence[Planned], source: Mapping[str, Any]) -> bool:
+    """Returns whether `out` has all images of this very call already; arguments are those of `begin_folder`."""
+    try:
+        found = json.loads((out / MANIFEST).read_text())
+        return bool(found["finished"]) and not _differing(found, _manifest(planned, source))
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+
+
 def begin_folder(out: Path, planned: Sequence[Planned], source: Mapping[str, Any], machine: Mapping[str, Any]) -> None:
     """Writes the manifest of images that are still to be drawn, and removes what a killed process was writing.
 
@@ -57,7 +66,7 @@ def begin_folder(out: Path, planned: Sequence[Planned], source: Mapping[str, Any
     found, manifest = check_folder(out), _manifest(planned, source)
     machines = []
     if found is not None:
-        if differing := [key for key in {**found, **manifest} if key not in _FREE and found.get(key) != manifest[key]]:
+        if differing := _differing(found, manifest):
             what = ", ".join(differing)
             raise UserError(
                 f"--out={out}: holds the unfinished images of another call, which differs in {what}; take an empty "
@@ -96,6 +105,11 @@ def finish_folder(out: Path, planned: Sequence[Planned]) -> None:
     first = planned[:GRID_IMAGES]
     save_grid(np.stack([read_image(out / one.file) for one in first]), [one.prompt for one in first], out / "grid.png")
     _write(out, json.loads((out / MANIFEST).read_text()) | {"finished": True})
+
+
+def _differing(found: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[str]:
+    """Returns the keys in which two manifests are of different images."""
+    return [key for key in {**found, **manifest} if key not in _FREE and found.get(key) != manifest.get(key)]
 
 
 def _manifest(planned: Sequence[Planned], source: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from PIL import Image
 from ecdit.checkpoints import restore
 from ecdit.partitioning import make_mesh, replicated
 from ecdit.runs.activity import Activity
+from ecdit.runs.evaluator import Evaluated
 from ecdit.runs.training_run import Accepted, run_workload
 from ecdit.runs.workload import Workload
 from ecdit.training.state import TrainState
@@ -56,6 +57,7 @@ class Toy:
         self.first_rows = []  # of each start and phase
         self.first_state, self.train_step = toy_state, lambda state, bad: toy_step(state, bad, self.leaf)
         self.gradients = lambda state, bad: state.params
+        self.evaluated = []  # (step, the numbers of the parameters that were evaluated)
         self.drawn = {}  # step: the numbers of the parameters that its images were drawn with
 
     def batches(self, phase, start_row):
@@ -69,6 +71,13 @@ class Toy:
         path = self.workdir / f"{step}.png"
         Image.new("RGB", (4, 3)).save(path)
         return {"samples": path}
+
+    def evaluate(self, params, step):
+        self.evaluated.append((step, {tuple(np.unique(x).tolist()) for x in jax.tree.leaves(params)}))
+        return Evaluated({"eval/loss": float(step)}, {})
+
+    def is_recorded(self, step):
+        return step in [done for done, _ in self.evaluated]
 
     def train(self, num_steps, every, keep=100, max_bad_steps=3, images_every=0, **more):
         overrides = {"num_steps": num_steps, "max_bad_steps": max_bad_steps, "log_every": 1000}
@@ -93,6 +102,7 @@ class Toy:
             batches=self.batches,
             images=lambda phase, workdir: self,
             flops_per_image=lambda phase: 1.0,
+            evaluator=lambda phase, workdir: self if experiment.evaluation.every else None,
         )
 
     def losses(self):

@@ -21,7 +21,7 @@ from ecdit.runs import training_run
 from ecdit.runs.training_run import train
 from ecdit.runs.workload import device_batches
 from tests.checkpoints.toy import toy_state
-from tests.events import images
+from tests.events import images, scalars
 from tests.runs import run, tiny
 
 
@@ -50,6 +50,42 @@ def test_images_are_drawn_with_the_ema_weights(toy):
     toy.first_state = state_with_another_ema
     toy.train(num_steps=3, every=9, images_every=2)
     assert toy.drawn == {2: {(102.0,)}, 3: {(103.0,)}}
+
+
+EVALUATE = {"evaluation__every": 2, "evaluation__loss_images": 1}
+
+
+def test_training_evaluates_the_ema_weights(toy, capsys):
+    """Every second step, each once, whether images are drawn at it or not. The EMA is the parameters and 100."""
+
+    def state_with_another_ema():
+        state = toy_state()
+        return dataclasses.replace(state, ema=jax.tree.map(lambda x: x + 100, state.ema))
+
+    toy.first_state = state_with_another_ema
+    toy.train(num_steps=5, every=9, images_every=4, **EVALUATE)
+    assert toy.evaluated == [(step, {(100.0 + step,)}) for step in (2, 4)]
+    assert sorted(toy.drawn) == [4, 5]
+    assert scalars(toy.workdir)["eval/loss"] == [(2, 2.0), (4, 4.0)]
+    assert "step 4 evaluated: loss 4.0000" in capsys.readouterr().out
+
+
+def test_a_resumed_run_evaluates_at_the_same_steps(toy):
+    toy.train(num_steps=3, every=3, **EVALUATE)
+    toy.train(num_steps=7, every=3, **EVALUATE)
+    assert [step for step, _ in toy.evaluated] == [2, 4, 6]
+
+
+def test_a_stopped_step_is_evaluated_on_resume_once(toy):
+    """It was stopped at step 4, and saved it without an evaluation."""
+    toy.at[4] = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    assert toy.train(num_steps=7, every=9, **EVALUATE) == PREEMPTED
+    assert list(toy.saved()) == [4]
+    assert [step for step, _ in toy.evaluated] == [2]
+    toy.train(num_steps=5, every=9, **EVALUATE)
+    assert toy.evaluated[1:] == [(4, {(4.0,)})]
+    toy.train(num_steps=5, every=9, **EVALUATE)
+    assert [step for step, _ in toy.evaluated] == [2, 4]
 
 
 def test_each_start_says_once_how_long_it_will_take(toy, capsys):

@@ -5,6 +5,8 @@ from tests.mutants.mutant import Mutant
 _SAMPLING, _MAPS, _TABLES = (f"ecdit/sampling/{name}.py" for name in ("sampler", "routing_maps", "routing_tables"))
 _RETRIEVAL = "ecdit/evaluation/retrieval.py"
 _MANY, _FOLDER, _LAYOUTS = (f"ecdit/sampling/{name}.py" for name in ("many", "image_folder", "layouts"))
+_LOSS, _CLIP = (f"ecdit/evaluation/{name}.py" for name in ("flow_loss", "clip_score"))
+_TRAINING = "tests/ecdit_runs/test_training_run.py"
 _FILES, _DRAWN = "ecdit/sampling/prompt_files.py", "ecdit/runs/sample_folder.py"
 
 
@@ -24,6 +26,10 @@ def _passes(*names: str) -> tuple[str, ...]:
     return tuple(f"tests/evaluation/test_passes.py::{name}" for name in names)
 
 
+def _loss(*names: str) -> tuple[str, ...]:
+    return tuple(f"tests/evaluation/test_flow_loss.py::{name}" for name in names)
+
+
 def _many(*names: str) -> tuple[str, ...]:
     return tuple(f"tests/system/test_sampling_many.py::{name}" for name in names)
 
@@ -37,6 +43,61 @@ def _prompts(*names: str) -> tuple[str, ...]:
 
 
 MUTANTS = (
+    Mutant(
+        _LOSS,
+        "return ((images + shift) % BINS).astype(np.int32)",
+        "return np.full_like(images, shift)",
+        _loss("test_images_of_a_batch_are_at_different_times"),
+        "images compete for experts with others at their own time, as they never do in training",
+    ),
+    Mutant(
+        _LOSS,
+        "np.add.at(totals, bins[valid], found[valid])",
+        "np.add.at(totals, bins, found)",
+        _loss("test_the_loss_of_a_bin_is_the_mean_over_all_images"),
+        "the images that fill up the last batch count twice",
+    ),
+    Mutant(
+        _LOSS,
+        "np.add.at(totals, bins[valid], found[valid])",
+        "totals[bins[valid]] += found[valid]",
+        _loss("test_the_loss_of_a_bin_is_the_mean_over_all_images"),
+        "of two images in a bin one is lost",
+    ),
+    Mutant(
+        _LOSS,
+        "key = jax.random.fold_in(jax.random.fold_in(root, image), bin_)",
+        "key = jax.random.fold_in(root, bin_)",
+        _loss("test_noise_differs_by_image_and_bin"),
+        "all images have one noise",
+    ),
+    Mutant(
+        _LOSS,
+        "caption_dropout=0.0, flip",
+        "caption_dropout=prepared.config.caption_dropout, flip",
+        _loss("test_rows_are_the_same_every_time_whole_and_with_their_captions"),
+    ),
+    Mutant(
+        "ecdit/runs/training_run.py",
+        "found = evaluator.evaluate(sampling_params(state), step)",
+        "found = evaluator.evaluate({**state.params, **state.frozen}, step)",
+        (f"{_TRAINING}::test_training_evaluates_the_ema_weights",),
+        "the raw weights are evaluated and not their EMA",
+    ),
+    Mutant(
+        "ecdit/runs/training_run.py",
+        "if evaluator is not None and missed and not evaluator.is_recorded(done):",
+        "if evaluator is not None and missed and evaluator.is_recorded(done):",
+        (f"{_TRAINING}::test_a_stopped_step_is_evaluated_on_resume_once",),
+        "a step at which a run was stopped is never evaluated",
+    ),
+    Mutant(
+        _CLIP,
+        'return {"cosine": mean, "torchmetrics": max(100 * mean, 0.0), "hessel": hessel}',
+        'return {"cosine": mean, "torchmetrics": 100 * float(np.maximum(cosine, 0).mean()), "hessel": hessel}',
+        ("tests/evaluation/test_clip_score.py::test_the_three_forms_by_hand",),
+        "the score is clamped for each image, as torchmetrics does not do",
+    ),
     Mutant(
         _MANY,
         "np.concatenate(parts)[places - first * size]",
@@ -67,8 +128,8 @@ MUTANTS = (
     ),
     Mutant(
         _DRAWN,
-        "left = np.flatnonzero(_from_first(left))",
-        "left = np.arange(len(planned))",
+        "left = np.flatnonzero(_from_first(left)).tolist()",
+        "left = list(range(len(planned)))",
         _many("test_a_folder_that_was_left_is_finished_and_what_is_whole_in_it_kept"),
         "a call that goes on draws all images again",
     ),

@@ -7,7 +7,7 @@ import pytest
 
 from ecdit.errors import UserError
 from ecdit.sampling.grids import save_png
-from ecdit.sampling.image_folder import begin_folder, check_folder, finish_folder, is_finished
+from ecdit.sampling.image_folder import begin_folder, check_folder, finish_folder, is_done, is_finished
 from ecdit.sampling.layouts import Planned
 
 SOURCE, MACHINE = {"step": 3, "sampling": {"seed": 1}}, {"device": "cpu"}
@@ -26,7 +26,11 @@ def test_an_unfinished_folder_is_gone_on_with_by_the_same_call_alone(tmp_path):
         with pytest.raises(UserError, match=f"the unfinished images of another call, which differs in {differs}"):
             begin_folder(out, images, source, MACHINE)
     save_png(np.zeros((8, 8, 3), np.uint8), out / "00000.png")
+    assert not is_done(out, planned("a"), SOURCE)
     finish_folder(out, planned("a"))
+    assert is_done(out, planned("a"), SOURCE)
+    assert not is_done(out, planned("b"), SOURCE)
+    assert not is_done(out, planned("a"), other)
     with pytest.raises(UserError, match="holds the images of another call"):
         begin_folder(out, planned("a"), SOURCE, MACHINE)
 

@@ -12,7 +12,7 @@ from ecdit.system import make_system
 from launch.local import cpu_environment
 from tests import events
 from tests.forking import run_forked
-from tests.runs import command, run, tiny, train_command
+from tests.runs import command, random_params, run, tiny, train_command
 
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
@@ -39,7 +39,7 @@ def asked(tmp_path_factory):
 
 def train(workdir, data, env, num_steps, **changes):
     changes = {"checkpoint__every": 2, "optimizer__warmup_steps": 1, **changes}
-    result = run_forked(train_command(workdir, data, train__num_steps=num_steps, **changes), env)
+    result = run_forked(train_command(workdir, data, train__num_steps=num_steps, **changes), env, timeout=600)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -59,6 +59,7 @@ def losses(workdir):
     return [json.loads(line)["loss"] for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_steps_are_evaluated_as_often_as_the_config_says(whole):
     workdir, printed = whole
     assert sorted(records(workdir)) == [f"step_0000000{i}.{end}" for i in (2, 4) for end in ("json", "png")]
@@ -70,6 +71,7 @@ def test_steps_are_evaluated_as_often_as_the_config_says(whole):
     assert second["loss"]["mean"] != fourth["loss"]["mean"]
 
 
+@pytest.mark.slow
 def test_tensorboard_has_the_numbers_and_the_images(whole):
     found = events.scalars(whole[0])
     for name in ("eval/loss", "eval/loss/t_0.05", "eval/retrieval/r_at_5"):
@@ -77,12 +79,14 @@ def test_tensorboard_has_the_numbers_and_the_images(whole):
     assert {(2, "prompts"), (4, "prompts")} <= set(events.images(whole[0]))
 
 
+@pytest.mark.slow
 def test_training_is_bitwise_what_it_is_without_evaluation(whole, emoji_data, env, tmp_path):
     train(tmp_path / "run", emoji_data, env, 5)
     assert losses(tmp_path / "run") == losses(whole[0])
     assert not (tmp_path / "run/evaluations").exists()
 
 
+@pytest.mark.slow
 def test_a_resumed_run_evaluates_the_same_steps_to_the_same_numbers(whole, emoji_data, env, asked, tmp_path):
     """It was stopped at step 2, before its evaluation; that is made up for, once."""
     workdir = tmp_path / "run"
@@ -102,7 +106,8 @@ def test_each_part_is_compiled_once(emoji_data, asked, tmp_path):
     experiment = tiny(data__directory=str(emoji_data), mesh__data=1, **asked)
     mesh = make_mesh(experiment.mesh, jax.devices()[:1])
     evaluator = Evaluator(experiment, mesh, tmp_path)
-    first, second = (jax.jit(make_system(experiment.system).init)(jax.random.key(i)) for i in range(2))
+    first = random_params(make_system(experiment.system))
+    second = jax.tree.map(lambda x: 0.9 * x, first)
     compiled = []
     listener = lambda name, *_, **__: compiled.append(name) if name == COMPILED else None  # noqa: E731
     one = evaluator.evaluate(first, 2)
@@ -129,6 +134,7 @@ def test_numbers_have_names():
     assert len(named) == 13
 
 
+@pytest.mark.slow
 def test_the_loss_command_tells_weights_and_groups_apart(whole, env, tmp_path):
     """Training groups are of 1024 tokens in the paper; the emoji's are images, so here they are one."""
     flags = [f"--workdir={whole[0]}", "--split=train", "--images=5", "--batch_size=4", f"--json={tmp_path}/loss.json"]

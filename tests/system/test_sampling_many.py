@@ -17,18 +17,11 @@ from ecdit.sampling.sampler import make_sampler, sample_images
 from ecdit.system import make_system
 from launch.local import launch
 from tests.forking import run_forked
-from tests.runs import command, save_ema, tiny
+from tests.runs import command, random_params, save_ema, tiny
 
 PROMPTS = ["red heart"] * 3 + ["tiger"] * 3 + ["owl"] * 3 + ["fire"]
 REPEATS = [0, 1, 2] * 3 + [0]
 COMPILED = "/jax/core/compile/backend_compile_duration"
-
-
-def random_params(system):
-    """Weights that are random everywhere, so that nothing is hidden by zeros at the start."""
-    rng = np.random.default_rng(4)
-    params = jax.jit(system.init)(jax.random.key(3))
-    return jax.tree.map(lambda p: np.asarray(p) + 0.1 * rng.normal(size=p.shape).astype(np.float32), params)
 
 
 class Drawing:
@@ -154,7 +147,7 @@ def test_the_manifest_says_all_that_an_image_follows_from(whole, workdir):
     manifest = json.loads((whole / "manifest.json").read_text())
     assert manifest["finished"] is True
     assert manifest["images"][3] == {"file": "00001/samples/0001.png", "prompt": "a red heart", "repeat": 1}
-    assert {"checkpoint", "seed", "sampling", "group", "tokenizer", "format", "set"} <= set(manifest)
+    assert {"checkpoint", "model", "files", "seed", "sampling", "group", "tokenizer", "format", "set"} <= set(manifest)
     (machine,) = manifest["machines"]
     assert (machine["platform"], machine["devices"], machine["images_a_device"]) == ("cpu", 1, 2)
     assert "jax" in machine["versions"]

@@ -1,0 +1,203 @@
+"""`paper --workdir=runs/M` computes what data and weights at hand allow, and prints it beside the paper's numbers.
+
+The paper is arXiv 2410.02098. Its numbers stand in `PAPER` with where we have them from: "abstract", or "notes" of it
+by a third party. What other programs must judge (detectors, question answerers) is read from the results of
+`ecdit.evaluate` in --results, by the names in `READ`; what is missing is named with the commands that make it.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from ecdit.commands.loss import loss
+from ecdit.commands.retrieval import retrieval
+from ecdit.commands.shapes import shapes
+from ecdit.data.generated import GENERATED, Shapes
+from ecdit.errors import UserError
+from ecdit.evaluation.clip_score import clip_scores, read_clip
+from ecdit.evaluation.json_lines import check_results, json_text, write_results
+from ecdit.runs.sample_folder import describe_source, draw_folder
+from ecdit.runs.trained_run import open_run, saved_experiment
+from ecdit.sampling.image_folder import is_done
+from ecdit.sampling.layouts import plan_images
+from ecdit.sampling.prompt_files import choose, read_prompt_file
+from ecdit.storage import as_path
+
+# Of the largest model, M-64E: the number, and where we have it from.
+PAPER: Mapping[str, tuple[float, str]] = {
+    "GenEval, overall, %": (71.68, "abstract"),
+    "GenEval, two objects, %": (88.67, "notes"),
+    "GenEval, colour attribution, %": (60.80, "notes"),
+    "GenEval, position, %": (21.33, "notes"),
+    "DSG, %": (76.40, "abstract"),
+}
+_SAMPLE = "python -m ecdit.sample --workdir=W --prompts="
+_SCORE = "python -m ecdit.evaluate "
+
+
+@dataclasses.dataclass(frozen=True)
+class Read:
+    """A number that is read from the result of an evaluation."""
+
+    name: str
+    file: str  # of --results
+    value: Callable[[Mapping[str, Any]], float]
+    how: str  # to make the file
+    note: str = ""  # why numbers do not compare
+    in_paper: bool = True
+
+
+READ = (
+    *(
+        Read(
+            name,
+            "geneval.json",
+            value,
+            f"{_SAMPLE}evaluation_metadata.jsonl, a detector's detections, {_SCORE}geneval-score --json=geneval.json",
+        )
+        for name, value in (
+            ("GenEval, overall, %", lambda found: 100 * found["overall"]),
+            ("GenEval, two objects, %", lambda found: 100 * found["tasks"]["two_object"]),
+            ("GenEval, colour attribution, %", lambda found: 100 * found["tasks"]["color_attr"]),
+            ("GenEval, position, %", lambda found: 100 * found["tasks"]["position"]),
+        )
+    ),
+    Read(
+        "DSG, %",
+        "dsg.json",
+        lambda found: 100 * found["overall"],
+        f"images of DSG's prompts, a judge's answers, {_SCORE}dsg-score --json=dsg.json",
+        "the paper's judge is not public: compare runs of one judge alone",
+    ),
+    Read(
+        "FID, COCO-30K",
+        "fid.json",
+        lambda found: found["frechet"],
+        f"{_SAMPLE}captions_val2014.json --num_prompts=30000, Inception's features, {_SCORE}frechet --json=fid.json",
+        "the paper reports it; its number, crop and implementation are not known to us",
+    ),
+    Read(
+        "GenEval 2, Soft-TIFA AM",
+        "geneval2.json",
+        lambda found: found["am"],
+        f"{_SAMPLE}geneval2_data.jsonl, a judge's answers, {_SCORE}geneval2-score --json=geneval2.json",
+        "later than the paper",
+        in_paper=False,
+    ),
+    Read(
+        "DPG-Bench",
+        "dpg.json",
+        lambda found: found["overall"],
+        f"{_SAMPLE}DPG's prompts, a judge's answers, {_SCORE}dpg-score --json=dpg.json",
+        "not in the paper",
+        in_paper=False,
+    ),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A line of the table."""
+
+    name: str
+    paper: str
+    ours: float | None
+    missing: str  # what it takes to have ours, or what to know of it
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Adds the flags of this evaluation."""
+    flags.DEFINE_string("workdir", None, "The run.", required=True, flag_values=values)
+    flags.DEFINE_string(
+        "results", None, "Directory of other evaluations' JSON; by default W/paper.", flag_values=values
+    )
+    flags.DEFINE_string("coco", None, "captions_val2014.json, to draw images of it.", flag_values=values)
+    flags.DEFINE_string("clip", None, "A CLIP's folder, to score those images.", flag_values=values)
+    flags.DEFINE_integer("num_images", 30_000, "Of COCO.", 1, flag_values=values)
+    flags.DEFINE_integer("captions", 50, "Captions of a score on the run's own data.", 1, flag_values=values)
+    flags.DEFINE_string("json", None, "File for the table.", flag_values=values)
+
+
+def run(values: flags.FlagValues) -> None:
+    """Evaluates, prints the table and writes it."""
+    out = Path(values.json) if values.json else None
+    check_results(out)
+    workdir = as_path(values.workdir)
+    results = Path(values.results) if values.results else workdir / "paper"
+    rows = [*read_results(results), coco(workdir, results, values.coco, values.clip, values.num_images)]
+    rows += own(workdir, values.captions)
+    print(table(rows))
+    if out:
+        write_results(out, json_text({"rows": [dataclasses.asdict(row) for row in rows]}))
+
+
+def read_results(folder: Path) -> list[Row]:
+    """Returns the rows of evaluations that were made before.
+
+    Raises:
+      UserError: a file is there and is no such result.
+    """
+    rows = []
+    for one in READ:
+        number, source = PAPER.get(one.name, (None, ""))
+        unknown = "not known" if one.in_paper else "none"
+        paper = unknown if number is None else f"{number:.2f} ({source})"
+        file, ours, missing = folder / one.file, None, f"{one.how} in {folder}"
+        if file.exists():
+            try:
+                ours, missing = float(one.value(json.loads(file.read_text()))), one.note
+            except (ValueError, LookupError, TypeError) as error:
+                raise UserError(f"{file}: is no result for {one.name}: {type(error).__name__}: {error}") from None
+        rows.append(Row(one.name, paper, ours, missing))
+    return rows
+
+
+def coco(workdir: Path, results: Path, captions: str | None, clip: str | None, count: int) -> Row:
+    """Draws images of COCO captions into `results`, or goes on with them, and scores them by CLIP."""
+    name, paper = "CLIP score, COCO (torchmetrics' form)", "not known"
+    absent = [
+        flag for flag, value in (("--coco=captions_val2014.json", captions), ("--clip=FOLDER", clip)) if not value
+    ]
+    if not captions or not clip:
+        return Row(name, paper, None, f"give {' and '.join(absent)}; the paper's CLIP is ViT-bigG")
+    _, prompts = read_prompt_file(Path(captions), "coco")
+    planned = plan_images("coco", choose(prompts, min(count, len(prompts))), 1)
+    run, out = open_run(workdir), results / "coco"
+    source = {"workdir": str(workdir)} | describe_source(run, [], "coco")
+    if not is_done(out, planned, source):
+        draw_folder(run, out, planned, source)
+    found = clip_scores(read_clip(Path(clip)), [(out / one.file, one.prompt) for one in planned], 32)
+    return Row(name, paper, found["torchmetrics"], f"{found['images']} images by {clip}; the paper's CLIP is ViT-bigG")
+
+
+def own(workdir: Path, captions: int) -> list[Row]:
+    """Returns the scores that the run's own data has; the paper has none of them."""
+    rows, data = [], saved_experiment(workdir).data
+    try:
+        mean = loss(workdir, None, 256, "held_out", 64)["losses"][0]["mean"]
+        rows.append(Row("flow loss, held out, EMA", "none", mean, "of this data alone"))
+    except UserError as error:
+        rows.append(Row("flow loss, held out, EMA", "none", None, str(error)))
+    if isinstance(GENERATED.get(data.task), Shapes):
+        result = shapes(workdir, None, captions, "train", 0)
+        rows.append(Row("shapes, overall, %", "none", 100 * result["overall"], "in GenEval's kinds, by an exact judge"))
+    else:
+        try:
+            found = retrieval(workdir, None, captions)
+            rows.append(Row("retrieval, R@1, %", "none", 100 * found["r_at_1"], "fit to the training captions"))
+        except UserError as error:
+            rows.append(Row("retrieval, R@1, %", "none", None, str(error)))
+    return rows
+
+
+def table(rows: list[Row]) -> str:
+    """Returns the rows as a table in Markdown."""
+    lines = ["| | paper, M-64E | ours | missing, or to know |", "|---|---|---|---|"]
+    for row in rows:
+        ours = "-" if row.ours is None else f"{row.ours:.4g}"
+        lines.append(f"| {row.name} | {row.paper} | {ours} | {row.missing} |")
+    return "\n".join(lines)

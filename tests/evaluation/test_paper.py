@@ -1,0 +1,56 @@
+"""The table of the paper's numbers beside ours: what is read, and what is said of what is missing."""
+
+import json
+
+import pytest
+
+from ecdit.commands import paper
+from ecdit.commands.paper import Row, coco, read_results, table
+from ecdit.errors import UserError
+
+GENEVAL = {"overall": 0.5, "tasks": {"two_object": 0.25, "color_attr": 0.125, "position": 0.75}}
+
+
+def test_results_stand_beside_the_paper_s_numbers(tmp_path):
+    (tmp_path / "geneval.json").write_text(json.dumps(GENEVAL))
+    (tmp_path / "dsg.json").write_text('{"overall": 0.7, "items": {}}')
+    (tmp_path / "fid.json").write_text('{"frechet": 12.5}')
+    rows = {row.name: row for row in read_results(tmp_path)}
+    assert rows["GenEval, overall, %"] == Row("GenEval, overall, %", "71.68 (abstract)", 50.0, "")
+    ours = [rows[f"GenEval, {name}, %"].ours for name in ("two objects", "colour attribution", "position")]
+    assert ours == [25.0, 12.5, 75.0]
+    assert rows["DSG, %"].ours == pytest.approx(70)
+    assert "judge is not public" in rows["DSG, %"].missing
+    assert (rows["FID, COCO-30K"].paper, rows["FID, COCO-30K"].ours) == ("not known", 12.5)
+    assert (rows["DPG-Bench"].paper, rows["DPG-Bench"].ours) == ("none", None)
+    assert "dpg-score --json=dpg.json" in rows["DPG-Bench"].missing
+
+
+def test_a_file_that_is_another_result_is_refused(tmp_path):
+    (tmp_path / "geneval.json").write_text('{"am": 3}')
+    with pytest.raises(UserError, match=r"geneval\.json: is no result for GenEval, overall, %: KeyError"):
+        read_results(tmp_path)
+
+
+def test_what_is_missing_for_clip_score_is_named(tmp_path):
+    assert "give --coco=captions_val2014.json and --clip=FOLDER;" in coco(tmp_path, tmp_path, None, None, 1).missing
+    assert "give --clip=FOLDER;" in coco(tmp_path, tmp_path, "captions.json", None, 1).missing
+
+
+def test_the_run_s_own_scores_are_computed_or_said_to_be_missing(monkeypatch, tmp_path):
+    from tests.runs import tiny
+
+    def no_loss(*_):
+        raise UserError("the data has no record in the split held_out")
+
+    monkeypatch.setattr(paper, "saved_experiment", lambda workdir: tiny())
+    monkeypatch.setattr(paper, "loss", no_loss)
+    monkeypatch.setattr(paper, "retrieval", lambda workdir, step, captions: {"r_at_1": captions / 100})
+    loss, retrieval = paper.own(tmp_path, 20)
+    assert (loss.ours, loss.missing) == (None, "the data has no record in the split held_out")
+    assert (retrieval.name, retrieval.ours) == ("retrieval, R@1, %", 20.0)
+
+
+def test_the_table_has_a_row_for_each():
+    text = table([Row("a", "1", 2.0, "x"), Row("b", "none", None, "y")])
+    assert text.splitlines()[2:] == ["| a | 1 | 2 | x |", "| b | none | - | y |"]
