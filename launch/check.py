@@ -99,21 +99,19 @@ def check_pod(job: Job, experiment: Experiment, config_file: str) -> None:
     """Raises LaunchError or ConfigError for a job that can run on one machine but not on the hosts of a pod."""
     if not re.fullmatch(r"gs://[^/]+(/[^/]+)+/?", job.workdir):
         raise LaunchError(
-            f"--workdir={job.workdir}: must be gs://BUCKET/PATH: the hosts of a pod share no local directory, and what "
-            f"one of them writes is gone with it"
+            f"--workdir={job.workdir}: must be gs://BUCKET/PATH, because the hosts of a pod share no local directory "
+            f"and lose theirs when they end"
         )
     for file in job.files:
         path, key = Path(file), _key_of(file, experiment, config_file)
         if path.is_absolute() or ".." in path.parts:
-            raise LaunchError(f"{key}={path}: must be a path inside the checkout, which the hosts get a copy of")
+            raise LaunchError(f"{key}={path}: must be a path inside the checkout, which is copied to the hosts")
         if path.resolve() != (ROOT / path).resolve():
             raise LaunchError(
-                f"{key}={path}: is {path.resolve()} here, and the hosts get {ROOT / path}: launch from {ROOT}"
+                f"{key}={path}: is {path.resolve()} here, but the hosts get {ROOT / path}: launch from {ROOT}"
             )
     if job.hosts > 1 and not experiment.runtime.distributed:
-        raise ConfigError(
-            "runtime.distributed", False, f"must be True: else {job.hosts} hosts each train by themselves"
-        )
+        raise ConfigError("runtime.distributed", False, f"must be True, or each of {job.hosts} hosts would train alone")
 
 
 def _key_of(path: str, experiment: Experiment, config_file: str) -> str:
@@ -136,12 +134,12 @@ def check_plan(job: Job, experiment: Experiment) -> None:
     slices = f"{job.slices}x" if job.slices > 1 else ""
     target = find_target(f"{slices}{job.slice.chip}:{job.slice.topology}")
     laid_out = dataclasses.replace(experiment, mesh=MeshConfig(**job.mesh))
-    print(f"planning for {target.name}: --skip-plan does without", flush=True)
+    print(f"planning for {target.name} (--skip-plan skips this)", flush=True)
     try:
         plan = largest(plan_phases(laid_out, target))
     except DoesNotFit as error:
         raise LaunchError(
             f"--accelerator: the step does not fit {target.name}: {error}\n`python -m ecdit.plan "
-            f"--topology={target.name}` says what would"
+            f"--topology={target.name}` finds settings that fit"
         ) from error
     print(f"fits: {plan.hbm_bytes_per_device / 1e9:.1f} GB of {plan.hbm_limit / 1e9:.0f} GB a device", flush=True)

@@ -55,7 +55,7 @@ def main(argv: list[str]) -> None:
     if not workdir:
         raise UserError("--workdir is missing: a directory, or gs://BUCKET/PATH for pods; points train in it")
     if location.name != job_name(workdir):
-        raise UserError(f"--name={location.name}: is of no sweep, whose jobs are named after their workdirs")
+        raise UserError(f"--name={location.name}: must not be set, because jobs of a sweep are named after workdirs")
     if OUT.value and not DRY_RUN.value:
         raise UserError(f"--out={OUT.value}: is for --dry-run")
     points = load_points(SWEEP.value, CONFIG.value, overrides)

@@ -55,8 +55,8 @@ def check_image(image: str, unpinned: bool) -> str:
     """
     if check_option("image", image) and not unpinned and not re.fullmatch(_DIGEST, image):
         raise LaunchError(
-            f"--image={image}: must end with @sha256:DIGEST, which docker push prints; what a tag means can change "
-            f"between hosts and restarts (--unpinned-image allows it)"
+            f"--image={image}: must end with @sha256:DIGEST, which docker push prints, because a tag can name another "
+            f"image on another host or after a restart (--unpinned-image allows it)"
         )
     return image
 

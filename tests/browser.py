@@ -1,7 +1,7 @@
-"""A page in headless Chromium, driven over its debugging pipe: JSON messages that end in a zero byte.
+"""Controls a page in headless Chromium over its debugging pipe, by JSON messages that end in a zero byte.
 
-Chromium comes from apt; it needs no driver and no package of Python's for this. The protocol is the Chrome DevTools
-Protocol, https://chromedevtools.github.io/devtools-protocol/.
+Chromium comes from apt; this needs no driver and no Python package. The protocol is the Chrome DevTools Protocol,
+https://chromedevtools.github.io/devtools-protocol/.
 """
 
 import base64

@@ -1,9 +1,9 @@
-"""Commands as processes that are forked from one that has imported JAX, which takes most of a short command's time.
+"""Forks commands from a process that has imported JAX, because the import takes most of a short command's time.
 
-The server is the standard library's: a fresh process with one thread, which imports what commands import and touches no
-device. A forked command has a process id, an exit code, an environment and outputs of its own, as any other has. What
-it cannot show is that the command imports what it needs: one real start of each command does (`runs.run`). Nor does it
-see what Python reads when it starts, such as PYTHONPATH.
+The server is the standard library's: a fresh process with one thread, which imports the commands' modules and uses no
+device. A forked command has its own process id, exit code, environment and outputs, like any other. It cannot show that
+the command imports its modules, for which there is one real start of each command (`runs.run`), and it ignores
+variables that Python reads when it starts, such as PYTHONPATH.
 """
 
 import multiprocessing

@@ -1,6 +1,6 @@
-"""The part of Google Cloud Storage's JSON API that gcsfs, tensorstore and Orbax use, on localhost and in memory.
+"""Serves the part of Google Cloud Storage's JSON API that gcsfs, tensorstore and Orbax use, on localhost, in memory.
 
-Objects have generations, and the conditions on them hold: tensorstore's commits depend on that.
+It checks conditions on objects' generations, because tensorstore's commits depend on them.
 """
 
 import base64

@@ -1,7 +1,7 @@
-"""A system whose network knows the data, and records what it is given: what it predicts is known by hand.
+"""Makes a system whose network knows the data and records its inputs, so that its predictions are known by hand.
 
-It stands in the place of `system.System` and compiles in a second. A real network that is told a
-wrong time or mask still learns, so the losses of a real one do not show such faults.
+It replaces `system.System` and compiles in a second. A real network with a wrong time or mask still learns, so its
+losses do not show such faults.
 """
 
 from types import SimpleNamespace

@@ -158,7 +158,7 @@ _FIELDS = {
     "vae_encoder": "the autoencoder's encoder: vae.encode = prepared encodes images beforehand",
     "all_gather": "gathering weights: fewer of mesh.fsdp x mesh.expert, or more of train.batch_size for each chip",
     "reduce_scatter": "reducing gradients: more of train.batch_size for each chip",
-    "all_reduce": "reducing gradients: more of mesh.fsdp in place of mesh.data",
+    "all_reduce": "reducing gradients: more of mesh.fsdp instead of mesh.data",
     "all_to_all": "sending tokens to their experts: less of mesh.expert",
     "permute": "sending halves of experts' matrices: more of train.batch_size for each chip",
     "copies": "copies between memories: with model.remat = offload, another policy keeps activations on the chip",

@@ -85,7 +85,7 @@ def manifest(job: Job, options: Options) -> dict[str, Any]:
     """
     if job.slices > 1 and job.slice.hosts == 1:
         raise LaunchError(
-            f"--slices={job.slices}: GKE joins slices of several hosts only, and {job.slice.accelerator} has one; "
+            f"--slices={job.slices}: GKE joins only slices of several hosts, and {job.slice.accelerator} has one; "
             f"take one larger slice"
         )
     hosts = job.slice.hosts

@@ -87,8 +87,8 @@ def check_options(options: Options) -> None:
     missing = [name for name in (*CODE, LOCK) if not (ROOT / name).exists()]
     if missing and not options.image:
         raise LaunchError(
-            f"{ROOT} is no checkout: it has no {', '.join(missing)}. Launch from a checkout (pip install -e), or give "
-            f"--image, which brings the code"
+            f"{ROOT} is no checkout: it has no {', '.join(missing)}. Launch from a checkout (pip install -e), or set "
+            f"--image to a container with the code"
         )
 
 

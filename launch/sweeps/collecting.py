@@ -133,9 +133,9 @@ def why_left_out(point: SweepPoint, workdir: Path, steps: Sequence[int]) -> str:
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         return f"its {CONFIG_FILE} cannot be read: {error}"
     if differences:
-        return f"its config is another: {'; '.join(differences)}"
+        return f"its config differs: {'; '.join(differences)}"
     wrong = next((at for at, step in enumerate(steps, 1) if step != at), None)
-    return "" if wrong is None else f"its metrics have step {steps[wrong - 1]} in place of step {wrong}"
+    return "" if wrong is None else f"its metrics have step {steps[wrong - 1]} instead of step {wrong}"
 
 
 def other_runs(points: Sequence[SweepPoint], directory: Path) -> list[str]:
@@ -209,7 +209,7 @@ def markdown(
         lines += [f"Not finished, and in no fit: {', '.join(missing)}.", ""]
     left_out = [f"- {result.name}: {result.left_out}" for result in results if result.left_out]
     if left_out:
-        lines += ["Left out, because they are not what the sweep says:", "", *left_out, ""]
+        lines += ["Left out, because they differ from the sweep:", "", *left_out, ""]
     if strangers:
         lines += [f"Runs in this directory that are no points of the sweep: {', '.join(strangers)}.", ""]
     lines += [*_fit_lines(fits), ""]

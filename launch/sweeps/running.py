@@ -99,7 +99,7 @@ def run_points(
     (directory / LOGS).mkdir(parents=True, exist_ok=True)
     with _lock(directory / SWEEP_LOCK) as held, collect_signals() as pending:
         if held is None:
-            raise UserError(f"--workdir={directory}: another sweep is at work in it")
+            raise UserError(f"--workdir={directory}: another sweep runs in it")
         with _lock(directory / POINTS_LOCK, pending) as points_lock:
             progress = Progress()
             if points_lock is not None:
@@ -171,7 +171,7 @@ def _report(progress: Progress, names: Sequence[str]) -> None:
     left = [name for name in names if name in progress.stopped or name in progress.waiting]
     print(f"{len(progress.done)} of {len(names)} points are done", flush=True)
     if left:
-        print(f"left: {', '.join(left)}; the same command goes on", flush=True)
+        print(f"left: {', '.join(left)}; the same command continues", flush=True)
     for name in names:
         if name in progress.failed:
             print(f"failed: {name}: {progress.failed[name]}", flush=True)

@@ -1,27 +1,27 @@
-"""The paper's XL models on one accelerator of any kind that JAX sees: training, the expert layer, sampling.
+"""Measures the paper's XL models on one accelerator of any kind: training, the expert layer, sampling.
 
     python -m tests.benchmarks.accelerator [--minutes=10] [--out=accelerator.jsonl] [--rows=train,layer/8E] [--tiny]
 
-Data is random latents and random tokens. Needs JAX, flax, optax, jaxtyping and numpy, nothing that reads data or config
-flags. Rows, in this order:
+The data is random latents and random tokens. It needs only JAX, flax, optax, jaxtyping and numpy. Rows, in this order:
 
-    attention            what is between attention's projections, by each kernel that runs here, and how far each is
-                         from float32; chooses model.attention for the other rows unless --attention says it
+    attention            attention between its projections, by each kernel that runs here, and its distance from
+                         float32; chooses model.attention for the other rows unless --attention is set
     train/NAME           a training step of configs/ec_dit.py:NAME, at the largest power of two of images that fits
     train_without_text/NAME   the same with one of the text tower's 32 layers
     layer/EXPERTS        XL's expert layer, both rules and dispatches, with a dense FFN of equal FLOPs, forward and back
-    sample/NAME          images a second with guidance at three batches, beside XL-dense in turns
-    ratios               images a second of train rows, over those of the dense one, beside the prediction by FLOPs and
-                         by bytes (roofline.py)
+    sample/NAME          images per second with guidance at three batches, in turns with XL-dense
+    ratios               images per second of train rows, over those of the dense one, beside the prediction by FLOPs
+                         and by bytes (roofline.py)
 
-Each row is a process of its own: a device's peak memory can be read but not reset, freed memory stays fragmented, and
-what crashes takes one row along. It costs the start of CUDA and JAX, seconds where a row takes a minute or more; what
-was compiled is shared through a cache, in a temporary directory unless --cache names one. Rows are JSON lines, each
-appended to --out when it is known; what the processes print goes to --out with .log. A row that is likely not to be
-done within --minutes is skipped, and one that goes on beyond them is ended.
+Each row is its own process, because a device's peak memory can be read but not reset, freed memory stays fragmented,
+and a crash then ends only one row. That costs the start of CUDA and JAX, seconds where a row takes a minute or more.
+Rows share compiled programs through a cache, in a temporary directory unless --cache names one. Rows are JSON lines,
+appended to --out when they are done; the processes' output goes to --out with .log. A row that will probably not finish
+within --minutes is skipped, and one that exceeds them is ended.
 
-Times are medians of turns with the lowest and highest; a call is waited for. MFU is 3 x the denoiser's forward FLOPs
-(models.sizes) over time and peak, so a text tower lowers it: with_text counts the tower's forward FLOPs too.
+Times are medians of turns with the lowest and highest, and include waiting for a call's results. MFU is 3 x the
+denoiser's forward FLOPs (models.flops) over time and peak, so a text tower lowers it; with_text also counts the tower's
+forward FLOPs.
 """
 
 import argparse

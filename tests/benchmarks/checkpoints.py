@@ -1,4 +1,4 @@
-"""What a checkpoint every 50 steps costs the emoji run, checksums included, against none.
+"""Measures the cost of a checkpoint every 50 steps in the emoji run, including checksums.
 
     python -m tests.benchmarks.checkpoints [--runs=5] [--json=FILE] [--data=DIR] [--tiny]
 

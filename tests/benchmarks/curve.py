@@ -1,4 +1,4 @@
-"""How a run's fit grows with time: retrieval of each of its checkpoints, as a table, JSON and a plot.
+"""Measures a run's fit over time: retrieval of each of its checkpoints, as a table, JSON and a plot.
 
     python -m ecdit.train --config=configs/emoji.py --workdir=W \\
         --config.checkpoint.every=250 --config.checkpoint.keep=99

@@ -1,4 +1,4 @@
-"""How fast data is prepared and read, beside the fastest that is possible and beside other loaders.
+"""Measures the speed of preparing and reading data, beside upper bounds and other loaders.
 
     python -m tests.benchmarks.data [--runs=5] [--json=FILE] [--records=20000] [--tiny]
 

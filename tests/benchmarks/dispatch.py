@@ -1,4 +1,4 @@
-"""Expert choice by indices ("gather") against matrix products with one-hot matrices ("one_hot"), by group size.
+"""Compares expert choice by indices ("gather") with products by one-hot matrices ("one_hot"), by group size.
 
     python -m tests.benchmarks.dispatch [--runs=5] [--json=FILE] [--groups=64,256,1024] [--tokens=4096] [--width=128]
 

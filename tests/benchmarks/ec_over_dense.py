@@ -4,7 +4,7 @@
 
 `expert_choice` and `dense` are the trainer's own steps of configs/emoji.py; they differ in `model.ffn` alone. A call is
 a step, with a batch that is on the device before the clock starts. Percent: `flops` is what the ratio of times should
-come near, the denoiser's operations with experts over those of the dense one, as `models.sizes` counts them;
+come near, the denoiser's operations with experts over those of the dense one, as `models.flops` counts them;
 `over_flops` is how far the ratio of times is above that.
 """
 

@@ -1,4 +1,4 @@
-"""From starting the emoji run's command to its first step: without and with a warm compilation cache.
+"""Measures the time from starting the emoji run's command to its first step, without and with a warm cache.
 
     python -m tests.benchmarks.first_step [--runs=5] [--json=FILE] [--data=DIR] [--tiny]
 

@@ -1,4 +1,4 @@
-"""How well variants of the emoji run fit: output norms of the expert branch, and optimizers at their best rates.
+"""Measures the fit of variants of the emoji run: output norms of the expert branch, and optimizers at their best rates.
 
     python -m tests.benchmarks.fits norms --workdir=runs/norms [--data=DIR] [--steps=500] [--json=FILE]
     python -m tests.benchmarks.fits optimizers --workdir=runs/optimizers [--data=DIR] [--steps=300] [--json=FILE]

@@ -1,4 +1,4 @@
-"""Decoding of stored JPEG: `decode_stored` against simplejpeg, PyTurboJPEG (if installed), Pillow and tf.io alone.
+"""Compares decoding of stored JPEG by `decode_stored`, simplejpeg, PyTurboJPEG (if installed), Pillow and tf.io.
 
 On one core. The images are smooth noise, encoded as preparation does; all candidates decode the same bytes in a turn.
 Run it as `python -m tests.benchmarks.jpeg_decoding`.

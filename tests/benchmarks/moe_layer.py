@@ -1,4 +1,4 @@
-"""The project's expert-choice layer against the fastest dense FFN of the same activated FLOPs.
+"""Compares the project's expert-choice layer with the fastest dense FFN with the same activated FLOPs.
 
     python -m tests.benchmarks.moe_layer [--runs=5] [--json=FILE] [--sizes=128x64x64x8,512x16x256x16]
 

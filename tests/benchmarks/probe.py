@@ -1,9 +1,9 @@
-"""The emoji run's training step against a plain probe: what one writes in an afternoon to train the same on emoji.
+"""Compares the emoji run's training step with a plain probe, a one-file program for the same training.
 
     python -m tests.benchmarks.probe [--runs=5] [--json=FILE] [--data=DIR] [--tiny]
 
 The probe is all in this file: Flax NNX and optax, a Python loop over six blocks, float32, expert choice by vmapped
-indexing and scatter-add (as most write it first), no masking, SiLU, parameter-free norms around each branch with gates
+indexing and scatter-add (the obvious version), no masking, SiLU, parameter-free norms around each branch with gates
 from 0.2, word embeddings as text, AdamW 2e-3 after 300 steps of warm-up, clipping, EMA and caption dropout. Its step
 is jitted once and donates its state, and its data is in memory. It has XLA's and glibc's defaults, where the emoji run
 has its config's flags, allocator settings, text tower, micro-conditions, checks for bad steps and loader; so the two

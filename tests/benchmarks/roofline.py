@@ -1,10 +1,10 @@
-"""What training steps, sampling and the expert layer take at least, by their FLOPs and bytes.
+"""Predicts lower bounds of the time of training steps, sampling and the expert layer by their FLOPs and bytes.
 
     python -m tests.benchmarks.roofline [--chip="NVIDIA H100 80GB HBM3"] [--batch=256]
 
 prints the tables of predictions in README.md. A part of the model takes the longer of FLOPs / peak and bytes /
-bandwidth, and parts follow each other; FLOPs are those of `models.sizes`. No part reaches its bound, so times are too
-short: ratios are what is to be compared with measurements, and they are right only if all parts miss it alike.
+bandwidth, and parts run one after another; `models.flops` counts FLOPs. No part reaches its bound, so times are too
+short. Compare only ratios with measurements; they are right only if all parts miss their bounds by the same factor.
 
 Bytes count each array that a kernel of its own reads or writes, in bfloat16: inputs and outputs of matrix products, of
 GELU, of norms with what is beside them, of dispatch and combine (which adds in float32), and of attention's kernel,

@@ -1,4 +1,4 @@
-"""How often the judge of the `shapes` data is right: on the data's own images and on Pillow's drawings of its scenes.
+"""Measures the accuracy of the `shapes` data's judge on the data's own images and on Pillow's drawings of its scenes.
 
     python -m tests.benchmarks.shapes_judge --only=none [--scenes=2000] [--sizes=32,64] [--json=FILE]
     python -m tests.benchmarks.shapes_judge --only=own --sizes=32

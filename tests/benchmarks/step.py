@@ -1,4 +1,4 @@
-"""Where the time of an emoji training step goes.
+"""Measures the parts of an emoji training step.
 
     python -m tests.benchmarks.step [--runs=5] [--json=FILE] [--data=DIR] [--tiny]
 

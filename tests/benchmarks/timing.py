@@ -1,9 +1,8 @@
-"""How every benchmark here measures: candidates take turns in one process, and runs are fresh processes.
+"""Measures for every benchmark here: candidates take turns in one process, and runs are fresh processes.
 
 A machine's speed drifts, so no milliseconds of different times are compared. In each round every candidate has one
-turn, in a new random order, and a ratio is the median over rounds of the ratio within the round. What differs from
-process to process (memory layout, scheduling) is seen by doing it all again in fresh processes: medians are given with
-the lowest and highest of them.
+turn, in a new random order, and a ratio is the median over rounds of the ratio within the round. Fresh processes show
+differences between processes (memory layout, scheduling), so results are medians over runs with the lowest and highest.
 """
 
 import argparse

@@ -1,14 +1,14 @@
-"""Faults, one after the other, to real runs: what they lose, and whether they end as runs do that were left alone.
+"""Causes faults in real runs, one after the other, and checks what is lost and whether the runs end as without faults.
 
     python -m tests.faults.campaign --trials=100 --seed=1 --out=campaign.jsonl [--data=DIR]
 
-Every trial draws its fault from the seed and its own number. Each is logged as one line of JSON, and none is done
-twice: started again, the campaign goes on after the last line of --out. It exits with 1 if a trial failed, and prints a
-table. Full disks are mounted, which needs root; I/O errors need a C compiler.
+Every trial draws its fault from the seed and its own number. Each is logged as one line of JSON, and none is repeated:
+a restarted campaign continues after the last line of --out. It exits with 1 if a trial failed, and prints a table. Full
+disks are mounted, which needs root; I/O errors need a C compiler.
 
-A trial passes if whatever is wrong is said, the run goes on from the newest checkpoint that is valid, and its end is
-bitwise that of an uninterrupted twin: all metrics and the last checkpoint. Where the number of processes or the mesh
-change, the loss of the next 20 steps is within 1e-4 of the twin's, relative.
+A trial passes if the run reports every damage, resumes from the newest valid checkpoint, and ends bitwise like an
+uninterrupted twin, in all metrics and the last checkpoint. If the number of processes or the mesh changes, the loss of
+the next 20 steps must be within 1e-4 of the twin's, relative.
 """
 
 import argparse

@@ -1,6 +1,6 @@
-"""A backend that only prints: `python -m tests.launch.noting COMMAND FLAG...` runs a command of launch that knows it.
+"""Adds a backend that only prints: `python -m tests.launch.noting COMMAND FLAG...` runs a command of launch with it.
 
-So a test sees that the commands need nothing from a backend but its protocol.
+It shows that the commands need only a backend's protocol.
 """
 
 import importlib

@@ -127,9 +127,9 @@ def test_runs_that_are_not_what_the_sweep_says_are_left_out_and_listed(tmp_path,
     seed = points[1].experiment.seed
     expected = [
         "",
-        f"its config is another: config.seed: saved {seed + 1}, now {seed}",
-        "its config is another: config.model.width: saved 32, now 128",
-        "its metrics have step 6 in place of step 5",
+        f"its config differs: config.seed: saved {seed + 1}, now {seed}",
+        "its config differs: config.model.width: saved 32, now 128",
+        "its metrics have step 6 instead of step 5",
         "",  # a step that is there twice is taken once
         "it has no config.json",
     ]

@@ -114,7 +114,7 @@ def test_a_config_of_another_directory_is_not_taken_for_the_checkouts(outside, t
     (tmp_path / "configs/ec_dit.py").write_text((ROOT / "configs/ec_dit.py").read_text())
     done = launch("tpu", *REQUEST, "--backend=tpu-vm", "--dry-run", env=outside, cwd=tmp_path)
     assert done.returncode == 2
-    assert f"--config=configs/ec_dit.py: is {tmp_path}/configs/ec_dit.py here, and the hosts get {ROOT}" in done.stderr
+    assert f"--config=configs/ec_dit.py: is {tmp_path}/configs/ec_dit.py here, but the hosts get {ROOT}" in done.stderr
 
 
 def test_a_program_that_is_not_there_is_named(outside):

@@ -194,7 +194,9 @@ def test_a_job_has_the_files_that_its_config_names():
 
 def test_hosts_that_would_not_join_are_refused():
     alone = experiment(runtime__distributed=False)
-    with pytest.raises(ConfigError, match=re.escape("config.runtime.distributed = False: must be True: else 32 hosts")):
+    with pytest.raises(
+        ConfigError, match=re.escape("config.runtime.distributed = False: must be True, or each of 32 hosts")
+    ):
         check_pod(job("v5p-256"), alone, "configs/ec_dit.py:XL-32E")
     check_pod(placed("v4-8"), alone, "configs/ec_dit.py:XL-32E")
 

@@ -302,7 +302,7 @@ def test_a_grace_period_that_is_too_short_is_refused_with_what_it_takes():
 @pytest.mark.parametrize(
     ("accelerator", "slices", "changes", "says"),
     [
-        ("v4-8", 2, {}, "--slices=2: GKE joins slices of several hosts only, and v4-8 has one"),
+        ("v4-8", 2, {}, "--slices=2: GKE joins only slices of several hosts, and v4-8 has one"),
         ("v5p-256", 1, {"data": "/mnt/data"}, "--data=/mnt/data: must be gs://BUCKET or gs://BUCKET/PATH"),
         ("v5p-256", 1, {"data": "gs://b/p,uid=0"}, "--data=gs://b/p,uid=0: must have no ','"),
         ("v5p-256", 1, {"data": "gs://b/p\nq"}, "must have no control characters"),

@@ -120,7 +120,7 @@ def test_a_signal_lets_points_save_and_starts_no_other(start_sweep, tmp_path, nu
     assert sweep.wait(timeout=20) == PREEMPTED
     assert all(log(tmp_path, name).endswith("saving\nsaved\n") for name in "ab")
     assert log(tmp_path, "c") == ""
-    assert "left: a, b, c; the same command goes on" in sweep.stdout.read()
+    assert "left: a, b, c; the same command continues" in sweep.stdout.read()
 
 
 def test_after_a_kill_points_are_told_to_save_and_none_is_started_twice(start_sweep, tmp_path):
@@ -139,7 +139,7 @@ def test_after_a_kill_points_are_told_to_save_and_none_is_started_twice(start_sw
 
 def test_a_second_sweep_in_the_same_directory_is_refused(start_sweep, tmp_path):
     start_sweep({"a": SAVES}, ready=["a"])
-    with pytest.raises(UserError, match="another sweep is at work in it"):
+    with pytest.raises(UserError, match="another sweep runs in it"):
         start({"a": DONE}, tmp_path)
 
 

@@ -1,6 +1,6 @@
-"""A whole DiT in float64 NumPy, as plain as it can be written. It uses nothing of ecdit but the values of a config.
+"""Computes a whole DiT in plain float64 NumPy. It uses nothing of ecdit but the values of a config.
 
-Covered: blocks with dense FFNs or expert choice, and every option but renormalized gates.
+It covers blocks with dense FFNs or expert choice, and every option except renormalized gates.
 
 Axes: B batch, N tokens of an image, M kept tokens, L text tokens, d width, H heads, K key-value heads, k head width,
 G groups, S tokens of a group, E experts.

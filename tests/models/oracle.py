@@ -1,4 +1,4 @@
-"""A mixture of experts in float64 NumPy, slot by slot, with its backward pass written by hand.
+"""Computes a mixture of experts in float64 NumPy, slot by slot, with its backward pass written by hand.
 
 Axes: G groups, S tokens of a group, E experts, d width, f hidden width.
 """

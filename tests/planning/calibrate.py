@@ -1,6 +1,6 @@
-"""Puts the calibrator through the estimate of plans: `python -m tests.planning.calibrate`, ten minutes on two cores.
+"""Estimates the calibrator's step like a plan: `python -m tests.planning.calibrate`, ten minutes on two cores.
 
-Prints what the estimate makes of the language model of decoder.py on a v5p-128, of which a measurement is published.
+It prints the estimate for the language model of decoder.py on a v5p-128, for which a measurement is published.
 """
 
 from ecdit.planning.compiler import find_target, make_torus, target_devices, use_compiler

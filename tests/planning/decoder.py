@@ -1,14 +1,14 @@
-"""The calibrator of the step-time estimate: a dense language model whose speed on a v5p-128 is published, as one step.
+"""Defines the calibrator of the step-time estimate, a dense language model with a published speed on a v5p-128.
 
 AI-Hypercomputer/maxtext publishes how it trains 32 B parameters on the 64 chips of a v5p-128, in
 MaxText/configs/v5p/32b.sh (global_parameter_scale 32, which is the shape below; remat "minimal"), and that it measures
-328 TFLOP/s a chip, 71.47 % of peak, in MaxText/configs/v5p/README.md. Here is that step in plain JAX, to be compiled
-for the same slice and put through the same estimate as the product's steps. What differs:
+328 TFLOP/s per chip, 71.47 % of peak, in MaxText/configs/v5p/README.md. This file has that step in plain JAX, to be
+compiled for the same slice and estimated like the product's steps. It differs as follows:
 
-- Attention is plain where theirs is a Pallas kernel, whose time no compiler estimates.
-- All 64 chips hold a shard of each weight and a part of the batch. Theirs split every layer over 4 chips
+- Attention is plain. MaxText's is a Pallas kernel, whose time no compiler estimates.
+- All 64 chips hold a shard of each weight and a part of the batch. MaxText splits every layer over 4 chips
   (ici_tensor_parallelism=4) and the weights over 16.
-- 4 sequences a chip, which is what fits beside the attention's scores, where theirs were 8, later 7 and 6.
+- Each chip has 4 sequences, which fit beside the attention's scores. MaxText had 8, later 7 and 6.
 
 Gathers and reductions are written out, in shard_map, each over a part of the slice: the rows of every matrix are
 sharded over 16 chips and the columns over 4. Over all chips of a v5p slice at once the TPU compiler has no

@@ -1,6 +1,6 @@
-"""cuDNN's attention by its other implementation, which needs no GPU: the same as the plain one, also on shards.
+"""Tests that cuDNN's attention, by its implementation without a GPU, equals the plain one, also on shards.
 
-What the kernel itself computes, `python -m tests.benchmarks.accelerator --rows=attention` compares on a GPU.
+`python -m tests.benchmarks.accelerator --rows=attention` compares the kernel itself on a GPU.
 """
 
 import functools

@@ -1,6 +1,6 @@
-"""The experts' tuned products on one device, and the sums of their gradients on several.
+"""Tests the experts' tuned products on one device, and the sums of their gradients on several.
 
-On meshes, tests/models/test_partitioning.py compares whole models that are tuned with plain ones.
+tests/models/test_partitioning.py compares whole tuned models with plain ones on meshes.
 """
 
 import jax

@@ -1,6 +1,6 @@
-"""The fused attention: the same as the plain one with and without its kernels, on shards, and compiled for TPUs.
+"""Tests that fused attention equals the plain one with and without its kernels, on shards, and compiles for TPUs.
 
-Models with it are compared with plain ones by tests/models/test_partitioning.py.
+tests/models/test_partitioning.py compares models with it with plain ones.
 """
 
 import functools
