@@ -14,10 +14,10 @@ from absl import flags
 from ecdit.command_line import run_command
 from ecdit.errors import UserError
 from ecdit.files import check_writable, is_remote
-from ecdit.runs.exported import check_exported
+from ecdit.runs.exported import check_exported, open_exported
 from ecdit.runs.kept_tokenizer import open_tokenizer
 from ecdit.runs.sample_folder import describe_source, draw_folder
-from ecdit.runs.trained_run import Run, sample_run, saved_experiment
+from ecdit.runs.trained_run import Run, open_run, sample_run, saved_experiment
 from ecdit.sampling.grids import write_png
 from ecdit.sampling.image_folder import check_folder
 from ecdit.sampling.layouts import REPEATS, Planned, plan_images, write_after, write_before
