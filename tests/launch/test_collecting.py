@@ -138,7 +138,9 @@ def test_runs_that_are_not_what_the_sweep_says_are_left_out_and_listed(tmp_path,
     left_out = [(point, why) for point, why in zip(points, expected, strict=True) if why]
     assert all(f"- {point.name}: {why}\n" in text for point, why in left_out)
     assert "no points of the sweep: stranger." in text
-    with pytest.raises(UserError, match="no point of this sweep has been run there\n  width-64-dense: its config is"):
+    with pytest.raises(
+        UserError, match="no point of this sweep has been run there\n  width-64-dense: its config differs"
+    ):
         collect(points[1:2], tmp_path, share=0.2)
 
 
