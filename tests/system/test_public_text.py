@@ -213,7 +213,7 @@ def test_prepared_states_are_those_of_online_encoding(folders, grey, stored, tol
     prepare_column(prepared.data, column, 1, QUIET, column.constants)
     check_text(open_prepared(prepared.data), column.made_by)
     other = dataclasses.replace(column, config=dataclasses.replace(column.config, clip_states="penultimate"))
-    with pytest.raises(DataError, match=f"text-{stored} was made of other tokenizer or weights"):
+    with pytest.raises(DataError, match=f"text-{stored} was made from other tokenizer or weights"):
         check_text(open_prepared(prepared.data), other.made_by)
 
     of_states, of_tokens = (next(make_loader(one.data, 0, 16, 0, range(16))) for one in (prepared, online))
