@@ -14,19 +14,23 @@ from tests.runs import tiny
 COUNT = 6  # images, in batches of four
 
 
-@pytest.fixture(scope="module")
-def found():
-    """The losses by time of a network that is wrong by 2 t, and what it was given."""
+def computed(count, about):
+    """The losses of `count` images by time, of a network that is wrong by 2 t, and what it was given."""
     experiment = tiny(mesh__data=1)
     system, mesh = KnowingSystem(experiment), make_mesh(experiment.mesh, jax.devices()[:1])
-    program = make_loss_program(system, mesh, 4, "train")
+    program = make_loss_program(system, mesh, about, "train")
     rows = {
-        "image": np.full((COUNT, 32, 32, 3), PIXEL, np.uint8),
-        "tokens": np.ones((COUNT, experiment.data.caption_length), np.int32),
-        "size_crop": np.arange(COUNT * 4, dtype=np.float32).reshape(COUNT, 4),
+        "image": np.full((count, 32, 32, 3), PIXEL, np.uint8),
+        "tokens": np.ones((count, experiment.data.caption_length), np.int32),
+        "size_crop": np.arange(count * 4, dtype=np.float32).reshape(count, 4),
     }
     losses = losses_by_time(program, system.params(error=2.0), rows)
     return losses, system.taken()
+
+
+@pytest.fixture(scope="module")
+def found():
+    return computed(COUNT, 4)
 
 
 def test_the_loss_of_a_bin_is_the_mean_over_all_images(found):
@@ -42,6 +46,11 @@ def test_the_loss_of_a_bin_is_the_mean_over_all_images(found):
         assert sorted(times) == list(range(COUNT)), "each image meets each bin"
         assert all(len(set(seen)) == 1 for seen in times.values()), "at one time"
         np.testing.assert_allclose(losses[bin_], np.mean([(2 * seen[0]) ** 2 for seen in times.values()]), rtol=1e-4)
+
+
+def test_the_loss_does_not_depend_on_the_batch():
+    """Of 24 images two or three meet a bin at once."""
+    np.testing.assert_allclose(computed(24, 24)[0], computed(24, 5)[0], rtol=1e-5)
 
 
 def test_images_of_a_batch_are_at_different_times(found):
