@@ -82,7 +82,7 @@ def test_a_dry_run_on_tpu_vms_writes_the_script(outside, tmp_path):
     done = launch("tpu", *REQUEST, *flags, "--dry-run", f"--out={out}", env=environment)
     assert (done.returncode, done.stderr) == (0, "")
     assert subprocess.run(["bash", "-n", out]).returncode == 0
-    assert "--config.checkpoint.every=500 --config.mesh.slices=2\n" in done.stdout
+    assert "--config.checkpoint.every=500 --config.mesh.slices=2 --config.text.frozen_random_ok=True\n" in done.stdout
     assert "--zone=us-east5-a" in out.read_text()
     assert notes(outside) == []
 
