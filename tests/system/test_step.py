@@ -362,7 +362,7 @@ def test_kept_tokens_are_a_uniform_sorted_subset():
         ({"mesh__data": 8, "model__group": "32"}, "model.group", "2 images x 8 tokens"),
         ({"mesh__data": 8, "sampling__batch_size": 12}, "sampling.batch_size", "8 parts"),
         ({"mesh__data": 8, "model__sampling_group": "64"}, "model.sampling_group", "2 images x 16"),
-        ({"mesh__fsdp": 4, "model__expert_products": "halves"}, "model.expert_products", "and here it is 4"),
+        ({"mesh__fsdp": 4, "model__expert_products": "halves"}, "model.expert_products", "mesh.fsdp = 2, not 4"),
     ],
 )
 def test_what_does_not_divide_is_refused_with_its_numbers(overrides, key, said):
