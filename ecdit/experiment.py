@@ -12,6 +12,7 @@ from ecdit.checkpoints.config import CheckpointConfig
 from ecdit.components import DenoiserConfig
 from ecdit.config import RESUME, ConfigError, build, changeable, require, to_dict
 from ecdit.data.config import DataConfig
+from ecdit.data.latents import LatentsColumn
 from ecdit.data.registry import module_sha256
 from ecdit.data.text_states import TextColumn
 from ecdit.data.tokenizer import PiecesFile, part_tokenizer
@@ -22,7 +23,10 @@ from ecdit.encoders.text_tower import TextConfig
 from ecdit.evaluation.config import EvaluationConfig
 from ecdit.files import is_remote
 from ecdit.partitioning import MeshConfig, batch_shards
+from ecdit.pretrained.clip_text import ClipTextConfig
+from ecdit.pretrained.config_json import WeightsError
 from ecdit.pretrained.text_encoders import read_encoders
+from ecdit.pretrained.tokenizers import ClipTokenizer
 from ecdit.runtime import RuntimeConfig
 from ecdit.sampling.sampler import SamplingConfig, check_sampling
 from ecdit.system import SystemConfig, denoiser_class, make_system, user_files
@@ -152,6 +156,10 @@ class Experiment:
         data = {self.data.module: module_sha256(self.data)} if self.data.module else {}
         return user_files(self.denoiser) | data
 
+    def latents_column(self) -> LatentsColumn:
+        """Returns what makes the latents that runs with vae.encode "prepared" read."""
+        return LatentsColumn(self.data.latents, Path(self.vae.weights), self.vae.dtype, self.data.image_size)
+
     def text_column(self) -> TextColumn:
         """Returns what makes the states that runs with text.encode "prepared" read, once there is a tokenizer."""
         data = self.data
@@ -226,6 +234,10 @@ def check_tokenizers(experiment: Experiment) -> None:
         tokenizer = part_tokenizer(Path(folder))
         assert not isinstance(tokenizer, PiecesFile)  # as it is a folder
         tokenizer.check_fits(encoder.config.vocab_size)
+        # T5's ids are rows of CLIP's larger embedding too.
+        if isinstance(tokenizer, ClipTokenizer) != isinstance(encoder.config, ClipTextConfig):
+            kinds = [name for name in ("Clip", "T5") if type(tokenizer).__name__.startswith(name)]
+            raise WeightsError(f"{folder}: its tokenizer is {kinds[0]}'s, and {encoder.folder} is another encoder")
 
 
 def check_mesh(experiment: Experiment, mesh: Mesh | AbstractMesh) -> None:

@@ -39,8 +39,8 @@ VERIFY = flags.DEFINE_bool("verify", False, "Read all prepared data again and co
 WHAT = flags.DEFINE_enum(
     "what",
     "captions",
-    ["captions", "latents"],
-    "captions: records and tokens; latents: those and the column data.latents.",
+    ["captions", "latents", "text"],
+    "captions: records and tokens; latents, text: those and the column data.latents or data.text_states.",
 )
 VOCABULARY = flags.DEFINE_string(
     "vocabulary", None, "Prepare only the records and the tokenizer, and copy the tokenizer to this .model file."
@@ -81,7 +81,8 @@ def fill_columns(experiment: Experiment, what: str) -> None:
         prepare_column(config, column, workers, print, column.constants)
     else:
         prepare_captions(config, workers, print)
-    wanted = {"text": config.text_states, "latents": config.latents if experiment.autoencoder == "vae" else ""}
+    made = experiment.autoencoder == "vae" and experiment.system.reads_latents
+    wanted = {"text": config.text_states, "latents": config.latents if made else ""}
     names = [component.task for component in read_composition(config).components if not component.generated]
     folders = [task_directory(config, name) for name in names]
     left = [
@@ -106,7 +107,7 @@ def latents_column(experiment: Experiment) -> LatentsColumn:
     name, vae = experiment.autoencoder, experiment.vae
     require(name == "vae", "autoencoder", name, 'must be "vae" for --what=latents')
     require(vae.encode == "prepared", "vae.encode", vae.encode, 'must be "prepared" for --what=latents')
-    return LatentsColumn(experiment.data.latents, Path(vae.weights), vae.dtype, experiment.data.image_size)
+    return experiment.latents_column()
 
 
 if __name__ == "__main__":

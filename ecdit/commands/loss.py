@@ -44,9 +44,10 @@ def loss(workdir: Path, step: int | None, images: int, split: Split, about: int)
       DataError: the run's data has no such record.
     """
     start = time.monotonic()
-    run = open_run(workdir, step=step, draw=False)
+    run = open_run(workdir, step=step, draw=False, load=True)
     rows = fixed_rows(open_prepared(run.experiment.data), images, split)
     raw, _ = restore_ema(workdir, run.system, run.mesh, run.step, part="params")
+    raw |= run.system.loaded(run.params)
     found = []
     for mode in modes(run.system):
         program = make_loss_program(run.system, run.mesh, about, mode)
@@ -57,7 +58,7 @@ def loss(workdir: Path, step: int | None, images: int, split: Split, about: int)
     result = {
         "step": run.step,
         "split": split,
-        "images": len(rows["tokens"]),
+        "images": len(rows["size_crop"]),
         "time_bins": BINS,
         "seed": SEED,
         "losses": found,

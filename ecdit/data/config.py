@@ -41,8 +41,8 @@ class DataConfig:
     captions: Mapping[str, Any] = field(metadata=PHASE)
     # A SentencePiece .model file; or the folder of a public text encoder's tokenizer, CLIP's or T5's; "" for one of
     # vocab_size pieces that is trained on the captions.
-    tokenizer: str
-    second_tokenizer: str  # the folder of that of a second text encoder; "" for none
+    tokenizer: str = field(metadata=RESUME)  # the same one at another place: its hash must stay
+    second_tokenizer: str = field(metadata=RESUME)  # the folder of that of a second text encoder; "" for none
     vocab_size: int  # pieces at most; a folder's tokenizer has those of its encoder
     caption_length: int  # tokens, EOS and padding included
     latent_channels: int  # channels of stored latents (one position per 8 x 8 px); 0 reads images instead

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -44,8 +45,8 @@ class LatentsColumn:
 
     @property
     def made_by(self) -> str:
-        """The fingerprint of the autoencoder's weights."""
-        return fingerprint_once(self.folder)
+        """The sha256 of the weights' fingerprint and the dtype that they compute in."""
+        return hashlib.sha256(f"{fingerprint_once(self.folder)} {self.dtype}".encode()).hexdigest()
 
     def values(self, records: Iterable[Record]) -> Iterator[tuple[bytes, Mapping[str, int]]]:
         """Yields each record's latents. Uses all devices of this process.

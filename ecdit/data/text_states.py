@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from ecdit.components import TextStates
 from ecdit.data import DataError
 from ecdit.data.record import Record, pack
-from ecdit.data.tokenizer import load_tokenizer, tokenizer_sha256
+from ecdit.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_sha256
 from ecdit.encoders.text_tower import TextConfig
 from ecdit.partitioning import MeshConfig, batch_sharding, make_mesh
 from ecdit.pretrained.text_encoders import load_text, make_text_encoder
@@ -60,7 +60,7 @@ class TextColumn:
         """The sha256 of the weights' fingerprints, the tokenizer and all that the states depend on."""
         config = self.config
         folders = [fingerprint_once(folder) for folder in config.folders]
-        settings = [config.clip_states, config.clip_projection, self.length, self.stored]
+        settings = [config.clip_states, config.clip_projection, config.dtype, self.length, self.stored]
         return hashlib.sha256(json.dumps([folders, tokenizer_sha256(self.tokenizer), settings]).encode()).hexdigest()
 
     def values(self, records: Iterable[Record]) -> Iterator[tuple[bytes, Mapping[str, int]]]:
@@ -69,21 +69,20 @@ class TextColumn:
         Raises:
           DataError: states that are not finite.
         """
-        rest = iter(records)
+        rest, tokenizer = iter(records), load_tokenizer(self.tokenizer)
         while batch := list(itertools.islice(rest, _BATCH * jax.local_device_count())):
             captions = [text for record in batch for text in record.captions.values()]
-            encoded = self._encoded(captions)
+            encoded = self._encoded(captions, tokenizer)
             for record in batch:
                 yield pack({field: next(encoded) for field in record.captions}), {}
 
     def constants(self) -> dict[str, bytes]:
         """Returns the file with the states of the empty caption, which training puts in a caption's place."""
-        return {EMPTY: pack(next(self._encoded([""])))}
+        return {EMPTY: pack(next(self._encoded([""], load_tokenizer(self.tokenizer))))}
 
-    def _encoded(self, captions: list[str]) -> Iterator[dict[str, Any]]:
+    def _encoded(self, captions: list[str], tokenizer: Tokenizer) -> Iterator[dict[str, Any]]:
         """Yields captions as they are stored."""
         size, encode = _BATCH * jax.local_device_count(), _encoder(self.config, self.length)
-        tokenizer = load_tokenizer(self.tokenizer)
         for start in range(0, len(captions), size):
             some = captions[start : start + size]
             filled = [*some, *[""] * (size - len(some))]  # one shape, so one compilation

@@ -4,6 +4,7 @@ A caption's ids are those of each part in turn, and each part's end with its end
 true length in one array, and told apart again.
 """
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -90,6 +91,22 @@ class Tokenizer:
         """Returns the ids of captions, each as `fit` gives them."""
         rows = [self.fit(self.encode(caption), length) for caption in captions]
         return np.array(rows, np.int32).reshape(len(captions), length * len(self.parts))
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptTokens:
+    """Encodes prompts as captions of training were, padded or cut to the caption length."""
+
+    tokenizer: Tokenizer
+    length: int  # tokens of a caption, for each text encoder
+
+    def __call__(self, prompts: Sequence[str]) -> Int[np.ndarray, "n L"]:
+        """Returns the ids of prompts."""
+        return self.tokenizer.tokenize(prompts, self.length)
+
+    def is_cut(self, prompt: str) -> bool:
+        """Returns whether a text encoder sees only a part of the prompt."""
+        return any(len(part.rows([prompt])[0]) > self.length for part in self.tokenizer.parts)
 
 
 def load_tokenizer(path: Path) -> Tokenizer:

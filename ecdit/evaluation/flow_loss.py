@@ -23,12 +23,13 @@ from ecdit.components import Denoiser, Mode
 from ecdit.data import DataError
 from ecdit.data.generated import Split
 from ecdit.data.loader import augmented, row_reader
-from ecdit.data.prepared import Prepared
+from ecdit.data.prepared import Prepared, empty_caption
 from ecdit.data.tokenizer import load_tokenizer
 from ecdit.diffusion.flow import SAMPLE_KEY_IMPL, interpolate, velocity_target
 from ecdit.encoders.autoencoder import to_unit
 from ecdit.partitioning import batch_sharding, batch_shards, replicated
 from ecdit.system import Params, System
+from ecdit.training.step import text_states
 
 BINS = 10  # of time, equally wide
 SEED = 0x1055  # of noise and times
@@ -57,7 +58,8 @@ def fixed_rows(prepared: Prepared, count: int, split: Split = "held_out") -> Row
     if not count:
         raise DataError(f"the data has no record in the split {split}: see data.prepare.held_out")
     plain = dataclasses.replace(prepared.config, caption_dropout=0.0, flip_probability=0.0, crop_padding=0)
-    read = augmented(plain, 0, row_reader(prepared, 0, split), load_tokenizer(prepared.tokenizer))
+    empty = empty_caption(prepared) if plain.text_states else None
+    read = augmented(plain, 0, row_reader(prepared, 0, split), load_tokenizer(prepared.tokenizer), empty)
     rows = [read(i) for i in range(count)]
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
@@ -84,12 +86,13 @@ def make_loss_program(system: System, mesh: Mesh, about: int, mode: Mode = "samp
             return jax.random.split(key, 3)
 
         noise_keys, time_keys, autoencoder_keys = jnp.moveaxis(jax.vmap(keys_of)(images, bins), 1, 0)
-        content = to_unit(batch["image"]) if system.config.has_images else batch["latents"].astype(jnp.float32)
+        content = batch["latents"].astype(jnp.float32) if system.config.reads_latents else to_unit(batch["image"])
         latents = model.autoencoder.encode(content, autoencoder_keys)
         noise = jax.vmap(lambda key: jax.random.normal(key, latents.shape[1:], jnp.float32))(noise_keys)
         time = (bins + jax.vmap(lambda key: jax.random.uniform(key, (), jnp.float32))(time_keys)) / BINS
         noisy = interpolate(latents, noise, time)
-        found = model.denoiser(noisy, time, model.text(batch["tokens"]), batch["size_crop"], None, mode)
+        text = text_states(model.text, batch, system.config.text.dtype)
+        found = model.denoiser(noisy, time, text, batch["size_crop"], None, mode)
         error = found.velocity.astype(jnp.float32) - velocity_target(latents, noise)
         return jnp.mean(jnp.square(error), axis=(1, 2, 3))
 
@@ -109,7 +112,7 @@ def batch_size(denoiser: Denoiser, mesh: Mesh, about: int, mode: Mode) -> int:
 
 def losses_by_time(program: LossProgram, params: Params, rows: Rows) -> Float64[np.ndarray, " bins"]:
     """Returns the mean loss over all images in each bin of time. Collective: all processes get the same."""
-    count, size = len(rows["tokens"]), program.batch_size
+    count, size = len(rows["size_crop"]), program.batch_size
     sharding, totals = batch_sharding(program.mesh), np.zeros(BINS)
 
     def put(x: np.ndarray) -> Array:

@@ -176,7 +176,11 @@ def _vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
         model = read_json(folder / BOTH).get("model") or {}
         vocabulary = model.get("vocab") or {}
         pairs = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model.get("merges") or []]
-    if not vocabulary or not all(isinstance(index, int) for index in vocabulary.values()):
+    if (
+        not vocabulary
+        or not isinstance(vocabulary, dict)
+        or not all(isinstance(index, int) for index in vocabulary.values())
+    ):
         raise WeightsError(f"{folder}: the vocabulary must be an object from tokens to ids")
     strange = [pair for pair in pairs if len(pair) != 2 or "".join(pair) not in vocabulary]
     if strange:

@@ -21,10 +21,15 @@ def inputs_line(experiment: Experiment) -> str:
 
 def describe_weights(experiment: Experiment) -> str:
     """Returns where the weights of a run without checkpoints are from."""
-    trained = "frozen, never trained" if experiment.text.frozen else "trained"
-    if source := experiment.checkpoint.init_from:
-        return f"the EMA weights of {source}, text tower {'frozen' if experiment.text.frozen else 'trained'}"
-    return f"random text tower ({trained}), random denoiser"
+    source, text = experiment.checkpoint.init_from, experiment.text
+    if text.public:
+        told = f"text encoder of {' and '.join(map(str, text.folders))}"
+    elif source:
+        told = f"text tower of {source} ({'frozen' if text.frozen else 'trained'})"
+    else:
+        told = f"random text tower ({'frozen, never trained' if text.frozen else 'trained'})"
+    told += f", autoencoder of {experiment.vae.weights}" if experiment.autoencoder == "vae" else ""
+    return f"{told}, {f'denoiser of {source} (EMA)' if source else 'random denoiser'}"
 
 
 def check_placeholder(config: DataConfig, tasks: Sequence[str], hosts: int) -> None:

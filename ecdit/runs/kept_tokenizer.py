@@ -5,23 +5,17 @@ one, whose token ids mean other words: images would be wrong, and nothing would 
 export encode by this copy, and compare its hash with the one in the checkpoint.
 """
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-
-from jaxtyping import Int
-from numpy import ndarray
 
 from ecdit.checkpoints.read_errors import CheckpointError
 from ecdit.data.config import DataConfig
-from ecdit.data.tokenizer import SIDES, SPIECE, tokenizer_of
+from ecdit.data.tokenizer import SIDES, SPIECE, PromptTokens, tokenizer_of
 from ecdit.data.tokens import hash_files, tokenizer_files
 from ecdit.files import replace_bytes
 from ecdit.storage import children, make_directory, reading
 
 FOLDER = "tokenizer"
-
-Tokenize = Callable[[Sequence[str]], Int[ndarray, "n L"]]
 
 
 def keep_tokenizer(files: Mapping[str, bytes], workdir: Path) -> None:
@@ -31,8 +25,11 @@ def keep_tokenizer(files: Mapping[str, bytes], workdir: Path) -> None:
       UserError: one cannot be written.
     """
     folder = workdir / FOLDER
-    if kept_files(workdir) == files:
+    kept = kept_files(workdir)
+    if kept == files:
         return
+    for name in kept.keys() - files.keys():  # of a start with another tokenizer, which no checkpoint knows
+        (folder / name).unlink(missing_ok=True)
     for name, data in files.items():
         make_directory((folder / name).parent)
         replace_bytes(folder / name, data)
@@ -49,15 +46,14 @@ def kept_files(workdir: Path) -> dict[str, bytes]:
         return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(files)}
 
 
-def open_tokenizer(workdir: Path, config: DataConfig) -> Tokenize:
+def open_tokenizer(workdir: Path, config: DataConfig) -> PromptTokens:
     """Returns a function that encodes prompts as the captions of a run's training were. Raises as `find_tokenizer`."""
     return encoder(find_tokenizer(workdir, config), config)
 
 
-def encoder(files: Mapping[str, bytes], config: DataConfig) -> Tokenize:
+def encoder(files: Mapping[str, bytes], config: DataConfig) -> PromptTokens:
     """Returns a function that encodes prompts by a tokenizer's files, padded to the caption length."""
-    tokenizer = tokenizer_of(files, bool(config.tokenizer_folders))
-    return functools.partial(tokenizer.tokenize, length=config.caption_length)
+    return PromptTokens(tokenizer_of(files, bool(config.tokenizer_folders)), config.caption_length)
 
 
 def find_tokenizer(workdir: Path, config: DataConfig, vocabulary: str | None = None) -> dict[str, bytes]:

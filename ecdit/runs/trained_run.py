@@ -15,12 +15,13 @@ import ecdit
 from ecdit import runtime
 from ecdit.checkpoints.restore import CheckpointError, find_step, open_reader, read_meta, restore_ema
 from ecdit.config import ConfigError, require
+from ecdit.data.tokenizer import PromptTokens
 from ecdit.evaluation.run_scores import image_groups
 from ecdit.experiment import Experiment, make_experiment
 from ecdit.interop.weights import read_metadata
 from ecdit.partitioning import MeshConfig, ShardingError, abstract_mesh, make_mesh
 from ecdit.pretrained.config_json import WeightsError
-from ecdit.runs.kept_tokenizer import Tokenize, encoder, find_tokenizer
+from ecdit.runs.kept_tokenizer import encoder, find_tokenizer
 from ecdit.sampling.sampler import SamplingConfig, check_sampling, make_sampler, sample_images
 from ecdit.storage import reading
 from ecdit.system import Params, System, make_system, user_files
@@ -44,13 +45,18 @@ class Run:
     tokenizer: Mapping[str, bytes]  # its files, by name
 
     @property
-    def tokenize(self) -> Tokenize:
+    def tokenize(self) -> PromptTokens:
         """Encodes prompts by that tokenizer."""
         return encoder(self.tokenizer, self.experiment.data)
 
 
 def open_run(
-    workdir: Path, overrides: Sequence[str] = (), step: int | None = None, draw: bool = True, join: bool = False
+    workdir: Path,
+    overrides: Sequence[str] = (),
+    step: int | None = None,
+    draw: bool = True,
+    join: bool = False,
+    load: bool = False,
 ) -> Run:
     """Opens a checkpoint's EMA weights on the devices that are present, which need not be those of the training.
 
@@ -60,6 +66,7 @@ def open_run(
       step: of the checkpoint; None for the newest.
       draw: whether to sample; False to get the weights alone.
       join: whether to join the other hosts of a pod, as the run did if its config says so.
+      load: whether to load public weights also where nothing is drawn.
 
     Raises:
       CheckpointError: no run, no such checkpoint, or another tokenizer than that of the training.
@@ -73,7 +80,7 @@ def open_run(
     check_files(workdir, meta.config.get("files", {}), user_files(experiment.denoiser))
     tokenizer = find_tokenizer(workdir, experiment.data, meta.vocabulary)
     params, step = restore_ema(workdir, system, mesh, step)
-    if draw:
+    if draw or load:
         check_weights(workdir, meta.config.get("weights", {}), experiment.fingerprints())
         params |= system.load(mesh)
     if experiment.phases:  # all have the same parameters
@@ -147,13 +154,7 @@ def saved_experiment(workdir: Path, overrides: Sequence[str] = ()) -> Experiment
         raise CheckpointError(f"{workdir} is no run's workdir: {error}") from None
     if not isinstance(values, dict):
         raise CheckpointError(f"{workdir} is no run's workdir: its {CONFIG_FILE} is no config")
-    try:
-        make_experiment(values)
-    except ConfigError as error:
-        raise CheckpointError(
-            f"{workdir / CONFIG_FILE}, which ecdit {_version(workdir)} wrote, is no config of ecdit "
-            f"{ecdit.__version__}: {error}"
-        ) from None
+    changed = set()
     for override in overrides:
         key, separator, text = override.partition("=")
         *groups, name = key.split(".")
@@ -163,7 +164,16 @@ def saved_experiment(workdir: Path, overrides: Sequence[str] = ()) -> Experiment
         found = bool(separator) and isinstance(group, dict) and name in group
         require(found, key, text, "no such key of the run's config; write key=value")
         group[name] = text if isinstance(group[name], str) else _json(key, text)
-    return make_experiment(values)
+        changed.add(key)
+    try:
+        return make_experiment(values)
+    except ConfigError as error:
+        if error.key in changed:
+            raise
+        raise CheckpointError(
+            f"{workdir / CONFIG_FILE}, which ecdit {_version(workdir)} wrote, is no config of ecdit "
+            f"{ecdit.__version__}: {error}"
+        ) from None
 
 
 def each_image_alone(run: Run) -> Run:

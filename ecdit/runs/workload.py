@@ -157,7 +157,7 @@ def _prepare_data(experiment: Experiment) -> list[str]:
     fingerprints = prepared_fingerprints([phase.data for phase in phases])
     for phase in phases:
         if phase.system.reads_latents and phase.system.public_autoencoder:
-            check_latents(open_prepared(phase.data), phase.fingerprints()["autoencoder"])
+            check_latents(open_prepared(phase.data), phase.latents_column().made_by)
         if phase.text.encode == "prepared":
             check_text(open_prepared(phase.data), phase.text_column().made_by)
     return fingerprints

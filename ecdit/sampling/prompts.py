@@ -1,11 +1,11 @@
 """Reads prompts, and looks at what a vocabulary leaves of them, before images are drawn."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from ecdit.data.text import EOS, PAD
+from ecdit.data.tokenizer import PromptTokens
 from ecdit.errors import UserError
 
 
@@ -35,11 +35,11 @@ def prompt_lines(file: str) -> list[str]:
     return lines
 
 
-def check_prompts(tokenize: Callable[[Sequence[str]], np.ndarray], prompts: Sequence[str]) -> list[str]:
+def check_prompts(tokenize: PromptTokens, prompts: Sequence[str]) -> list[str]:
     """Returns a warning for each prompt that is longer than the captions that the run was trained on.
 
     Args:
-      tokenize: returns int32[n, L], each row ended by EOS unless the text was cut.
+      tokenize: how the run's captions were encoded.
       prompts: the prompts.
 
     Raises:
@@ -50,7 +50,8 @@ def check_prompts(tokenize: Callable[[Sequence[str]], np.ndarray], prompts: Sequ
     for prompt, row in zip(unique, rows, strict=True):
         if np.array_equal(row, null):
             raise UserError(f"prompt {prompt!r}: the run's vocabulary has nothing of it; it would be the empty caption")
-    cut = [prompt for prompt, row in zip(unique, rows, strict=True) if row[-1] not in (PAD, EOS)]
     return [
-        f"prompt {prompt!r}: is cut after {rows.shape[1]} tokens, the rest of it counts for nothing" for prompt in cut
+        f"prompt {prompt!r}: is cut after {tokenize.length} tokens, the rest of it counts for nothing"
+        for prompt in unique
+        if tokenize.is_cut(prompt)
     ]

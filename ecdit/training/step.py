@@ -3,6 +3,7 @@
 Axes: B batch, h w c a latent's height, width and channels, H W an image's height and width.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -24,7 +25,7 @@ from ecdit.diffusion.flow import (
 from ecdit.encoders.autoencoder import to_unit
 from ecdit.partitioning import batch_sharding, constrain, replicated
 from ecdit.patches import patchify
-from ecdit.system import Params, System, SystemConfig, TextToImage, make_system
+from ecdit.system import Params, System, SystemConfig, make_system
 from ecdit.training.config import StepConfig, TrainConfig
 from ecdit.training.optimizer import make_optimizer
 from ecdit.training.state import TrainState, run_key, state_shardings
@@ -107,7 +108,7 @@ def _loss(
     latents = model.autoencoder.encode(content, keys.autoencoder)
     noise = jax.vmap(lambda key: jax.random.normal(key, latents.shape[1:], jnp.float32))(keys.noise)
     time = jax.vmap(lambda key: sample_time(key, flow))(keys.time)
-    text = _text_states(model, batch, system.config.text.dtype)
+    text = text_states(model.text, batch, system.config.text.dtype)
     noisy = interpolate(latents, noise, time)
     predicted = model.denoiser(noisy, time, text, batch["size_crop"], keys.mask, "train")
 
@@ -118,10 +119,10 @@ def _loss(
     return flow_loss + predicted.auxiliary_loss, {"flow_loss": flow_loss, **predicted.metrics}
 
 
-def _text_states(model: TextToImage, batch: Batch, dtype: str) -> TextStates:
+def text_states(encode: Callable[..., TextStates], batch: Batch, dtype: str) -> TextStates:
     """Returns the encoded captions of a batch, or those that it holds."""
     if "tokens" in batch:
-        return model.text(batch["tokens"])
+        return encode(batch["tokens"])
     return TextStates(batch["text_states"].astype(dtype), batch["text_mask"], batch["text_pooled"].astype(dtype))
 
 

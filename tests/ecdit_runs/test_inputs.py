@@ -34,7 +34,7 @@ def test_data_is_named_with_its_place_and_with_each_phase_that_changes_it():
 
 def test_another_run_s_weights_are_named():
     line = inputs_line(tiny(checkpoint__init_from="runs/a", text__frozen=True))
-    assert line.endswith("; weights at step 0: the EMA weights of runs/a, text tower frozen")
+    assert line.endswith("; weights at step 0: text tower of runs/a (frozen), denoiser of runs/a (EMA)")
 
 
 def test_random_numbers_on_several_hosts_are_refused_unless_that_is_meant():

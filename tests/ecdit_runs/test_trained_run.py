@@ -38,8 +38,6 @@ FIXED = {
     *("data.task", "data.image_size", "data.latent_channels", "data.caption_length", "data.vocab_size"),
     *(
         "data.module",
-        "data.tokenizer",
-        "data.second_tokenizer",
         "data.text_states",
         "data.latents",
         "data.captions.caption",

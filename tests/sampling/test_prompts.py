@@ -2,11 +2,11 @@
 
 import re
 
-import numpy as np
 import pytest
 
 from ecdit.config import ConfigError
 from ecdit.data.text import EOS
+from ecdit.data.tokenizer import PromptTokens, Tokenizer
 from ecdit.errors import UserError
 from ecdit.sampling.prompts import check_prompts, prompt_lines
 from tests.runs import tiny
@@ -14,19 +14,30 @@ from tests.runs import tiny
 LENGTH = 4
 
 
-def tokenize(prompts):
-    """A token for each letter a to z, none for any other character, as a vocabulary without them; four fit."""
-    rows = [[ord(letter) for letter in prompt if "a" <= letter <= "z"] + [EOS] for prompt in prompts]
-    return np.array([(row + [0] * LENGTH)[:LENGTH] for row in rows], np.int32)
+class Letters:
+    """A token for each letter a to z, none for any other character, as a vocabulary without them; `pad` fills rows."""
+
+    end = EOS
+
+    def __init__(self, pad):
+        self.pad = pad
+
+    def rows(self, captions):
+        return [[ord(letter) for letter in caption if "a" <= letter <= "z"] + [EOS] for caption in captions]
 
 
-def test_a_prompt_of_which_nothing_is_left_is_refused():
+@pytest.fixture(params=[(0,), (EOS,), (0, EOS)], ids=["t5", "clip", "both"])  # CLIP fills rows with its end
+def tokenize(request):
+    return PromptTokens(Tokenizer([Letters(pad) for pad in request.param]), LENGTH)
+
+
+def test_a_prompt_of_which_nothing_is_left_is_refused(tokenize):
     with pytest.raises(UserError, match=re.escape("prompt '??': the run's vocabulary has nothing of it")):
         check_prompts(tokenize, ["abc", "??"])
 
 
-def test_a_prompt_that_is_cut_is_warned_about_once():
-    """abc and its end fill the four places; abcd has no end."""
+def test_a_prompt_that_is_cut_is_warned_about_once(tokenize):
+    """abc and its end fill the four places; abcd has no place for its end."""
     assert check_prompts(tokenize, ["a", "abc"]) == []
     (warning,) = check_prompts(tokenize, ["abc", "abcd", "abcd"])
     assert warning.startswith("prompt 'abcd': is cut after 4 tokens")

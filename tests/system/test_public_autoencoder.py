@@ -105,12 +105,12 @@ def test_latents_of_other_weights_are_refused(vae, data, tmp_path):
     from ecdit.data.prepared import check_latents
 
     experiment = public(vae, data)
-    check_latents(open_prepared(experiment.data), experiment.fingerprints()["autoencoder"])
+    check_latents(open_prepared(experiment.data), experiment.latents_column().made_by)
     other = public(write_vae(tmp_path / "other", seed=1), data)
     with pytest.raises(
         DataError, match="latents-small was made from other tokenizer or weights: their fingerprint is "
     ):
-        check_latents(open_prepared(other.data), other.fingerprints()["autoencoder"])
+        check_latents(open_prepared(other.data), other.latents_column().made_by)
     with pytest.raises(DataError, match="latents-small was made from other tokenizer or weights"):
         prepare_column(other.data, latents_column(other), 1, QUIET)
 

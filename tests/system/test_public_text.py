@@ -176,6 +176,9 @@ def test_what_does_not_fit_is_refused(folders, tmp_path):
         make_system(public(folders["clip"], data__caption_length=77).system)
     with pytest.raises(WeightsError, match="the tokenizer has 514 tokens, the text encoder's embedding 400 rows"):
         check_tokenizers(public(folders["t5"], data__tokenizer=str(folders["clip"])))
+    # T5's ids all have a row in CLIP's embedding, so sizes do not tell.
+    with pytest.raises(WeightsError, match=r"t5: its tokenizer is T5's, and .*/clip is another encoder"):
+        check_tokenizers(public(folders["clip"], data__tokenizer=str(folders["t5"])))
 
 
 def test_a_frozen_random_tower_trains_only_where_the_config_says_so(folders):
