@@ -21,6 +21,7 @@ from ecdit.data.prepared import open_prepared, prepare, prepare_captions, prepar
 from ecdit.data.record import Record
 from ecdit.encoders.autoencoder import to_unit
 from ecdit.encoders.vae_flops import VaeSizes, vae_params
+from ecdit.evaluation.flow_loss import fixed_rows, losses_by_time, make_loss_program
 from ecdit.partitioning import MeshConfig, make_mesh
 from ecdit.planning.counts import count, report
 from ecdit.prepare import latents_column
@@ -32,7 +33,7 @@ from tests.data.example import module, png
 from tests.models.helpers import jit
 from tests.pretrained.folders import NETWORKS, tensors, write_folder
 from tests.pretrained.towers import write_vae
-from tests.runs import tiny
+from tests.runs import random_params, tiny
 
 QUIET = lambda _: None  # noqa: E731
 SIDE, LATENT, CHANNELS = 32, 4, 4
@@ -210,3 +211,16 @@ def test_a_step_runs_the_encoder_only_where_it_is_online(vae, data, encode):
     assert ("stablehlo.convolution" in text) == (encode == "online")
     assert jax.tree.leaves(state.loaded["autoencoder"])
     assert "autoencoder" not in {**state.params, **state.frozen}
+
+
+def test_the_held_out_loss_of_prepared_latents_is_that_of_online_encoding(vae, data):
+    mesh = make_mesh(MeshConfig(1, -1, 1, 1, 1))
+    found = []
+    for encode in ("online", "prepared"):
+        one = public(vae, data, encode)
+        system = make_system(one.system)
+        rows = fixed_rows(open_prepared(one.data), 8, "train")
+        assert ("latents" in rows) == (encode == "prepared")
+        params = {**system.drawn(random_params(system)), **system.load(mesh)}
+        found.append(losses_by_time(make_loss_program(system, mesh, 8), params, rows))
+    np.testing.assert_allclose(found[1], found[0], rtol=0.02)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import subprocess
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from ecdit.data.text_states import restore as restore_row
 from ecdit.data.text_states import store
 from ecdit.data.tokenizer import load_tokenizer
 from ecdit.data.tokens import tokenizer_path
+from ecdit.evaluation.flow_loss import fixed_rows, losses_by_time, make_loss_program
 from ecdit.experiment import check_tokenizers, check_trainable, make_experiment
 from ecdit.partitioning import MeshConfig, make_mesh
 from ecdit.pretrained.config_json import WeightsError
@@ -33,7 +35,7 @@ from ecdit.training.step import abstract_batch
 from tests.data.example import module
 from tests.models.helpers import jit
 from tests.pretrained.towers import CAPTIONS, CLIP_TOKENS, write_clip, write_t5
-from tests.runs import tiny, tiny_values
+from tests.runs import ROOT, command, random_params, tiny, tiny_values
 
 LENGTH = 12
 QUIET = lambda _: None  # noqa: E731
@@ -259,3 +261,28 @@ def test_a_state_is_stored_at_its_true_length():
     found = restore_row(stored, 2)
     assert found.mask.tolist() == mask.tolist()
     np.testing.assert_allclose(np.float32(found.states), [[3, -0.992], [0, 0], [0.5, 0.252], [0, 0]], rtol=4e-3)
+
+
+def test_prepare_takes_what_text_and_says_which_config_it_is_for(cpu_env):
+    flags = [f"--config={ROOT}/configs/emoji.py", "--what=text"]
+    done = subprocess.run(command("prepare", *flags), capture_output=True, text=True, env=cpu_env())
+    assert done.returncode == 2
+    assert done.stderr == "error: config.text.encode = 'online': must be \"prepared\" for --what=text\n"
+
+
+def test_the_held_out_loss_of_prepared_states_is_that_of_online_encoding(folders, grey):
+    named = {"text__encode": "prepared", "text__stored": "bfloat16", "data__text_states": "bfloat16"}
+    online, prepared = (public(folders["clip"], folders["t5"], **{**grey, **more}) for more in ({}, named))
+    prepare_captions(prepared.data, 1, QUIET)
+    column = prepared.text_column()
+    prepare_column(prepared.data, column, 1, QUIET, column.constants)
+    mesh = make_mesh(MeshConfig(1, -1, 1, 1, 1))
+    params = random_params(make_system(online.system))
+    found = []
+    for one in (online, prepared):
+        system = make_system(one.system)
+        whole = {**system.drawn(params), **system.load(mesh)}
+        rows = fixed_rows(open_prepared(one.data), 8, "train")
+        found.append(losses_by_time(make_loss_program(system, mesh, 8), whole, rows))
+    np.testing.assert_allclose(found[1], found[0], rtol=0.02)
+    assert (found[1] != found[0]).any()  # states were rounded
