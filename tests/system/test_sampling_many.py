@@ -11,6 +11,7 @@ import pytest
 
 from ecdit.config import to_dict
 from ecdit.data.prepared import tokenize_captions
+from ecdit.data.tokens import hash_files, tokenizer_files
 from ecdit.partitioning import make_mesh
 from ecdit.sampling.many import draw_images, make_programs
 from ecdit.sampling.sampler import make_sampler, sample_images
@@ -101,7 +102,8 @@ def workdir(tmp_path_factory, emoji_data):
     workdir.mkdir()
     experiment = tiny(data__directory=str(emoji_data))
     (workdir / "config.json").write_text(json.dumps(to_dict(experiment)))
-    save_ema(workdir, random_params(make_system(experiment.system)), config=to_dict(experiment))
+    vocabulary = hash_files(tokenizer_files(experiment.data))
+    save_ema(workdir, random_params(make_system(experiment.system)), config=to_dict(experiment), vocabulary=vocabulary)
     return workdir
 
 
@@ -147,7 +149,7 @@ def test_the_manifest_says_all_that_an_image_follows_from(whole, workdir):
     manifest = json.loads((whole / "manifest.json").read_text())
     assert manifest["finished"] is True
     assert manifest["images"][3] == {"file": "00001/samples/0001.png", "prompt": "a red heart", "repeat": 1}
-    assert {"checkpoint", "model", "files", "seed", "sampling", "group", "tokenizer", "format", "set"} <= set(manifest)
+    assert {"checkpoint", "model", "files", "seed", "sampling", "group", "vocabulary", "format", "set"} <= set(manifest)
     (machine,) = manifest["machines"]
     assert (machine["platform"], machine["devices"], machine["images_a_device"]) == ("cpu", 1, 2)
     assert "jax" in machine["versions"]
