@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from jax.sharding import AbstractMesh, Mesh
 
@@ -12,11 +12,7 @@ from ecdit.checkpoints.config import CheckpointConfig
 from ecdit.components import DenoiserConfig
 from ecdit.config import RESUME, ConfigError, build, changeable, require, to_dict
 from ecdit.data.config import DataConfig
-from ecdit.data.latents import LatentsColumn
 from ecdit.data.registry import module_sha256
-from ecdit.data.text_states import TextColumn
-from ecdit.data.tokenizer import PiecesFile, part_tokenizer
-from ecdit.data.tokens import tokenizer_path
 from ecdit.diffusion.flow import FlowConfig
 from ecdit.encoders.autoencoder import VaeConfig
 from ecdit.encoders.text_tower import TextConfig
@@ -26,12 +22,15 @@ from ecdit.partitioning import MeshConfig, batch_shards
 from ecdit.pretrained.clip_text import ClipTextConfig
 from ecdit.pretrained.config_json import WeightsError
 from ecdit.pretrained.text_encoders import read_encoders
-from ecdit.pretrained.tokenizers import ClipTokenizer
 from ecdit.runtime import RuntimeConfig
 from ecdit.sampling.sampler import SamplingConfig, check_sampling
 from ecdit.system import SystemConfig, denoiser_class, make_system, user_files
 from ecdit.training.config import StepConfig, TrainConfig
 from ecdit.training.optimizer import OptimizerConfig
+
+if TYPE_CHECKING:
+    from ecdit.data.latents import LatentsColumn
+    from ecdit.data.text_states import TextColumn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,12 +155,17 @@ class Experiment:
         data = {self.data.module: module_sha256(self.data)} if self.data.module else {}
         return user_files(self.denoiser) | data
 
-    def latents_column(self) -> LatentsColumn:
+    def latents_column(self) -> "LatentsColumn":
         """Returns what makes the latents that runs with vae.encode "prepared" read."""
+        from ecdit.data.latents import LatentsColumn  # imports Pillow, which a step does not need
+
         return LatentsColumn(self.data.latents, Path(self.vae.weights), self.vae.dtype, self.data.image_size)
 
-    def text_column(self) -> TextColumn:
+    def text_column(self) -> "TextColumn":
         """Returns what makes the states that runs with text.encode "prepared" read, once there is a tokenizer."""
+        from ecdit.data.text_states import TextColumn
+        from ecdit.data.tokens import tokenizer_path  # imports Grain, which a step does not need
+
         data = self.data
         place, stored = tokenizer_path(data), self.text.stored
         return TextColumn(data.text_states, self.text, place, data.caption_length, stored)
@@ -229,6 +233,9 @@ def check_trainable(experiment: Experiment) -> None:
 
 def check_tokenizers(experiment: Experiment) -> None:
     """Raises WeightsError unless every public text encoder has an embedding of its tokenizer's tokens."""
+    from ecdit.data.tokenizer import PiecesFile, part_tokenizer
+    from ecdit.pretrained.tokenizers import ClipTokenizer
+
     encoders = read_encoders(experiment.text)
     for folder, encoder in zip(experiment.data.tokenizer_folders, encoders, strict=True):
         tokenizer = part_tokenizer(Path(folder))

@@ -6,7 +6,6 @@ from typing import Any, ClassVar
 
 import ml_dtypes
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from ecdit.pretrained.config_json import WeightsError, read_json
 
@@ -125,6 +124,8 @@ def _indexed(path: Path) -> Iterator[Path]:
 
 
 def _open(path: Path) -> Any:
+    from safetensors import SafetensorError, safe_open  # here: a run without public weights needs none of it
+
     try:
         return safe_open(path, framework="numpy")
     except (SafetensorError, OSError) as error:
