@@ -156,17 +156,29 @@ class Experiment:
         return user_files(self.denoiser) | data
 
     def latents_column(self) -> "LatentsColumn":
-        """Returns what makes the latents that runs with vae.encode "prepared" read."""
+        """Returns what makes the latents that runs with vae.encode "prepared" read.
+
+        Raises:
+          ConfigError: this config's runs read none, or not those of a public autoencoder.
+        """
         from ecdit.data.latents import LatentsColumn  # imports Pillow, which a step does not need
 
+        name, encode = self.autoencoder, self.vae.encode
+        require(name == "vae", "autoencoder", name, 'must be "vae" for --what=latents')
+        require(encode == "prepared", "vae.encode", encode, 'must be "prepared" for --what=latents')
         return LatentsColumn(self.data.latents, Path(self.vae.weights), self.vae.dtype, self.data.image_size)
 
     def text_column(self) -> "TextColumn":
-        """Returns what makes the states that runs with text.encode "prepared" read, once there is a tokenizer."""
+        """Returns what makes the states that runs with text.encode "prepared" read, once there is a tokenizer.
+
+        Raises:
+          ConfigError: this config's runs encode their captions.
+        """
         from ecdit.data.text_states import TextColumn
         from ecdit.data.tokens import tokenizer_path  # imports Grain, which a step does not need
 
-        data = self.data
+        data, encode = self.data, self.text.encode
+        require(encode == "prepared", "text.encode", encode, 'must be "prepared" for --what=text')
         place, stored = tokenizer_path(data), self.text.stored
         return TextColumn(data.text_states, self.text, place, data.caption_length, stored)
 

@@ -17,13 +17,12 @@ import jax
 from absl import flags
 
 from ecdit.command_line import config_values, define_config_flag, run_command
-from ecdit.config import require
 from ecdit.data.columns import column_directory
 from ecdit.data.first_look import first_look
-from ecdit.data.latents import LatentsColumn
 from ecdit.data.manifest import task_directory
 from ecdit.data.preparation import prepare_records, read_composition
 from ecdit.data.prepared import prepare, prepare_captions, prepare_column
+from ecdit.data.text_states import TextColumn
 from ecdit.data.tokens import make_tokenizer
 from ecdit.data.verification import verify
 from ecdit.experiment import Experiment, check_tokenizers, make_experiment
@@ -67,20 +66,17 @@ def main(argv: list[str]) -> None:
 
 def fill_columns(experiment: Experiment, what: str) -> None:
     """Prepares records and tokens, and what `--what` asks for; says which columns are left."""
-    # Several processes cannot share an accelerator; one uses all of its chips.
-    config, workers = experiment.data, WORKERS.value
+    config, column = experiment.data, None
     if what == "latents":
-        workers = workers if jax.default_backend() == "cpu" else 1
-        prepare_column(config, latents_column(experiment), workers, print)
+        column = experiment.latents_column()
     elif what == "text":
-        encode = experiment.text.encode
-        require(encode == "prepared", "text.encode", encode, 'must be "prepared" for --what=text')
-        prepare_captions(config, workers, print)  # the tokenizer too
-        workers = workers if jax.default_backend() == "cpu" else 1
         column = experiment.text_column()
-        prepare_column(config, column, workers, print, column.constants)
-    else:
-        prepare_captions(config, workers, print)
+    prepare_captions(config, WORKERS.value, print)
+    if column is not None:
+        # Several processes cannot share an accelerator; one uses all of its chips.
+        workers = WORKERS.value if jax.default_backend() == "cpu" else 1
+        constants = column.constants if isinstance(column, TextColumn) else dict
+        prepare_column(config, column, workers, print, constants)
     made = experiment.autoencoder == "vae" and experiment.system.reads_latents
     wanted = {"text": config.text_states, "latents": config.latents if made else ""}
     names = [component.task for component in read_composition(config).components if not component.generated]
@@ -96,18 +92,6 @@ def fill_columns(experiment: Experiment, what: str) -> None:
     else:
         prepare(config, WORKERS.value)
         print(f"the data is in {task_directory(config)}")
-
-
-def latents_column(experiment: Experiment) -> LatentsColumn:
-    """Returns what makes the latents that a config's runs read.
-
-    Raises:
-      ConfigError: its runs read none, or not those of a public autoencoder.
-    """
-    name, vae = experiment.autoencoder, experiment.vae
-    require(name == "vae", "autoencoder", name, 'must be "vae" for --what=latents')
-    require(vae.encode == "prepared", "vae.encode", vae.encode, 'must be "prepared" for --what=latents')
-    return experiment.latents_column()
 
 
 if __name__ == "__main__":

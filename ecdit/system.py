@@ -71,12 +71,7 @@ class SystemConfig:
           ConfigError: the folder is not there.
           WeightsError: it cannot be read, or is another architecture's.
         """
-        if self.autoencoder != "vae":
-            return None
-        path = Path(self.vae.weights) / CONFIG
-        named = bool(self.vae.weights) and path.is_file()
-        require(named, "vae.weights", self.vae.weights, f"there is no {path}: must be a folder of an AutoencoderKL")
-        return read_autoencoder(Path(self.vae.weights), self.vae.posterior, self.vae.dtype)
+        return _read_vae(self.vae) if self.autoencoder == "vae" else None
 
     @property
     def image_size(self) -> int:
@@ -117,6 +112,14 @@ class SystemConfig:
     def reads_latents(self) -> bool:
         """Whether the data holds means and log variances of latents in place of images."""
         return self.autoencoder == "latents" or (self.autoencoder == "vae" and self.vae.encode == "prepared")
+
+
+@functools.cache  # experiments are made anew while a run goes on, which must not need the folder then
+def _read_vae(vae: VaeConfig) -> AutoencoderConfig:
+    path = Path(vae.weights) / CONFIG
+    named = bool(vae.weights) and path.is_file()
+    require(named, "vae.weights", vae.weights, f"there is no {path}: must be a folder of an AutoencoderKL")
+    return read_autoencoder(Path(vae.weights), vae.posterior, vae.dtype)
 
 
 def denoiser_class(name: str) -> type[Denoiser]:

@@ -29,7 +29,7 @@ from ecdit.data.preparation import prepare_records, read_composition, summary
 from ecdit.data.record import Record, decode_record, unpack
 from ecdit.data.shards import ShardReader, check_shards, combined
 from ecdit.data.text_states import EMPTY
-from ecdit.data.tokenizer import load_tokenizer, tokenizer_sha256
+from ecdit.data.tokenizer import PromptTokens, load_tokenizer, tokenizer_sha256
 from ecdit.data.tokens import TokensColumn, check_size, make_tokenizer, tokenizer_path, truncated_captions
 from ecdit.encoders.autoencoder import StoredLatents
 
@@ -343,9 +343,6 @@ def check_tokenizers(all_prepared: Sequence[Prepared]) -> None:
             raise DataError(f"{prepared.tokenizer} is another tokenizer than {first}: a run cannot use both")
 
 
-def tokenize_captions(config: DataConfig, captions: Sequence[str]) -> Int[np.ndarray, "n L"]:
-    """Returns the tokens of captions by the tokenizer of prepared data, int32, padded to the caption length.
-
-    Of two tokenizers the row of the second follows that of the first.
-    """
-    return load_tokenizer(tokenizer_path(config)).tokenize(captions, config.caption_length)
+def prompt_tokens(config: DataConfig) -> PromptTokens:
+    """Returns what encodes captions by the tokenizer of prepared data."""
+    return PromptTokens(load_tokenizer(tokenizer_path(config)), config.caption_length)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Int
 
 from ecdit.data import DataError
 
@@ -51,19 +50,6 @@ def train_vocabulary(captions: Iterable[str], vocab_size: int, path: Path, words
     except RuntimeError as error:
         raise DataError(f"no vocabulary of data.vocab_size = {vocab_size} pieces for these captions: {error}") from None
     path.write_bytes(model.getvalue())
-
-
-def tokenize(tokenizer: Path, captions: Sequence[str], caption_length: int) -> Int[np.ndarray, "n L"]:
-    """Returns the captions' tokens, int32.
-
-    Each row ends in EOS, then zeros; a caption that is too long is cut before its EOS.
-
-    Raises:
-      DataError: the tokenizer does not exist.
-    """
-    encode = load_vocabulary(tokenizer).encode
-    rows = [fit([*encode(caption), EOS], caption_length) for caption in captions]
-    return np.array(rows, np.int32).reshape(len(captions), caption_length)
 
 
 def load_vocabulary(path: Path) -> "sentencepiece.SentencePieceProcessor":

@@ -69,8 +69,14 @@ class Tokenizer:
         self.parts = tuple(parts)
 
     def encode(self, caption: str) -> Int[np.ndarray, " l"]:
-        """Returns the ids of a caption at its true length."""
-        return np.concatenate([np.array(part.rows([caption])[0], np.int32) for part in self.parts])
+        """Returns the ids of a caption at its true length.
+
+        A caption can spell an end token, such as CLIP's. The encoder looks no further than the first one, and by it
+        `fit` tells the parts apart, so what follows in that part is left out.
+        """
+        rows = [part.rows([caption])[0] for part in self.parts]
+        ends = [row.index(part.end) + 1 for row, part in zip(rows, self.parts, strict=True)]
+        return np.concatenate([np.array(row[:end], np.int32) for row, end in zip(rows, ends, strict=True)])
 
     @functools.cached_property
     def empty(self) -> Int[np.ndarray, " l"]:

@@ -10,9 +10,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from ecdit.data.prepared import open_prepared, tokenize_captions
-from ecdit.data.tokenizer import PromptTokens, load_tokenizer
-from ecdit.data.tokens import tokenizer_path
+from ecdit.data.prepared import open_prepared, prompt_tokens
 from ecdit.evaluation.flow_loss import BINS, fixed_rows, losses_by_time, make_loss_program
 from ecdit.evaluation.retrieval import protocol
 from ecdit.evaluation.run_scores import image_groups, retrieval_records, score_retrieval, score_shapes, shapes_of
@@ -42,14 +40,14 @@ class Evaluator:
         config, data = experiment.evaluation, experiment.data
         system = make_system(experiment.system)
         self.config, self.data, self.sampling, self.workdir = config, data, experiment.sampling, workdir
-        self.tokenize = functools.partial(tokenize_captions, data)
+        self.tokenize = prompt_tokens(data)
         self.rows, self.prompts = None, list[str]()
         if config.loss_images:
             self.rows = fixed_rows(open_prepared(data), config.loss_images, config.split)
             self.loss_program = make_loss_program(system, mesh, experiment.sampling.batch_size)
         if config.prompts:
             self.prompts = prompt_lines(config.prompts)
-            check_prompts(PromptTokens(load_tokenizer(tokenizer_path(data)), data.caption_length), self.prompts)
+            check_prompts(self.tokenize, self.prompts)
             self.prompt_sampler = make_sampler(system, self.sampling, mesh)
         if config.score != "none":
             # What is missing is said before the first step, and not at the first evaluation.

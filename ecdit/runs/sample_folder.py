@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import Bool
 from PIL import Image
 
 import ecdit
@@ -57,8 +58,10 @@ def draw_folder(
     _on_first(begin)
     # The first process says which are left: others may not see the same at once.
     left = np.array([not is_finished(out / one.file) for one in planned] if first else [False] * len(planned))
-    left = np.flatnonzero(_from_first(left)).tolist()
-    todo = [planned[i] for i in left]
+    left = _from_first(left)
+    if run.system.parts.denoiser.images_together("sample") > 1:
+        left = whole_batches(left, run.experiment.sampling.batch_size)
+    todo = [planned[i] for i in np.flatnonzero(left).tolist()]
     programs = make_programs(run.system, run.experiment.sampling, run.mesh)
     batches = draw_images(
         programs,
@@ -76,6 +79,17 @@ def draw_folder(
     wait_for_all("images are written")
     _on_first(lambda: finish_folder(out, planned))
     return len(todo)
+
+
+def whole_batches(left: Bool[np.ndarray, " n"], size: int) -> Bool[np.ndarray, " n"]:
+    """Returns `left`, with all images of a batch of `size` where it has one of them.
+
+    Images that compete for experts follow from the others of their batch, so a batch is drawn again as it was.
+    """
+    found = left.copy()
+    for begin in range(0, len(left), size):
+        found[begin : begin + size] |= left[begin : begin + size].any()
+    return found
 
 
 def describe_source(run: Run, changes: Sequence[str], kind: Kind) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Draws the same training captions again and again while a run trains, with the EMA weights of a step."""
 
-import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from jax.sharding import Mesh
 from jaxtyping import UInt8
 
 from ecdit.data.config import DataConfig
-from ecdit.data.prepared import open_prepared, sample_captions, sample_targets, tokenize_captions
+from ecdit.data.prepared import open_prepared, prompt_tokens, sample_captions, sample_targets
 from ecdit.files import writing
 from ecdit.sampling.grids import save_grid, write_png
 from ecdit.sampling.routing_maps import draw_maps
@@ -29,7 +28,7 @@ class SampleWriter:
         self.data, self.sampling, self.directory = data, sampling, workdir / "samples"
         self.with_experts = system.parts.denoiser.counts_experts()
         self.sampler = make_sampler(system, sampling, mesh, self.with_experts)
-        prepared = open_prepared(data)
+        prepared, self.tokenize = open_prepared(data), prompt_tokens(data)
         self.prompts = sample_captions(prepared, sampling.num_grid)
         self.targets = sample_targets(prepared, sampling.num_grid)
 
@@ -45,7 +44,7 @@ class SampleWriter:
         images = sample_images(
             self.sampler,
             params,
-            functools.partial(tokenize_captions, self.data),
+            self.tokenize,
             prompts,
             [0] * len(prompts),
             self.sampling,

@@ -148,12 +148,15 @@ def run_workload(
         phases = experiment.resolved_phases()
         images = None
         for phase, fingerprint in zip(phases, fingerprints, strict=True):
-            if int(state.step) >= phase.last and phase is not phases[-1]:
+            if int(state.step) > phase.last and phase is not phases[-1]:
+                continue
+            evaluator = workload.evaluator(phase, workdir)
+            run.evaluate_missed(phase, evaluator, state)
+            if int(state.step) == phase.last and phase is not phases[-1]:
                 continue
             if phase.after:
                 say(f"phase from step {phase.after + 1} to {phase.last}")
             images = workload.images(phase, workdir)
-            evaluator = workload.evaluator(phase, workdir)
             state, stopped = run.steps_of(phase, fingerprint, images, evaluator, state)
             if stopped and int(state.step) < experiment.train.num_steps:
                 by = "Ctrl-C" if stops.interrupted else "a signal"
@@ -197,12 +200,6 @@ class _Run:
             state = dataclasses.replace(state, usual_loss=state.usual_loss + np.inf)
         watch = stopwatch(phase.experiment.train.batch_size, self.workload.flops_per_image(phase))
         self.reporter.begin(watch)
-        done = int(state.step)
-        # A run that was stopped at a step has saved it without an evaluation.
-        missed = self.experiment.evaluation.is_due(done) and done > phase.after
-        if evaluator is not None and missed and not evaluator.is_recorded(done):
-            self.activity.enter("draw", f"evaluating step {done}")
-            self.evaluate(evaluator, done, state)
         batches = self.workload.batches(phase, self.experiment.next_row(int(state.step)))
         train_step, gradients = self.workload.train_step(phase), self.workload.gradients(phase)
         compiling = functools.partial(self.activity.enter, "compile", "compiling and replaying a step")
@@ -277,6 +274,16 @@ class _Run:
         files = dict(images.write(sampling_params(state), step))
         self.reporter.images(step, files)
         return files
+
+    def evaluate_missed(self, phase: ResolvedPhase, evaluator: StepEvaluator | None, state: TrainState) -> None:
+        """Evaluates the step that a run goes on from, if it was stopped there: it saved that step unevaluated."""
+        done = int(state.step)
+        if evaluator is None or not self.experiment.evaluation.is_due(done) or not phase.after < done <= phase.last:
+            return
+        if not evaluator.is_recorded(done):
+            self.reporter.begin(stopwatch(phase.experiment.train.batch_size, self.workload.flops_per_image(phase)))
+            self.activity.enter("draw", f"evaluating step {done}")
+            self.evaluate(evaluator, done, state)
 
     def evaluate(self, evaluator: StepEvaluator, step: int, state: TrainState) -> None:
         """Evaluates the EMA weights, and reports the result."""

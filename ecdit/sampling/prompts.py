@@ -8,12 +8,18 @@ import numpy as np
 from ecdit.data.tokenizer import PromptTokens
 from ecdit.errors import UserError
 
+PLACES = ("text.weights", "text.second_weights", "vae.weights")  # folders that may have moved; contents are compared
+
 
 def check_changes(changes: Sequence[str]) -> None:
-    """Raises UserError for a value of --set that is no key of `sampling`: other values are as the run was trained."""
+    """Raises UserError for a value of --set that is neither a key of `sampling` nor a folder of public weights.
+
+    Other values are as the run was trained.
+    """
     for change in changes:
-        if not change.startswith("sampling."):
-            raise UserError(f"--set={change}: must be a key of sampling: other values are as the run was trained")
+        if not change.startswith("sampling.") and change.partition("=")[0] not in PLACES:
+            allowed = f"must be a key of sampling, or one of {', '.join(PLACES)}"
+            raise UserError(f"--set={change}: {allowed}: other values are as the run was trained")
 
 
 def prompt_lines(file: str) -> list[str]:

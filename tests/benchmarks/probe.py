@@ -29,7 +29,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from ecdit.data.images import decode_stored
-from ecdit.data.prepared import caption_of, open_prepared, stored_records, tokenize_captions
+from ecdit.data.prepared import caption_of, open_prepared, prompt_tokens, stored_records
 from ecdit.experiment import Experiment, make_experiment
 from ecdit.partitioning import make_mesh
 from ecdit.runs.workload import device_batches
@@ -216,7 +216,7 @@ def probe_steps(experiment: Experiment, sizes: Sizes) -> Iterator[tuple[Any, Arr
     data = experiment.data
     records = list(stored_records(open_prepared(data), "train"))
     images = np.stack([decode_stored(record.image) for record in records])
-    tokens = tokenize_captions(data, [caption_of(data, record.captions) for record in records])
+    tokens = prompt_tokens(data)([caption_of(data, record.captions) for record in records])
     state, step = make_probe(sizes)
     rng, key = np.random.default_rng(0), jax.random.key(0)
     while True:

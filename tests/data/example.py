@@ -10,11 +10,17 @@ from PIL import Image
 from ecdit.data.config import DataConfig, PrepareConfig
 from ecdit.data.filters import Filters
 from ecdit.data.sources.protocol import Pair, Rejected
+from ecdit.data.tokenizer import PromptTokens, load_tokenizer
 
 FILTERS = Filters(min_side=0, max_aspect=0.0, min_caption=0, max_caption=0, columns={})
 PREPARE = PrepareConfig(
     image_format="png", quality=95, background="white", max_pixels=10_000_000, held_out=0.0, filters=FILTERS
 )
+
+
+def tokenize(path, captions, length):
+    """The tokens of captions by a tokenizer's file, int32, padded."""
+    return PromptTokens(load_tokenizer(path), length)(captions)
 
 
 def make_config(directory="nowhere", **changes):

@@ -13,9 +13,9 @@ from ecdit.data import DataError, loader
 from ecdit.data.loader import augmented, draw_field, make_loader, mixed, row_reader, shuffled
 from ecdit.data.mixing import mixing
 from ecdit.data.prepared import Row, open_prepared, prepare, stored_records
-from ecdit.data.text import EOS, PAD, tokenize
+from ecdit.data.text import EOS, PAD
 from ecdit.data.tokenizer import Tokenizer
-from tests.data.example import make_config, module
+from tests.data.example import make_config, module, tokenize
 
 BATCH = 8
 

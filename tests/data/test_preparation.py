@@ -28,17 +28,17 @@ from ecdit.data.parts import split_of
 from ecdit.data.prepared import (
     open_prepared,
     prepare,
+    prompt_tokens,
     sample_captions,
     sample_targets,
     stored_records,
-    tokenize_captions,
 )
 from ecdit.data.quarantine import read
 from ecdit.data.shards import ShardReader, combined, file_sha256
-from ecdit.data.text import EOS, PAD, fit, tokenize, train_vocabulary
+from ecdit.data.text import EOS, PAD, fit, train_vocabulary
 from ecdit.data.tokens import truncated_captions
 from ecdit.data.verification import verify
-from tests.data.example import make_config, module, png
+from tests.data.example import make_config, module, png, tokenize
 from tests.runs import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -196,7 +196,7 @@ def test_captions_are_tokenized_as_seqio_does(emoji):
     expected = [fit([*vocabulary.encode_tf(text).numpy(), vocabulary.eos_id], 12) for text in awkward]
     np.testing.assert_array_equal(tokenize(emoji.tokenizer, awkward, 12), expected)
     assert tokenize(emoji.tokenizer, [], 12).shape == (0, 12)
-    assert tokenize_captions(emoji.config, [""])[0].tolist() == [EOS] + [PAD] * 15
+    assert prompt_tokens(emoji.config)([""])[0].tolist() == [EOS] + [PAD] * 15
 
 
 def test_fit_pads_or_cuts_before_the_eos():
@@ -506,7 +506,7 @@ def test_two_tokenizers_stand_side_by_side(counted, tmp_path):
         f"tokens-{trained.tokenizer.stem}",
         f"tokens-mine-{file_sha256(tmp_path / 'mine.model')[:8]}",
     }
-    assert (tokenize_captions(copy, ["image 7"]) != tokenize_captions(other, ["image 7"])).any()
+    assert (prompt_tokens(copy)(["image 7"]) != prompt_tokens(other)(["image 7"])).any()
 
 
 def test_captions_that_are_cut_are_counted(counted):
@@ -708,11 +708,11 @@ def test_training_and_sampling_import_no_tensorflow(emoji):
         from ecdit.data.config import DataConfig, PrepareConfig
         from ecdit.data.filters import Filters
         from ecdit.data.loader import make_loader
-        from ecdit.data.prepared import prepare, tokenize_captions
+        from ecdit.data.prepared import prepare, prompt_tokens
         config = {emoji.config!r}
         prepare(config)
         next(make_loader(config, 0, 8, 0, range(8)))
-        tokenize_captions(config, ["tiger"])
+        prompt_tokens(config)(["tiger"])
         assert not {{"tensorflow", "seqio", "tensorflow_datasets"}} & set(sys.modules)
     """
     subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)

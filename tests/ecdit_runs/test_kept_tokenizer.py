@@ -9,7 +9,7 @@ import pytest
 
 from ecdit.checkpoints.restore import CheckpointError
 from ecdit.data import DataError
-from ecdit.data.prepared import tokenize_captions
+from ecdit.data.prepared import prompt_tokens
 from ecdit.data.text import train_vocabulary
 from ecdit.data.tokenizer import SPIECE, tokenizer_of
 from ecdit.data.tokens import hash_files, tokenizer_files, tokenizer_path
@@ -41,11 +41,11 @@ def replace_vocabulary(config):
 
 
 def test_prompts_are_encoded_as_in_training(data, tmp_path):
-    expected = tokenize_captions(data, WORDS)
+    expected = prompt_tokens(data)(WORDS)
     keep_tokenizer(tokenizer_files(data), tmp_path)
     vocabulary = hash_files(tokenizer_files(data))
     replace_vocabulary(data)
-    assert (tokenize_captions(data, WORDS) != expected).any()
+    assert (prompt_tokens(data)(WORDS) != expected).any()
     np.testing.assert_array_equal(encoded(tmp_path, data, vocabulary), expected)
     shutil.rmtree(tmp_path / "data")
     np.testing.assert_array_equal(encoded(tmp_path, data, vocabulary), expected)
@@ -53,7 +53,7 @@ def test_prompts_are_encoded_as_in_training(data, tmp_path):
 
 def test_a_run_without_a_copy_takes_the_data_s_own_only_if_it_is_the_same(data, tmp_path):
     """An older version made it."""
-    expected, vocabulary = tokenize_captions(data, WORDS), hash_files(tokenizer_files(data))
+    expected, vocabulary = prompt_tokens(data)(WORDS), hash_files(tokenizer_files(data))
     np.testing.assert_array_equal(encoded(tmp_path, data, vocabulary), expected)
     replace_vocabulary(data)
     found = hash_files(tokenizer_files(data))[:12]

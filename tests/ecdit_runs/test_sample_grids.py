@@ -1,5 +1,6 @@
 """Tests the grids of a training run: their captions, weights and true images, and that files belong together."""
 
+import functools
 from types import SimpleNamespace
 
 import numpy as np
@@ -38,7 +39,11 @@ def test_each_caption_stands_under_the_image_that_was_drawn_of_it(ffn, tmp_path,
         written["maps"] = images[:, 0, 0, 0].tolist(), list(captions), counts[:, 0, 0, 0].tolist()
         return Image.new("RGB", (1, 1))
 
-    for name, replacement in (("save_grid", save_grid), ("draw_maps", draw_maps), ("tokenize_captions", tokenize)):
+    for name, replacement in (
+        ("save_grid", save_grid),
+        ("draw_maps", draw_maps),
+        ("prompt_tokens", lambda data: functools.partial(tokenize, data)),
+    ):
         monkeypatch.setattr(samples, name, replacement)
     chosen = [0, 1, 3, 4, 6, 7, 9]  # every 9 / 6, rounded down
     monkeypatch.setattr(samples, "open_prepared", lambda config: config)

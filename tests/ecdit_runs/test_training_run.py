@@ -88,6 +88,16 @@ def test_a_stopped_step_is_evaluated_on_resume_once(toy):
     assert [step for step, _ in toy.evaluated] == [2, 4]
 
 
+def test_a_run_that_was_stopped_at_the_end_of_a_phase_evaluates_that_step_on_resume(toy):
+    """The next phase goes on from it, and has not trained it."""
+    phases = ({"after": 4, "changes": {"model.mask_ratio": 0.25}},)
+    toy.at[4] = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    assert toy.train(num_steps=7, every=9, phases=phases, **EVALUATE) == PREEMPTED
+    assert [step for step, _ in toy.evaluated] == [2]
+    toy.train(num_steps=7, every=9, phases=phases, **EVALUATE)
+    assert [step for step, _ in toy.evaluated] == [2, 4, 6]
+
+
 def test_each_start_says_once_how_long_it_will_take(toy, capsys):
     """After its tenth step, if others follow."""
     said = lambda: [line for line in capsys.readouterr().out.splitlines() if "will take" in line]  # noqa: E731

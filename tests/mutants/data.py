@@ -140,9 +140,9 @@ MUTANTS = (
         _preparation("test_fit_pads_or_cuts_before_the_eos"),
     ),
     Mutant(
-        _TEXT,
-        "rows = [fit([*encode(caption), EOS], caption_length) for caption in captions]",
-        "rows = [fit([*encode(caption.strip()), EOS], caption_length) for caption in map(str.lower, captions)]",
+        "ecdit/data/tokenizer.py",
+        "return [[*self._vocabulary.encode(caption), EOS] for caption in captions]",
+        "return [[*self._vocabulary.encode(caption.strip()), EOS] for caption in map(str.lower, captions)]",
         _preparation("test_captions_are_tokenized_as_seqio_does"),
         "prompts are not the tokens that training saw",
     ),

@@ -86,8 +86,8 @@ MUTANTS = (
     ),
     Mutant(
         "ecdit/runs/training_run.py",
-        "if evaluator is not None and missed and not evaluator.is_recorded(done):",
-        "if evaluator is not None and missed and evaluator.is_recorded(done):",
+        "if not evaluator.is_recorded(done):",
+        "if evaluator.is_recorded(done):",
         (f"{_TRAINING}::test_a_stopped_step_is_evaluated_on_resume_once",),
         "a step at which a run was stopped is never evaluated",
     ),
@@ -128,8 +128,8 @@ MUTANTS = (
     ),
     Mutant(
         _DRAWN,
-        "left = np.flatnonzero(_from_first(left)).tolist()",
-        "left = list(range(len(planned)))",
+        "left = _from_first(left)",
+        "left = np.ones(len(planned), bool)",
         _many("test_a_folder_that_was_left_is_finished_and_what_is_whole_in_it_kept"),
         "a call that goes on draws all images again",
     ),

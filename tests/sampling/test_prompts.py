@@ -19,11 +19,12 @@ class Letters:
 
     end = EOS
 
-    def __init__(self, pad):
-        self.pad = pad
+    def __init__(self, pad, spelt=""):
+        self.pad, self.spelt = pad, spelt  # `spelt` is the end token in a caption
 
     def rows(self, captions):
-        return [[ord(letter) for letter in caption if "a" <= letter <= "z"] + [EOS] for caption in captions]
+        ids = {self.spelt: EOS} | {chr(code): code for code in range(ord("a"), ord("z") + 1)}
+        return [[ids[letter] for letter in caption if letter in ids] + [EOS] for caption in captions]
 
 
 @pytest.fixture(params=[(0,), (EOS,), (0, EOS)], ids=["t5", "clip", "both"])  # CLIP fills rows with its end
@@ -64,3 +65,12 @@ def test_a_file_with_a_line_that_is_no_prompt_is_refused(tmp_path, content, said
     path.write_bytes(content)
     with pytest.raises(UserError, match=f"{re.escape(str(path))}.*{said}"):
         prompt_lines(str(path))
+
+
+def test_an_end_token_that_a_caption_spells_ends_it_and_no_other_part_of_the_row():
+    """Ids are stored at their true length, and the first end of each part tells where the next one begins."""
+    tokenizer = Tokenizer([Letters(0, spelt="|"), Letters(EOS)])
+    stored = tokenizer.encode("a|b")
+    a, b = ord("a"), ord("b")
+    assert stored.tolist() == [a, EOS, a, b, EOS]
+    assert tokenizer.fit(stored, LENGTH).tolist() == [a, EOS, 0, 0, a, b, EOS, EOS]

@@ -6,11 +6,12 @@ import jax
 import numpy as np
 import pytest
 
-from ecdit.data.text import EOS, PAD, tokenize, train_vocabulary
+from ecdit.data.text import EOS, PAD, train_vocabulary
 from ecdit.diffusion.flow import sample_keys, sample_noise
 from ecdit.diffusion.guidance import GuidanceConfig
 from ecdit.partitioning import make_mesh
 from ecdit.sampling.sampler import make_sampler, sample_images
+from tests.data.example import tokenize
 from tests.knowing import DATA, PIXEL, KnowingSystem
 from tests.runs import tiny
 

@@ -24,7 +24,6 @@ from ecdit.encoders.vae_flops import VaeSizes, vae_params
 from ecdit.evaluation.flow_loss import fixed_rows, losses_by_time, make_loss_program
 from ecdit.partitioning import MeshConfig, make_mesh
 from ecdit.planning.counts import count, report
-from ecdit.prepare import latents_column
 from ecdit.system import make_system
 from ecdit.training.optimizer import make_optimizer
 from ecdit.training.state import abstract_state, state_shardings
@@ -67,10 +66,10 @@ def data(tmp_path_factory, vae):
     with pytest.raises(DataError, match=r"has no column latents-small: run python -m ecdit\.prepare .* --what=latents"):
         open_prepared(experiment.data)
     said = []
-    prepare_column(experiment.data, latents_column(experiment), 1, said.append)
+    prepare_column(experiment.data, experiment.latents_column(), 1, said.append)
     assert "column latents-small: 36 images in " in said[-1]
     assert "images/s" in said[-1]
-    prepare_column(experiment.data, latents_column(experiment), 1, said.append)
+    prepare_column(experiment.data, experiment.latents_column(), 1, said.append)
     assert said[-1].endswith("column latents-small: is there")
     return named
 
@@ -113,7 +112,7 @@ def test_latents_of_other_weights_are_refused(vae, data, tmp_path):
     ):
         check_latents(open_prepared(other.data), other.latents_column().made_by)
     with pytest.raises(DataError, match="latents-small was made from other tokenizer or weights"):
-        prepare_column(other.data, latents_column(other), 1, QUIET)
+        prepare_column(other.data, other.latents_column(), 1, QUIET)
 
 
 def test_what_does_not_fit_is_refused(vae, data, tmp_path):
@@ -131,7 +130,7 @@ def test_what_does_not_fit_is_refused(vae, data, tmp_path):
         public(shrinks_by_4, data, model__latent_size=8)
     public(shrinks_by_4, data, "online", model__latent_size=8)
     with pytest.raises(ConfigError, match=r"autoencoder = 'identity': must be \"vae\" for --what=latents"):
-        latents_column(tiny())
+        tiny().latents_column()
 
 
 def test_latents_must_be_finite_and_images_whole(vae):
@@ -187,11 +186,11 @@ def test_a_full_disk_leaves_no_column_and_the_same_command_goes_on(vae, data, tm
         with (disk / "filler").open("wb") as file:
             file.write(bytes(shutil.disk_usage(disk).free - 8192))
         with pytest.raises((DataError, OSError), match="No space left on device"):
-            prepare_column(experiment.data, latents_column(experiment), 1, QUIET)
+            prepare_column(experiment.data, experiment.latents_column(), 1, QUIET)
         assert not (disk / "grey/columns/latents-small").exists()
         (disk / "filler").unlink()
         said = []
-        prepare_column(experiment.data, latents_column(experiment), 1, said.append)
+        prepare_column(experiment.data, experiment.latents_column(), 1, said.append)
         assert "column latents-small: 36 images in " in said[-1]
         assert prepare(experiment.data, say=QUIET).fingerprint == open_prepared(public(vae, data).data).fingerprint
     finally:

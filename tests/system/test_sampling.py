@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from ecdit.data.prepared import tokenize_captions
+from ecdit.data.prepared import prompt_tokens
 from ecdit.diffusion.flow import sample_keys, sample_noise
 from ecdit.diffusion.guidance import GuidanceConfig
 from ecdit.evaluation.retrieval import (
@@ -58,7 +58,7 @@ class Samples:
     ):
         sampling = dataclasses.replace(self.base.sampling, **{"num_steps": 4, **changes})
         sampler = self.samplers(sampling, devices, group, with_experts=with_experts, with_gates=with_gates)
-        tokens = functools.partial(tokenize_captions, self.base.data)
+        tokens = prompt_tokens(self.base.data)
         return sample_images(sampler, self.params, tokens, prompts, repeats, sampling)
 
 
@@ -179,7 +179,7 @@ def test_gates_are_those_of_the_plain_model_s_routing(samples, monkeypatch):
     noise = sample_noise(sample_keys(config.seed, PROMPTS, REPEATS), samples.system.config.latent_shape)
     sizes = np.tile(np.float32([config.original_size, config.original_size, 0, 0]), (8, 1))
     with jax.disable_jit():
-        text = model.text(tokenize_captions(samples.base.data, PROMPTS))
+        text = model.text(prompt_tokens(samples.base.data)(PROMPTS))
         model.denoiser(noise, np.ones(8, np.float32), text, sizes, None, "sample")
     assert len(routings) == 2
     for layer, routing in enumerate(routings):

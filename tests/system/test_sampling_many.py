@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from ecdit.config import to_dict
-from ecdit.data.prepared import tokenize_captions
+from ecdit.data.prepared import prompt_tokens
 from ecdit.data.tokens import hash_files, tokenizer_files
 from ecdit.partitioning import make_mesh
+from ecdit.runs.sample_folder import whole_batches
 from ecdit.sampling.many import draw_images, make_programs
 from ecdit.sampling.sampler import make_sampler, sample_images
 from ecdit.system import make_system
@@ -36,7 +37,7 @@ class Drawing:
         counted = {name: functools.partial(self.call, name, getattr(programs, name)) for name in ("encode", "draw")}
         self.programs, self.params = programs._replace(**counted), random_params(system)
         self.one_program = make_sampler(system, self.sampling, mesh)
-        self.tokenize = functools.partial(tokenize_captions, self.experiment.data)
+        self.tokenize = prompt_tokens(self.experiment.data)
 
     def call(self, name, program, *arguments):
         self.calls.append(name)
@@ -192,3 +193,10 @@ def test_two_processes_write_the_files_of_one(whole, workdir, prompts, tmp_path,
     assert manifest["images"] == json.loads(expected["manifest.json"])["images"]
     assert (manifest["machines"][0]["processes"], manifest["machines"][0]["images_a_device"]) == (2, 2)
     assert "images of step 1" not in logs[1]
+
+
+def test_a_batch_whose_images_compete_is_drawn_again_as_it_was():
+    left = np.array([0, 1, 0, 0, 0, 0, 0, 1, 0, 1], bool)
+    assert np.flatnonzero(whole_batches(left, 4)).tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
+    assert np.flatnonzero(whole_batches(left, 3)).tolist() == [0, 1, 2, 6, 7, 8, 9]
+    assert np.flatnonzero(whole_batches(left, 1)).tolist() == [1, 7, 9]
