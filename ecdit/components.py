@@ -71,17 +71,17 @@ class DenoiserConfig(Protocol):
 
     @property
     def latent_size(self) -> int:
-        """Side of the square latent, in latent pixels."""
+        """Returns the side of the square latent, in latent pixels."""
         ...
 
     @property
     def latent_channels(self) -> int:
-        """Channels of the latent."""
+        """Returns the number of channels of the latent."""
         ...
 
     @property
     def dtype(self) -> Literal["float32", "bfloat16"]:
-        """The dtype of activations."""
+        """Returns the dtype of activations."""
         ...
 
 
@@ -170,7 +170,7 @@ class TextEncoder(Protocol):
 
     @property
     def widths(self) -> TextWidths:
-        """The widths of states and pooled state."""
+        """Returns the widths of states and pooled state."""
         ...
 
     def __call__(self, tokens: Int[Array, "B L"]) -> TextStates:

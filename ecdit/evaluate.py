@@ -33,7 +33,7 @@ EVALUATIONS = {
 
 
 def choose(arguments: Sequence[str]) -> ModuleType | None:
-    """The module of the first argument that is the name of an evaluation, or None."""
+    """Returns the module of the first argument that is the name of an evaluation, or None."""
     name = next((argument for argument in arguments if argument in EVALUATIONS), None)
     return importlib.import_module(EVALUATIONS[name]) if name else None
 

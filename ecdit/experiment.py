@@ -143,7 +143,7 @@ class Experiment:
 
     @property
     def system(self) -> SystemConfig:
-        """What sampling and training need to build the model."""
+        """Returns the configs that sampling and training need to build the model."""
         return SystemConfig(self.denoiser, self.model, self.text, self.autoencoder, self.vae, self.data.caption_length)
 
     def fingerprints(self) -> dict[str, str]:
@@ -184,7 +184,7 @@ class Experiment:
 
     @property
     def step_config(self) -> StepConfig:
-        """What a training step needs beside the model."""
+        """Returns the configs that a training step needs besides the model."""
         return StepConfig(self.seed, self.train, self.flow, self.optimizer)
 
     def resolved_phases(self) -> tuple[ResolvedPhase, ...]:
@@ -226,7 +226,7 @@ class Experiment:
 
 
 def make_experiment(values: Mapping[str, Any]) -> Experiment:
-    """A config file's values as an Experiment; see `config.build` for what it refuses."""
+    """Returns a config file's values as an Experiment; see `config.build` for what it refuses."""
     return build(Experiment, values)
 
 
@@ -255,8 +255,8 @@ def check_tokenizers(experiment: Experiment) -> None:
         tokenizer.check_fits(encoder.config.vocab_size)
         # T5's ids are rows of CLIP's larger embedding too.
         if isinstance(tokenizer, ClipTokenizer) != isinstance(encoder.config, ClipTextConfig):
-            kinds = [name for name in ("Clip", "T5") if type(tokenizer).__name__.startswith(name)]
-            raise WeightsError(f"{folder}: its tokenizer is {kinds[0]}'s, and {encoder.folder} is another encoder")
+            kind = "CLIP" if isinstance(tokenizer, ClipTokenizer) else "T5"
+            raise WeightsError(f"{folder}: its tokenizer is {kind}'s, and {encoder.folder} is another encoder")
 
 
 def check_mesh(experiment: Experiment, mesh: Mesh | AbstractMesh) -> None:

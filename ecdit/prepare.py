@@ -17,6 +17,7 @@ import jax
 from absl import flags
 
 from ecdit.command_line import config_values, define_config_flag, run_command
+from ecdit.config import require
 from ecdit.data.columns import column_directory
 from ecdit.data.first_look import first_look
 from ecdit.data.manifest import task_directory
@@ -57,6 +58,8 @@ def main(argv: list[str]) -> None:
     elif VERIFY.value:
         verify(config)
     elif VOCABULARY.value:
+        allowed = 'must be a .model file or "" for --vocabulary'
+        require(not config.tokenizer_folders, "data.tokenizer", config.tokenizer, allowed)
         trained = make_tokenizer(config, prepare_records(config, WORKERS.value, print))
         shutil.copyfile(trained, Path(VOCABULARY.value))
         print(f"trained {VOCABULARY.value}")

@@ -44,7 +44,11 @@ EXPERTS = flags.DEFINE_bool("experts", False, "Draw experts.png too: how many ex
 DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "Join the other hosts of a pod; each draws a share of the images."
 )
-SET = flags.DEFINE_multi_string("set", [], "KEY=VALUE of the run's sampling, such as sampling.num_steps=25.")
+SET = flags.DEFINE_multi_string(
+    "set",
+    [],
+    "KEY=VALUE of the run's sampling, such as sampling.num_steps=25, or of a folder of public weights that has moved.",
+)
 
 
 def read_prompts(prompt: str | None, file: str | None, kind: str = "auto") -> tuple[Kind, list[Prompt]]:

@@ -36,7 +36,7 @@ PAPERS = "ec_dit"  # the name of the paper's denoiser, as configs write it
 
 @dataclasses.dataclass(frozen=True)
 class SystemConfig:
-    """What a text-to-image model is made of."""
+    """Selects the parts of a text-to-image model, with their configs."""
 
     denoiser: str  # "ec_dit", or a user's own as FILE.py:Class: see `denoiser_class`
     model: DenoiserConfig  # the denoiser's own
@@ -65,7 +65,7 @@ class SystemConfig:
 
     @functools.cached_property
     def public_autoencoder(self) -> AutoencoderConfig | None:
-        """The config in the folder of a public autoencoder; None for another.
+        """Returns the config of a public autoencoder, from its folder; None for other autoencoders.
 
         Raises:
           ConfigError: the folder is not there.
@@ -75,13 +75,13 @@ class SystemConfig:
 
     @property
     def image_size(self) -> int:
-        """Side of an image, pixels."""
+        """Returns the side of an image in pixels."""
         public = self.public_autoencoder
         return self.model.latent_size * (public.downsampling if public else AUTOENCODERS[self.autoencoder].downsampling)
 
     @property
     def folders(self) -> dict[str, tuple[Path, ...]]:
-        """The folders of public weights by the part of the model that has them."""
+        """Returns the folders of public weights, by the part of the model that takes them."""
         text = {"text": self.text.folders} if self.text.public else {}
         return text | ({"autoencoder": (Path(self.vae.weights),)} if self.autoencoder == "vae" else {})
 
@@ -95,22 +95,22 @@ class SystemConfig:
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """Height, width and channels of an image's latents."""
+        """Returns the height, width and channels of an image's latents."""
         return self.model.latent_size, self.model.latent_size, self.model.latent_channels
 
     @property
     def text_length(self) -> int:
-        """The tokens and states of a caption, L: those of two encoders follow each other."""
+        """Returns the number of a caption's tokens and states, L: those of two encoders follow each other."""
         return self.caption_length * max(len(self.text.folders), 1)
 
     @property
     def has_images(self) -> bool:
-        """Whether images can be made of latents."""
+        """Returns True if latents can be decoded to images."""
         return self.autoencoder != "latents"
 
     @property
     def reads_latents(self) -> bool:
-        """Whether the data holds means and log variances of latents in place of images."""
+        """Returns True if the data holds means and log variances of latents in place of images."""
         return self.autoencoder == "latents" or (self.autoencoder == "vae" and self.vae.encode == "prepared")
 
 
@@ -186,7 +186,7 @@ class System:
 
     @functools.cached_property
     def parts(self) -> TextToImage:
-        """The model with shapes for parameters: for the methods of components that need none."""
+        """Returns the model with shapes for parameters, for the methods of components that need none."""
         return nnx.merge(self.graphdef, self.abstract)
 
     def init(self, key: jax.Array) -> Params:

@@ -14,7 +14,7 @@ from ecdit.checkpoints.compatibility import check_resume
 from ecdit.checkpoints.restore import CheckpointError, Meta
 from ecdit.config import ConfigError, changeable, to_dict
 from ecdit.data import DataError
-from ecdit.data.prepared import check_tokenizers
+from ecdit.data.prepared import check_same_tokenizer
 from ecdit.experiment import check_mesh, make_experiment
 from ecdit.partitioning import make_mesh
 from tests.runs import tiny
@@ -128,6 +128,6 @@ def test_data_sets_of_one_run_share_their_tokenizer(tmp_path):
     for name, content in zip("abc", (b"x", b"x", b"y"), strict=True):
         (tmp_path / name).write_bytes(content)
     prepared = [SimpleNamespace(tokenizer=tmp_path / name) for name in "abc"]
-    check_tokenizers(prepared[:2])
+    check_same_tokenizer(prepared[:2])
     with pytest.raises(DataError, match=rf"^{tmp_path}/c is another tokenizer than {tmp_path}/a"):
-        check_tokenizers(prepared)
+        check_same_tokenizer(prepared)

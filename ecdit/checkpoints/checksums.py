@@ -71,7 +71,7 @@ def _words(x: Array) -> UInt32[Array, "..."]:
 
 
 def _positions(shape: tuple[int, ...]) -> UInt32[Array, "..."]:
-    """A number for each place of an array. In arrays of 2^32 places some share one, and those are far apart."""
+    """Returns a number for each place of an array. In one of 2^32 places some share a number; they are far apart."""
     places = jnp.zeros(shape, jnp.uint32)
     for axis in range(len(shape)):
         stride = jnp.uint32((2 * axis + 1) * GOLDEN % 2**32)
@@ -80,7 +80,7 @@ def _positions(shape: tuple[int, ...]) -> UInt32[Array, "..."]:
 
 
 def _scramble(words: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
-    """A bijection of words in which each bit changes half of all, up by a product and down by a shift."""
+    """Maps words one to one, so that each bit changes half of all bits: products carry it up, shifts carry it down."""
     words = (words ^ (words >> 16)) * jnp.uint32(0x7FEB352D)
     words = (words ^ (words >> 15)) * jnp.uint32(0x846CA68B)
     return words ^ (words >> 16)

@@ -1,4 +1,4 @@
-"""Whether a run may go on from a checkpoint, or start from another run's: what must be as it was saved."""
+"""Checks that a run may resume from a checkpoint, or start from the weights of another run."""
 
 from collections.abc import Mapping, Set
 from typing import Any

@@ -1,4 +1,4 @@
-"""When a run saves, what it keeps, and what it starts from."""
+"""The config of checkpoints: when a run saves, which checkpoints it keeps, and from which weights it starts."""
 
 import dataclasses
 from typing import Literal
@@ -8,7 +8,7 @@ from ecdit.config import require
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    """When to save, and what to start from."""
+    """Says when to save, which checkpoints to keep, and from which weights to start."""
 
     every: int  # steps between checkpoints; the last step is always saved
     keep: int  # newest checkpoints to keep

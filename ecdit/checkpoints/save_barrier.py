@@ -15,7 +15,7 @@ class SaveBarrier:
     STAGES = ("async_write_complete", "async_commit_complete")
 
     def __init__(self, name: str):
-        """`name` must be unique among the barriers of the run."""
+        """Makes the barrier; `name` must be unique among the barriers of the run."""
         self.client = ocp.multihost.get_jax_distributed_client()
         self.name, self.saves, self.met, self.saving, self.told = name, 0, 0, False, False
 

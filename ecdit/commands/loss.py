@@ -10,10 +10,9 @@ from ecdit.checkpoints.restore import restore_ema
 from ecdit.components import Mode
 from ecdit.data.generated import Split
 from ecdit.data.manifest import SPLITS
-from ecdit.data.prepared import open_prepared
 from ecdit.evaluation.flow_loss import BINS, SEED, fixed_rows, losses_by_time, make_loss_program
 from ecdit.evaluation.json_lines import check_results, json_text, write_results
-from ecdit.runs.trained_run import open_run
+from ecdit.runs.trained_run import open_data, open_run
 from ecdit.storage import as_path
 from ecdit.system import System
 
@@ -41,11 +40,11 @@ def loss(workdir: Path, step: int | None, images: int, split: Split, about: int)
     """Computes the loss of `images` images by bin of time; prints a table and returns it.
 
     Raises:
-      DataError: the run's data has no such record.
+      DataError: the run's data has no such record, or has changed since training.
     """
     start = time.monotonic()
     run = open_run(workdir, step=step, draw=False, load=True)
-    rows = fixed_rows(open_prepared(run.experiment.data), images, split)
+    rows = fixed_rows(open_data(run, workdir), images, split)
     raw, _ = restore_ema(workdir, run.system, run.mesh, run.step, part="params")
     raw |= run.system.loaded(run.params)
     found = []

@@ -9,11 +9,10 @@ import numpy as np
 from absl import flags
 
 from ecdit.config import to_dict
-from ecdit.data import DataError
 from ecdit.data.emoji_styles import style_and_name
 from ecdit.data.images import decode_stored
-from ecdit.data.manifest import SPLITS, task_directory
-from ecdit.data.prepared import caption_of, open_prepared
+from ecdit.data.manifest import SPLITS
+from ecdit.data.prepared import caption_of
 from ecdit.evaluation.json_lines import check_results, json_text, write_results
 from ecdit.evaluation.retrieval import (
     NUM_CAPTIONS,
@@ -25,7 +24,7 @@ from ecdit.evaluation.retrieval import (
     target_ranks,
 )
 from ecdit.evaluation.run_scores import retrieval_records
-from ecdit.runs.trained_run import each_image_alone, open_run, sample_run
+from ecdit.runs.trained_run import each_image_alone, open_data, open_run, sample_run
 from ecdit.sampling.grids import save_grid
 from ecdit.sampling.sampler import SamplingConfig
 from ecdit.storage import as_path
@@ -71,12 +70,7 @@ def retrieval(
     start = time.monotonic()
     run = each_image_alone(open_run(workdir, step=step))
     data = run.experiment.data
-    prepared = open_prepared(data)
-    if prepared.fingerprint != run.dataset:
-        raise DataError(
-            f"{task_directory(data)} is not the data of the training: its fingerprint is {prepared.fingerprint[:12]}, "
-            f"and step {run.step} of {workdir} was trained on {run.dataset[:12]}"
-        )
+    open_data(run, workdir)
     records, targeted = retrieval_records(data, split)
     chosen = fixed_choice(targeted, count or targeted)
     sampling = protocol(run.experiment.sampling, seed)

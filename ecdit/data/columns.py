@@ -190,6 +190,11 @@ def _write_one(task: Path, working: Path, shard: Shard, maker: ColumnMaker) -> N
     write_summary(place, dataclasses.replace(written, name=shard.name), histograms)
 
 
+def column_fingerprint(shards: Iterable[Shard], files: Mapping[str, bytes]) -> str:
+    """Returns the sha256 of a column's shards and of the files beside them."""
+    return combined([*(shard.content for shard in shards), *(data.hex() for _, data in sorted(files.items()))])
+
+
 def _described(manifest: Manifest, maker: ColumnMaker, working: Path, files: Mapping[str, bytes]) -> Column:
     histograms: dict[str, Counter[str]] = collections.defaultdict(Counter)
     found: dict[str, list[Shard]] = {"train": [], "held_out": []}
@@ -209,6 +214,6 @@ def _described(manifest: Manifest, maker: ColumnMaker, working: Path, files: Map
         made_by=maker.made_by,
         train=tuple(found["train"]),
         held_out=tuple(found["held_out"]),
-        fingerprint=combined([*(shard.content for shard in every), *(data.hex() for _, data in sorted(files.items()))]),
+        fingerprint=column_fingerprint(every, files),
         histograms={name: by_number(counts) for name, counts in sorted(histograms.items())},
     )

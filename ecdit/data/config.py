@@ -48,7 +48,7 @@ class DataConfig:
     latent_channels: int  # channels of stored latents (one position per 8 x 8 px); 0 reads images instead
     placeholder_ok: bool = field(metadata=RESUME)  # whether several hosts may train on random_latents
     latents: str  # <name> of the column latents-<name> that holds them; generated latents need none
-    text_states: str  # the column text-<name> that holds the states of captions, which then need no tokens; "" for none
+    text_states: str  # <name> of the column text-<name> with states of captions, which batches have for tokens; or ""
     caption_dropout: float  # probability that the null caption replaces a caption
     flip_probability: float  # probability of a left-right flip
     crop_padding: int  # px of white added on each side before a random crop back to image_size; 0 is off
@@ -85,7 +85,7 @@ class DataConfig:
 
     @property
     def tokenizer_folders(self) -> tuple[str, ...]:
-        """The folders of public tokenizers, in the order of their text encoders; none for a SentencePiece file."""
+        """Returns the folders of public tokenizers, ordered as their text encoders; none for a SentencePiece file."""
         if not self.tokenizer or self.tokenizer.endswith(".model"):
             return ()
         return tuple(filter(None, (self.tokenizer, self.second_tokenizer)))

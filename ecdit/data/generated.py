@@ -44,7 +44,7 @@ class Generated(Protocol):
 
     @property
     def placeholder(self) -> bool:
-        """Whether the rows only take the place of data, so that training on them teaches nothing."""
+        """Returns True if the rows only take the place of data, so that training on them teaches nothing."""
         ...
 
     def example(self, config: DataConfig, split: Split, seed: int, row: int) -> Example:

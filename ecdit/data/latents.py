@@ -40,12 +40,12 @@ class LatentsColumn:
 
     @property
     def name(self) -> str:
-        """The column's name."""
+        """Returns the column's name."""
         return f"latents-{self.label}"
 
     @property
     def made_by(self) -> str:
-        """The sha256 of the weights' fingerprint and the dtype that they compute in."""
+        """Returns the sha256 of the weights' fingerprint and the dtype of the computation."""
         return hashlib.sha256(f"{fingerprint_once(self.folder)} {self.dtype}".encode()).hexdigest()
 
     def values(self, records: Iterable[Record]) -> Iterator[tuple[bytes, Mapping[str, int]]]:

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from ecdit.data import DataError, images
-from ecdit.data.columns import ColumnMaker, make_column, read_column, records_left
+from ecdit.data.columns import ColumnMaker, column_fingerprint, make_column, read_column, records_left
 from ecdit.data.config import DataConfig, rate_of
 from ecdit.data.generated import GENERATED, Split
 from ecdit.data.manifest import (
@@ -99,12 +99,12 @@ def prepare_column(
     say: Callable[[str], None],
     constants: Callable[[], Mapping[str, bytes]] = dict,
 ) -> None:
-    """Computes a column of every stored part, after records and tokens; says how fast.
+    """Computes a column of every stored part, whose records are prepared; says how fast.
 
     Raises:
       DataError: as `prepare`; or there is one of that name that something else has made.
     """
-    for component in prepare_captions(config, workers, say).components:
+    for component in read_composition(config).components:
         if component.generated:
             raise DataError(f"{component.task} is made when it is read: it has no records to compute {maker.name} of")
         directory, manifest = task_directory(config, component.task), read_records_manifest(config, component.task)
@@ -324,18 +324,27 @@ def check_text(prepared: Prepared, made_by: str) -> None:
 
 
 def empty_caption(prepared: Prepared) -> Mapping[str, Any]:
-    """Returns the prepared states of the empty caption. Raises DataError if there are none."""
+    """Returns the prepared states of the empty caption. Raises DataError if there are none, or they are damaged."""
     part = next((one for one in prepared.stored if one and one.text), None)
-    if part is None or part.text is None:
+    if part is None:
         raise DataError(f"{task_directory(prepared.config)} has no prepared states of captions")
+    return read_empty(part)
+
+
+def read_empty(part: StoredPart) -> Mapping[str, Any]:
+    """Returns the states of the empty caption beside a part's column `text`. Raises DataError if they are damaged."""
+    assert part.text is not None
     path = part.directory / "columns" / part.text.name / EMPTY
     try:
-        return unpack(path.read_bytes())
-    except (OSError, ValueError) as error:
+        data = path.read_bytes()
+    except OSError as error:
         raise DataError(f"{path} cannot be read: {error}; delete {path.parent} and prepare it again") from None
+    if column_fingerprint((*part.text.train, *part.text.held_out), {EMPTY: data}) != part.text.fingerprint:
+        raise DataError(f"{path} is damaged: delete {path.parent} and prepare it again")
+    return unpack(data)
 
 
-def check_tokenizers(all_prepared: Sequence[Prepared]) -> None:
+def check_same_tokenizer(all_prepared: Sequence[Prepared]) -> None:
     """Raises DataError unless the data sets that one run reads in turn share their tokenizer."""
     first = all_prepared[0].tokenizer
     for prepared in all_prepared[1:]:

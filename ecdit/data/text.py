@@ -82,7 +82,7 @@ def read_vocabulary(data: bytes, path: Path | str) -> "sentencepiece.SentencePie
 
 
 def fit(tokens: Sequence[int] | np.ndarray, caption_length: int, end: int = EOS, pad: int = PAD) -> np.ndarray:
-    """Tokens that finish with `end` as int32[caption_length]: filled with `pad`, or cut with the end kept."""
+    """Returns tokens that finish with `end` as int32[caption_length]: filled with `pad`, or cut with the end kept."""
     row = np.full(caption_length, pad, np.int32)
     kept = tokens if len(tokens) <= caption_length else [*tokens[: caption_length - 1], end]
     row[: len(kept)] = kept

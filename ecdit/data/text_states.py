@@ -52,12 +52,12 @@ class TextColumn:
 
     @property
     def name(self) -> str:
-        """The column's name."""
+        """Returns the column's name."""
         return f"text-{self.label}"
 
     @property
     def made_by(self) -> str:
-        """The sha256 of the weights' fingerprints, the tokenizer and all that the states depend on."""
+        """Returns the sha256 of all that the states depend on: the weights, the tokenizer and the settings."""
         config = self.config
         folders = [fingerprint_once(folder) for folder in config.folders]
         settings = [config.clip_states, config.clip_projection, config.dtype, self.length, self.stored]

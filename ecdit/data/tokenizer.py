@@ -31,14 +31,14 @@ FILES = (SPIECE, VOCABULARY, MERGES, BOTH, "tokenizer_config.json", "special_tok
 
 
 class PartTokenizer(Protocol):
-    """Captions to the ids of one text encoder."""
+    """Encodes captions as the ids of one text encoder."""
 
     end: int  # the id that ends a caption
     pad: int  # the id that fills a row
 
     @property
     def size(self) -> int:
-        """How many tokens it has."""
+        """Returns the number of ids: the rows that an embedding needs."""
         ...
 
     def rows(self, captions: Sequence[str]) -> list[list[int]]:
@@ -54,7 +54,7 @@ class PiecesFile:
 
     @property
     def size(self) -> int:
-        """How many pieces it has."""
+        """Returns the number of pieces."""
         return self._vocabulary.vocab_size()
 
     def rows(self, captions: Sequence[str]) -> list[list[int]]:
@@ -63,7 +63,7 @@ class PiecesFile:
 
 
 class Tokenizer:
-    """Captions to ids, by one part or by two side by side."""
+    """Encodes captions by one part, or by two side by side."""
 
     def __init__(self, parts: Sequence[PartTokenizer]):
         self.parts = tuple(parts)
@@ -71,8 +71,8 @@ class Tokenizer:
     def encode(self, caption: str) -> Int[np.ndarray, " l"]:
         """Returns the ids of a caption at its true length.
 
-        A caption can spell an end token, such as CLIP's. The encoder looks no further than the first one, and by it
-        `fit` tells the parts apart, so what follows in that part is left out.
+        By the first end token `fit` tells the parts apart, and CLIP looks no further than that. So what follows it in a
+        part, if a tokenizer reads an end token in a caption, is left out.
         """
         rows = [part.rows([caption])[0] for part in self.parts]
         ends = [row.index(part.end) + 1 for row, part in zip(rows, self.parts, strict=True)]
@@ -80,7 +80,7 @@ class Tokenizer:
 
     @functools.cached_property
     def empty(self) -> Int[np.ndarray, " l"]:
-        """The ids of the empty caption."""
+        """Returns the ids of the empty caption."""
         return self.encode("")
 
     def fit(self, ids: Int[np.ndarray, " l"], length: int) -> Int[np.ndarray, " L"]:

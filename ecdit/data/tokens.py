@@ -10,6 +10,7 @@ from pathlib import Path
 from ecdit.data import DataError
 from ecdit.data.config import DataConfig, rate_of
 from ecdit.data.generated import GENERATED
+from ecdit.data.locks import locked
 from ecdit.data.manifest import Composition, read_records_manifest, task_directory
 from ecdit.data.mixing import mixing
 from ecdit.data.record import Record, decode_record, pack
@@ -47,9 +48,16 @@ def tokenizer_name(config: DataConfig) -> str:
 
 
 def tokenizer_path(config: DataConfig) -> Path:
-    """Returns where prepared data keeps its tokenizer: a .model file, or the folder of a public one."""
+    """Returns where prepared data keeps its tokenizer: a .model file, or the folder of a public one.
+
+    One that was prepared from another place, where it had another name, is taken: its hash says that it is the same.
+    """
     suffix = "" if config.tokenizer_folders else ".model"
-    return task_directory(config) / "tokenizers" / f"{tokenizer_name(config)}{suffix}"
+    path = task_directory(config) / "tokenizers" / f"{tokenizer_name(config)}{suffix}"
+    if path.exists() or not config.tokenizer:
+        return path
+    digest = path.name.removesuffix(suffix).rpartition("-")[2]
+    return min(path.parent.glob(f"[!.]*-{digest}{suffix}"), default=path)
 
 
 def tokenizer_files(config: DataConfig) -> dict[str, bytes]:
@@ -81,7 +89,9 @@ def make_tokenizer(config: DataConfig, composition: Composition) -> Path:
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     if config.tokenizer_folders:
-        copy_folders(config.tokenizer_folders, path)
+        with locked(path.with_name(f".{path.name}.lock"), print):
+            if not path.exists():  # else another process was first
+                copy_folders(config.tokenizer_folders, path)
         return path
     scratch = path.with_name(f".{path.name}")
     if config.tokenizer:
@@ -145,12 +155,12 @@ class TokensColumn:
 
     @property
     def name(self) -> str:
-        """The column's name."""
+        """Returns the column's name."""
         return f"tokens-{self.tokenizer.name.removesuffix('.model')}"
 
     @property
     def made_by(self) -> str:
-        """The tokenizer's sha256."""
+        """Returns the tokenizer's sha256."""
         return tokenizer_sha256(self.tokenizer)
 
     def values(self, records: Iterable[Record]) -> Iterator[tuple[bytes, Mapping[str, int]]]:

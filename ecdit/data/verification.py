@@ -8,7 +8,7 @@ from ecdit.data import DataError
 from ecdit.data.config import DataConfig
 from ecdit.data.images import decode_stored
 from ecdit.data.manifest import SPLITS, shards_of
-from ecdit.data.prepared import Prepared, StoredPart, open_prepared
+from ecdit.data.prepared import Prepared, StoredPart, open_prepared, read_empty
 from ecdit.data.record import decode_record
 from ecdit.data.shards import Shard, ShardReader, file_sha256
 
@@ -23,6 +23,11 @@ def verify(config: DataConfig, say: Callable[[str], None] = print) -> Prepared:
     prepared, damaged, records, shards = open_prepared(config), [], 0, 0
     for part in filter(None, prepared.stored):
         columns = [column for column in (part.tokens, part.latents, part.text) if column]
+        if part.text:
+            try:
+                read_empty(part)
+            except DataError as error:
+                damaged.append(str(error))
         for split in SPLITS:
             for shard in tqdm(shards_of(part.manifest, split), f"{part.component.task}, {split}", disable=None):
                 problem = _problem(part, shard, config.image_size)

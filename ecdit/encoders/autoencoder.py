@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Key, UInt8
 
 from ecdit.components import PartFlops
 from ecdit.config import RESUME
+from ecdit.encoders.vae_flops import vae_part
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,8 +76,8 @@ class StoredLatents(nnx.Module):
         raise NotImplementedError("the data holds latents: there is no autoencoder to decode with")
 
     def flops(self, image_size: int) -> PartFlops:
-        """Returns no work: another process has encoded."""
-        return PartFlops("vae", float((image_size // self.downsampling) ** 2), 0.0)
+        """Returns the work of the autoencoder that made the latents, which the paper's notes describe."""
+        return vae_part(image_size)
 
 
 AUTOENCODERS = {"identity": IdentityAutoencoder, "latents": StoredLatents}

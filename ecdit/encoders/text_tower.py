@@ -22,7 +22,7 @@ PAD_ID = 0  # T5's SentencePiece ids: padding 0, end of sequence 1
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-    """Which text encoder, and the size of the tower that is drawn at random, which a folder's encoder ignores."""
+    """Selects the text encoder. A folder's encoder has its own size and ignores the sizes here."""
 
     # "random", or a folder of public weights: see `pretrained.text_encoders`. It may move: its contents are compared.
     weights: str = field(metadata=RESUME)
@@ -59,12 +59,12 @@ class TextConfig:
 
     @property
     def public(self) -> bool:
-        """Whether the weights are those of a folder."""
+        """Returns True if the weights are those of a folder."""
         return self.weights != RANDOM
 
     @property
     def folders(self) -> tuple[Path, ...]:
-        """The folders of public weights, one for each encoder."""
+        """Returns the folders of public weights, one for each encoder."""
         return tuple(Path(folder) for folder in (self.weights, self.second_weights) if folder) if self.public else ()
 
 
@@ -119,7 +119,7 @@ class TextTower(nnx.Module):
 
     @property
     def widths(self) -> TextWidths:
-        """The widths of states and pooled state."""
+        """Returns the widths of states and pooled state."""
         return TextWidths(self.config.width, self.config.width)
 
     @jax.named_scope("text_tower")

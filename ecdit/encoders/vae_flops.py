@@ -36,7 +36,7 @@ class VaeSizes:
 
     @property
     def shrink(self) -> int:
-        """Pixels along a side for each latent pixel."""
+        """Returns the number of pixels along a side for each latent pixel."""
         return 2 ** (len(self.widths) - 1)
 
 

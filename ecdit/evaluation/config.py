@@ -1,4 +1,4 @@
-"""What a run evaluates while it trains."""
+"""The config of evaluations during training."""
 
 import dataclasses
 from typing import Literal
@@ -8,7 +8,7 @@ from ecdit.config import require
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
-    """What is computed of the EMA weights every so many steps; each part compiles one program."""
+    """Selects the evaluations of the EMA weights during training; each of them compiles one program."""
 
     every: int  # steps; 0 for never
     loss_images: int  # for the flow loss by time (see evaluation.flow_loss); 0 for no loss

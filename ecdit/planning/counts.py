@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from ecdit.config import ConfigError, require
-from ecdit.encoders.vae_flops import VAE_PARAMS, vae_part
+from ecdit.encoders.vae_flops import VAE_PARAMS
 from ecdit.experiment import Experiment
 from ecdit.models.config import DiTConfig
 from ecdit.system import SystemConfig, make_system
@@ -38,8 +38,7 @@ def count(experiment: Experiment) -> Counts:
     parts, encoding = system.forward_flops("train"), 0.0
     vae = VAE_PARAMS if config.autoencoder == "latents" else _size(abstract.get("autoencoder", {}))
     if config.reads_latents:
-        public = config.public_autoencoder is not None
-        encoding = (system.parts.autoencoder.flops(config.image_size) if public else vae_part(config.image_size)).flops
+        encoding = system.parts.autoencoder.flops(config.image_size).flops
     return Counts(
         total_params=denoiser + text + vae,
         denoiser_params=denoiser,

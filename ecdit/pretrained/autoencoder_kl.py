@@ -58,7 +58,7 @@ class AutoencoderConfig:
 
     @property
     def downsampling(self) -> int:
-        """Pixels along a side for each latent pixel."""
+        """Returns the number of pixels along a side for each latent pixel."""
         return 2 ** (len(self.widths) - 1)
 
     def __post_init__(self):

@@ -156,7 +156,7 @@ class ClipText(nnx.Module):
 
     @property
     def widths(self) -> TextWidths:
-        """The widths of states and pooled state."""
+        """Returns the widths of states and pooled state."""
         return TextWidths(self.config.width, self.config.projection_width or self.config.width)
 
     @jax.named_scope("clip_text")

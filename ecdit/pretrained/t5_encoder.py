@@ -164,7 +164,7 @@ class T5Encoder(nnx.Module):
 
     @property
     def widths(self) -> TextWidths:
-        """The widths of states and pooled state."""
+        """Returns the widths of states and pooled state."""
         return TextWidths(self.config.width, self.config.width)
 
     @jax.named_scope("t5_encoder")

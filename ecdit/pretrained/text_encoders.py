@@ -42,7 +42,7 @@ class PublicEncoder:
 
     @property
     def layout(self) -> Layout:
-        """The names of its tensors."""
+        """Returns the names of its tensors."""
         return CLIP_TEXT_LAYOUT if isinstance(self.config, ClipTextConfig) else T5_LAYOUT
 
 
@@ -76,7 +76,7 @@ class SideBySide(nnx.Module):
 
     @property
     def widths(self) -> TextWidths:
-        """The width of the wider states, and that of both pooled states."""
+        """Returns the width of the wider states, and that of both pooled states together."""
         first, second = self.first.widths, self.second.widths
         return TextWidths(max(first.states, second.states), first.pooled + second.pooled)
 

@@ -83,7 +83,7 @@ class ClipTokenizer:
 
     @property
     def size(self) -> int:
-        """How many rows an embedding needs for it."""
+        """Returns the number of rows that an embedding needs for it."""
         return self.largest + 1
 
     def rows(self, captions: Sequence[str]) -> list[list[int]]:
@@ -129,7 +129,7 @@ class T5Tokenizer:
 
     @property
     def size(self) -> int:
-        """How many pieces it has."""
+        """Returns the number of pieces."""
         return self._pieces.vocab_size()
 
     def rows(self, captions: Sequence[str]) -> list[list[int]]:

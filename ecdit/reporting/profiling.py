@@ -22,7 +22,7 @@ class Profile:
     """
 
     def __init__(self, config: TrainConfig, workdir: Path, start_step: int, settle: Callable[[], None] = lambda: None):
-        """`settle` waits for a running save: the profiler has crashed where a trace began or ended beside one."""
+        """Sets the window. `settle` waits for a running save, during which beginning or ending a trace has crashed."""
         self.settle = settle
         self.directory = self.local = workdir / PROFILE
         self.running = False

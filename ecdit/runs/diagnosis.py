@@ -1,4 +1,4 @@
-"""Whether this machine can train: looks at what a run needs, and leaves nothing behind.
+"""Checks if this machine can train: looks at what a run needs, and leaves nothing behind.
 
 Each check has a time limit, as devices and buckets that cannot be reached may never answer.
 """
@@ -52,14 +52,14 @@ Verdict = Literal["ok", "warn", "fail"]
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """What a check found: `fail` keeps a run from working, `warn` may."""
+    """The result of one check. With `fail` a run cannot work; with `warn` it may not."""
 
     verdict: Verdict
     text: str  # says what to do, unless the verdict is ok
     subject: str
 
     def line(self) -> str:
-        """One line for people."""
+        """Returns the finding as one line for people."""
         return f"{self.verdict:<4}  {self.subject}: {' '.join(self.text.split())}"
 
 
@@ -88,12 +88,12 @@ def diagnose(experiment: Experiment | None, workdir: Path | None, seconds: float
 
 
 def is_left_behind() -> bool:
-    """Whether a check still runs after its time: the process has to be ended without waiting for its threads."""
+    """Returns True if a check still runs after its time. Then end the process without waiting for its threads."""
     return any(thread.name == _THREAD for thread in threading.enumerate())
 
 
 def devices(experiment: Experiment | None) -> Found:
-    """The devices that JAX finds, and whether the config's mesh and batch divide over them."""
+    """Names the devices that JAX finds, and checks that the config's mesh and batch divide over them."""
     found = jax.devices()
     text = devices_text(found)
     wanted = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]  # jax adds options at run time
@@ -111,7 +111,7 @@ def devices(experiment: Experiment | None) -> Found:
 
 
 def versions() -> Found:
-    """The versions of Python and of the libraries that decide what a step computes, against the tested ones."""
+    """Compares the versions of Python, and of the libraries that decide what a step computes, with the tested ones."""
     found = {"python": platform.python_version()}
     for name in set(TESTED) - {"python"}:
         try:
@@ -122,7 +122,7 @@ def versions() -> Found:
 
 
 def compare_versions(found: Mapping[str, str]) -> Found:
-    """What is to be said of versions by name."""
+    """Compares versions by name with the tested ones, and warns of those that are older or newer."""
     odd = []
     for name, (oldest, newest) in TESTED.items():
         parts = oldest.count(".") + 1 if name == "python" else None  # any 3.13 counts as tested
@@ -139,7 +139,7 @@ def compare_versions(found: Mapping[str, str]) -> Found:
 
 
 def data(experiment: Experiment | None) -> Found:
-    """Whether the data of every phase is prepared and whole, or can be prepared here."""
+    """Checks that the data of every phase is prepared and whole, or can be prepared here."""
     if experiment is None:
         return "ok", "not checked: it needs --config"
     configs = [phase.experiment.data for phase in experiment.resolved_phases()]
@@ -160,7 +160,7 @@ def data(experiment: Experiment | None) -> Found:
 
 
 def weights(experiment: Experiment | None, workdir: Path | None) -> Found:
-    """What a run would start from: its newest checkpoint, another run's weights, or drawn ones."""
+    """Names the weights that a run would start from: its newest checkpoint's, another run's, or drawn ones."""
     if workdir is not None and (steps := _finished_steps(workdir)):
         return "ok", f"the run goes on from step {max(steps)} of {workdir}"
     if experiment is None:
@@ -185,7 +185,7 @@ def weights(experiment: Experiment | None, workdir: Path | None) -> Found:
 
 
 def disk(experiment: Experiment | None, workdir: Path | None) -> Found:
-    """Whether the disks can be written, and have room for the checkpoints that are kept and the next one."""
+    """Checks that the disks can be written, and have room for the checkpoints that are kept and the next one."""
     places = [Path() if workdir is None else workdir]
     if experiment is not None:
         prepared = (task_directory(phase.experiment.data) for phase in experiment.resolved_phases())
@@ -207,7 +207,7 @@ def disk(experiment: Experiment | None, workdir: Path | None) -> Found:
 
 
 def bucket(workdir: Path | None) -> Found:
-    """Whether this process may list, read, write and delete in the workdir's bucket."""
+    """Checks that this process may list, read, write and delete in the workdir's bucket."""
     if workdir is None or not is_remote(workdir):
         return "ok", "none: the workdir is on a disk" if workdir else "not checked: it needs --workdir=gs://..."
     try:
@@ -218,7 +218,7 @@ def bucket(workdir: Path | None) -> Found:
 
 
 def clock(workdir: Path | None) -> Found:
-    """Whether this machine's clock agrees with that of the bucket, or of the disk, which may be another machine's."""
+    """Compares this machine's clock with that of the bucket, or of the disk, which may be another machine's."""
     now = time.time()
     shown = f"{datetime.datetime.fromtimestamp(now, datetime.UTC):%Y-%m-%d %H:%M:%S} UTC"
     if workdir is not None and is_remote(workdir):
@@ -234,7 +234,7 @@ def clock(workdir: Path | None) -> Found:
 
 
 def state_bytes(experiment: Experiment) -> int:
-    """What a checkpoint of the run takes."""
+    """Returns the bytes of the state in a checkpoint of the run."""
     one = abstract_mesh(MeshConfig(1, 1, 1, 1, 1), 1)
     system, optimizer = make_system(experiment.system), make_optimizer(experiment.optimizer)
     state = abstract_state(system, optimizer, state_shardings(system, optimizer, one))
@@ -242,7 +242,7 @@ def state_bytes(experiment: Experiment) -> int:
 
 
 def _within(seconds: float, check: Callable[[], Found]) -> Found:
-    """The result of a check: fail if it raises, or has none after `seconds`."""
+    """Returns the result of a check, which is `fail` if it raises, or has not ended after `seconds`."""
     results: list[Found] = []
 
     def run() -> None:
@@ -267,7 +267,7 @@ def _finished_steps(workdir: Path) -> list[int]:
 
 
 def _existing(path: Path) -> Path:
-    """The directory itself, or the nearest one above it that exists."""
+    """Returns the directory itself, or the nearest one above it that exists."""
     return next(place for place in (path, *path.absolute().parents) if place.is_dir())
 
 

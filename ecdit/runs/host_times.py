@@ -64,14 +64,14 @@ class HostTimes:
     """Gathers the times of all processes every `train.log_every` steps, without making any wait."""
 
     def __init__(self, config: TrainConfig, seconds: Callable[[], Mapping[str, float]], say: Callable[[str], None]):
-        """`seconds` returns what this process has spent so far by phase; `say` prints a line on the first process."""
+        """Takes `seconds`, this process's times so far by phase, and `say`, which prints on the first process."""
         self.config, self.seconds, self.say = config, seconds, say
         self.client = ocp.multihost.get_jax_distributed_client() if jax.process_count() > 1 else None
         self.before: Mapping[str, float] | None = None
         self.slow, self.times_slow = -1, 0
 
     def after_step(self, step: int) -> None:
-        """Call it after every step, on all processes."""
+        """Compares the hosts every `train.log_every` steps. Call it after every step, on all processes."""
         if self.client is None or step % self.config.log_every:
             return
         now = dict(self.seconds())

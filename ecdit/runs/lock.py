@@ -171,7 +171,7 @@ class Lease:
 
 
 def _nothing() -> None:
-    """A lock of the kernel cannot be lost."""
+    """Does nothing: a lock of the kernel cannot be lost."""
 
 
 def _taken(workdir: Path, holder: Holder | None) -> LockedError:

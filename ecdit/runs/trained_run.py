@@ -15,6 +15,9 @@ import ecdit
 from ecdit import runtime
 from ecdit.checkpoints.restore import CheckpointError, find_step, open_reader, read_meta, restore_ema
 from ecdit.config import ConfigError, require
+from ecdit.data import DataError
+from ecdit.data.manifest import task_directory
+from ecdit.data.prepared import Prepared, open_prepared
 from ecdit.data.tokenizer import PromptTokens
 from ecdit.evaluation.run_scores import image_groups
 from ecdit.experiment import Experiment, make_experiment
@@ -88,6 +91,21 @@ def open_run(
         system = make_system(experiment.system)
     digest = hashlib.sha256(json.dumps(meta.arrays, sort_keys=True).encode()).hexdigest()
     return Run(experiment, system, mesh, params, step, digest, meta.dataset, meta.vocabulary, tokenizer)
+
+
+def open_data(run: Run, workdir: Path) -> Prepared:
+    """Opens the data that a run was trained on.
+
+    Raises:
+      DataError: it cannot be opened, or has changed since training.
+    """
+    prepared = open_prepared(run.experiment.data)
+    if prepared.fingerprint != run.dataset:
+        raise DataError(
+            f"{task_directory(run.experiment.data)} is not the data of the training: its fingerprint is "
+            f"{prepared.fingerprint[:12]}, and step {run.step} of {workdir} was trained on {run.dataset[:12]}"
+        )
+    return prepared
 
 
 def prepare_to_open(experiment: Experiment, draw: bool, join: bool) -> tuple[System, Mesh]:

@@ -55,7 +55,7 @@ FORECAST_AFTER = 10  # steps of a start after which it prints how long the other
 
 @dataclasses.dataclass(frozen=True)
 class Accepted:
-    """What a run does only where its user has said so, by a flag of `ecdit.train` of the same name."""
+    """The user's consent to unusual starts, by the flags `--start_over` and `--accept_...` of `ecdit.train`."""
 
     start_over: bool = False  # start at step 0 if checkpoints have vanished, and move the old records aside
     data_order: bool = False  # resume although another version of a library may order the data differently
@@ -172,7 +172,7 @@ def run_workload(
 
 @dataclasses.dataclass(frozen=True)
 class _Run:
-    """What all phases of a run share."""
+    """The objects that all phases of a run share."""
 
     workload: Workload
     experiment: Experiment  # the whole run, with its phases
@@ -194,7 +194,7 @@ class _Run:
         evaluator: StepEvaluator | None,
         state: TrainState,
     ) -> tuple[TrainState, bool]:
-        """Steps to the end of a phase, or to a stop; saves the state that the run ends with."""
+        """Trains to the end of a phase, or to a stop; saves the state that the run ends with."""
         first = int(state.step) + 1
         if first == phase.after + 1:  # a new phase's losses may differ from those before it
             state = dataclasses.replace(state, usual_loss=state.usual_loss + np.inf)

@@ -1,4 +1,4 @@
-"""What a run trains, as the training run is given it: states, steps, batches and images of each phase."""
+"""The workload that a training run is given: states, steps, batches and images of each phase."""
 
 import dataclasses
 import functools
@@ -16,7 +16,7 @@ from ecdit.checkpoints.restore import open_reader, read_meta, restore_ema
 from ecdit.config import changeable, to_dict
 from ecdit.data.config import DataConfig
 from ecdit.data.loader import make_loader
-from ecdit.data.prepared import Prepared, check_latents, check_text, check_tokenizers, open_prepared, prepare
+from ecdit.data.prepared import Prepared, check_latents, check_same_tokenizer, check_text, prepare
 from ecdit.data.tokens import hash_files, tokenizer_files
 from ecdit.experiment import Experiment, ResolvedPhase
 from ecdit.partitioning import batch_sharding
@@ -53,7 +53,7 @@ class StepEvaluator(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """What a run trains. A function of a phase makes what differs between phases; the parameters' shapes do not."""
+    """The state, steps, batches and images of a run. Functions of a phase make what differs between phases."""
 
     abstract: TrainState  # shapes, dtypes and shardings
     first_state: Callable[[], tuple[TrainState, str]]  # of a run without a checkpoint, and where its weights are from
@@ -152,19 +152,19 @@ def device_batches(experiment: Experiment, mesh: Mesh, start_row: int) -> Iterat
 
 
 def _prepare_data(experiment: Experiment) -> list[str]:
-    """Prepares the data of each phase; refuses columns of other weights than the run's."""
+    """Prepares the data of each phase and returns its fingerprints; refuses columns of other weights than the run's."""
     phases = [phase.experiment for phase in experiment.resolved_phases()]
-    fingerprints = prepared_fingerprints([phase.data for phase in phases])
-    for phase in phases:
+    prepared = prepare_together([phase.data for phase in phases])
+    for phase, one in zip(phases, prepared, strict=True):
         if phase.system.reads_latents and phase.system.public_autoencoder:
-            check_latents(open_prepared(phase.data), phase.latents_column().made_by)
+            check_latents(one, phase.latents_column().made_by)
         if phase.text.encode == "prepared":
-            check_text(open_prepared(phase.data), phase.text_column().made_by)
-    return fingerprints
+            check_text(one, phase.text_column().made_by)
+    return [one.fingerprint for one in prepared]
 
 
-def prepared_fingerprints(configs: Sequence[DataConfig]) -> list[str]:
-    """Prepares each data set on the first process if it is missing, while the others wait; returns the fingerprints.
+def prepare_together(configs: Sequence[DataConfig]) -> list[Prepared]:
+    """Prepares each data set on the first process if it is missing, while the others wait; returns them opened.
 
     Raises:
       DataError: one cannot be prepared, or two have different vocabularies.
@@ -179,14 +179,14 @@ def prepared_fingerprints(configs: Sequence[DataConfig]) -> list[str]:
     return _prepare_all(configs)
 
 
-def _prepare_all(configs: Sequence[DataConfig]) -> list[str]:
+def _prepare_all(configs: Sequence[DataConfig]) -> list[Prepared]:
     prepared: list[Prepared] = []
     for n, config in enumerate(configs):
         prepared.append(prepared[configs.index(config)] if config in configs[:n] else prepare(config, _workers()))
         parts = [component.task for component in prepared[-1].composition.components]
         check_placeholder(config, parts, jax.process_count())
-    check_tokenizers(prepared)
-    return [one.fingerprint for one in prepared]
+    check_same_tokenizer(prepared)
+    return prepared
 
 
 def _workers() -> int:

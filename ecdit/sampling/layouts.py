@@ -1,4 +1,4 @@
-"""Where the images of a benchmark go, and the files that its own evaluation expects beside them.
+"""The layouts of benchmarks: file names of their images, and the files that their own evaluations expect beside them.
 
 lines, parti   00000.png, 00001.png, ...
 coco           images/00000.png, ...: nothing but images, as programs that compute FID read a folder

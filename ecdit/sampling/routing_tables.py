@@ -16,7 +16,7 @@ from jaxtyping import Float, Int, UInt8
 
 
 class Takings(NamedTuple):
-    """What every expert of every sparse layer takes in the last solver steps."""
+    """The tokens that every expert of every sparse layer takes in the last solver steps."""
 
     patches: UInt8[np.ndarray, "P E p p 3"]  # the mean of the images' patches under its tokens; black if it took none
     tokens: Float[np.ndarray, "P E n"]  # how many tokens of each image it takes, on average over the steps

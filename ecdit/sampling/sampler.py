@@ -27,7 +27,7 @@ Sampler = Callable[[Params, Int[ArrayLike, "B L"], Int[ArrayLike, "1 L"], Key[Ar
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-    """How images are drawn."""
+    """Selects the solver, the guidance and the batch with which images are drawn."""
 
     solver: Literal["euler", "heun", "multistep", "stochastic_heun"]
     num_steps: int
@@ -177,7 +177,7 @@ def _is_guided(config: SamplingConfig) -> bool:
 
 
 def _interleave(first: Array, second: Array) -> Array:
-    """[first_0, second_0, first_1, ...] along axis 0."""
+    """Returns [first_0, second_0, first_1, ...] along axis 0."""
     return jnp.stack([first, second], axis=1).reshape(2 * first.shape[0], *first.shape[1:])
 
 

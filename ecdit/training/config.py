@@ -1,4 +1,4 @@
-"""How long and in what portions a run trains, and what decides one step."""
+"""The configs of training: the length of a run, its batches and intervals, and everything that decides one step."""
 
 import dataclasses
 from dataclasses import field
@@ -31,7 +31,7 @@ class WatchdogConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """How long and in what portions to train."""
+    """Sets the length of a run, its batches and its intervals."""
 
     num_steps: int = field(metadata=RESUME)
     batch_size: int = field(metadata=PHASE)  # images per step, over all devices and microbatches
@@ -92,7 +92,7 @@ class TrainConfig:
 
 @dataclasses.dataclass(frozen=True)
 class StepConfig:
-    """What a training step follows from, beside the model."""
+    """The configs that decide the result of a training step, besides the model."""
 
     seed: int  # the run's seed
     train: TrainConfig

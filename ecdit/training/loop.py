@@ -20,7 +20,7 @@ from ecdit.training.step import Batch, Metrics
 
 @dataclasses.dataclass(frozen=True)
 class Hooks:
-    """What the loop calls beside the step. All processes make the same calls in the same order."""
+    """The functions that the loop calls besides the step. All processes make the same calls in the same order."""
 
     enter: Callable[[Phase, str], None]  # announces the run's next activity
     before_step: Callable[[int, TrainState], None]
@@ -41,7 +41,7 @@ def run_steps(
     last_step: int,
     hooks: Hooks,
 ) -> tuple[TrainState, bool]:
-    """Steps from `state` to `last_step`, or until a stop is requested.
+    """Trains from `state` to `last_step`, or until a stop is requested.
 
     The metrics of a step are read once the next one is dispatched, so that the device never waits for the host.
     Everything that a checkpoint must find done (metrics, images) is done before its save begins.
@@ -83,7 +83,7 @@ def run_steps(
 
 
 class StopRequests:
-    """Whether the run was asked to stop, by SIGTERM or Ctrl-C (SIGINT), agreed between all processes.
+    """Agrees between all processes that the run was asked to stop, by SIGTERM or Ctrl-C (SIGINT).
 
     The first Ctrl-C lets the run save and end, a second one ends the process at once. Python runs signal handlers only
     between steps of its own, and a compilation takes minutes; so a thread reads the signals' numbers from a pipe.

@@ -7,7 +7,7 @@ import pytest
 from ecdit.config import ConfigError
 from ecdit.experiment import make_experiment
 from ecdit.runs.inputs import check_placeholder, inputs_line
-from ecdit.runs.workload import prepared_fingerprints
+from ecdit.runs.workload import prepare_together
 from tests.data.example import make_config
 from tests.runs import config_file, tiny
 
@@ -56,8 +56,8 @@ def test_random_numbers_on_several_hosts_are_refused_unless_that_is_meant():
 
 def test_the_parts_of_prepared_data_are_looked_at(tmp_path, monkeypatch):
     config = make_config(tmp_path, task="random_latents", latent_channels=4, flip_probability=0.0, crop_padding=0)
-    assert len(prepared_fingerprints([config])) == 1
+    assert len(prepare_together([config])) == 1
     monkeypatch.setattr("jax.process_count", lambda: 3)
     monkeypatch.setattr("jax.experimental.multihost_utils.sync_global_devices", lambda name: None)
     with pytest.raises(ConfigError, match="3 hosts would train on random_latents"):
-        prepared_fingerprints([config])
+        prepare_together([config])

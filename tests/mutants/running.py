@@ -190,7 +190,7 @@ MUTANTS = (
         _tests("ecdit_runs/test_kept_tokenizer", "test_training_keeps_its_tokenizer_and_a_start_over_moves_it_aside"),
     ),
     Mutant(
-        "ecdit/commands/retrieval.py",
+        "ecdit/runs/trained_run.py",
         "    if prepared.fingerprint != run.dataset:",
         "    if not prepared.fingerprint:",
         _tests("system/test_commands", "test_images_are_looked_up_in_the_data_of_the_training_alone"),

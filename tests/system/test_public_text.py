@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +19,12 @@ from ecdit.components import TextWidths
 from ecdit.config import ConfigError
 from ecdit.data import DataError
 from ecdit.data.loader import make_loader
-from ecdit.data.prepared import check_text, open_prepared, prepare_captions, prepare_column
+from ecdit.data.prepared import check_text, empty_caption, open_prepared, prepare_captions, prepare_column
 from ecdit.data.text_states import restore as restore_row
 from ecdit.data.text_states import store
 from ecdit.data.tokenizer import load_tokenizer
 from ecdit.data.tokens import tokenizer_path
+from ecdit.data.verification import verify
 from ecdit.evaluation.flow_loss import fixed_rows, losses_by_time, make_loss_program
 from ecdit.experiment import check_tokenizers, check_trainable, make_experiment
 from ecdit.partitioning import MeshConfig, make_mesh
@@ -286,3 +289,32 @@ def test_the_held_out_loss_of_prepared_states_is_that_of_online_encoding(folders
         found.append(losses_by_time(make_loss_program(system, mesh, 8), whole, rows))
     np.testing.assert_allclose(found[1], found[0], rtol=0.02)
     assert (found[1] != found[0]).any()  # states were rounded
+
+
+def test_a_damaged_empty_caption_is_refused_and_found_by_verify(folders, grey):
+    """Training puts its states in the place of a tenth of the captions."""
+    named = {"text__encode": "prepared", "text__stored": "int8", "data__text_states": "verified"}
+    experiment = public(folders["clip"], **{**grey, **named})
+    prepare_captions(experiment.data, 1, QUIET)
+    column = experiment.text_column()
+    prepare_column(experiment.data, column, 1, QUIET, column.constants)
+    verify(experiment.data, QUIET)
+    (path,) = Path(experiment.data.directory).rglob("text-verified/empty_caption")
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(DataError, match=r"empty_caption is damaged: delete .*text-verified and prepare it again"):
+        empty_caption(open_prepared(experiment.data))
+    with pytest.raises(DataError, match=r"shards are damaged:\n  .*empty_caption is damaged"):
+        verify(experiment.data, QUIET)
+
+
+def test_a_tokenizer_at_another_place_is_the_one_that_the_data_was_prepared_with(folders, grey, tmp_path):
+    experiment = public(folders["clip"], **grey)
+    path = prepare_captions(experiment.data, 1, QUIET) and tokenizer_path(experiment.data)
+    shutil.copytree(folders["clip"], tmp_path / "moved")
+    moved = dataclasses.replace(experiment.data, tokenizer=str(tmp_path / "moved"))
+    assert tokenizer_path(moved) == path
+    assert open_prepared(moved).fingerprint == open_prepared(experiment.data).fingerprint
+    other = dataclasses.replace(experiment.data, tokenizer=str(folders["t5"]))
+    assert tokenizer_path(other) != path
