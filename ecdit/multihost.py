@@ -2,11 +2,13 @@
 
 import json
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+
+from ecdit.errors import UserError
 
 
 def anywhere(problem: str | None) -> str | None:
@@ -17,6 +19,31 @@ def anywhere(problem: str | None) -> str | None:
 
     found = multihost_utils.process_allgather(np.int32(problem is not None)).reshape(-1)
     return problem or (f"process {int(np.argmax(found))} cannot" if found.any() else None)
+
+
+def on_first(do: Callable[[], object]) -> None:
+    """Does something on the first process. Where it fails there, it fails on all: collective.
+
+    Raises:
+      UserError: it failed; on the first process the error itself.
+    """
+    problem, cause = None, None
+    if jax.process_index() == 0:
+        try:
+            do()
+        except (UserError, OSError) as error:
+            problem, cause = str(error), error
+    if problem := anywhere(problem):
+        raise cause or UserError(problem)
+
+
+def from_first(values: np.ndarray) -> np.ndarray:
+    """Returns the first process's array, of one shape and dtype everywhere, on all of them. Collective."""
+    if jax.process_count() == 1:
+        return values
+    from jax.experimental import multihost_utils
+
+    return np.asarray(multihost_utils.broadcast_one_to_all(values))
 
 
 def wait_for_all(name: str) -> None:

@@ -187,6 +187,16 @@ def batch_sharding(mesh: Mesh | AbstractMesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
+def place_rows(mesh: Mesh, arrays: Any) -> Any:
+    """Puts rows of arrays, a tree that every host has whole, on the devices where the batch's sharding wants them."""
+
+    def place(x: Any) -> jax.Array:
+        host = np.asarray(x)
+        return jax.make_array_from_callback(host.shape, batch_sharding(mesh), lambda index: host[index])
+
+    return jax.tree.map(place, arrays)
+
+
 def batch_shards(mesh: Mesh | AbstractMesh) -> int:
     """Returns the number of parts into which the batch is split."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)

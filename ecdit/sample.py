@@ -14,6 +14,7 @@ from absl import flags
 from ecdit.command_line import run_command
 from ecdit.errors import UserError
 from ecdit.files import check_writable, is_remote
+from ecdit.multihost import on_first
 from ecdit.runs.exported import check_exported, open_exported
 from ecdit.runs.kept_tokenizer import open_tokenizer
 from ecdit.runs.sample_folder import describe_source, draw_folder
@@ -107,12 +108,19 @@ def main(argv: list[str]) -> None:
     run = open_source(place)
     named = {"folder": WEIGHTS.value} if WEIGHTS.value else {"workdir": WORKDIR.value}
     source = named | describe_source(run, SET.value, kind)
-    new = draw_folder(run, out, planned, source, lambda: write_before(out, kind, prompts))
-    maps = draw_experts(run, planned) if EXPERTS.value else None
+
+    def draw_after() -> None:
+        maps = draw_experts(run, planned) if EXPERTS.value else None
+
+        def write() -> None:
+            write_after(out, kind, planned)
+            if maps is not None:
+                write_png(maps, out / "experts.png")
+
+        on_first(write)
+
+    new = draw_folder(run, out, planned, source, lambda: write_before(out, kind, prompts), draw_after)
     if jax.process_index() == 0:
-        write_after(out, kind, planned)
-        if maps is not None:
-            write_png(maps, out / "experts.png")
         had = f", {len(planned) - new} of them from before" if new < len(planned) else ""
         print(f"{len(planned)} images of step {run.step} in {out}{had}")
 

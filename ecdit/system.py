@@ -272,3 +272,12 @@ def make_system(config: SystemConfig) -> System:
     with nnx.use_eager_sharding(False):
         graphdef, abstract = nnx.split(nnx.eval_shape(lambda: TextToImage(config, nnx.Rngs(0))), nnx.Param)
     return System(config, graphdef, abstract)
+
+
+def image_groups(system: System) -> System:
+    """Returns the system with groups of one image in sampling, so that no image depends on its neighbours."""
+    config = system.config
+    if not hasattr(config.model, "sampling_group"):  # a denoiser without experts
+        return system
+    model = dataclasses.replace(config.model, sampling_group="image")
+    return make_system(dataclasses.replace(config, model=model))

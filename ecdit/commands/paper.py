@@ -20,9 +20,10 @@ from ecdit.data.generated import GENERATED, Shapes
 from ecdit.errors import UserError
 from ecdit.evaluation.clip_score import clip_scores, read_clip
 from ecdit.evaluation.json_lines import check_results, json_text, write_results
+from ecdit.files import is_remote
 from ecdit.runs.sample_folder import describe_source, draw_folder
 from ecdit.runs.trained_run import open_run, saved_experiment
-from ecdit.sampling.image_folder import is_done
+from ecdit.sampling.image_folder import check_folder, is_done
 from ecdit.sampling.layouts import plan_images
 from ecdit.sampling.prompt_files import choose, read_prompt_file
 from ecdit.storage import as_path
@@ -128,6 +129,8 @@ def run(values: flags.FlagValues) -> None:
     check_results(out)
     workdir = as_path(values.workdir)
     results = Path(values.results) if values.results else workdir / "paper"
+    if is_remote(results):
+        raise UserError(f"--results={results}: must be a directory of this machine")
     rows = [*read_results(results), coco(workdir, results, values.coco, values.clip, values.num_images)]
     rows += own(workdir, values.captions)
     print(table(rows))
@@ -166,11 +169,17 @@ def coco(workdir: Path, results: Path, captions: str | None, clip: str | None, c
         return Row(name, paper, None, f"give {' and '.join(absent)}; the paper's CLIP is ViT-bigG")
     _, prompts = read_prompt_file(Path(captions), "coco")
     planned = plan_images("coco", choose(prompts, min(count, len(prompts))), 1)
-    run, out = open_run(workdir), results / "coco"
+    scorer = read_clip(Path(clip))  # first: to draw takes hours
+    run = open_run(workdir)
+    out = results / f"coco_{run.step:08d}_{len(planned)}"
     source = {"workdir": str(workdir)} | describe_source(run, [], "coco")
-    if not is_done(out, planned, source):
-        draw_folder(run, out, planned, source)
-    found = clip_scores(read_clip(Path(clip)), [(out / one.file, one.prompt) for one in planned], 32)
+    try:
+        if not is_done(out, planned, source):
+            check_folder(out)
+            draw_folder(run, out, planned, source)
+    except UserError as error:
+        return Row(name, paper, None, str(error))
+    found = clip_scores(scorer, [(out / one.file, one.prompt) for one in planned], 32)
     return Row(name, paper, found["torchmetrics"], f"{found['images']} images by {clip}; the paper's CLIP is ViT-bigG")
 
 

@@ -3,34 +3,30 @@
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from absl import flags
 
 from ecdit.config import to_dict
 from ecdit.data.emoji_styles import style_and_name
-from ecdit.data.images import decode_stored
+from ecdit.data.generated import Split
 from ecdit.data.manifest import SPLITS
-from ecdit.data.prepared import caption_of
 from ecdit.evaluation.json_lines import check_results, json_text, write_results
 from ecdit.evaluation.retrieval import (
     NUM_CAPTIONS,
     chance,
-    fixed_choice,
     nearest_other_styles,
     protocol,
     recall,
     target_ranks,
 )
-from ecdit.evaluation.run_scores import retrieval_records
+from ecdit.evaluation.run_scores import load_retrieval
 from ecdit.runs.trained_run import each_image_alone, open_data, open_run, sample_run
 from ecdit.sampling.grids import save_grid
 from ecdit.sampling.sampler import SamplingConfig
 from ecdit.storage import as_path
 
 _DRAWN = 8
-Split = Literal["train", "held_out"]
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -71,18 +67,16 @@ def retrieval(
     run = each_image_alone(open_run(workdir, step=step))
     data = run.experiment.data
     open_data(run, workdir)
-    records, targeted = retrieval_records(data, split)
-    chosen = fixed_choice(targeted, count or targeted)
+    loaded = load_retrieval(data, count, split)
+    images, chosen = loaded.images, loaded.chosen
     sampling = protocol(run.experiment.sampling, seed)
-    captions = [caption_of(data, records[i].captions) for i in chosen]
-    samples = sample_run(run, captions, [0] * len(chosen), sampling)
-    images = np.stack([decode_stored(record.image) for record in records])
+    samples = sample_run(run, loaded.captions, [0] * len(chosen), sampling)
     ranks = target_ranks(samples, images, chosen)
     result = {
         "r_at_1": float(recall(ranks, 1)),
         "r_at_5": float(recall(ranks, 5)),
         "num_captions": len(chosen),
-        "num_images": len(records),
+        "num_images": len(images),
         "split": split,
         "step": run.step,
         "protocol": {
@@ -93,11 +87,11 @@ def retrieval(
         },
     }
     if split == "held_out":
-        trained = np.arange(len(records)) >= targeted
-        result |= compared(samples, images, chosen, [record.key for record in records], trained)
+        trained = np.arange(len(images)) >= loaded.num_targets
+        result |= compared(samples, images, chosen, loaded.keys, trained)
     result["seconds"] = round(time.monotonic() - start, 1)
     if grid:
-        _draw(samples, images[chosen], captions, grid)
+        _draw(samples, images[chosen], loaded.captions, grid)
     _say(result, sampling)
     return result
 

@@ -39,8 +39,9 @@ class Clip:
     image_size: int  # pixels
     caption_length: int  # tokens
     tokenizer: Tokenizer
-    # (uint8[B, H, W, 3], int32[B, L]) -> float32[B], the cosine of each pair; compiled for each B
-    cosine: Callable[[UInt8[np.ndarray, "B H W 3"], Int[np.ndarray, "B L"]], Float[Array, " B"]]
+    # (uint8[B, H, W, 3], int32[B, k, L]) -> float32[B, k], the cosines of an image and its k captions; compiled for
+    # each B and k
+    cosine: Callable[[UInt8[np.ndarray, "B H W 3"], Int[np.ndarray, "B k L"]], Float[Array, "B k"]]
 
 
 def read_clip(folder: Path) -> Clip:
@@ -59,8 +60,8 @@ def read_clip(folder: Path) -> Clip:
     @jax.jit
     def cosine(params: Any, images: Array, tokens: Array) -> Array:
         image = nnx.merge(vision[0], nnx.State(params[0]))(normalise(images.astype(jnp.float32) / 255))
-        caption = nnx.merge(text[0], nnx.State(params[1]))(tokens)
-        return cosines(image, caption.pooled)
+        encode = nnx.merge(text[0], nnx.State(params[1]))
+        return jnp.stack([cosines(image, encode(tokens[:, k]).pooled) for k in range(tokens.shape[1])], axis=1)
 
     params = vision[1], text[1]
     return Clip(
@@ -83,17 +84,18 @@ def clip_scores(clip: Clip, pairs: Iterable[tuple[Path, str]], batch_size: int) 
     Raises:
       UserError: there are none, or an image cannot be read.
     """
-    plain, prefixed = [], []
+    found = []
     for batch in _batches(pairs, batch_size):
         images = np.stack([prepare(path, clip.image_size) for path, _ in batch])
         captions = [caption for _, caption in batch]
         filled = np.arange(batch_size) % len(batch)  # one size of batch is compiled
-        for prefix, found in (("", plain), (PREFIX, prefixed)):
-            tokens = clip.tokenizer.encode([prefix + caption for caption in captions], clip.caption_length).ids
-            found.append(np.asarray(clip.cosine(images[filled], tokens[filled]), np.float64)[: len(batch)])
-    if not plain:
+        both = [[prefix + caption for caption in captions] for prefix in ("", PREFIX)]
+        tokens = np.stack([clip.tokenizer.encode(some, clip.caption_length).ids for some in both], axis=1)
+        found.append(np.asarray(clip.cosine(images[filled], tokens[filled]), np.float64)[: len(batch)])
+    if not found:
         raise UserError("there is no image to score")
-    return {**forms(np.concatenate(plain), np.concatenate(prefixed)), "images": sum(map(len, plain))}
+    plain, prefixed = np.concatenate(found).T
+    return {**forms(plain, prefixed), "images": len(plain)}
 
 
 def forms(cosine: Float[np.ndarray, " n"], prefixed: Float[np.ndarray, " n"]) -> dict[str, float]:

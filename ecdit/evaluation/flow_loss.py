@@ -27,7 +27,7 @@ from ecdit.data.prepared import Prepared, empty_caption
 from ecdit.data.tokenizer import load_tokenizer
 from ecdit.diffusion.flow import SAMPLE_KEY_IMPL, interpolate, velocity_target
 from ecdit.encoders.autoencoder import to_unit
-from ecdit.partitioning import batch_sharding, batch_shards, replicated
+from ecdit.partitioning import batch_sharding, batch_shards, place_rows, replicated
 from ecdit.system import Params, System
 from ecdit.training.step import text_states
 
@@ -113,18 +113,15 @@ def batch_size(denoiser: Denoiser, mesh: Mesh, about: int, mode: Mode) -> int:
 def losses_by_time(program: LossProgram, params: Params, rows: Rows) -> Float64[np.ndarray, " bins"]:
     """Returns the mean loss over all images in each bin of time. Collective: all processes get the same."""
     count, size = len(rows["size_crop"]), program.batch_size
-    sharding, totals = batch_sharding(program.mesh), np.zeros(BINS)
-
-    def put(x: np.ndarray) -> Array:
-        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
-
+    totals = np.zeros(BINS)
     for shift in range(BINS):
         for begin in range(0, count, size):
             images = (np.arange(begin, begin + size) % count).astype(np.int32)  # the last batch goes on with the first
             bins = time_bins(images, shift)
             with jax.set_mesh(program.mesh):
-                batch = {name: put(x[images]) for name, x in rows.items()}
-                found = np.asarray(program.losses(params, batch, put(images), put(bins)), np.float64)
+                batch = {name: x[images] for name, x in rows.items()}
+                placed = place_rows(program.mesh, (batch, images, bins))
+                found = np.asarray(program.losses(params, *placed), np.float64)
             valid = slice(min(size, count - begin))
             np.add.at(totals, bins[valid], found[valid])
     return totals / count

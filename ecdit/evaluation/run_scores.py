@@ -1,12 +1,11 @@
 """Scores of images that a run draws of captions of its data: shapes by the judge, retrieval among its images."""
 
 import collections
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Int, UInt8
 
 from ecdit.config import require
 from ecdit.data import DataError
@@ -14,26 +13,15 @@ from ecdit.data.config import DataConfig
 from ecdit.data.generated import GENERATED, Ground, Shapes, Split
 from ecdit.data.images import decode_stored
 from ecdit.data.prepared import caption_of, open_prepared, stored_records
-from ecdit.data.record import Record
 from ecdit.data.shape_scenes import KINDS, KINDS_HELD_OUT, ShapesConfig
 from ecdit.data.shapes import example
 from ecdit.evaluation.retrieval import fixed_choice, recall, target_ranks
 from ecdit.evaluation.shapes_judge import judge
-from ecdit.system import System, make_system
 
 SEED = 0x5EED  # of the shapes' captions: those of rows that a run of another seed does not read
 
 # Captions to images, uint8[n, h, w, 3].
 Draw = Callable[[Sequence[str]], UInt8[np.ndarray, "n h w 3"]]
-
-
-def image_groups(system: System) -> System:
-    """Returns the system with groups of one image in sampling, so that no image depends on its neighbours."""
-    config = system.config
-    if not hasattr(config.model, "sampling_group"):  # a denoiser without experts
-        return system
-    model = dataclasses.replace(config.model, sampling_group="image")
-    return make_system(dataclasses.replace(config, model=model))
 
 
 def shapes_of(data: DataConfig) -> Shapes:
@@ -79,8 +67,18 @@ def scores(kinds: Sequence[str], verdicts: Sequence[bool]) -> dict[str, Any]:
     return {"overall": sum(shares.values()) / len(shares), "kinds": shares}
 
 
-def retrieval_records(data: DataConfig, split: Split) -> tuple[list[Record], int]:
-    """Returns the records that samples are looked up among, and how many of them, the first, are of the split.
+class RetrievalSet(NamedTuple):
+    """Images that samples are looked up among, and the captions that are sampled."""
+
+    keys: list[str]  # of the records
+    images: UInt8[np.ndarray, "N h w 3"]  # those of the split first
+    num_targets: int  # images of the split
+    chosen: Int[np.ndarray, " n"]  # places of the true images
+    captions: list[str]
+
+
+def load_retrieval(data: DataConfig, count: int, split: Split) -> RetrievalSet:
+    """Reads the images and chooses `count` captions of the split, always the same ones; 0 or too many for all.
 
     Training captions are looked up among the training images, held-out ones among all.
 
@@ -91,15 +89,18 @@ def retrieval_records(data: DataConfig, split: Split) -> tuple[list[Record], int
     targeted = list(stored_records(prepared, split))
     if not targeted:
         raise DataError(f"the data has no stored record in the split {split}: see data.prepare.held_out")
-    others = [] if split == "train" else list(stored_records(prepared, "train"))
-    return [*targeted, *others], len(targeted)
+    records = targeted if split == "train" else [*targeted, *stored_records(prepared, "train")]
+    chosen = fixed_choice(len(targeted), min(count or len(targeted), len(targeted)))
+    return RetrievalSet(
+        keys=[record.key for record in records],
+        images=np.stack([decode_stored(record.image) for record in records]),
+        num_targets=len(targeted),
+        chosen=chosen,
+        captions=[caption_of(data, records[i].captions) for i in chosen],
+    )
 
 
-def score_retrieval(data: DataConfig, captions: int, split: Split, draw: Draw) -> dict[str, Any]:
+def score_retrieval(loaded: RetrievalSet, draw: Draw) -> dict[str, Any]:
     """Returns how often the image of a caption is the nearest to the sample, or one of the five nearest."""
-    records, targets = retrieval_records(data, split)
-    chosen = fixed_choice(targets, min(captions, targets))
-    samples = draw([caption_of(data, records[i].captions) for i in chosen])
-    images = np.stack([decode_stored(record.image) for record in records])
-    ranks = target_ranks(samples, images, chosen)
+    ranks = target_ranks(draw(loaded.captions), loaded.images, loaded.chosen)
     return {f"r_at_{k}": float(recall(ranks, k)) for k in (1, 5)}

@@ -10,8 +10,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from safetensors import safe_open
-from safetensors.numpy import save_file
 
 from ecdit.errors import UserError
 from ecdit.files import check_writable, sync_tree, writing
@@ -57,6 +55,8 @@ def save_folder(
     Raises:
       UserError: the folder holds something, or cannot be written.
     """
+    from safetensors.numpy import save_file  # here: training writes none
+
     check_folder(folder)
     arrays = flat_names(params)
     shards = _shards(arrays, shard_bytes)
@@ -118,6 +118,8 @@ def read_metadata(folder: Path) -> dict[str, str]:
     """
     path = weight_files(folder)[0]
     SafetensorsFolder(folder)  # names a damaged file
+    from safetensors import safe_open
+
     with safe_open(path, framework="numpy") as file:
         return dict(file.metadata() or {})
 

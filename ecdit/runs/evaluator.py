@@ -13,14 +13,15 @@ from jax.sharding import Mesh
 from ecdit.data.prepared import open_prepared, prompt_tokens
 from ecdit.evaluation.flow_loss import BINS, fixed_rows, losses_by_time, make_loss_program
 from ecdit.evaluation.retrieval import protocol
-from ecdit.evaluation.run_scores import image_groups, retrieval_records, score_retrieval, score_shapes, shapes_of
+from ecdit.evaluation.run_scores import load_retrieval, score_retrieval, score_shapes, shapes_of
 from ecdit.experiment import Experiment
 from ecdit.files import replace_text, writing
+from ecdit.multihost import from_first
 from ecdit.sampling.grids import save_grid
 from ecdit.sampling.prompts import check_prompts, prompt_lines
 from ecdit.sampling.sampler import make_sampler, sample_images
-from ecdit.storage import make_directory
-from ecdit.system import Params, make_system
+from ecdit.storage import children, make_directory, reading
+from ecdit.system import Params, image_groups, make_system
 
 EVALUATIONS = "evaluations"  # of a workdir
 
@@ -51,18 +52,20 @@ class Evaluator:
             self.prompt_sampler = make_sampler(system, self.sampling, mesh)
         if config.score != "none":
             # What is missing is said before the first step, and not at the first evaluation.
-            shapes_of(data) if config.score == "shapes" else retrieval_records(data, config.split)
+            if config.score == "shapes":
+                shapes_of(data)
+                self.score = functools.partial(score_shapes, data, config.captions, config.split)
+            else:
+                loaded = load_retrieval(data, config.captions, config.split)
+                self.score = functools.partial(score_retrieval, loaded)
             self.protocol = protocol(experiment.sampling)
             self.score_sampler = make_sampler(image_groups(system), self.protocol, mesh)
 
     def is_recorded(self, step: int) -> bool:
         """Returns whether the step was evaluated by an earlier start. The first process says it for all."""
-        found = np.array(_record(self.workdir, step).exists())
-        if jax.process_count() == 1:
-            return bool(found)
-        from jax.experimental import multihost_utils
-
-        return bool(multihost_utils.broadcast_one_to_all(found))
+        with reading(self.workdir):
+            found = np.array(_record(self.workdir, step).exists())
+        return bool(from_first(found))
 
     def evaluate(self, params: Params, step: int) -> Evaluated:
         """Evaluates weights; writes evaluations/step_XXXXXXXX.json, and the images. Collective.
@@ -75,9 +78,7 @@ class Evaluator:
             by_time = losses_by_time(self.loss_program, params, self.rows)
             found["loss"] = {"mean": float(by_time.mean()), "by_time": by_time.tolist()}
         if self.config.score != "none":
-            score = score_shapes if self.config.score == "shapes" else score_retrieval
-            draw = functools.partial(self._draw, params)
-            found[self.config.score] = score(self.data, self.config.captions, self.config.split, draw)
+            found[self.config.score] = self.score(functools.partial(self._draw, params))
         images = self._draw_prompts(params)
         files = {} if images is None else {"prompts": self.workdir / EVALUATIONS / f"step_{step:08d}.png"}
         if jax.process_index() == 0:
@@ -100,6 +101,14 @@ class Evaluator:
             return None
         repeats = [0] * len(self.prompts)
         return sample_images(self.prompt_sampler, params, self.tokenize, self.prompts, repeats, self.sampling)
+
+
+def drop_later(workdir: Path, step: int) -> None:
+    """Deletes evaluations of steps after the one that a run goes on from, which other weights may reach now."""
+    for path in children(workdir / EVALUATIONS):
+        number = path.stem.removeprefix("step_")
+        if number.isdigit() and int(number) > step:
+            path.unlink(missing_ok=True)
 
 
 def scalars(found: dict[str, Any]) -> dict[str, float]:

@@ -10,6 +10,7 @@ compared.
 Every shard's metadata says which run and step it is from, and has the checksum of each array.
 """
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ from ecdit.system import user_files
 
 SHARD_GB = 5.0  # a shard's size, unless another is asked for
 FORMAT = "1"
-_KEYS = ("step", "checkpoint", "dataset", "vocabulary", "files", "weights", "checksums")
+_KEYS = ("step", "checkpoint", "dataset", "vocabulary", "files", "weights", "config", "checksums")
 
 
 def export_run(run: Run, folder: Path, shard_bytes: int) -> list[str]:
@@ -37,6 +38,7 @@ def export_run(run: Run, folder: Path, shard_bytes: int) -> list[str]:
     Raises:
       UserError: the folder holds something, or cannot be written.
     """
+    config = (json.dumps(to_dict(run.experiment), indent=2) + "\n").encode()
     metadata = {
         "ecdit_format": FORMAT,
         "ecdit": ecdit.__version__,
@@ -46,15 +48,15 @@ def export_run(run: Run, folder: Path, shard_bytes: int) -> list[str]:
         "vocabulary": run.vocabulary,
         "files": json.dumps(user_files(run.experiment.denoiser)),
         "weights": json.dumps(run.experiment.fingerprints()),
+        "config": hashlib.sha256(config).hexdigest(),
         "checksums": json.dumps(checksums(flat_names(run.params))),
     }
-    config = json.dumps(to_dict(run.experiment), indent=2) + "\n"
     files = {f"{FOLDER}/{name}": data for name, data in run.tokenizer.items()}
-    return save_folder(run.params, folder, metadata, {CONFIG_FILE: config.encode(), **files}, shard_bytes)
+    return save_folder(run.params, folder, metadata, {CONFIG_FILE: config, **files}, shard_bytes)
 
 
 def check_exported(folder: Path) -> None:
-    """Raises UserError unless a folder has the files of an export; reads none of them."""
+    """Raises UserError unless a folder has the files of an export."""
     for name in (CONFIG_FILE, FOLDER):
         if not (folder / name).exists():
             raise CheckpointError(
@@ -77,6 +79,8 @@ def open_exported(folder: Path, overrides: Sequence[str] = (), join: bool = Fals
     metadata = read_metadata(folder)
     if metadata.get("ecdit_format") != FORMAT or any(key not in metadata for key in _KEYS):
         raise CheckpointError(f"{folder}: its weights were not written by the export of this version of ecdit")
+    if hashlib.sha256((folder / CONFIG_FILE).read_bytes()).hexdigest() != metadata["config"]:
+        raise CheckpointError(f"{folder / CONFIG_FILE} is not what was exported: the weights belong to another config")
     check_files(folder, json.loads(metadata["files"]), user_files(experiment.denoiser))
     tokenizer = find_tokenizer(folder, experiment.data, metadata["vocabulary"])
     system, mesh = prepare_to_open(experiment, True, join)

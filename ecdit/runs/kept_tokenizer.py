@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ecdit.checkpoints.read_errors import CheckpointError
 from ecdit.data.config import DataConfig
-from ecdit.data.tokenizer import SIDES, SPIECE, PromptTokens, tokenizer_of
+from ecdit.data.tokenizer import SIDES, PromptTokens, tokenizer_of
 from ecdit.data.tokens import hash_files, tokenizer_files
 from ecdit.files import replace_bytes
 from ecdit.storage import children, make_directory, reading
@@ -78,6 +78,6 @@ def find_tokenizer(workdir: Path, config: DataConfig, vocabulary: str | None = N
         raise CheckpointError(
             f"the tokenizer in {place} is not the one of the training: its hash is {hash_files(files)[:12]}, and "
             f"{workdir} was trained with {vocabulary[:12] or 'none'}. By another vocabulary prompts mean other words: "
-            f"bring that one back to {workdir / FOLDER}/{SPIECE}"
+            f"bring that one back to {workdir / FOLDER}/"
         )
     return files

@@ -1,6 +1,5 @@
 """Draws a folder of images with a run's weights, on all processes together, and goes on with one that was left."""
 
-import io
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -9,16 +8,14 @@ from typing import Any
 import jax
 import numpy as np
 from jaxtyping import Bool
-from PIL import Image
 
 import ecdit
 from ecdit.config import to_dict
-from ecdit.errors import UserError
-from ecdit.files import replace_bytes
-from ecdit.multihost import anywhere, wait_for_all
+from ecdit.multihost import from_first, on_first, wait_for_all
 from ecdit.partitioning import batch_shards
-from ecdit.runs.provenance import config_hash, library_versions
+from ecdit.runs.provenance import code_state, config_hash, library_versions
 from ecdit.runs.trained_run import Run
+from ecdit.sampling.grids import save_png
 from ecdit.sampling.image_folder import begin_folder, finish_folder, is_finished
 from ecdit.sampling.layouts import Planned
 from ecdit.sampling.many import draw_images, make_programs
@@ -32,6 +29,7 @@ def draw_folder(
     planned: Sequence[Planned],
     source: Mapping[str, Any],
     write_before: Callable[[], None] = lambda: None,
+    draw_after: Callable[[], None] = lambda: None,
 ) -> int:
     """Draws the images that are not in `out` yet, and writes manifest.json and grid.png; returns how many were drawn.
 
@@ -44,6 +42,7 @@ def draw_folder(
       planned: all images.
       source: what else decides the images, for the manifest.
       write_before: what the first process writes before the images.
+      draw_after: what all processes do once the images are there, before the folder counts as finished.
 
     Raises:
       UserError: `out` holds something else, or a file cannot be written.
@@ -55,10 +54,10 @@ def draw_folder(
         write_before()
 
     first = jax.process_index() == 0
-    _on_first(begin)
+    on_first(begin)
     # The first process says which are left: others may not see the same at once.
     left = np.array([not is_finished(out / one.file) for one in planned] if first else [False] * len(planned))
-    left = _from_first(left)
+    left = from_first(left)
     if run.system.parts.denoiser.images_together("sample") > 1:
         left = whole_batches(left, run.experiment.sampling.batch_size)
     todo = [planned[i] for i in np.flatnonzero(left).tolist()]
@@ -74,10 +73,12 @@ def draw_folder(
     with tqdm(None, "sampling", len(planned), unit="image", initial=len(planned) - len(todo), disable=hidden) as bar:
         for batch in batches:
             for place, image in batch.images:
-                _write(image, out / todo[place].file)
+                (out / todo[place].file).parent.mkdir(parents=True, exist_ok=True)
+                save_png(image, out / todo[place].file)
             bar.update(batch.done)
     wait_for_all("images are written")
-    _on_first(lambda: finish_folder(out, planned))
+    draw_after()
+    on_first(lambda: finish_folder(out, planned))
     return len(todo)
 
 
@@ -109,6 +110,7 @@ def describe_source(run: Run, changes: Sequence[str], kind: Kind) -> dict[str, A
         "set": list(changes),
         "format": kind,
         "ecdit": ecdit.__version__,
+        "code": code_state()["sources"],
     }
 
 
@@ -125,31 +127,3 @@ def machine(run: Run) -> dict[str, Any]:
         "versions": {name: versions[name] for name in ("jax", "jaxlib", "flax", "numpy") if name in versions},
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }
-
-
-def _write(image: np.ndarray, path: Path) -> None:
-    data = io.BytesIO()
-    Image.fromarray(image).save(data, "PNG")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_bytes(path, data.getvalue())
-
-
-def _on_first(do: Callable[[], None]) -> None:
-    """Does something on the first process; where it fails there, it fails on all."""
-    problem = cause = None
-    if jax.process_index() == 0:
-        try:
-            do()
-        except (UserError, OSError) as error:
-            problem, cause = str(error), error
-    if problem := anywhere(problem):
-        raise UserError(problem) from cause
-
-
-def _from_first(values: np.ndarray) -> np.ndarray:
-    """Returns the first process's array on all of them."""
-    if jax.process_count() == 1:
-        return values
-    from jax.experimental import multihost_utils
-
-    return np.asarray(multihost_utils.broadcast_one_to_all(values))

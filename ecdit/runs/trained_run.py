@@ -19,7 +19,6 @@ from ecdit.data import DataError
 from ecdit.data.manifest import task_directory
 from ecdit.data.prepared import Prepared, open_prepared
 from ecdit.data.tokenizer import PromptTokens
-from ecdit.evaluation.run_scores import image_groups
 from ecdit.experiment import Experiment, make_experiment
 from ecdit.interop.weights import read_metadata
 from ecdit.partitioning import MeshConfig, ShardingError, abstract_mesh, make_mesh
@@ -27,7 +26,7 @@ from ecdit.pretrained.config_json import WeightsError
 from ecdit.runs.kept_tokenizer import encoder, find_tokenizer
 from ecdit.sampling.sampler import SamplingConfig, check_sampling, make_sampler, sample_images
 from ecdit.storage import reading
-from ecdit.system import Params, System, make_system, user_files
+from ecdit.system import Params, System, image_groups, make_system, user_files
 
 CONFIG_FILE = "config.json"
 OVERRIDES_FILE = "overrides.json"  # a list of the run's starts
@@ -183,6 +182,8 @@ def saved_experiment(workdir: Path, overrides: Sequence[str] = ()) -> Experiment
         require(found, key, text, "no such key of the run's config; write key=value")
         group[name] = text if isinstance(group[name], str) else _json(key, text)
         changed.add(key)
+        for phase in values.get("phases", ()):  # an override holds in every phase
+            phase["changes"].pop(key, None)
     try:
         return make_experiment(values)
     except ConfigError as error:

@@ -14,7 +14,6 @@ import orbax.checkpoint as ocp
 from ecdit.checkpoints.arrays import FORMAT
 from ecdit.checkpoints.async_save import AsyncSaver
 from ecdit.checkpoints.compatibility import changed_code, check_position, check_resume
-from ecdit.checkpoints.read_errors import CheckpointError
 from ecdit.checkpoints.restore import Meta
 from ecdit.checkpoints.resume import half_written, newest_valid
 from ecdit.config import changeable, to_dict
@@ -23,13 +22,14 @@ from ecdit.errors import UserError
 from ecdit.exit_codes import INTERRUPTED, PREEMPTED
 from ecdit.experiment import Experiment, ResolvedPhase, check_mesh, check_tokenizers, check_trainable
 from ecdit.interop.weights import flat_names
-from ecdit.multihost import anywhere, host_differences
+from ecdit.multihost import host_differences, on_first
 from ecdit.partitioning import make_mesh
 from ecdit.reporting.profiling import Profile
 from ecdit.reporting.reporter import Reporter, first_line, forecast, images_due
 from ecdit.reporting.speed import Stopwatch, stopwatch
 from ecdit.reporting.writers import check_writers, open_writers
 from ecdit.runs.activity import Activity
+from ecdit.runs.evaluator import drop_later
 from ecdit.runs.host_times import HostTimes
 from ecdit.runs.inputs import check_placeholder, inputs_line
 from ecdit.runs.kept_tokenizer import keep_tokenizer
@@ -137,6 +137,7 @@ def run_workload(
         record_start(config, workdir, start, origin)
         if jax.process_index() == 0:
             keep_tokenizer(tokenizer, workdir)
+            drop_later(workdir, start)
         writers = open_writers(experiment.train.wandb_project, config, workdir, start)
         reporter = Reporter(workdir, start, experiment.train, list(flat_names(state.params)), writers)
         stack.enter_context(contextlib.closing(reporter))
@@ -327,17 +328,14 @@ def _resumed(
 
 def _first_state(workload: Workload, experiment: Experiment, workdir: Path, accepted: Accepted) -> TrainState:
     """Returns the state of a run without checkpoints; refuses if it has lost them."""
-    problem = cause = None
-    if jax.process_index() == 0:
-        try:
-            if not accepted.start_over:
-                check_not_lost(workdir, experiment.checkpoint.every)
-            elif place := set_records_aside(workdir):
-                say(f"started over: the records of the old run are in {place}")
-        except UserError as error:
-            problem, cause = str(error), error
-    if problem := anywhere(problem):
-        raise CheckpointError(problem) from cause
+
+    def check() -> None:
+        if not accepted.start_over:
+            check_not_lost(workdir, experiment.checkpoint.every)
+        elif place := set_records_aside(workdir):
+            say(f"started over: the records of the old run are in {place}")
+
+    on_first(check)
     state, source = workload.first_state()
     if source:
         say(f"started from the EMA weights of {source}")

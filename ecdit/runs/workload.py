@@ -19,6 +19,7 @@ from ecdit.data.loader import make_loader
 from ecdit.data.prepared import Prepared, check_latents, check_same_tokenizer, check_text, prepare
 from ecdit.data.tokens import hash_files, tokenizer_files
 from ecdit.experiment import Experiment, ResolvedPhase
+from ecdit.multihost import on_first
 from ecdit.partitioning import batch_sharding
 from ecdit.runs.evaluator import Evaluated, Evaluator
 from ecdit.runs.inputs import check_placeholder
@@ -171,11 +172,7 @@ def prepare_together(configs: Sequence[DataConfig]) -> list[Prepared]:
       ConfigError: a part of a mixture is a placeholder: see `check_placeholder`.
     """
     if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        if jax.process_index() == 0:
-            _prepare_all(configs)
-        multihost_utils.sync_global_devices("data prepared")
+        on_first(lambda: _prepare_all(configs))
     return _prepare_all(configs)
 
 

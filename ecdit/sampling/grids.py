@@ -13,6 +13,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageDraw, ImageFont, features
 
+from ecdit.files import replace_bytes
+
 CELL_WIDTH = 128  # pixels of a grid cell
 CAPTION_LINES = 2
 LINE_HEIGHT = 13
@@ -27,10 +29,10 @@ def save_png(image: UInt8[np.ndarray, "h w 3"], path: Path) -> None:
 
 
 def write_png(image: Image.Image, path: Path) -> None:
-    """Writes an image as a PNG, to a disk or a bucket (PIL itself writes only to disks)."""
+    """Writes an image as a PNG, whole or not at all, to a disk or a bucket (PIL itself writes only to disks)."""
     data = io.BytesIO()
     image.save(data, "PNG")
-    path.write_bytes(data.getvalue())
+    replace_bytes(path, data.getvalue())
 
 
 def save_grid(images: UInt8[np.ndarray, "n h w 3"], captions: Sequence[str], path: Path, columns: int = 0) -> None:

@@ -20,7 +20,7 @@ from ecdit.sampling.layouts import Planned, read_image
 MANIFEST = "manifest.json"
 GRID_IMAGES = 64  # in grid.png, the first ones
 # Of a manifest: what does not decide the images (but for rounding).
-_FREE = ("finished", "machines")
+_FREE = ("finished", "machines", "set")  # what --set changed stands among the others, with its outcome
 _PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"\x00\x00\x00\x00IEND\xaeB`\x82"
 
 
@@ -38,7 +38,7 @@ def check_folder(out: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, LookupError, TypeError):
         raise UserError(f"--out={out}: holds other files; take an empty directory") from None
     if finished:
-        raise UserError(f"--out={out}: holds the images of another call; take an empty directory")
+        raise UserError(f"--out={out}: holds finished images; take an empty directory")
     return manifest
 
 

@@ -9,16 +9,17 @@ dpg            images/ID_0.png, ..., and grids/ID.png: four images, two by two
 
 import collections
 import dataclasses
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import UInt8
 from PIL import Image
 
 from ecdit.errors import UserError
-from ecdit.files import replace_bytes, replace_text
+from ecdit.files import replace_text
+from ecdit.sampling.grids import save_png
 from ecdit.sampling.prompt_files import Kind, Prompt
 
 REPEATS: dict[Kind, int] = {"lines": 1, "parti": 1, "coco": 1, "geneval": 4, "geneval2": 1, "dpg": 4}
@@ -85,17 +86,15 @@ def write_after(out: Path, kind: Kind, planned: Sequence[Planned]) -> None:
         for one in planned:
             parts[one.name].append(out / one.file)
         for name, files in parts.items():
-            replace_bytes(out / "grids" / f"{name}.png", _two_by_two(files))
+            save_png(_two_by_two(files), out / "grids" / f"{name}.png")
 
 
-def _two_by_two(files: Sequence[Path]) -> bytes:
-    """Returns the PNG of one image, or of four: the first two above the others."""
+def _two_by_two(files: Sequence[Path]) -> UInt8[np.ndarray, "h w 3"]:
+    """Returns one image, or four: the first two above the others."""
     images = [read_image(file) for file in files]
     side = 1 if len(images) == 1 else 2
     rows = [np.concatenate(images[side * row : side * (row + 1)], axis=1) for row in range(side)]
-    data = io.BytesIO()
-    Image.fromarray(np.concatenate(rows)).save(data, "PNG")
-    return data.getvalue()
+    return np.concatenate(rows)
 
 
 def read_image(file: Path) -> np.ndarray:

@@ -7,17 +7,17 @@ The last batch is filled up by repeating its last image. Axes: B config.batch_si
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jaxtyping import Array, Int, UInt8
 
 from ecdit.components import TextStates
 from ecdit.diffusion.flow import SAMPLE_KEY_IMPL, sample_keys, sample_noise
 from ecdit.encoders.autoencoder import to_bytes
-from ecdit.partitioning import batch_sharding, replicated
+from ecdit.partitioning import batch_sharding, place_rows, replicated
 from ecdit.sampling.sampler import SamplingConfig, check_sampling, guided_velocity, solve
 from ecdit.system import Params, System
 
@@ -85,7 +85,8 @@ def draw_images(
         rows = np.minimum(np.arange(begin, begin + size), len(prompts) - 1)
         states = texts.of(rows)
         with jax.set_mesh(programs.mesh):
-            drawn = programs.draw(params, _split(programs.mesh, states), null, _split(programs.mesh, key_data[rows]))
+            states, keys = place_rows(programs.mesh, (states, key_data[rows]))
+            drawn = programs.draw(params, states, null, keys)
         if pending is not None:
             yield _local(*pending)
         pending = begin, min(size, len(prompts) - begin), drawn
@@ -121,19 +122,9 @@ class _Texts:
 
     def encode(self, captions: Sequence[str]) -> TextStates:
         """Returns the states of a batch of captions, on the host."""
-        tokens = _split(self._programs.mesh, self._tokenize(captions))
+        tokens = place_rows(self._programs.mesh, self._tokenize(captions))
         with jax.set_mesh(self._programs.mesh):
             return jax.tree.map(np.asarray, self._programs.encode(self._params, tokens))
-
-
-def _split(mesh: Mesh, arrays: Any) -> Any:
-    """Puts the rows of arrays that every host has whole on the devices where the batch's sharding wants them."""
-    sharding: NamedSharding = batch_sharding(mesh)
-
-    def put(x: np.ndarray) -> Array:
-        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
-
-    return jax.tree.map(put, arrays)
 
 
 def _local(begin: int, count: int, drawn: Array) -> Drawn:

@@ -18,7 +18,7 @@ from ecdit.diffusion.flow import SAMPLE_KEY_IMPL, sample_keys, sample_noise
 from ecdit.diffusion.guidance import GuidanceConfig, combine
 from ecdit.diffusion.solvers import SOLVERS
 from ecdit.encoders.autoencoder import to_bytes
-from ecdit.partitioning import batch_sharding, batch_shards
+from ecdit.partitioning import batch_sharding, batch_shards, place_rows
 from ecdit.system import Params, System, TextToImage
 
 # (params, tokens[B, L], null tokens[1, L], keys[B]) -> images uint8[B, H, W, 3], or images and routing: `make_sampler`.
@@ -72,16 +72,11 @@ def make_sampler(
     caption. With `with_gates` it returns (images, gates): each expert's gate for each token, float32[B, steps, P, N,
     E], 0 where the expert did not take the token. The images are the same.
     """
-    jitted, rows = make_sample_step(system, config, mesh, with_experts, with_gates), batch_sharding(mesh)
-
-    def split(x: ArrayLike) -> Array:
-        """Puts the rows of an array that every host has whole on the devices where the batch's sharding wants them."""
-        host = np.asarray(x)
-        return jax.make_array_from_callback(host.shape, rows, lambda index: host[index])
+    jitted = make_sample_step(system, config, mesh, with_experts, with_gates)
 
     def run(params: Params, tokens: ArrayLike, null_tokens: ArrayLike, keys: Array) -> Any:
         with jax.set_mesh(mesh):
-            return jitted(params, split(tokens), null_tokens, split(jax.random.key_data(keys)))
+            return jitted(params, place_rows(mesh, tokens), null_tokens, place_rows(mesh, jax.random.key_data(keys)))
 
     return run
 

@@ -1,5 +1,6 @@
 """Weights exported to a folder, and read from it alone."""
 
+import hashlib
 import json
 import os
 import re
@@ -11,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
 from ecdit.config import to_dict
 from ecdit.errors import UserError
@@ -97,16 +99,17 @@ KILLED = """
 import os, sys
 from pathlib import Path
 import numpy as np
+import safetensors.numpy
 from ecdit.interop import weights
 
-save = weights.save_file
+save = safetensors.numpy.save_file
 
 def killed(arrays, path, metadata):
     save(arrays, path, metadata)
     if "00002" in str(path):
         os.kill(os.getpid(), 9)
 
-weights.save_file = killed
+safetensors.numpy.save_file = killed
 weights.save_folder({"a": np.zeros(9), "b": np.zeros(9)}, Path(sys.argv[1]), {}, {"config.json": b"{}"}, 9)
 """
 
@@ -121,7 +124,7 @@ def test_a_kill_or_an_error_in_the_middle_leaves_no_folder(tmp_path, monkeypatch
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(weights, "save_file", full)
+    monkeypatch.setattr("safetensors.numpy.save_file", full)
     with pytest.raises(UserError, match=rf"writing {out} failed: .*No space left"):
         save_folder(ARRAYS, out, {}, {"config.json": b"{}"}, 100)
     assert list(tmp_path.iterdir()) == []
@@ -174,6 +177,13 @@ def another_model(folder):
     (folder / "config.json").write_text(json.dumps(values))
 
 
+def another_model_s_weights(folder):
+    another_model(folder)
+    path = folder / "model.safetensors"
+    config = hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()
+    save_file(load_file(path), path, read_metadata(folder) | {"config": config})
+
+
 def another_version(folder):
     values = json.loads((folder / "config.json").read_text())
     values["train"]["wandb"] = True
@@ -186,7 +196,8 @@ def another_version(folder):
         (flip_a_weight, r"weights is damaged: \S+: not what was exported"),
         (cut_weights, "model.safetensors is no complete safetensors file"),
         (swap_tokenizer, "the tokenizer in .*/weights/tokenizer is not the one of the training"),
-        (another_model, r"weights does not hold this model: denoiser\.\S+ is float32\[.*\], not float32\["),
+        (another_model, r"weights/config\.json is not what was exported: the weights belong to another config"),
+        (another_model_s_weights, r"weights does not hold this model: denoiser\.\S+ is float32\[.*\], not float32\["),
         (another_version, r"weights/config.json, which ecdit [\d.]+\S* wrote, is no config of ecdit .*train\.wandb"),
         (lambda folder: shutil.rmtree(folder / "tokenizer"), "is no exported folder, it has no tokenizer"),
         (lambda folder: (folder / "tokenizer/spiece.model").unlink(), "weights/tokenizer is empty"),
@@ -204,7 +215,7 @@ def test_a_damaged_or_changed_folder_is_refused_by_name(folder, change, said):
 
 def test_weights_of_other_programs_are_refused(folder):
     os.unlink(folder / "model.safetensors")
-    weights.save_file({"a": np.zeros(3, np.float32)}, folder / "model.safetensors")
+    save_file({"a": np.zeros(3, np.float32)}, folder / "model.safetensors")
     assert read_metadata(folder) == {}
     says = f"{folder}: its weights were not written by the export of this version of ecdit"
     with pytest.raises(UserError, match=re.escape(says)):

@@ -58,6 +58,6 @@ def test_the_parts_of_prepared_data_are_looked_at(tmp_path, monkeypatch):
     config = make_config(tmp_path, task="random_latents", latent_channels=4, flip_probability=0.0, crop_padding=0)
     assert len(prepare_together([config])) == 1
     monkeypatch.setattr("jax.process_count", lambda: 3)
-    monkeypatch.setattr("jax.experimental.multihost_utils.sync_global_devices", lambda name: None)
+    monkeypatch.setattr("ecdit.runs.workload.on_first", lambda do: do())
     with pytest.raises(ConfigError, match="3 hosts would train on random_latents"):
         prepare_together([config])

@@ -292,3 +292,14 @@ def test_damaged_json_of_a_checkpoint_is_named(saved, tmp_path, damage):
         pytest.raises(CheckpointError, match=f"{tmp_path}/run/checkpoints.*7"),
     ):
         restore.read_meta(manager, 7)
+
+
+def test_an_override_holds_in_every_phase(tmp_path):
+    """A phase of the config may set the same key."""
+    phases = ({"after": 2, "changes": {"sampling.batch_size": 4, "model.mask_ratio": 0.25}},)
+    (tmp_path / "config.json").write_text(json.dumps(to_dict(tiny(phases=phases))))
+    kept, changed = (
+        saved_experiment(tmp_path, some).phase_of(4).experiment for some in ((), ["sampling.batch_size=16"])
+    )
+    assert (kept.sampling.batch_size, changed.sampling.batch_size) == (4, 16)
+    assert changed.model.mask_ratio == 0.25

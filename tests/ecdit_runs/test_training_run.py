@@ -18,6 +18,7 @@ from ecdit.partitioning import make_mesh
 from ecdit.reporting import profiling
 from ecdit.reporting.reporter import DivergedError
 from ecdit.runs import training_run
+from ecdit.runs.evaluator import drop_later
 from ecdit.runs.training_run import train
 from ecdit.runs.workload import device_batches
 from tests.checkpoints.toy import toy_state
@@ -301,3 +302,14 @@ def test_a_mesh_that_does_not_divide_a_parameter_is_refused_before_anything_is_m
     with pytest.raises(UserError, match=r"config\.model\.kv_heads = 1: must be a multiple of mesh\.tensor, 2"):
         train(experiment, toy.workdir)
     assert not toy.workdir.exists()
+
+
+def test_evaluations_of_steps_after_the_one_that_a_run_goes_on_from_are_deleted(tmp_path):
+    """It reaches these steps again, perhaps with other weights."""
+    folder = tmp_path / "evaluations"
+    folder.mkdir()
+    for name in ("step_00000004.json", "step_00000006.json", "step_00000006.png", "notes.txt"):
+        (folder / name).write_text("x")
+    drop_later(tmp_path, 4)
+    assert sorted(path.name for path in folder.iterdir()) == ["notes.txt", "step_00000004.json"]
+    drop_later(tmp_path / "without", 4)

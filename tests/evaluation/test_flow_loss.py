@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 
 from ecdit.data import DataError
-from ecdit.data.prepared import open_prepared
+from ecdit.data.prepared import open_prepared, prepare
 from ecdit.evaluation.flow_loss import BINS, batch_size, fixed_rows, losses_by_time, make_loss_program
 from ecdit.partitioning import make_mesh
+from tests.data.example import make_config, module
 from tests.knowing import PIXEL, KnowingSystem
 from tests.runs import tiny
 
@@ -80,12 +81,16 @@ def test_rows_are_the_same_every_time_whole_and_with_their_captions(emoji_data):
     assert (rows["size_crop"][:, 2:] == 0).all()
 
 
-def test_a_split_has_no_more_rows_than_records(emoji_data):
-    prepared = open_prepared(tiny(data__directory=str(emoji_data)).data)
+@pytest.mark.parametrize("held_out", [0.0, 0.4])
+def test_a_split_has_no_more_rows_than_records(held_out, tmp_path):
+    task = "grey_parted" if held_out else "grey_whole"
+    changes = {"module": module(tmp_path, task, "36"), "task": task, "prepare": {"held_out": held_out}}
+    config = make_config(tmp_path / "data", **changes)
+    prepared = prepare(config, say=lambda _: None)
     (part,) = prepared.stored
-    held_out = part.manifest.num_held_out
     if held_out:
-        assert len(fixed_rows(prepared, 10_000)["tokens"]) == held_out
+        assert 0 < part.manifest.num_held_out < 36
+        assert len(fixed_rows(prepared, 10_000)["tokens"]) == part.manifest.num_held_out
     else:
         with pytest.raises(DataError, match="no record in the split held_out"):
             fixed_rows(prepared, 10_000)

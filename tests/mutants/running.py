@@ -88,8 +88,8 @@ MUTANTS = (
     ),
     Mutant(
         _RUN,
-        "            if not accepted.start_over:",
-        "            if accepted.start_over:",
+        "        if not accepted.start_over:",
+        "        if accepted.start_over:",
         _tests("ecdit_runs/test_lost_checkpoints", "test_the_same_command_refuses_and_changes_nothing"),
     ),
     Mutant(

@@ -121,14 +121,14 @@ MUTANTS = (
     ),
     Mutant(
         _MANY,
-        "_split(programs.mesh, key_data[rows]))",
-        "_split(programs.mesh, key_data[: len(rows)]))",
+        "place_rows(programs.mesh, (states, key_data[rows]))",
+        "place_rows(programs.mesh, (states, key_data[: len(rows)]))",
         _many("test_the_images_are_those_of_the_one_program"),
         "all batches draw the noise of the first",
     ),
     Mutant(
         _DRAWN,
-        "left = _from_first(left)",
+        "left = from_first(left)",
         "left = np.ones(len(planned), bool)",
         _many("test_a_folder_that_was_left_is_finished_and_what_is_whole_in_it_kept"),
         "a call that goes on draws all images again",

@@ -31,7 +31,7 @@ def test_an_unfinished_folder_is_gone_on_with_by_the_same_call_alone(tmp_path):
     assert is_done(out, planned("a"), SOURCE)
     assert not is_done(out, planned("b"), SOURCE)
     assert not is_done(out, planned("a"), other)
-    with pytest.raises(UserError, match="holds the images of another call"):
+    with pytest.raises(UserError, match="holds finished images"):
         begin_folder(out, planned("a"), SOURCE, MACHINE)
 
 

@@ -113,7 +113,7 @@ def test_sample_writes_images_grid_and_manifest_in_order(workdir, tmp_path, env)
     assert first["checkpoint"] == second["checkpoint"] == manifest["checkpoint"]
     assert len(first["checkpoint"]) == 64
     # Images of two calls are not mixed.
-    refused(command("sample", *one, f"--out={again}"), env, f"--out={again}: holds the images of another call")
+    refused(command("sample", *one, f"--out={again}"), env, f"--out={again}: holds finished images")
     assert json.loads((again / "manifest.json").read_text()) == first
 
 

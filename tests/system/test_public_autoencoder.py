@@ -1,5 +1,6 @@
 """Runs whose autoencoder is a public one, of a folder: prepared and online latents, counts, and what is refused."""
 
+import dataclasses
 import math
 import shutil
 import subprocess
@@ -133,13 +134,18 @@ def test_what_does_not_fit_is_refused(vae, data, tmp_path):
         tiny().latents_column()
 
 
-def test_latents_must_be_finite_and_images_whole(vae):
+def test_latents_must_be_finite_and_images_whole(vae, monkeypatch):
     column = LatentsColumn("small", vae, "float32", SIDE)
     size = np.full(2, SIDE, np.int32)
     wrong = Record("one", png(np.zeros((8, 8, 3), np.uint8)), size, size, {"caption": "a"})
     with pytest.raises(DataError, match=r"one: the image has the shape \(8, 8, 3\), not \(32, 32, 3\)"):
         list(column.values([wrong]))
     assert decode_stored(wrong.image).shape == (8, 8, 3)
+    right = dataclasses.replace(wrong, image=png(np.zeros((SIDE, SIDE, 3), np.uint8)))
+    nan = lambda folder, dtype: lambda images: np.full((len(images), LATENT, LATENT, 2 * CHANNELS), np.nan, np.float16)  # noqa: E731
+    monkeypatch.setattr("ecdit.data.latents._encoder", nan)
+    with pytest.raises(DataError, match=r"one: its latents are not finite as .* encodes it"):
+        list(column.values([right]))
 
 
 def products(jaxpr):
@@ -212,7 +218,7 @@ def test_a_step_runs_the_encoder_only_where_it_is_online(vae, data, encode):
     assert "autoencoder" not in {**state.params, **state.frozen}
 
 
-def test_the_held_out_loss_of_prepared_latents_is_that_of_online_encoding(vae, data):
+def test_the_loss_of_prepared_latents_is_that_of_online_encoding(vae, data):
     mesh = make_mesh(MeshConfig(1, -1, 1, 1, 1))
     found = []
     for encode in ("online", "prepared"):

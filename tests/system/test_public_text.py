@@ -273,7 +273,7 @@ def test_prepare_takes_what_text_and_says_which_config_it_is_for(cpu_env):
     assert done.stderr == "error: config.text.encode = 'online': must be \"prepared\" for --what=text\n"
 
 
-def test_the_held_out_loss_of_prepared_states_is_that_of_online_encoding(folders, grey):
+def test_the_loss_of_prepared_states_is_that_of_online_encoding(folders, grey):
     named = {"text__encode": "prepared", "text__stored": "bfloat16", "data__text_states": "bfloat16"}
     online, prepared = (public(folders["clip"], folders["t5"], **{**grey, **more}) for more in ({}, named))
     prepare_captions(prepared.data, 1, QUIET)

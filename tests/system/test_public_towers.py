@@ -124,7 +124,7 @@ def test_from_image_files_to_samples_through_a_kill(flags, env, tmp_path):
     while not (killed / "checkpoints/8/meta").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
     process.kill()
-    process.wait()
+    assert process.wait() == -9  # it had not ended by itself
     again = run(command("train", *flags, f"--workdir={killed}"), env)
     assert again.returncode == 0, again.stderr
     assert "resumed from step" in again.stdout

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import sys
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -13,8 +14,11 @@ from ecdit.config import to_dict
 from ecdit.data.prepared import prompt_tokens
 from ecdit.data.tokens import hash_files, tokenizer_files
 from ecdit.partitioning import make_mesh
-from ecdit.runs.sample_folder import whole_batches
-from ecdit.sampling.many import draw_images, make_programs
+from ecdit.runs import sample_folder
+from ecdit.runs.sample_folder import draw_folder, whole_batches
+from ecdit.sampling.image_folder import is_finished
+from ecdit.sampling.layouts import Planned
+from ecdit.sampling.many import Drawn, draw_images, make_programs
 from ecdit.sampling.sampler import make_sampler, sample_images
 from ecdit.system import make_system
 from launch.local import launch
@@ -200,3 +204,29 @@ def test_a_batch_whose_images_compete_is_drawn_again_as_it_was():
     assert np.flatnonzero(whole_batches(left, 4)).tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
     assert np.flatnonzero(whole_batches(left, 3)).tolist() == [0, 1, 2, 6, 7, 8, 9]
     assert np.flatnonzero(whole_batches(left, 1)).tolist() == [1, 7, 9]
+
+
+def test_a_folder_counts_as_finished_only_after_all_that_is_made_of_its_images(tmp_path, monkeypatch):
+    """Else what a kill leaves out, such as a benchmark's grids, would never be written."""
+    drawn = lambda *inputs: iter([Drawn([(i, pixels) for i in range(len(inputs[3]))], len(inputs[3]))])  # noqa: E731
+    one, pixels = Planned(file="00000.png", prompt="owl", repeat=0, name=""), np.zeros((4, 4, 3), np.uint8)
+    monkeypatch.setattr(sample_folder, "machine", lambda run: {})
+    monkeypatch.setattr(sample_folder, "make_programs", lambda *_: None)
+    monkeypatch.setattr(sample_folder, "draw_images", drawn)
+    parts = SimpleNamespace(denoiser=SimpleNamespace(images_together=lambda mode: 1))
+    experiment = SimpleNamespace(sampling=SimpleNamespace(batch_size=1))
+    run = SimpleNamespace(
+        system=SimpleNamespace(parts=parts), experiment=experiment, mesh=None, params=None, tokenize=None
+    )
+
+    def killed():
+        assert is_finished(tmp_path / "out/00000.png")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        draw_folder(run, tmp_path / "out", [one], {}, draw_after=killed)
+    assert not json.loads((tmp_path / "out/manifest.json").read_text())["finished"]
+    called = []
+    draw_folder(run, tmp_path / "out", [one], {}, draw_after=lambda: called.append(1))
+    assert called == [1]
+    assert json.loads((tmp_path / "out/manifest.json").read_text())["finished"]
