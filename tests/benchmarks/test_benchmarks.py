@@ -251,6 +251,16 @@ def test_checkpoints(cpu_env, emoji_data, tmp_path):
 
 
 @pytest.mark.slow
+def test_bookkeeping(cpu_env, emoji_data, tmp_path):
+    options = ("--rounds=2", "--calls=3", "--tiny", f"--data={emoji_data}")
+    result, _ = benchmark("bookkeeping", cpu_env(), tmp_path, *options)
+    case = result["runs"][0]["cases"]["step"]
+    check_case(case, {"booked", "bare"})
+    assert set(case["percent"]) == {"bookkeeping in the loop", "threads beside it"}
+    assert 0 < case["percent"]["threads beside it"] < 100
+
+
+@pytest.mark.slow
 def test_first_step(cpu_env, emoji_data, tmp_path):
     result, _ = benchmark("first_step", cpu_env(), tmp_path, "--tiny", f"--data={emoji_data}")
     cases = result["runs"][0]["cases"]

@@ -331,8 +331,8 @@ prepare(make_config(directory, module=module, task="killed", vocab_size=300), wo
 
 @pytest.mark.slow
 def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path, cpu_env):
-    """Real kills of the command with its two workers, each of which dies with it: five, or ECDIT_KILLS."""
-    wanted = int(os.environ.get("ECDIT_KILLS", "5"))
+    """Real kills of the command with its two workers, each of which dies with it: three, or ECDIT_KILLS."""
+    wanted = int(os.environ.get("ECDIT_KILLS", "3"))
     where, chance = module(tmp_path, "killed", "1500, 50"), random.Random(5)
     arguments = [sys.executable, "-c", KILLED]
     begun = time.monotonic()

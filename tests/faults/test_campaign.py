@@ -25,11 +25,11 @@ def test_the_first_trials_pass_and_none_is_done_twice(tmp_path, emoji_data, comp
         pytest.skip("mounting a small file system needs root")
     out = tmp_path / "campaign.jsonl"
     options = [f"--out={out}", f"--data={emoji_data}", f"--cache={compilation_cache}"]
-    command = [sys.executable, "-m", "tests.faults.campaign", "--trials=4", *options]
+    command = [sys.executable, "-m", "tests.faults.campaign", "--trials=2", *options]
     done = run(command, cpu_env(), timeout=900)
     logs = [json.loads(line) for line in out.read_text().splitlines()]
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    assert [log["kind"] for log in logs] == list(PATTERN[:4])
+    assert [log["kind"] for log in logs] == list(PATTERN[:2])
     assert done.stdout.startswith(f"seed {logs[0]['seed']}\n")
     before = out.read_text()
     assert run(command, cpu_env()).returncode == 0

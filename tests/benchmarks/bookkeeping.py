@@ -1,0 +1,125 @@
+"""Measures what a run's bookkeeping costs in the emoji run: the watchdog, the ledger, the lock, host times, signals.
+
+    python -m tests.benchmarks.bookkeeping [--runs=5] [--json=FILE] [--data=DIR] [--tiny]
+
+It starts the real run, `ecdit.runs.training_run.train`, and takes over its loop over steps. A call is a step. `booked`
+runs the loop with the run's own hooks; `bare` with hooks that report the metrics and do nothing else. Both share the
+state, the batches and the compiled step. Saves and images are not among these costs: neither candidate makes any.
+The run's threads, which watch and write beside the steps of both, are measured by their CPU time. Percent are of a bare
+step, medians over rounds.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import io
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import jax
+
+from ecdit.experiment import make_experiment
+from ecdit.runs import training_run
+from ecdit.training.loop import Hooks, run_steps
+from ecdit.training.state import TrainState
+from tests.benchmarks import timing
+from tests.runs import emoji_config, tiny_values
+
+THREADS = ("watchdog", "ledger", "stop-requests")  # of the run's bookkeeping, by name
+NEVER = 10**9  # steps: the run is ended before
+
+
+class Measured(Exception):
+    """Ends the run when the loop has been measured; it holds seconds by candidate and the threads' share."""
+
+    def __init__(self, seconds: timing.Seconds, threads_percent: float):
+        super().__init__()
+        self.seconds, self.threads_percent = seconds, threads_percent
+
+
+def bare(hooks: Hooks) -> Hooks:
+    """Returns hooks that report and do nothing else."""
+
+    def nothing(*_: Any) -> None:
+        return None
+
+    return dataclasses.replace(
+        hooks, enter=nothing, before_step=nothing, after_step=nothing, stop_requested=lambda step: False
+    )
+
+
+def threads_seconds() -> float:
+    """Returns the CPU seconds that the threads of THREADS have taken so far (Linux)."""
+    own = [thread for thread in threading.enumerate() if thread.name in THREADS]
+    assert {thread.name for thread in own} == set(THREADS), "the run's threads have other names"
+    paths = [Path(f"/proc/self/task/{thread.native_id}/schedstat") for thread in own]
+    return sum(int(path.read_text().split()[0]) for path in paths) / 1e9
+
+
+def measured_loop(rounds: int, calls: int) -> Callable[..., tuple[TrainState, bool]]:
+    """Returns a function in place of `run_steps`: it measures and raises Measured."""
+
+    def loop(train_step: Any, state: TrainState, batches: Iterator[Any], last_step: int, hooks: Hooks) -> Any:
+        unsaved = dataclasses.replace(hooks, saves=lambda step: False, draws=lambda step: False, finish=lambda step: None)
+        candidates = {"booked": unsaved, "bare": bare(unsaved)}
+
+        def turn(name: str) -> float:
+            nonlocal state
+            start = time.perf_counter()
+            state, _ = run_steps(train_step, state, batches, int(state.step) + calls, candidates[name])
+            jax.block_until_ready(state)
+            return (time.perf_counter() - start) / calls
+
+        for name in candidates:  # compiles
+            turn(name)
+        before, begin = threads_seconds(), time.perf_counter()
+        seconds = timing.reported_turns({name: lambda name=name: turn(name) for name in candidates}, rounds)
+        share = (threads_seconds() - before) / (time.perf_counter() - begin)
+        raise Measured(seconds, 100 * share)
+
+    return loop
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Measures in one process."""
+    environment = timing.use_emoji_runtime()
+    values = tiny_values() if arguments.tiny else emoji_config()
+    values.data.directory = arguments.data
+    values.train.images_every = 0
+    values.train.num_steps = NEVER
+    experiment = make_experiment(values)
+    loop = measured_loop(arguments.rounds, arguments.calls)
+    with (
+        tempfile.TemporaryDirectory() as workdir,
+        contextlib.redirect_stdout(io.StringIO()),
+        mock.patch.object(training_run, "run_steps", loop),
+    ):
+        try:
+            training_run.train(experiment, Path(workdir))
+        except Measured as found:
+            seconds, threads = found.seconds, found.threads_percent
+    added = statistics.median(
+        100 * (booked / plain - 1) for booked, plain in zip(seconds["booked"], seconds["bare"], strict=True)
+    )
+    percent = {"bookkeeping in the loop": added, "threads beside it": threads}
+    sizes = f"batch {experiment.train.batch_size}, {'tiny' if arguments.tiny else 'emoji'} model"
+    return {"environment": environment, "cases": {"step": timing.case(sizes, seconds, "bare", percent=percent)}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", help="prepared data, or where to prepare it; by default a temporary directory")
+    parser.add_argument("--tiny", action="store_true", help="a small model: whether it works, not how long it takes")
+    arguments = timing.parse(parser, rounds=20, calls=10)
+    with timing.emoji_data(arguments.data) as data:
+        timing.run_all("bookkeeping", arguments, measure, f"--data={data}")
+
+
+if __name__ == "__main__":
+    main()
