@@ -22,6 +22,8 @@ RETRY_SECONDS = (1.0, 2.0, 4.0)  # pauses between attempts of a read after I/O e
 # Errors of Python and the libraries for undecodable data or a missing file. (JSON's and UTF-8's are ValueErrors.)
 _UNDECODABLE = (ValueError, LookupError, TypeError, AttributeError, EOFError)
 _MISSING = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR)
+# Orbax raises these itself, without a number, for files that it has looked for in vain.
+_MISSING_BY_NAME = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 _REFUSED = (errno.EACCES, errno.EPERM)  # a retry does not help
 _FAULTS = (ImportError, MemoryError, RecursionError)
 # Beginnings of tensorstore's messages for errors outside the data. It appends the number of a system error.
@@ -73,6 +75,8 @@ def is_damage(error: BaseException) -> bool:
 
 def error_number(error: BaseException) -> int | None:
     """Returns the number (errno) of the system's error that an exception reports, or None."""
+    if isinstance(error, _MISSING_BY_NAME):
+        return error.errno or errno.ENOENT
     if isinstance(error, OSError):
         return error.errno
     found = _NUMBER.search(str(error))

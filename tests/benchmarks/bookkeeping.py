@@ -45,13 +45,16 @@ class Measured(Exception):
 
 def bare(hooks: Hooks) -> Hooks:
     """Returns hooks that report and do nothing else."""
+    return dataclasses.replace(hooks, enter=nothing, before_step=nothing, after_step=nothing, stop_requested=never)
 
-    def nothing(*_: Any) -> None:
-        return None
 
-    return dataclasses.replace(
-        hooks, enter=nothing, before_step=nothing, after_step=nothing, stop_requested=lambda step: False
-    )
+def nothing(*_: Any) -> None:
+    """Does nothing."""
+
+
+def never(_: int) -> bool:
+    """Returns False."""
+    return False
 
 
 def threads_seconds() -> float:
@@ -66,7 +69,7 @@ def measured_loop(rounds: int, calls: int) -> Callable[..., tuple[TrainState, bo
     """Returns a function in place of `run_steps`: it measures and raises Measured."""
 
     def loop(train_step: Any, state: TrainState, batches: Iterator[Any], last_step: int, hooks: Hooks) -> Any:
-        unsaved = dataclasses.replace(hooks, saves=lambda step: False, draws=lambda step: False, finish=lambda step: None)
+        unsaved = dataclasses.replace(hooks, saves=never, draws=never, finish=nothing)
         candidates = {"booked": unsaved, "bare": bare(unsaved)}
 
         def turn(name: str) -> float:

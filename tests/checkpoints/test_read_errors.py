@@ -36,6 +36,7 @@ DAMAGE = [
     KeyError("tree_metadata"),
     UnicodeDecodeError("utf-8", b"\xba", 0, 1, "invalid start byte"),
     FileNotFoundError(errno.ENOENT, "No such file or directory"),
+    FileNotFoundError("Metadata file (named _METADATA) does not exist at /x"),
 ]
 
 
