@@ -9,8 +9,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from ecdit.data import DataError
 
 if TYPE_CHECKING:
@@ -79,11 +77,3 @@ def read_vocabulary(data: bytes, path: Path | str) -> "sentencepiece.SentencePie
             f"these must be {PAD} and {EOS}"
         )
     return vocabulary
-
-
-def fit(tokens: Sequence[int] | np.ndarray, caption_length: int, end: int = EOS, pad: int = PAD) -> np.ndarray:
-    """Returns tokens that finish with `end` as int32[caption_length]: filled with `pad`, or cut with the end kept."""
-    row = np.full(caption_length, pad, np.int32)
-    kept = tokens if len(tokens) <= caption_length else [*tokens[: caption_length - 1], end]
-    row[: len(kept)] = kept
-    return row

@@ -19,8 +19,8 @@ from jaxtyping import Int
 
 from ecdit.data import DataError
 from ecdit.data.shards import file_sha256
-from ecdit.data.text import EOS, PAD, fit, load_vocabulary, read_vocabulary
-from ecdit.pretrained.tokenizers import BOTH, MERGES, SPIECE, VOCABULARY, ClipTokenizer, T5Tokenizer
+from ecdit.data.text import EOS, PAD, load_vocabulary, read_vocabulary
+from ecdit.pretrained.tokenizers import BOTH, MERGES, SPIECE, VOCABULARY, ClipTokenizer, T5Tokenizer, fit
 
 if TYPE_CHECKING:
     import sentencepiece

@@ -95,7 +95,7 @@ class ClipTokenizer:
 
     def encode(self, captions: Sequence[str], length: int) -> Tokens:
         """Encodes captions."""
-        return _fit(self.rows(captions), length, self.end, self.pad)
+        return _fit_all(self.rows(captions), length, self.end, self.pad)
 
     def check_fits(self, vocab_size: int) -> None:
         """Raises WeightsError unless ids and rows match and the end token has the largest id, as `ClipText` expects."""
@@ -139,7 +139,7 @@ class T5Tokenizer:
 
     def encode(self, captions: Sequence[str], length: int) -> Tokens:
         """Encodes captions."""
-        return _fit(self.rows(captions), length, T5_EOS, T5_PAD)
+        return _fit_all(self.rows(captions), length, T5_EOS, T5_PAD)
 
     def check_fits(self, vocab_size: int) -> None:
         """Raises WeightsError if a piece has no row. T5's embeddings have more rows than pieces."""
@@ -200,13 +200,18 @@ def _special_tokens(folder: Path) -> dict[str, str]:
     return special
 
 
-def _fit(rows: Iterable[Sequence[int]], length: int, end: int, pad: int) -> Tokens:
-    """Returns rows, which finish with `end`, padded or cut to `length` with `end` kept."""
-    kept = [row if len(row) <= length else [*row[: length - 1], end] for row in rows]
-    ids = np.full((len(kept), length), pad, np.int32)
-    for row, tokens in zip(ids, kept, strict=True):
-        row[: len(tokens)] = tokens
-    return Tokens(ids, np.array([len(tokens) for tokens in kept], np.int32))
+def fit(tokens: Sequence[int] | np.ndarray, length: int, end: int, pad: int) -> Int[np.ndarray, " L"]:
+    """Returns tokens that finish with `end` as int32[length]: filled with `pad`, or cut with the end kept."""
+    row = np.full(length, pad, np.int32)
+    kept = tokens if len(tokens) <= length else [*tokens[: length - 1], end]
+    row[: len(kept)] = kept
+    return row
+
+
+def _fit_all(rows: Iterable[Sequence[int]], length: int, end: int, pad: int) -> Tokens:
+    rows = list(rows)
+    ids = np.array([fit(row, length, end, pad) for row in rows], np.int32).reshape(len(rows), length)
+    return Tokens(ids, np.array([min(len(row), length) for row in rows], np.int32))
 
 
 def _check_size(folder: Path, size: int, vocab_size: int, exactly: bool) -> None:

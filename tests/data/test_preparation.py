@@ -35,9 +35,10 @@ from ecdit.data.prepared import (
 )
 from ecdit.data.quarantine import read
 from ecdit.data.shards import ShardReader, combined, file_sha256
-from ecdit.data.text import EOS, PAD, fit, train_vocabulary
+from ecdit.data.text import EOS, PAD, train_vocabulary
 from ecdit.data.tokens import truncated_captions
 from ecdit.data.verification import verify
+from ecdit.pretrained.tokenizers import fit
 from tests.data.example import make_config, module, png, tokenize
 from tests.runs import tiny
 
@@ -170,7 +171,7 @@ def test_tokens_of_every_field_end_in_eos_at_their_true_length(counted):
         for field, row in tokens.items():
             assert (row.dtype, row[-1], (row == EOS).sum()) == (np.int32, EOS, 1)
             expected = tokenize(done.tokenizer, [record.captions[field]], 64)[0]
-            np.testing.assert_array_equal(fit(row, 64), expected)
+            np.testing.assert_array_equal(fit(row, 64, EOS, PAD), expected)
             lengths[field, str(len(row))] += 1
     assert part.tokens.histograms == {
         field: {length: count for (one, length), count in sorted(lengths.items()) if one == field}
@@ -193,7 +194,7 @@ def test_captions_are_tokenized_as_seqio_does(emoji):
         "\u200d\ufe0f",
     ]
     vocabulary = seqio.SentencePieceVocabulary(str(emoji.tokenizer), extra_ids=0)
-    expected = [fit([*vocabulary.encode_tf(text).numpy(), vocabulary.eos_id], 12) for text in awkward]
+    expected = [fit([*vocabulary.encode_tf(text).numpy(), vocabulary.eos_id], 12, EOS, PAD) for text in awkward]
     np.testing.assert_array_equal(tokenize(emoji.tokenizer, awkward, 12), expected)
     assert tokenize(emoji.tokenizer, [], 12).shape == (0, 12)
     assert prompt_tokens(emoji.config)([""])[0].tolist() == [EOS] + [PAD] * 15
@@ -201,10 +202,10 @@ def test_captions_are_tokenized_as_seqio_does(emoji):
 
 def test_fit_pads_or_cuts_before_the_eos():
     assert (PAD, EOS) == (0, 1)
-    assert fit([7, 8, EOS], 5).tolist() == [7, 8, EOS, PAD, PAD]
-    assert fit([7, 8, EOS], 3).tolist() == [7, 8, EOS]
-    assert fit([7, 8, 9, EOS], 3).tolist() == [7, 8, EOS]
-    assert fit([7, EOS], 1).tolist() == [EOS]
+    assert fit([7, 8, EOS], 5, EOS, PAD).tolist() == [7, 8, EOS, PAD, PAD]
+    assert fit([7, 8, EOS], 3, EOS, PAD).tolist() == [7, 8, EOS]
+    assert fit([7, 8, 9, EOS], 3, EOS, PAD).tolist() == [7, 8, EOS]
+    assert fit([7, EOS], 1, EOS, PAD).tolist() == [EOS]
 
 
 @pytest.mark.parametrize("workers", [1, 3])

@@ -127,16 +127,16 @@ MUTANTS = (
         "the last step of a phase is trained as the next one",
     ),
     Mutant(
-        _TEXT,
-        "kept = tokens if len(tokens) <= caption_length else [*tokens[: caption_length - 1], end]",
-        "kept = tokens[:caption_length]",
+        "ecdit/pretrained/tokenizers.py",
+        "kept = tokens if len(tokens) <= length else [*tokens[: length - 1], end]",
+        "kept = tokens[:length]",
         _preparation("test_fit_pads_or_cuts_before_the_eos"),
         "a caption that is cut has no end, and its pooled state is that of a word",
     ),
     Mutant(
-        _TEXT,
-        "row = np.full(caption_length, pad, np.int32)",
-        "row = np.full(caption_length, EOS, np.int32)",
+        "ecdit/pretrained/tokenizers.py",
+        "row = np.full(length, pad, np.int32)",
+        "row = np.full(length, end, np.int32)",
         _preparation("test_fit_pads_or_cuts_before_the_eos"),
     ),
     Mutant(
