@@ -5,14 +5,17 @@
 It starts the real run, `ecdit.runs.training_run.train`, and takes over its loop over steps. A call is a step. `booked`
 runs the loop with the run's own hooks; `bare` with hooks that report the metrics and do nothing else. Both share the
 state, the batches and the compiled step. Saves and images are not among these costs: neither candidate makes any.
-The run's threads, which watch and write beside the steps of both, are measured by their CPU time. Percent are of a bare
-step, medians over rounds.
+
+A step of a second drifts by more than the hooks cost. So the same hooks, but for the report, also take turns around a
+step that does nothing, EMPTY times in a turn. The run's threads, which watch and write beside the steps, are measured by
+their CPU time. Percent are of a bare step, medians over rounds.
 """
 
 import argparse
 import contextlib
 import dataclasses
 import io
+import itertools
 import statistics
 import tempfile
 import threading
@@ -33,14 +36,17 @@ from tests.runs import emoji_config, tiny_values
 
 THREADS = ("watchdog", "ledger", "stop-requests")  # of the run's bookkeeping, by name
 NEVER = 10**9  # steps: the run is ended before
+EMPTY = 1000  # steps that do nothing, in a turn
 
 
 class Measured(Exception):
-    """Ends the run when the loop has been measured; it holds seconds by candidate and the threads' share."""
+    """Ends the run when the loop has been measured; it holds what was measured."""
 
-    def __init__(self, seconds: timing.Seconds, threads_percent: float):
+    def __init__(self, seconds: timing.Seconds, empty: timing.Seconds, threads: float):
         super().__init__()
-        self.seconds, self.threads_percent = seconds, threads_percent
+        self.seconds = seconds  # of a step
+        self.empty = empty  # of a step that does nothing
+        self.threads = threads  # CPU seconds of the run's threads in a second
 
 
 def bare(hooks: Hooks) -> Hooks:
@@ -84,7 +90,15 @@ def measured_loop(rounds: int, calls: int) -> Callable[..., tuple[TrainState, bo
         before, begin = threads_seconds(), time.perf_counter()
         seconds = timing.reported_turns({name: lambda name=name: turn(name) for name in candidates}, rounds)
         share = (threads_seconds() - before) / (time.perf_counter() - begin)
-        raise Measured(seconds, 100 * share)
+
+        def empty_turn(name: str) -> float:
+            silent = dataclasses.replace(candidates[name], report=nothing)
+            start = time.perf_counter()
+            run_steps(lambda state, _: (state, {}), state, itertools.repeat({}), int(state.step) + EMPTY, silent)
+            return (time.perf_counter() - start) / EMPTY
+
+        empty = timing.reported_turns({name: lambda name=name: empty_turn(name) for name in candidates}, rounds)
+        raise Measured(seconds, empty, share)
 
     return loop
 
@@ -106,13 +120,21 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         try:
             training_run.train(experiment, Path(workdir))
         except Measured as found:
-            seconds, threads = found.seconds, found.threads_percent
-    added = statistics.median(
-        100 * (booked / plain - 1) for booked, plain in zip(seconds["booked"], seconds["bare"], strict=True)
-    )
-    percent = {"bookkeeping in the loop": added, "threads beside it": threads}
+            seconds, empty, threads = found.seconds, found.empty, found.threads
     sizes = f"batch {experiment.train.batch_size}, {'tiny' if arguments.tiny else 'emoji'} model"
-    return {"environment": environment, "cases": {"step": timing.case(sizes, seconds, "bare", percent=percent)}}
+    case = timing.case(sizes, seconds, "bare", percent=percentages(seconds, empty, threads), empty_seconds=empty)
+    return {"environment": environment, "cases": {"step": case}}
+
+
+def percentages(seconds: timing.Seconds, empty: timing.Seconds, threads: float) -> dict[str, float]:
+    """Returns percent of a bare step: what the hooks add to a step, to one that does nothing, and what threads take."""
+    step = statistics.median(seconds["bare"])
+    added = [booked - bare for booked, bare in zip(empty["booked"], empty["bare"], strict=True)]
+    return {
+        "the hooks, from whole steps": 100 * (timing.paired_ratio(seconds["booked"], seconds["bare"]) - 1),
+        "the hooks alone": 100 * statistics.median(added) / step,
+        "threads beside the steps": 100 * threads,
+    }
 
 
 def main() -> None:

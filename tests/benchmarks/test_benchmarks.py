@@ -11,6 +11,7 @@ import pytest
 
 from tests import runs
 from tests.benchmarks import (
+    bookkeeping,
     checkpoints,
     curve,
     ec_over_dense,
@@ -256,8 +257,19 @@ def test_bookkeeping(cpu_env, emoji_data, tmp_path):
     result, _ = benchmark("bookkeeping", cpu_env(), tmp_path, *options)
     case = result["runs"][0]["cases"]["step"]
     check_case(case, {"booked", "bare"})
-    assert set(case["percent"]) == {"bookkeeping in the loop", "threads beside it"}
-    assert 0 < case["percent"]["threads beside it"] < 100
+    assert case["percent"] == bookkeeping.percentages(
+        case["seconds"], case["empty_seconds"], case["percent"]["threads beside the steps"] / 100
+    )
+    assert 0 < case["percent"]["threads beside the steps"] < 100
+
+
+def test_the_share_of_bookkeeping_by_hand():
+    seconds = {"booked": [2.2, 4.0, 1.0], "bare": [2.0, 4.0, 1.0]}
+    empty = {"booked": [0.03, 0.09, 0.05], "bare": [0.01, 0.01, 0.01]}
+    found = bookkeeping.percentages(seconds, empty, 0.001)
+    assert found == pytest.approx(
+        {"the hooks, from whole steps": 0.0, "the hooks alone": 2.0, "threads beside the steps": 0.1}
+    )
 
 
 @pytest.mark.slow
