@@ -7,8 +7,8 @@ runs the loop with the run's own hooks; `bare` with hooks that report the metric
 state, the batches and the compiled step. Saves and images are not among these costs: neither candidate makes any.
 
 A step of a second drifts by more than the hooks cost. So the same hooks, but for the report, also take turns around a
-step that does nothing, EMPTY times in a turn. The run's threads, which watch and write beside the steps, are measured by
-their CPU time. Percent are of a bare step, medians over rounds.
+step that does nothing, EMPTY times in a turn. The run's threads, which watch and write beside the steps, are measured
+by their CPU time. Percent are of a bare step, medians over rounds.
 """
 
 import argparse
