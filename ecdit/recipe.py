@@ -161,6 +161,7 @@ def _set_inputs(config: ConfigDict) -> None:
     text.heads = 20  # [S]
     text.activation = "gelu"  # gelu | quick_gelu
     text.frozen = True  # [S]
+    text.packed_length = 0  # tokens of a caption on average where a frozen encoder packs them; 0 pads: docs/weights.md
     text.remat = "minimal"  # as model.remat
     text.projections = "tokens_last"  # as model.projections
     text.dtype = "bfloat16"  # dtype of activations

@@ -3,6 +3,7 @@
 Axes: B batch, h w c a latent's height, width and channels, H W an image's height and width.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -109,7 +110,7 @@ def _loss(
     latents = model.autoencoder.encode(content, keys.autoencoder)
     noise = jax.vmap(lambda key: jax.random.normal(key, latents.shape[1:], jnp.float32))(keys.noise)
     time = jax.vmap(lambda key: sample_time(key, flow))(keys.time)
-    text = text_states(model.text, batch, system.config.text.dtype)
+    text = text_states(functools.partial(model.text, mode="train"), batch, system.config.text.dtype)
     noisy = interpolate(latents, noise, time)
     predicted = model.denoiser(noisy, time, text, batch["size_crop"], keys.mask, "train")
 
