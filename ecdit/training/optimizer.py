@@ -65,7 +65,11 @@ def make_schedule(config: OptimizerConfig) -> optax.Schedule:
 
     def rate(count: Any) -> Any:
         warm = config.learning_rate * optax.schedules.linear_schedule(0.0, 1.0, max(config.warmup_steps, 1))(count + 1)
-        return warm if config.schedule == "constant" else warm * _decay(config)(count)
+        if config.schedule == "constant":
+            return warm
+        # The barrier keeps the rate out of the products around it, so that steps before a decay are bitwise the same
+        # whenever it begins.
+        return jax.lax.optimization_barrier(warm * _decay(config)(count))
 
     return rate
 

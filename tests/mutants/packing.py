@@ -81,6 +81,13 @@ MUTANTS = (
         "a drawn image depends on the prompts beside its own",
     ),
     Mutant(
+        "ecdit/training/step.py",
+        'functools.partial(model.text, mode="train")',
+        "model.text",
+        ("tests/training/test_step_parts.py::test_a_step_packs_the_captions_of_a_frozen_tower",),
+        "no step packs",
+    ),
+    Mutant(
         "ecdit/planning/estimate.py",
         "seconds, found = min(runs, key=lambda run: run[0])",
         "seconds, found = max(runs, key=lambda run: run[0])",
