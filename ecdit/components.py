@@ -173,16 +173,16 @@ class TextEncoder(Protocol):
         """Returns the widths of states and pooled state."""
         ...
 
-    def __call__(self, tokens: Int[Array, "B L"]) -> TextStates:
-        """Encodes captions: int32 ids, padded at the end."""
+    def __call__(self, tokens: Int[Array, "B L"], mode: Mode = "sample") -> TextStates:
+        """Encodes captions: int32 ids, padded at the end. In training it may pack them, which rounds differently."""
         ...
 
     def check_layout(self, mesh: Mesh | AbstractMesh) -> None:
         """Raises ConfigError if it cannot run on the mesh."""
         ...
 
-    def flops(self, length: int) -> PartFlops:
-        """Returns its work on one caption of `length` tokens, padding included, forward."""
+    def flops(self, length: int, mode: Mode = "sample") -> PartFlops:
+        """Returns its work on one caption of `length` tokens, forward: with its padding, unless it packs captions."""
         ...
 
 

@@ -26,7 +26,7 @@ from ecdit.runtime import RuntimeConfig
 from ecdit.sampling.sampler import SamplingConfig, check_sampling
 from ecdit.system import SystemConfig, denoiser_class, make_system, user_files
 from ecdit.training.config import StepConfig, TrainConfig
-from ecdit.training.optimizer import OptimizerConfig
+from ecdit.training.optimizer import OptimizerConfig, check_factors
 
 if TYPE_CHECKING:
     from ecdit.data.latents import LatentsColumn
@@ -260,14 +260,18 @@ def check_tokenizers(experiment: Experiment) -> None:
 
 
 def check_mesh(experiment: Experiment, mesh: Mesh | AbstractMesh) -> None:
-    """Raises ConfigError when batch, microbatches, groups or heads of any phase do not fit the mesh."""
+    """Raises ConfigError when batch, microbatches, groups or heads of any phase do not fit the mesh.
+
+    Also if a learning-rate factor belongs to no trained part.
+    """
     for phase in experiment.resolved_phases():
         _check_phase(phase.experiment, mesh)
 
 
 def _check_phase(experiment: Experiment, mesh: Mesh | AbstractMesh) -> None:
     train, shards = experiment.train, batch_shards(mesh)
-    parts, components = shards * train.accumulation, make_system(experiment.system).parts
+    parts, system = shards * train.accumulation, make_system(experiment.system)
+    components = system.parts
     require(
         train.batch_size % parts == 0,
         "train.batch_size",
@@ -277,3 +281,4 @@ def _check_phase(experiment: Experiment, mesh: Mesh | AbstractMesh) -> None:
     components.denoiser.check_layout(mesh, train.batch_size // parts, "train")
     components.text.check_layout(mesh)
     check_sampling(experiment.sampling, components.denoiser, mesh)
+    check_factors(experiment.optimizer, system.split(system.drawn(system.shapes()))[0])

@@ -161,6 +161,7 @@ def _set_inputs(config: ConfigDict) -> None:
     text.heads = 20  # [S]
     text.activation = "gelu"  # gelu | quick_gelu
     text.frozen = True  # [S]
+    text.packed_length = 0  # tokens of a caption on average where a frozen encoder packs them; 0 pads: docs/weights.md
     text.remat = "minimal"  # as model.remat
     text.projections = "tokens_last"  # as model.projections
     text.dtype = "bfloat16"  # dtype of activations
@@ -216,6 +217,11 @@ def _set_training(config: ConfigDict) -> None:
     optimizer.name = "rmsprop"  # rmsprop [P] | adamw | adafactor
     optimizer.learning_rate = 1e-4  # [P]
     optimizer.warmup_steps = 20_000  # [P]
+    optimizer.schedule = "constant"  # after warm-up: constant [P] | cosine | warmup_stable_decay: docs/configs.md
+    optimizer.decay_begin = 0  # updates before the decay of warmup_stable_decay
+    optimizer.decay_steps = 0  # updates that a decay takes
+    optimizer.end_factor = 0.0  # rate after it, in learning rates
+    optimizer.learning_rate_factors = {}  # of parts: {"denoiser/pairs/even/experts/router": 0.1}
     optimizer.clip_norm = 1.0  # [S]
     optimizer.moment_dtype = "float32"  # float32 | bfloat16: half of the moments' memory [?]
     optimizer.rmsprop_decay = 0.99  # [?]

@@ -248,7 +248,7 @@ class System:
         return (*self.denoiser_flops(mode), *self._encoder_flops(mode))
 
     def _encoder_flops(self, mode: Mode) -> tuple[PartFlops, ...]:
-        text = self.parts.text.flops(self.config.caption_length)
+        text = self.parts.text.flops(self.config.caption_length, mode)
         if mode == "train" and self.config.text.encode == "prepared":
             text = PartFlops(text.name, 0.0, 0.0)
         if mode != "train" or self.config.public_autoencoder is None or self.config.reads_latents:

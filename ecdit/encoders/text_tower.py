@@ -11,10 +11,11 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float, Int
 
-from ecdit.components import PartFlops, TextStates, TextWidths
+from ecdit.components import Mode, PartFlops, TextStates, TextWidths
 from ecdit.config import RESUME, RESUME_OR_PHASE, require
 from ecdit.models.attention import CausalAttention
 from ecdit.models.layers import Linear, layer_norm, param, scan_stack, stack, zeros
+from ecdit.models.packing import Chunks, encode_packed, mean_sizes
 
 RANDOM = "random"  # as configs write it in place of a folder
 PAD_ID = 0  # T5's SentencePiece ids: padding 0, end of sequence 1
@@ -40,6 +41,8 @@ class TextConfig:
     heads: int
     activation: Literal["gelu", "quick_gelu"]  # quick_gelu: x sigmoid(1.702 x), OpenAI's CLIP
     frozen: bool  # not trained: neither gradient nor moments nor EMA
+    # Tokens that a caption takes on average in training, where captions are packed; 0 pads each: see `models.packing`.
+    packed_length: int = field(metadata=RESUME_OR_PHASE)
     # What the backward pass finds saved: see `layers.REMAT_POLICIES`.
     remat: Literal["none", "minimal", "offload", "attention_out", "full"] = field(metadata=RESUME_OR_PHASE)
     projections: Literal["plain", "tokens_last"] = field(metadata=RESUME_OR_PHASE)  # as DiTConfig.projections
@@ -54,6 +57,9 @@ class TextConfig:
         require(both, "second_weights", self.second_weights, f'must be "": text.weights is "{RANDOM}"')
         prepared = self.public or self.encode == "online"
         require(prepared, "encode", self.encode, f'must be "online": text.weights is "{RANDOM}"')
+        require(self.packed_length >= 0, "packed_length", self.packed_length, "must be 0 or more")
+        packs = self.frozen or self.packed_length == 0
+        require(packs, "packed_length", self.packed_length, "must be 0: text.frozen is False")
         required = "must be True: the weights of a folder are not trained"
         require(self.frozen or not self.public, "frozen", self.frozen, required)
 
@@ -91,9 +97,9 @@ class TextBlock(nnx.Module):
         self.up = Linear(config.width, 4 * config.width, ("embed", "mlp"), rngs)
         self.down = Linear(4 * config.width, config.width, ("mlp", "embed"), rngs)
 
-    def __call__(self, x: Float[Array, "B L t"]) -> Float[Array, "B L t"]:
-        """Returns the block's output, in the dtype of x."""
-        x = x + self.attention(self.attention_norm(x))
+    def __call__(self, x: Float[Array, "B L t"], chunks: Chunks | None) -> Float[Array, "B L t"]:
+        """Returns the block's output, in the dtype of x; `chunks` says where captions are if they are packed."""
+        x = x + self.attention(self.attention_norm(x), chunks)
         hidden = self.up(self.ffn_norm(x))
         hidden = (
             jax.nn.gelu(hidden, approximate=False)
@@ -123,26 +129,34 @@ class TextTower(nnx.Module):
         return TextWidths(self.config.width, self.config.width)
 
     @jax.named_scope("text_tower")
-    def __call__(self, tokens: Int[Array, "B L"]) -> TextStates:
+    def __call__(self, tokens: Int[Array, "B L"], mode: Mode = "sample") -> TextStates:
         """Encodes captions; padding (id 0) comes last and changes nothing, as attention is causal.
 
         Args:
           tokens: int32, ending in EOS, then padded with 0. Every row has at least its EOS.
+          mode: captions are packed in training alone.
         """
-        mask, dtype, remat = tokens != PAD_ID, self.config.dtype, self.config.remat
-        x = self.tokens[...].astype(dtype)[tokens] + self.positions[...].astype(dtype)[None, : tokens.shape[1]]
-        x, _ = scan_stack(self.blocks, lambda block, x: (block(x), None), x, remat)
-        states = self.final_norm(x)
-        last = jnp.maximum(mask.sum(axis=1) - 1, 0)
-        return TextStates(states, mask, jax.vmap(lambda row, i: row[i])(states, last))
+        mask = tokens != PAD_ID
+        lengths = jnp.maximum(mask.sum(axis=1), 1)
+        room = self.config.packed_length if mode == "train" else 0
+        states = encode_packed(tokens, lengths, room, self._states, lambda chunks: self._states(chunks.tokens, chunks))
+        return TextStates(states, mask, jax.vmap(lambda row, i: row[i])(states, lengths - 1))
+
+    def _states(self, tokens: Int[Array, "B L"], chunks: Chunks | None = None) -> Float[Array, "B L t"]:
+        dtype, positions = self.config.dtype, self.positions[...].astype(self.config.dtype)
+        placed = positions[None, : tokens.shape[1]] if chunks is None else positions[chunks.positions]
+        x = self.tokens[...].astype(dtype)[tokens] + placed
+        x, _ = scan_stack(self.blocks, lambda block, x: (block(x, chunks), None), x, self.config.remat)
+        return self.final_norm(x)
 
     def check_layout(self, mesh: Mesh | AbstractMesh) -> None:
         """Raises ConfigError if the heads do not divide over the mesh."""
         heads, tensor = self.config.heads, mesh.shape["tensor"]
         require(heads % tensor == 0, "text.heads", heads, f"must be a multiple of mesh.tensor, {tensor}")
 
-    def flops(self, length: int) -> PartFlops:
+    def flops(self, length: int, mode: Mode = "sample") -> PartFlops:
         """Returns the work on one caption, padding included; causal attention counts as a full one."""
         config = self.config
-        layer = length * 12 * config.width**2 + 2 * length**2 * config.width
-        return PartFlops("text_tower", float(config.layers * length), 2.0 * config.layers * layer)
+        rows, keys = mean_sizes(config.packed_length if mode == "train" else 0, length)
+        layer = rows * 12 * config.width**2 + 2 * rows * keys * config.width
+        return PartFlops("text_tower", float(config.layers * rows), 2.0 * config.layers * layer)

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float
 
 from ecdit.functions import NORM_EPSILON, named, rotate
 from ecdit.models.layers import param, xavier, zeros
+from ecdit.models.packing import Chunks
 from ecdit.partitioning import constrain
 from ecdit.tuned import projections as tuned
 from ecdit.tuned.cudnn_attention import cudnn_attention
@@ -105,13 +106,16 @@ class CausalAttention(nnx.Module):
         self.out = param(rngs, xavier, (width, width), ("joined_kv", "embed"))
         self.out_bias = param(rngs, zeros, (width,), ("embed",))
 
-    def __call__(self, x: Float[Array, "B L d"]) -> Float[Array, "B L d"]:
-        """Attends from each token to itself and to earlier tokens."""
+    def __call__(self, x: Float[Array, "B L d"], chunks: Chunks | None = None) -> Float[Array, "B L d"]:
+        """Attends from each token to itself and to earlier tokens; `chunks` says where packed captions are."""
         query, key, value = (
             _project(x, getattr(self, name), self.heads, self.projections, getattr(self, f"{name}_bias"))
             for name in ("query", "key", "value")
         )
-        mask = jnp.tril(jnp.ones((x.shape[1], x.shape[1]), bool))[None]
+        if chunks is None:
+            mask = jnp.tril(jnp.ones((x.shape[1], x.shape[1]), bool))[None]
+        else:
+            key, value, mask = chunks.reach(key, 3), chunks.reach(value, 3), chunks.mask
         joined = _join(attend(query, key, value, None, mask), self.out, self.projections)
         return joined + self.out_bias[...].astype(x.dtype)[None, None]
 

@@ -83,6 +83,14 @@ class Instruction:
         custom = re.search(r"\bcalled_computations=\{%?([\w.\-]+)\}", self.attributes)
         return self.attribute("calls") or self.attribute("to_apply") or (custom and custom.group(1))
 
+    @property
+    def branches(self) -> tuple[str, ...]:
+        """Returns the computations of which a conditional runs one."""
+        listed = re.search(r"\bbranch_computations=\{([^}]*)\}", self.attributes)
+        if listed:
+            return tuple(_NAME.findall(listed.group(1)))
+        return tuple(filter(None, (self.attribute("true_computation"), self.attribute("false_computation"))))
+
     @functools.cached_property
     def cycles(self) -> int | None:
         """Returns the compiler's own estimate, or None."""

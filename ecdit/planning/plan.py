@@ -152,8 +152,10 @@ _FIELDS = {
     "self_attention": "self-attention: its tokens are model.mask_ratio's",
     "cross_attention": "cross-attention: its text tokens are data.caption_length's",
     "optimizer": "the optimizer: more of mesh.fsdp or mesh.expert shards its state",
-    "text_tower": "the text tower: take a public one, whose states text.encode = prepared computes beforehand",
-    "clip_text": "CLIP's text encoder: text.encode = prepared encodes captions beforehand",
+    "text_tower": "the text tower: text.packed_length leaves out padding; take a public one, whose states text.encode "
+    "= prepared computes beforehand",
+    "clip_text": "CLIP's text encoder: text.encode = prepared encodes captions beforehand; text.packed_length leaves "
+    "out padding",
     "t5_encoder": "T5's encoder: text.encode = prepared encodes captions beforehand",
     "vae_encoder": "the autoencoder's encoder: vae.encode = prepared encodes images beforehand",
     "all_gather": "gathering weights: fewer of mesh.fsdp x mesh.expert, or more of train.batch_size for each chip",

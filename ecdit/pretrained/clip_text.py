@@ -13,9 +13,10 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float, Int
 
-from ecdit.components import PartFlops, TextStates, TextWidths
+from ecdit.components import Mode, PartFlops, TextStates, TextWidths
 from ecdit.config import require
 from ecdit.models.layers import scan_stack, stack
+from ecdit.models.packing import Chunks, encode_packed, mean_sizes
 from ecdit.partitioning import constrain
 from ecdit.pretrained.config_json import read_config
 from ecdit.pretrained.layers import ACTIVATIONS, Dtype, LayerNorm, Linear, attention, param
@@ -96,12 +97,16 @@ class ClipAttention(nnx.Module):
         self.v_proj = Linear(width, width, ("embed", "joined_kv"), rngs, dtype)
         self.out_proj = Linear(width, width, ("joined_kv", "embed"), rngs, dtype)
 
-    def __call__(self, x: Float[Array, "B L t"], bias: Float[Array, "1 1 L L"] | None) -> Float[Array, "B L t"]:
-        """Returns the attention's output; `bias` is added to the scores."""
+    def __call__(
+        self, x: Float[Array, "B L t"], bias: Float[Array, "B|1 1 L M"] | None, chunks: Chunks | None = None
+    ) -> Float[Array, "B L t"]:
+        """Returns the attention's output; `bias` is added to the scores. `chunks` says where packed captions are."""
         query, key, value = (
             constrain(project(x).reshape(*x.shape[:2], self.heads, -1), "batch", None, "heads", None)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
+        if chunks is not None:
+            key, value = chunks.reach(key, 1), chunks.reach(value, 1)
         return self.out_proj(attention(query, key, value, bias, scale=query.shape[-1] ** -0.5))
 
 
@@ -128,9 +133,11 @@ class ClipBlock(nnx.Module):
         self.self_attn = ClipAttention(width, heads, rngs, dtype)
         self.mlp = ClipMlp(width, mlp_width, activation, rngs, dtype)
 
-    def __call__(self, x: Float[Array, "B L t"], bias: Float[Array, "1 1 L L"] | None) -> Float[Array, "B L t"]:
-        """Returns the block's output; `bias` is added to the scores of the attention."""
-        x = x + self.self_attn(self.layer_norm1(x), bias)
+    def __call__(
+        self, x: Float[Array, "B L t"], bias: Float[Array, "B|1 1 L M"] | None, chunks: Chunks | None = None
+    ) -> Float[Array, "B L t"]:
+        """Returns the block's output; `bias` and `chunks` are the attention's."""
+        x = x + self.self_attn(self.layer_norm1(x), bias, chunks)
         return x + self.mlp(self.layer_norm2(x))
 
 
@@ -139,10 +146,11 @@ class ClipText(nnx.Module):
 
     Config = ClipTextConfig
 
-    def __init__(self, config: ClipTextConfig, max_length: int, rngs: nnx.Rngs):
+    def __init__(self, config: ClipTextConfig, max_length: int, rngs: nnx.Rngs, packed_length: int = 0):
+        """Makes the parameters. `packed_length` is the tokens of a caption where captions are packed: `packing`."""
         allowed = f"the text encoder's weights have {config.positions} positions"
         require(max_length <= config.positions, "data.caption_length", max_length, allowed)
-        self.config = config
+        self.config, self.packed_length = config, packed_length
         width, dtype = config.width, config.dtype
         self.token_embedding = param(rngs, (config.vocab_size, width), ("vocab", "embed"), dtype)
         self.position_embedding = param(rngs, (config.positions, width), ("length", "embed"), dtype)
@@ -160,36 +168,50 @@ class ClipText(nnx.Module):
         return TextWidths(self.config.width, self.config.projection_width or self.config.width)
 
     @jax.named_scope("clip_text")
-    def __call__(self, tokens: Int[Array, "B L"]) -> TextStates:
+    def __call__(self, tokens: Int[Array, "B L"], mode: Mode = "sample") -> TextStates:
         """Returns the states of captions. Attention is causal, so padding after the end token changes nothing.
 
         Args:
           tokens: int32; each row has an end token, whose id is the largest of all. Files disagree about the ids of the
             end and of padding, so both are ignored: the end is the first position of the largest id in the row.
+          mode: captions are packed in training alone.
         """
-        length = tokens.shape[1]
-        x = self.token_embedding[...][tokens] + self.position_embedding[...][None, :length]
-        seen = jnp.tril(jnp.ones((length, length), bool))[None, None]
-        bias = jnp.where(seen, 0.0, jnp.finfo(jnp.float32).min)
-        (x, before), _ = scan_stack(self.layers, lambda block, xs: ((block(xs[0], bias), xs[0]), None), (x, x), "none")
-        states = self.final_layer_norm(x)
-        end = jnp.argmax(tokens, axis=1)
-        pooled = jax.vmap(lambda row, i: row[i])(states, end)
+        end, room = jnp.argmax(tokens, axis=1), self.packed_length if mode == "train" else 0
+        last, *before = encode_packed(
+            tokens, end + 1, room, self._states, lambda chunks: self._states(chunks.tokens, chunks)
+        )
+        pooled = jax.vmap(lambda row, i: row[i])(last, end)
         if self.text_projection is not None:
             pooled = self.text_projection(pooled)
-        mask = jnp.arange(length)[None] <= end[:, None]
-        return TextStates(states if self.config.states == "last" else before, mask, pooled)
+        mask = jnp.arange(tokens.shape[1])[None] <= end[:, None]
+        return TextStates(before[0] if before else last, mask, pooled)
+
+    def _states(self, tokens: Int[Array, "B L"], chunks: Chunks | None = None) -> tuple[Float[Array, "B L t"], ...]:
+        """Returns the normed states, and those before the last block if the config wants them."""
+        length, places = tokens.shape[1], self.position_embedding[...]
+        if chunks is None:
+            seen, placed = jnp.tril(jnp.ones((length, length), bool))[None, None], places[None, :length]
+        else:
+            seen, placed = chunks.mask[:, None], places[chunks.positions]
+        bias = jnp.where(seen, 0.0, jnp.finfo(jnp.float32).min)
+        x = self.token_embedding[...][tokens] + placed
+        (x, before), _ = scan_stack(
+            self.layers, lambda block, xs: ((block(xs[0], bias, chunks), xs[0]), None), (x, x), "none"
+        )
+        states = self.final_layer_norm(x)
+        return (states,) if self.config.states == "last" else (states, before)
 
     def check_layout(self, mesh: Mesh | AbstractMesh) -> None:
         """Raises ConfigError if the heads do not divide over the mesh."""
         heads, tensor = self.config.heads, mesh.shape["tensor"]
         require(heads % tensor == 0, "text.heads", heads, f"must be a multiple of mesh.tensor, {tensor}")
 
-    def flops(self, length: int) -> PartFlops:
+    def flops(self, length: int, mode: Mode = "sample") -> PartFlops:
         """Returns the FLOPs of one caption, including padding. Causal attention counts as full attention."""
         config = self.config
-        layer = length * (4 * config.width**2 + 2 * config.width * config.mlp_width) + 2 * length**2 * config.width
-        return PartFlops("clip_text", float(config.layers * length), 2.0 * config.layers * layer)
+        rows, keys = mean_sizes(self.packed_length if mode == "train" else 0, length)
+        layer = rows * (4 * config.width**2 + 2 * config.width * config.mlp_width) + 2 * rows * keys * config.width
+        return PartFlops("clip_text", float(config.layers * rows), 2.0 * config.layers * layer)
 
 
 # transformers 5 writes a CLIPTextModel without the prefix text_model. A whole CLIP also has the image encoder.

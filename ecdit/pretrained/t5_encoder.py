@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float, Int
 
-from ecdit.components import PartFlops, TextStates, TextWidths
+from ecdit.components import Mode, PartFlops, TextStates, TextWidths
 from ecdit.config import require
 from ecdit.models.layers import scan_stack, stack
 from ecdit.partitioning import constrain
@@ -168,12 +168,14 @@ class T5Encoder(nnx.Module):
         return TextWidths(self.config.width, self.config.width)
 
     @jax.named_scope("t5_encoder")
-    def __call__(self, tokens: Int[Array, "B L"]) -> TextStates:
+    def __call__(self, tokens: Int[Array, "B L"], mode: Mode = "sample") -> TextStates:
         """Returns the states of captions.
 
         Args:
           tokens: int32; rows end in EOS and are padded with 0, to which no token attends.
+          mode: makes no difference.
         """
+        del mode
         config, mask, length = self.config, tokens != PAD_ID, tokens.shape[1]
         buckets = relative_buckets(length, config.buckets, config.max_distance)
         positions = self.relative_attention_bias[...].astype(jnp.float32)[buckets].transpose(2, 0, 1)[None]
@@ -189,8 +191,9 @@ class T5Encoder(nnx.Module):
         heads, tensor = self.config.heads, mesh.shape["tensor"]
         require(heads % tensor == 0, "text.heads", heads, f"must be a multiple of mesh.tensor, {tensor}")
 
-    def flops(self, length: int) -> PartFlops:
+    def flops(self, length: int, mode: Mode = "sample") -> PartFlops:
         """Returns the FLOPs of one caption, including padding."""
+        del mode
         config, joined = self.config, self.config.heads * self.config.head_width
         matrices = 3 if config.mlp == "gated-gelu" else 2
         token = 4 * config.width * joined + matrices * config.width * config.mlp_width

@@ -15,7 +15,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Int
 
-from ecdit.components import PartFlops, TextEncoder, TextStates, TextWidths
+from ecdit.components import Mode, PartFlops, TextEncoder, TextStates, TextWidths
 from ecdit.config import require
 from ecdit.encoders.text_tower import RANDOM, TextConfig, TextTower
 from ecdit.pretrained.clip_text import CLIP_TEXT_LAYOUT, ClipText, ClipTextConfig, read_clip_text
@@ -33,11 +33,12 @@ class PublicEncoder:
 
     folder: Path
     config: ClipTextConfig | T5Config
+    packed_length: int  # as TextConfig's; 0 for T5
 
     def make(self, max_length: int, rngs: nnx.Rngs) -> ClipText | T5Encoder:
         """Returns the module."""
         if isinstance(self.config, ClipTextConfig):
-            return ClipText(self.config, max_length, rngs)
+            return ClipText(self.config, max_length, rngs, self.packed_length)
         return T5Encoder(self.config, max_length, rngs)
 
     @property
@@ -50,7 +51,7 @@ def read_encoders(config: TextConfig) -> tuple[PublicEncoder, ...]:
     """Returns the encoders in the config's folders; none if the tower is drawn. Reads config.json alone.
 
     Raises:
-      ConfigError: a folder is not there.
+      ConfigError: a folder is not there, or its encoder cannot pack captions.
       WeightsError: it cannot be read, or is another architecture's.
     """
     return tuple(_read_encoder(folder, config) for folder in config.folders)
@@ -62,9 +63,12 @@ def _read_encoder(folder: Path, config: TextConfig) -> PublicEncoder:
     allowed = f"there is no {path}: must be a folder of CLIP's or T5's weights, or \"{RANDOM}\""
     require(path.is_file(), key, str(folder), allowed)
     kind = ConfigJson(path, read_json(path), {}).choose("model_type", (*CLIP_TYPES, *T5_TYPES))
+    room = config.packed_length
     if kind in T5_TYPES:
-        return PublicEncoder(folder, read_t5(folder, config.dtype))
-    return PublicEncoder(folder, read_clip_text(folder, config.clip_projection, config.clip_states, config.dtype))
+        require(room == 0, "text.packed_length", room, f"must be 0: {folder} is a T5, whose tokens attend both ways")
+        return PublicEncoder(folder, read_t5(folder, config.dtype), 0)
+    clip = read_clip_text(folder, config.clip_projection, config.clip_states, config.dtype)
+    return PublicEncoder(folder, clip, room)
 
 
 class SideBySide(nnx.Module):
@@ -80,9 +84,12 @@ class SideBySide(nnx.Module):
         first, second = self.first.widths, self.second.widths
         return TextWidths(max(first.states, second.states), first.pooled + second.pooled)
 
-    def __call__(self, tokens: Int[Array, "B L"]) -> TextStates:
+    def __call__(self, tokens: Int[Array, "B L"], mode: Mode = "sample") -> TextStates:
         """Encodes captions: the first half of each row by the first encoder, the second half by the second."""
-        both = [encoder(part) for encoder, part in zip((self.first, self.second), jnp.split(tokens, 2, 1), strict=True)]
+        both = [
+            encoder(part, mode)
+            for encoder, part in zip((self.first, self.second), jnp.split(tokens, 2, 1), strict=True)
+        ]
         width = self.widths.states
         padded = [jnp.pad(text.states, ((0, 0), (0, 0), (0, width - text.states.shape[2]))) for text in both]
         return TextStates(
@@ -96,9 +103,9 @@ class SideBySide(nnx.Module):
         self.first.check_layout(mesh)
         self.second.check_layout(mesh)
 
-    def flops(self, length: int) -> PartFlops:
+    def flops(self, length: int, mode: Mode = "sample") -> PartFlops:
         """Returns the work of both on one caption, which each has in `length` tokens."""
-        first, second = self.first.flops(length), self.second.flops(length)
+        first, second = self.first.flops(length, mode), self.second.flops(length, mode)
         return PartFlops("text_encoders", first.tokens + second.tokens, first.flops + second.flops)
 
 

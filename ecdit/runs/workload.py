@@ -14,13 +14,14 @@ from jax.sharding import Mesh
 from ecdit.checkpoints.compatibility import check_same_model
 from ecdit.checkpoints.restore import open_reader, read_meta, restore_ema
 from ecdit.config import changeable, to_dict
+from ecdit.data.caption_lengths import packing_line
 from ecdit.data.config import DataConfig
 from ecdit.data.loader import make_loader
 from ecdit.data.prepared import Prepared, check_latents, check_same_tokenizer, check_text, prepare
 from ecdit.data.tokens import hash_files, tokenizer_files
 from ecdit.experiment import Experiment, ResolvedPhase
 from ecdit.multihost import on_first
-from ecdit.partitioning import batch_sharding
+from ecdit.partitioning import batch_sharding, batch_shards
 from ecdit.runs.evaluator import Evaluated, Evaluator
 from ecdit.runs.inputs import check_placeholder
 from ecdit.runs.sample_grids import SampleWriter
@@ -111,7 +112,7 @@ def make_workload(experiment: Experiment, mesh: Mesh, init_differences: bool = F
         abstract=abstract_state(system, optimizer, shardings),
         first_state=first_state,
         load=lambda: system.load(mesh),
-        prepare_data=lambda: _prepare_data(experiment),
+        prepare_data=lambda: _prepare_data(experiment, batch_shards(mesh)),
         tokenizer=functools.cache(lambda: tokenizer_files(experiment.data)),
         train_step=train_step,
         gradients=gradients,
@@ -152,8 +153,11 @@ def device_batches(experiment: Experiment, mesh: Mesh, start_row: int) -> Iterat
         yield {name: put(array) for name, array in batch.items()}
 
 
-def _prepare_data(experiment: Experiment) -> list[str]:
-    """Prepares the data of each phase and returns its fingerprints; refuses columns of other weights than the run's."""
+def _prepare_data(experiment: Experiment, shards: int) -> list[str]:
+    """Prepares the data of each phase and returns its fingerprints; refuses columns of other weights than the run's.
+
+    Says how often captions overflow that are packed, on a mesh that splits a batch into so many shards.
+    """
     phases = [phase.experiment for phase in experiment.resolved_phases()]
     prepared = prepare_together([phase.data for phase in phases])
     for phase, one in zip(phases, prepared, strict=True):
@@ -161,6 +165,10 @@ def _prepare_data(experiment: Experiment) -> list[str]:
             check_latents(one, phase.latents_column().made_by)
         if phase.text.encode == "prepared":
             check_text(one, phase.text_column().made_by)
+        elif phase.text.packed_length and jax.process_index() == 0:
+            parts = shards * phase.train.accumulation
+            if line := packing_line(one, phase.text.packed_length, phase.train.batch_size // parts, parts):
+                print(line, flush=True)
     return [one.fingerprint for one in prepared]
 
 

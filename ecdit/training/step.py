@@ -3,6 +3,7 @@
 Axes: B batch, h w c a latent's height, width and channels, H W an image's height and width.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +28,7 @@ from ecdit.partitioning import batch_sharding, constrain, replicated
 from ecdit.patches import patchify
 from ecdit.system import Params, System, SystemConfig, make_system
 from ecdit.training.config import StepConfig, TrainConfig
-from ecdit.training.optimizer import make_optimizer
+from ecdit.training.optimizer import make_optimizer, make_schedule
 from ecdit.training.state import TrainState, run_key, state_shardings
 
 # image uint8[B, H, W, 3] or latents float16[B, h, w, 2c], size_crop float32[B, 4], tokens int32[B, L] or text_states
@@ -47,12 +48,13 @@ def make_train_step(
 
     `compiler_options` are jax.jit's: see `runtime.compiler_options`.
     """
-    optimizer = make_optimizer(config.optimizer)
+    optimizer, schedule = make_optimizer(config.optimizer), make_schedule(config.optimizer)
     shardings = state_shardings(system, optimizer, mesh)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         loss, metrics, grads = _accumulated_gradients(config, system, state, batch)
         metrics |= system.parts.denoiser.gradient_metrics(grads["denoiser"])
+        metrics["learning_rate"] = schedule(state.step - state.bad_steps)  # a skipped step is no update
         return _gated_update(config.train, optimizer, state, loss, metrics, grads)
 
     return jax.jit(
@@ -108,7 +110,7 @@ def _loss(
     latents = model.autoencoder.encode(content, keys.autoencoder)
     noise = jax.vmap(lambda key: jax.random.normal(key, latents.shape[1:], jnp.float32))(keys.noise)
     time = jax.vmap(lambda key: sample_time(key, flow))(keys.time)
-    text = text_states(model.text, batch, system.config.text.dtype)
+    text = text_states(functools.partial(model.text, mode="train"), batch, system.config.text.dtype)
     noisy = interpolate(latents, noise, time)
     predicted = model.denoiser(noisy, time, text, batch["size_crop"], keys.mask, "train")
 

@@ -13,7 +13,59 @@ def _parts(*names: str) -> tuple[str, ...]:
     return tuple(f"tests/training/test_step_parts.py::{name}" for name in names)
 
 
+def _rates(*names: str) -> tuple[str, ...]:
+    return tuple(f"tests/training/test_optimizer.py::{name}" for name in names)
+
+
 MUTANTS = (
+    Mutant(
+        _OPTIMIZER,
+        "begin, decay = config.warmup_steps, optax",
+        "begin, decay = 0, optax",
+        _rates("test_cosine_by_hand"),
+        "the decay begins during warm-up",
+    ),
+    Mutant(
+        _OPTIMIZER,
+        "optax.linear_schedule(1.0, config.end_factor, config.decay_steps)",
+        "optax.linear_schedule(1.0, 0.0, config.decay_steps)",
+        _rates("test_warmup_stable_decay_by_hand"),
+    ),
+    Mutant(
+        _OPTIMIZER,
+        "[optax.constant_schedule(1.0), decay], [begin]",
+        "[optax.constant_schedule(1.0), decay], [begin + 1]",
+        _rates("test_cosine_by_hand", "test_warmup_stable_decay_by_hand"),
+        "the decay begins an update late",
+    ),
+    Mutant(
+        _OPTIMIZER,
+        "update * factors[max(parts, key=len)]",
+        "update * factors[min(parts, key=len)]",
+        _rates("test_factors_scale_the_updates_of_their_parts_alone"),
+        "a part of a part has the factor of the whole",
+    ),
+    Mutant(
+        _OPTIMIZER,
+        'f"{name}/".startswith(f"{part}/")',
+        "name.startswith(part)",
+        _rates("test_factors_scale_the_updates_of_their_parts_alone"),
+        "a part whose name begins like another one's has its factor",
+    ),
+    Mutant(
+        "ecdit/experiment.py",
+        "check_factors(experiment.optimizer, system.split(system.drawn(system.shapes()))[0])",
+        "check_factors(experiment.optimizer, system.drawn(system.shapes()))",
+        _rates("test_a_frozen_part_takes_no_factor"),
+        "a factor of a frozen tower is accepted and does nothing",
+    ),
+    Mutant(
+        _STEP,
+        "schedule(state.step - state.bad_steps)",
+        "schedule(state.step)",
+        ("tests/training/test_bad_steps.py::test_the_rate_of_a_step_does_not_count_skipped_ones",),
+        "after skipped steps the metric is not the rate that the step has",
+    ),
     Mutant(
         _OPTIMIZER,
         "return optax.chain(optax.clip_by_global_norm(config.clip_norm), update)",

@@ -18,21 +18,21 @@ def _tests(file: str, *names: str) -> tuple[str, ...]:
 MUTANTS = (
     Mutant(
         _CLIP,
-        "end = jnp.argmax(tokens, axis=1)",
-        "end = (tokens != 0).sum(axis=1) - 1",
+        "end, room = jnp.argmax(tokens, axis=1), ",
+        "end, room = (tokens != 0).sum(axis=1) - 1, ",
         _tests("networks", "test_clip_ends_where_the_largest_id_first_stands"),
         "captions that are padded with the end's id, as SD's are, get a state of padding",
     ),
     Mutant(
         _CLIP,
-        "mask = jnp.arange(length)[None] <= end[:, None]",
-        "mask = jnp.arange(length)[None] < end[:, None]",
+        "mask = jnp.arange(tokens.shape[1])[None] <= end[:, None]",
+        "mask = jnp.arange(tokens.shape[1])[None] < end[:, None]",
         _tests("networks", "test_clip_ends_where_the_largest_id_first_stands"),
     ),
     Mutant(
         _CLIP,
-        "seen = jnp.tril(jnp.ones((length, length), bool))",
-        "seen = jnp.triu(jnp.ones((length, length), bool))",
+        "seen, placed = jnp.tril(jnp.ones((length, length), bool))",
+        "seen, placed = jnp.triu(jnp.ones((length, length), bool))",
         _tests("networks", "test_what_follows_the_end_changes_nothing_in_clip"),
     ),
     Mutant(

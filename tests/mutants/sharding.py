@@ -96,8 +96,8 @@ MUTANTS = (
     ),
     Mutant(
         "ecdit/experiment.py",
-        "parts, components = shards * train.accumulation, make",
-        "parts, components = shards, make",
+        "parts, system = shards * train.accumulation, make",
+        "parts, system = shards, make",
         ("tests/system/test_step.py::test_what_does_not_divide_is_refused_with_its_numbers",),
     ),
     Mutant(

@@ -255,7 +255,30 @@ def test_copies_to_nearer_memory_are_hidden_or_waited_for():
     assert estimate(start, done).memory_wait_seconds == pytest.approx(0.1)
 
 
-def test_a_conditional_is_refused():
+@pytest.mark.parametrize("form", ["branch_computations={{%{}, %{}}}", "true_computation=%{}, false_computation=%{}"])
+@pytest.mark.parametrize("order", [("fast", "slow"), ("slow", "fast")])
+def test_packed_captions_cost_their_faster_branch(form, order):
+    """One second and a gather, in place of three seconds; the other branch counts nowhere. A loop runs it twice."""
+    branches = "".join(
+        f"%{name} (p: f32[4]) -> f32[4] {{\n  %p = f32[4] parameter(0)\n  {lines}\n}}\n"
+        for name, lines in {
+            "slow": compute("a", 3.0, extra="ffn/dot"),
+            "fast": f"{compute('b', 1.0, extra='text_tower/dot')}\n  {gather('g')}",
+        }.items()
+    )
+    metadata = 'metadata={op_name="jit(f)/text_tower/packed_captions/cond"}'
+    chosen = f"%c = f32[4] conditional(%p, %p, %p), {form.format(*order)}, {metadata}"
+    body = f"%body (p: f32[4]) -> f32[4] {{\n  %p = f32[4] parameter(0)\n  {chosen}\n}}\n"
+    loop = '%w = f32[4] while(%p), body=%body, condition=%work, backend_config={"known_trip_count":{"n":"2"}}'
+    found = estimate(compute("d", 1.0, extra="ffn/dot"), loop, more=branches + body)
+    assert found.seconds == pytest.approx(1 + 2 * (1 + GATHERED))
+    assert found.parts == {"ffn": pytest.approx(1), "text_tower": pytest.approx(2)}
+    assert found.exposed_seconds == found.communication_seconds == pytest.approx(2 * GATHERED)
+    assert list(found.collectives.values()) == [2]
+    assert sum(found.instructions.values()) == pytest.approx(3)
+
+
+def test_another_conditional_is_refused():
     with pytest.raises(HloError, match="a conditional's cost depends on its data"):
         estimate("%c = f32[4] conditional(%p), branch_computations={%work}")
 

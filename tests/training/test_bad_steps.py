@@ -36,8 +36,9 @@ class Steps:
             self.step = step.lower(self.state, self.batches[0]).compile(compiler_options=UNOPTIMISED)
             self.shardings = shardings
 
-    def __call__(self, batch, change=lambda params: None, usual_loss=np.inf):
-        state = dataclasses.replace(jax.tree.map(np.copy, self.state), usual_loss=np.float32(usual_loss))
+    def __call__(self, batch, change=lambda params: None, usual_loss=np.inf, **counts):
+        counts = {name: np.int32(count) for name, count in counts.items()}
+        state = dataclasses.replace(jax.tree.map(np.copy, self.state), usual_loss=np.float32(usual_loss), **counts)
         change(state.params["denoiser"])
         new, metrics = self.step(jax.device_put(state, self.shardings, may_alias=False), batch)
         return state, jax.device_get(new), jax.device_get(metrics)
@@ -90,6 +91,13 @@ def test_a_loss_that_is_a_spike_changes_nothing_but_the_counters(steps):
             assert (new.bad_steps, new.bad_in_row) == (0, 0)
             expected = USUAL_LOSS_DECAY * usual + (1 - USUAL_LOSS_DECAY) * loss
             np.testing.assert_allclose(new.usual_loss, expected, rtol=1e-6)
+
+
+def test_the_rate_of_a_step_does_not_count_skipped_ones(steps):
+    """After seven steps of which three were skipped, the rate is that of the fifth update, as the optimizer has it."""
+    config = tiny().optimizer
+    _, _, metrics = steps(steps.batches[0], step=7, bad_steps=3)
+    np.testing.assert_allclose(metrics["learning_rate"], config.learning_rate * 5 / config.warmup_steps, rtol=1e-6)
 
 
 def test_the_first_good_loss_is_the_usual_one(steps):

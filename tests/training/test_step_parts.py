@@ -1,5 +1,6 @@
 """Tests parts of the training step by hand, without a model: coverage, microbatches, and changes of the state."""
 
+import functools
 from types import SimpleNamespace
 
 import jax
@@ -9,12 +10,14 @@ import optax
 import pytest
 
 from ecdit.components import WithoutExperts
+from ecdit.diffusion.flow import example_keys
 from ecdit.models.moe import RoutingReport
 from ecdit.models.routing_metrics import coverage
-from ecdit.system import System
+from ecdit.system import System, make_system
 from ecdit.training import step
 from ecdit.training.state import TrainState
-from tests.runs import tiny
+from tests.models.helpers import jit
+from tests.runs import random_params, tiny
 
 STEP, LOSS = 5, 2.0  # steps done, and the loss of the next one
 
@@ -105,3 +108,24 @@ def test_a_bad_step_changes_nothing_but_its_counters(changes, bad_leaf):
         assert jax.tree.leaves(getattr(new, part)) == jax.tree.leaves(getattr(old, part)), part
     assert (new.step, new.bad_steps, new.bad_in_row) == (STEP + 1, 8, 3)
     assert (metrics["bad_leaf"], metrics["bad_steps"], metrics["bad_in_row"]) == (bad_leaf, 8, 3)
+
+
+def test_a_step_packs_the_captions_of_a_frozen_tower():
+    """Its loss is that of padded captions up to rounding; two captions are longer than their room."""
+    rng, losses, choices = np.random.default_rng(0), [], []
+    tokens = rng.integers(1, 2048, (16, 16), dtype=np.int32) * (np.arange(16) < rng.integers(1, 9, (16, 1)))
+    tokens[:2] = rng.integers(1, 2048, (2, 16))
+    images = rng.integers(0, 256, (16, 32, 32, 3), np.uint8)
+    batch = {"image": images, "tokens": tokens, "size_crop": np.zeros((16, 4), np.float32)}
+    keys = jax.vmap(example_keys, in_axes=(None, None, 0))(jax.random.key(1), 0, jnp.arange(16))
+    params = None
+    for room in (0, 8):
+        experiment = tiny(model__depth=2, model__extra_blocks=1, text__frozen=True, text__packed_length=room)
+        system = make_system(experiment.system)
+        params = random_params(system) if params is None else params
+        trained, frozen = system.split(params)
+        loss = functools.partial(step._loss, flow=experiment.flow, system=system, keys=keys)
+        choices.append(str(jax.make_jaxpr(loss)(trained, frozen, batch=batch)).count(" cond["))
+        losses.append(jit(loss)(trained, frozen, batch=batch)[0])
+    assert choices[1] == choices[0] + 1
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)

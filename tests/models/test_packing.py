@@ -1,0 +1,160 @@
+"""Tests that packed captions have the states of padded ones, and that they stay on their devices."""
+
+import dataclasses
+import functools
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ecdit.config import ConfigError
+from ecdit.encoders.text_tower import TextTower
+from ecdit.models import packing
+from ecdit.partitioning import MeshConfig, batch_sharding, make_mesh
+from ecdit.pretrained.clip_text import ClipText
+from ecdit.pretrained.text_encoders import read_encoders
+from tests.encoders.test_text_tower import CONFIG as TOWER
+from tests.models.helpers import Model, close, jit
+from tests.pretrained.folders import CLIP, CLIP_JSON, T5_JSON
+
+LENGTH = 10
+END = 19  # the largest id, as CLIP needs it; the tower takes any
+# Tokens with their ends: 31 of 80, in which the longest caption has all ten.
+LENGTHS = np.array([3, 10, 1, 6, 2, 1, 5, 3])
+ROOM = 5  # a stream of 40 tokens
+
+
+def captions(lengths, seed=0):
+    rng = np.random.default_rng(seed)
+    tokens = np.zeros((len(lengths), LENGTH), np.int32)
+    for row, length in enumerate(lengths):
+        tokens[row, :length] = [*rng.integers(1, END, length - 1), END]
+    return tokens
+
+
+@functools.cache
+def encoder(kind, room=ROOM):
+    if kind == "tower":
+        config = dataclasses.replace(TOWER, packed_length=room, frozen=True)
+        return Model(lambda rngs: TextTower(config, LENGTH, rngs))
+    config = dataclasses.replace(CLIP, states=kind)
+    return Model(lambda rngs: ClipText(config, LENGTH, rngs, room))
+
+
+def encode(kind, tokens, mode="train", room=ROOM):
+    model = encoder(kind, room)
+    return jax.tree.map(np.asarray, jit(lambda params, tokens: model(params)(tokens, mode))(model.params, tokens))
+
+
+def test_a_stream_by_hand():
+    """Captions of 3, 1 and 2 tokens in four chunks of two, each of which sees the one before; two places are free."""
+    tokens, lengths = np.array([[5, 6, 7], [8, 0, 0], [9, 4, 0]], np.int32), np.array([3, 1, 2])
+    ids, positions, mask, fits = packing._lay_out(jnp.asarray(tokens), jnp.asarray(lengths), 4, 2, 1)
+    np.testing.assert_array_equal(ids, [[5, 6], [7, 8], [9, 4], [0, 0]])
+    np.testing.assert_array_equal(positions, [[0, 1], [2, 0], [0, 1], [0, 0]])
+    seen = [["..x.", "..xx"], ["xxx.", "...x"], ["..x.", "..xx"]]
+    np.testing.assert_array_equal(mask[:3], [[[sign == "x" for sign in row] for row in chunk] for chunk in seen])
+    assert np.asarray(mask).any(axis=2).all(), "a free place attends to something, so that its state is finite"
+    assert np.asarray(fits).tolist() == [True]
+    assert not packing._lay_out(jnp.asarray(tokens), jnp.asarray(lengths), 2, 2, 1)[3].any()
+
+
+@pytest.mark.parametrize("chunk", [64, 4, 3, 1])
+@pytest.mark.parametrize("kind", ["tower", "last", "penultimate"])
+def test_packed_states_are_those_of_padded_captions(kind, chunk, monkeypatch):
+    """In one chunk a caption, or across up to ten: positions restart, and no caption sees another."""
+    monkeypatch.setattr(packing, "CHUNK", chunk)
+    tokens = captions(LENGTHS)
+    padded, packed = encode(kind, tokens, room=0), encode(kind, tokens)
+    np.testing.assert_array_equal(packed.mask, np.arange(LENGTH) < LENGTHS[:, None])
+    np.testing.assert_array_equal(packed.mask, padded.mask)
+    close(packed.states[packed.mask], padded.states[padded.mask], 1e-5)
+    close(packed.pooled, padded.pooled, 1e-5)
+    assert (packed.states[~packed.mask] == 0).all(), "they were packed"
+
+
+def test_captions_that_do_not_fit_are_padded():
+    """A stream of 50 tokens takes 50 and not 51, of which none is dropped."""
+    for lengths, packed in (([10, 10, 10, 10, 6, 1, 1, 2], True), ([10, 10, 10, 10, 6, 1, 1, 3], False)):
+        tokens = captions(lengths)
+        found, padded = encode("tower", tokens, room=6), encode("tower", tokens, room=0)
+        close(found.states[found.mask], padded.states[padded.mask], 1e-5)
+        assert (found.states[~found.mask] == 0).all() == packed
+        if not packed:
+            jax.tree.map(np.testing.assert_array_equal, found, padded)
+
+
+def test_only_training_packs():
+    """A drawn image does not depend on the captions beside its own, not even by rounding."""
+    tokens = captions(LENGTHS)
+    jax.tree.map(np.testing.assert_array_equal, encode("tower", tokens, mode="sample"), encode("tower", tokens, room=0))
+
+
+@functools.cache
+def on_a_mesh():
+    """The tower's program for eight devices of three captions each, which have two chunks of ten tokens for them."""
+    mesh = make_mesh(MeshConfig(slices=1, data=8, fsdp=1, expert=1, tensor=1))
+    model = encoder("tower", 6)
+    with jax.set_mesh(mesh):
+        function = jit(lambda params, tokens: model(params)(tokens, "train"), in_shardings=(None, batch_sharding(mesh)))
+        tokens = jax.device_put(captions([1] * 24), batch_sharding(mesh))
+        return mesh, function.lower(model.params, tokens).compile(
+            compiler_options={"xla_backend_optimization_level": 0}
+        )
+
+
+def test_each_device_packs_its_own_captions():
+    """Each has room for 20 tokens. If one has 21 all pad theirs, as they run one program."""
+    mesh, function = on_a_mesh()
+    for last, packed in (([10, 4, 6], True), ([10, 4, 7], False)):
+        tokens = captions([3, 10, 1, 6, 2, 1, 5, 3, 8, 7, 9, 1, 10, 4, 2, 1, 1, 1, 9, 9, 2, *last])
+        with jax.set_mesh(mesh):
+            found = jax.tree.map(
+                np.asarray, function(encoder("tower", 6).params, jax.device_put(tokens, batch_sharding(mesh)))
+            )
+        padded = encode("tower", tokens, room=0)
+        close(found.states[found.mask], padded.states[padded.mask], 1e-5)
+        close(found.pooled, padded.pooled, 1e-5)
+        assert (found.states[~found.mask] == 0).all() == packed
+
+
+def test_no_caption_crosses_the_mesh():
+    """All that the devices exchange is whether their captions fit."""
+    text = on_a_mesh()[1].as_text()
+    assert set(re.findall(r" (all-gather|all-to-all|collective-permute|reduce-scatter)[\w-]*\(", text)) == set()
+    reduced = re.findall(r"= (\w+\[[\d,]*\])[^=]* all-reduce\(", text)
+    assert reduced
+    assert set(reduced) <= {"pred[]", "s32[]", "u32[]"}
+
+
+def test_flops_are_those_of_the_packed_tokens():
+    """Width 16, two layers: 5 tokens of 10, each of which attends to the 20 of two chunks."""
+    model = encoder("tower")
+    tower = model(model.abstract)
+    assert tower.flops(LENGTH, "train").flops == 2 * 2 * (5 * 12 * 16**2 + 2 * 5 * 20 * 16)
+    assert tower.flops(LENGTH, "sample").flops == 2 * 2 * (10 * 12 * 16**2 + 2 * 10 * 10 * 16)
+    assert (tower.flops(LENGTH, "train").tokens, tower.flops(LENGTH, "sample").tokens) == (10, 20)
+
+
+def test_a_folder_s_encoder_packs_if_it_is_causal(tmp_path):
+    made = {}
+    for name, values in (("clip", CLIP_JSON), ("t5", T5_JSON)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(values))
+        made[name] = dataclasses.replace(TOWER, weights=str(tmp_path / name), packed_length=ROOM, frozen=True)
+    model = Model(lambda rngs: read_encoders(made["clip"])[0].make(LENGTH, rngs))
+    assert model(model.abstract).packed_length == ROOM
+    with pytest.raises(
+        ConfigError, match=r"text\.packed_length = 5: must be 0: .*/t5 is a T5, whose tokens attend both"
+    ):
+        read_encoders(made["t5"])
+
+
+def test_only_a_frozen_tower_packs():
+    with pytest.raises(ConfigError, match=r"packed_length = 5: must be 0: text\.frozen is False"):
+        dataclasses.replace(TOWER, packed_length=5)
+    with pytest.raises(ConfigError, match=r"packed_length = -1: must be 0 or more"):
+        dataclasses.replace(TOWER, packed_length=-1, frozen=True)

@@ -1,0 +1,187 @@
+"""Tests learning rates by hand: schedules, a decay from a stable checkpoint, and factors of parts."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from ecdit.checkpoints.arrays import FORMAT
+from ecdit.checkpoints.compatibility import check_resume
+from ecdit.checkpoints.restore import Meta
+from ecdit.config import ConfigError, changeable, to_dict
+from ecdit.experiment import check_mesh
+from ecdit.partitioning import make_mesh
+from ecdit.system import make_system
+from ecdit.training.optimizer import check_factors, make_optimizer, make_schedule
+from ecdit.training.state import init_state, state_shardings
+from ecdit.training.step import make_train_step
+from tests.runs import tiny
+
+UNOPTIMISED = {"xla_backend_optimization_level": 0}  # compiles in half the time
+
+
+def config(**changes):
+    return tiny(**{f"optimizer__{key}": value for key, value in changes.items()}).optimizer
+
+
+def rates(config, counts):
+    return [float(make_schedule(config)(jnp.int32(count))) for count in counts]
+
+
+def test_cosine_by_hand():
+    """Two updates of warm-up, then a quarter of a turn at a time down to a tenth of the rate, and there it stays."""
+    cosine = config(schedule="cosine", learning_rate=2.0, warmup_steps=2, decay_steps=4, end_factor=0.1)
+    half, root = 0.9 / 2, np.sqrt(0.5)
+    decay = [1.0, half * (1 + root) + 0.1, half + 0.1, half * (1 - root) + 0.1, 0.1, 0.1]
+    np.testing.assert_allclose(rates(cosine, range(8)), [1.0, 2.0, *(2 * np.array(decay))], rtol=1e-6)
+
+
+def test_warmup_stable_decay_by_hand():
+    """Warm-up, a stable rate up to update 5, and a line from there to a fifth."""
+    changes = {"warmup_steps": 2, "decay_begin": 5, "decay_steps": 4, "end_factor": 0.2}
+    stable = config(schedule="warmup_stable_decay", learning_rate=2.0, **changes)
+    expected = [1.0, 2.0, 2.0, 2.0, 2.0, 2.0, 1.6, 1.2, 0.8, 0.4, 0.4]
+    np.testing.assert_allclose(rates(stable, range(11)), expected, rtol=1e-6)
+
+
+def test_a_schedule_that_does_not_decay_yet_is_the_constant_one_bitwise():
+    """So that the steps before a decay do not depend on when it was decided on."""
+    constant = config(learning_rate=3e-4, warmup_steps=7)
+    later = dataclasses.replace(constant, schedule="warmup_stable_decay", decay_begin=20, decay_steps=5)
+    assert rates(constant, range(21)) == rates(later, range(21))
+    assert rates(constant, [21]) != rates(later, [21])
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "changes"),
+    [
+        ("decay_steps", 0, {"schedule": "cosine"}),
+        ("decay_steps", 0, {"schedule": "warmup_stable_decay", "decay_begin": 30_000}),
+        ("decay_begin", 3, {"schedule": "warmup_stable_decay", "decay_steps": 5, "warmup_steps": 4}),
+        ("decay_begin", -1, {}),
+        ("end_factor", 1.0, {}),
+        ("end_factor", -0.1, {}),
+        ("learning_rate_factors.text", -1.0, {"learning_rate_factors": {"text": -1.0}}),
+        ("learning_rate_factors.text", "0", {"learning_rate_factors": {"text": "0"}}),
+        ("learning_rate_factors.text", True, {"learning_rate_factors": {"text": True}}),
+    ],
+)
+def test_impossible_values_are_refused_by_name(key, value, changes):
+    values = changes if "." in key else changes | {key: value}
+    with pytest.raises(ConfigError) as error:
+        config(**values)
+    assert (error.value.key, error.value.value) == (f"optimizer.{key}", value)
+
+
+PARTS = {"text": {"w": 1.0}, "denoiser": {"pair": {"router": 2.0, "up": 3.0}, "pairs": {"up": 4.0}}}
+
+
+@pytest.mark.parametrize("name", ["rmsprop", "adamw", "adafactor"])
+def test_factors_scale_the_updates_of_their_parts_alone(name):
+    """0 leaves the text tower bitwise as it was; the longest path counts; "denoiser/pair" is no part of "pairs"."""
+    factors = {"text": 0, "denoiser/pair": 0.5, "denoiser/pair/router": 0.25}
+    params = jax.tree.map(lambda x: jnp.full((8, 8), x), PARTS)
+    gradients = jax.tree.map(lambda x: jnp.cos(x + jnp.arange(64.0).reshape(8, 8)), params)
+
+    def first_update(**changes):
+        optimizer = make_optimizer(config(name=name, warmup_steps=1, weight_decay=0.1, **changes))
+        return optimizer.update(gradients, optimizer.init(params), params)[0]
+
+    plain, scaled = first_update(), first_update(learning_rate_factors=factors)
+    moved = optax.apply_updates(params, scaled)
+    np.testing.assert_array_equal(moved["text"]["w"], params["text"]["w"])
+    expected = {"pair": {"router": 0.25, "up": 0.5}, "pairs": {"up": 1.0}}
+    jax.tree.map(
+        lambda factor, a, b: np.testing.assert_allclose(a, factor * b, rtol=1e-6, atol=1e-12),
+        expected,
+        scaled["denoiser"],
+        plain["denoiser"],
+    )
+    assert all(np.abs(update).max() > 0 for update in jax.tree.leaves(plain))
+
+
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [
+        ("router", "the model has denoiser, text"),
+        ("denoiser/pair/routers", "denoiser/pair has router, up"),
+        ("text/w/x", "text/w has no parts"),
+        ("", "the model has denoiser, text"),
+    ],
+)
+def test_a_factor_of_a_part_that_is_not_there_is_refused(part, said):
+    with pytest.raises(ConfigError) as error:
+        check_factors(config(learning_rate_factors={part: 0.5}), PARTS)
+    assert error.value.key == f"optimizer.learning_rate_factors.{part}"
+    assert said in str(error.value)
+    check_factors(config(learning_rate_factors={"denoiser/pair": 0.5, "text/w": 0.0}), PARTS)
+
+
+def test_a_frozen_part_takes_no_factor():
+    """The setup of every command that trains or plans refuses it, before anything is compiled."""
+    factors = {"optimizer__learning_rate_factors": {"text": 0.5, "denoiser/pairs/even/experts/router": 2.0}}
+    mesh = make_mesh(tiny().mesh, jax.devices())
+    check_mesh(tiny(**factors), mesh)
+    with pytest.raises(ConfigError, match=r"learning_rate_factors\.text = 0\.5: .* the model has denoiser$"):
+        check_mesh(tiny(text__frozen=True, **factors), mesh)
+
+
+def batch(number):
+    """Random images and captions, of the shapes of `tiny`."""
+    rng = np.random.default_rng(number)
+    return {
+        "image": rng.integers(0, 256, (16, 32, 32, 3), np.uint8),
+        "tokens": rng.integers(1, 2048, (16, 16), np.int32),
+        "size_crop": np.zeros((16, 4), np.float32),
+    }
+
+
+STABLE, DECAY = 2, 3
+DECAYS = {"decay_begin": STABLE, "decay_steps": DECAY}
+SHORT = {"optimizer__warmup_steps": 1, "optimizer__learning_rate": 1e-2}
+SHORT |= {"optimizer__schedule": "warmup_stable_decay", "optimizer__decay_begin": 1000, "optimizer__decay_steps": 1}
+
+
+class Run:
+    """A run on one device, phase by phase as the trainer trains it."""
+
+    def __init__(self, experiment):
+        self.mesh = make_mesh(experiment.mesh, jax.devices()[:1])
+        self.system, optimizer = make_system(experiment.system), make_optimizer(experiment.optimizer)
+        self.shardings = state_shardings(self.system, optimizer, self.mesh)
+        init = lambda: init_state(self.system, optimizer, self.shardings, 0)  # noqa: E731
+        with jax.set_mesh(self.mesh):
+            self.state = jax.jit(init, compiler_options=UNOPTIMISED)()
+
+    def steps(self, phase, count):
+        metrics = []
+        with jax.set_mesh(self.mesh):
+            step = make_train_step(phase.step_config, self.system, self.mesh).lower(self.state, batch(0))
+            step = step.compile(compiler_options=UNOPTIMISED)
+            for number in range(int(self.state.step), int(self.state.step) + count):
+                self.state, found = step(self.state, batch(number))
+                metrics.append(jax.device_get(found))
+        return [(float(one["loss"]), float(one["learning_rate"])) for one in metrics]
+
+
+def test_a_decay_from_a_stable_checkpoint_is_that_of_a_run_which_had_it_from_the_start():
+    """The stable run goes on with a phase that decays. Its checkpoint may be resumed so; both end bitwise equal."""
+    small = {"mesh__data": 1, "model__depth": 2, "model__extra_blocks": 1}  # compiles sooner
+    changes = {**SHORT, **small, "train__num_steps": STABLE + DECAY}
+    stable, whole = tiny(**changes), tiny(**changes | {f"optimizer__{key}": value for key, value in DECAYS.items()})
+    phases = ({"after": STABLE, "changes": {f"optimizer.{key}": value for key, value in DECAYS.items()}},)
+    decayed = tiny(**changes, phases=phases)
+
+    saved = Meta(FORMAT, to_dict(stable), 0, "data", {}, {}, "", {}, "")
+    check_resume(saved, to_dict(decayed), changeable(decayed, "resume"), "data", STABLE)
+
+    first, second = Run(decayed), Run(whole)
+    before, after = (phase.experiment for phase in decayed.resolved_phases())
+    assert before == stable
+    lines = [*first.steps(before, STABLE), *first.steps(after, DECAY)]
+    assert lines == second.steps(whole, STABLE + DECAY)
+    np.testing.assert_allclose([rate for _, rate in lines], 1e-2 * np.array([1, 1, 1, 2 / 3, 1 / 3]), rtol=1e-6)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(first.state), jax.device_get(second.state))
