@@ -1,5 +1,6 @@
 """`frechet --images=A --reference=B --inception=FOLDER` measures the Fréchet distance; FID with Inception."""
 
+import dataclasses
 from pathlib import Path
 
 from absl import flags
@@ -30,6 +31,7 @@ def run(values: flags.FlagValues) -> None:
     if not values.allow_few_samples:
         check_samples(generated, sets[0].flag)
         check_samples(real, sets[1].flag)
+    check_extractors(said["extractor"] or generated.extractor, real.extractor, sets[1].name)
     result = {
         "frechet": distance_of_moments(generated, real),
         **said,
@@ -39,7 +41,7 @@ def run(values: flags.FlagValues) -> None:
     }
     if save:
         save.parent.mkdir(parents=True, exist_ok=True)
-        write_moments(save, generated)
+        write_moments(save, dataclasses.replace(generated, extractor=said["extractor"] or generated.extractor))
     if out:
         write_results(out, json_text(result))
     print(
@@ -47,6 +49,14 @@ def run(values: flags.FlagValues) -> None:
         f"{result['samples'] or 'unknown'} samples against {result['reference_samples'] or 'unknown'}; "
         f"extractor: {result['extractor'] or 'not named'}"
     )
+
+
+def check_extractors(ours: str | None, theirs: str | None, name: str) -> None:
+    """Raises UserError if both extractors are known and are not the same."""
+    if ours is not None and theirs is not None and ours != theirs:
+        raise UserError(
+            f"{name}: its features are of {theirs!r}, the generated images' of {ours!r}; they do not compare"
+        )
 
 
 def check_samples(found: Moments, name: str) -> None:

@@ -222,6 +222,20 @@ def test_only_boxes_that_can_count_have_colours(folder):
     image_of(line)
 
 
+def test_each_box_is_given_the_mask_of_its_own_query(folder):
+    """The car's box is the second of all, of query 3; the first is a dog's, of query 5."""
+    masks = {3: np.eye(8, dtype=bool), 5: np.ones((8, 8), bool)}
+    found = Instances(np.array([[0, 0, 8, 8, 0.8]] * 2, np.float32), np.array([DOG, CAR]), np.array([5, 3]), masks)
+    seen = []
+
+    def classify(image, boxes, masks, name):
+        seen.extend(masks)
+        return ["red"]
+
+    line_of(samples(folder)[0], Image.new("RGB", (8, 8)), found, classify)
+    np.testing.assert_array_equal(seen, [np.eye(8, dtype=bool)])
+
+
 def test_an_unreadable_image_is_named_and_the_lines_before_it_are_kept(folder, tmp_path):
     out, broken = tmp_path / "detections.jsonl", folder / "00001/samples/0000.png"
     whole = broken.read_bytes()

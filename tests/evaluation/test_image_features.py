@@ -182,6 +182,8 @@ def test_distances_of_images_name_their_preparation(commands, tmp_path):
     assert found == expected | {"samples": 7, "reference_samples": 7}
     assert commands("frechet", "--preprocessing=torchmetrics")["preprocessing"] == "torchmetrics"
     assert commands("frechet", reference=tmp_path / "a.npz")["frechet"] == pytest.approx(0, abs=1e-9)
+    with pytest.raises(UserError, match=r"--reference: its features are of 'means, clean-fid', .*'means, pytorch-fid'"):
+        commands("frechet", "--preprocessing=pytorch-fid", reference=tmp_path / "a.npz")
     found = commands("kid", "--subset_size=7", "--subsets=2")
     assert (found["std"], found["preprocessing"]) == (pytest.approx(0, abs=1e-6), "clean-fid")
     assert commands("precision-recall")["samples"] == 7
