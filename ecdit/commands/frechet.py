@@ -1,12 +1,12 @@
-"""`frechet --features=A.npy --reference=B.npz` measures the Fréchet distance of features (FID for Inception's)."""
+"""`frechet --images=A --reference=B --inception=FOLDER` measures the Fréchet distance; FID with Inception."""
 
+import dataclasses
 from pathlib import Path
 
 from absl import flags
 
-from ecdit.commands.feature_flags import define_feature_flags
+from ecdit.commands.feature_flags import define_feature_flags, feature_sets
 from ecdit.errors import UserError
-from ecdit.evaluation.feature_files import read_moments_or_features
 from ecdit.evaluation.frechet import distance_of_moments
 from ecdit.evaluation.json_lines import check_results, json_text, write_results
 from ecdit.evaluation.moments import Moments, write_moments
@@ -15,7 +15,7 @@ from ecdit.evaluation.moments import Moments, write_moments
 def define_flags(values: flags.FlagValues) -> None:
     """Adds the flags of this evaluation."""
     define_feature_flags(values, "; or one .npz file with mu and sigma")
-    flags.DEFINE_string("save", None, "A .npz file for mu and sigma of --features.", flag_values=values)
+    flags.DEFINE_string("save", None, "A .npz file for mu and sigma of the generated images.", flag_values=values)
     few = "Compare sets with fewer samples than dimensions, although the distance then mostly measures that lack."
     flags.DEFINE_bool("allow_few_samples", False, few, flag_values=values)
 
@@ -26,20 +26,22 @@ def run(values: flags.FlagValues) -> None:
     check_results(out, save)
     if save and save.suffix != ".npz":
         raise UserError(f"--save={save}: must end in .npz")
-    sets = {name: read_moments_or_features(getattr(values, name), f"--{name}") for name in ("features", "reference")}
+    sets, said = feature_sets(values)
+    generated, real = (each.moments() for each in sets)
     if not values.allow_few_samples:
-        for name, found in sets.items():
-            check_samples(found, name)
+        check_samples(generated, sets[0].flag)
+        check_samples(real, sets[1].flag)
+    check_extractors(said["extractor"] or generated.extractor, real.extractor, sets[1].name)
     result = {
-        "frechet": distance_of_moments(sets["features"], sets["reference"]),
-        "extractor": values.extractor,
-        "dimensions": len(sets["features"].mean),
-        "samples": sets["features"].count,
-        "reference_samples": sets["reference"].count,
+        "frechet": distance_of_moments(generated, real),
+        **said,
+        "dimensions": len(generated.mean),
+        "samples": generated.count,
+        "reference_samples": real.count,
     }
     if save:
         save.parent.mkdir(parents=True, exist_ok=True)
-        write_moments(save, sets["features"])
+        write_moments(save, dataclasses.replace(generated, extractor=said["extractor"] or generated.extractor))
     if out:
         write_results(out, json_text(result))
     print(
@@ -47,6 +49,14 @@ def run(values: flags.FlagValues) -> None:
         f"{result['samples'] or 'unknown'} samples against {result['reference_samples'] or 'unknown'}; "
         f"extractor: {result['extractor'] or 'not named'}"
     )
+
+
+def check_extractors(ours: str | None, theirs: str | None, name: str) -> None:
+    """Raises UserError if both extractors are known and are not the same."""
+    if ours is not None and theirs is not None and ours != theirs:
+        raise UserError(
+            f"{name}: its features are of {theirs!r}, the generated images' of {ours!r}; they do not compare"
+        )
 
 
 def check_samples(found: Moments, name: str) -> None:

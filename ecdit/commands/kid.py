@@ -1,11 +1,10 @@
-"""`kid --features=A.npy --reference=B.npy` measures the kernel inception distance of features."""
+"""`kid --images=A --reference=B --inception=FOLDER` measures the kernel inception distance of features."""
 
 from pathlib import Path
 
 from absl import flags
 
-from ecdit.commands.feature_flags import define_feature_flags
-from ecdit.evaluation.feature_files import read_features
+from ecdit.commands.feature_flags import define_feature_flags, feature_sets
 from ecdit.evaluation.json_lines import check_results, json_text, write_results
 from ecdit.evaluation.kernel_distance import kernel_inception_distance
 
@@ -22,7 +21,8 @@ def run(values: flags.FlagValues) -> None:
     """Measures, prints and writes the result."""
     out = Path(values.json) if values.json else None
     check_results(out)
-    sets = [read_features(getattr(values, name), f"--{name}") for name in ("features", "reference")]
+    named, said = feature_sets(values)
+    sets = [each.features() for each in named]
     mean, deviation = kernel_inception_distance(sets[0], sets[1], values.subsets, values.subset_size, values.seed)
     result = {
         "kid": mean,
@@ -30,7 +30,7 @@ def run(values: flags.FlagValues) -> None:
         "subsets": values.subsets,
         "subset_size": values.subset_size,
         "seed": values.seed,
-        "extractor": values.extractor,
+        **said,
         "samples": len(sets[0]),
         "reference_samples": len(sets[1]),
     }

@@ -58,7 +58,7 @@ READ = (
             name,
             "geneval.json",
             value,
-            f"{_SAMPLE}evaluation_metadata.jsonl, a detector's detections, {_SCORE}geneval-score --json=geneval.json",
+            f"{_SAMPLE}evaluation_metadata.jsonl, {_SCORE}geneval, {_SCORE}geneval-score --json=geneval.json",
         )
         for name, value in (
             ("GenEval, overall, %", lambda found: 100 * found["overall"]),
@@ -78,7 +78,7 @@ READ = (
         "FID, COCO-30K",
         "fid.json",
         lambda found: found["frechet"],
-        f"{_SAMPLE}captions_val2014.json --num_prompts=30000, Inception's features, {_SCORE}frechet --json=fid.json",
+        f"{_SAMPLE}captions_val2014.json --num_prompts=30000, {_SCORE}frechet --images=... --json=fid.json",
         "the paper reports it; its number, crop and implementation are not known to us",
     ),
     Read(

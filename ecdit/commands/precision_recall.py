@@ -1,11 +1,10 @@
-"""`precision-recall --features=A.npy --reference=B.npy` measures precision and recall of features."""
+"""`precision-recall --images=A --reference=B --inception=FOLDER` measures precision and recall of features."""
 
 from pathlib import Path
 
 from absl import flags
 
-from ecdit.commands.feature_flags import define_feature_flags
-from ecdit.evaluation.feature_files import read_features
+from ecdit.commands.feature_flags import define_feature_flags, feature_sets
 from ecdit.evaluation.json_lines import check_results, json_text, write_results
 from ecdit.evaluation.precision_recall import NEIGHBOURS, precision_recall
 
@@ -20,13 +19,14 @@ def run(values: flags.FlagValues) -> None:
     """Measures, prints and writes the result."""
     out = Path(values.json) if values.json else None
     check_results(out)
-    sets = [read_features(getattr(values, name), f"--{name}") for name in ("features", "reference")]
+    named, said = feature_sets(values)
+    sets = [each.features() for each in named]
     precision, recall = precision_recall(sets[0], sets[1], values.neighbours)
     result = {
         "precision": precision,
         "recall": recall,
         "neighbours": values.neighbours,
-        "extractor": values.extractor,
+        **said,
         "samples": len(sets[0]),
         "reference_samples": len(sets[1]),
     }

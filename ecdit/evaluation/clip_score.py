@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int, UInt8
 from PIL import Image
 
 from ecdit.errors import UserError
+from ecdit.evaluation.image_files import read_image
 from ecdit.pretrained.clip_text import CLIP_TEXT_LAYOUT, ClipText, read_clip_text
 from ecdit.pretrained.clip_vision import CLIP_VISION_LAYOUT, ClipVision, cosines, normalise, read_clip_vision
 from ecdit.pretrained.layout import Layout
@@ -33,15 +34,38 @@ PREFIX = "A photo depicts "  # of captions in Hessel's form
 
 
 @dataclasses.dataclass(frozen=True)
-class Clip:
-    """Both encoders of a CLIP, with weights."""
+class ImageEncoder:
+    """A CLIP's image encoder, with weights."""
 
     image_size: int  # pixels
+    # uint8[B, H, W, 3] -> float32[B, p], not normalised; compiled for each B
+    see: Callable[[UInt8[np.ndarray, "B H W 3"]], Float[Array, "B p"]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip(ImageEncoder):
+    """Both encoders of a CLIP, with weights."""
+
     caption_length: int  # tokens
     tokenizer: Tokenizer
-    # (uint8[B, H, W, 3], int32[B, k, L]) -> float32[B, k], the cosines of an image and its k captions; compiled for
-    # each B and k
-    cosine: Callable[[UInt8[np.ndarray, "B H W 3"], Int[np.ndarray, "B k L"]], Float[Array, "B k"]]
+    # int32[B, L] -> float32[B, p], not normalised; compiled for each B
+    read: Callable[[Int[np.ndarray, "B L"]], Float[Array, "B p"]]
+
+
+def read_image_encoder(folder: Path) -> ImageEncoder:
+    """Returns the image encoder of a folder as transformers writes it, alone or in a CLIP; it computes in float32.
+
+    Raises:
+      WeightsError: the folder has no whole image encoder.
+    """
+    config = read_clip_vision(folder, "float32")
+    graphdef, params = _load(lambda rngs: ClipVision(config, rngs), CLIP_VISION_LAYOUT, folder)
+
+    @jax.jit
+    def see(params: Any, images: Array) -> Array:
+        return nnx.merge(graphdef, nnx.State(params))(normalise(images.astype(jnp.float32) / 255))
+
+    return ImageEncoder(config.image_size, lambda images: see(params, images))
 
 
 def read_clip(folder: Path) -> Clip:
@@ -50,26 +74,17 @@ def read_clip(folder: Path) -> Clip:
     Raises:
       WeightsError: the folder has no whole CLIP.
     """
-    vision_config = read_clip_vision(folder, "float32")
-    text_config = read_clip_text(folder, projection=True, states="last", dtype="float32")
+    config = read_clip_text(folder, projection=True, states="last", dtype="float32")
     tokenizer = ClipTokenizer(folder, "open_clip")
-    tokenizer.check_fits(text_config.vocab_size)
-    vision = _load(lambda rngs: ClipVision(vision_config, rngs), CLIP_VISION_LAYOUT, folder)
-    text = _load(lambda rngs: ClipText(text_config, text_config.positions, rngs), CLIP_TEXT_LAYOUT, folder)
+    tokenizer.check_fits(config.vocab_size)
+    image = read_image_encoder(folder)
+    graphdef, params = _load(lambda rngs: ClipText(config, config.positions, rngs), CLIP_TEXT_LAYOUT, folder)
 
     @jax.jit
-    def cosine(params: Any, images: Array, tokens: Array) -> Array:
-        image = nnx.merge(vision[0], nnx.State(params[0]))(normalise(images.astype(jnp.float32) / 255))
-        encode = nnx.merge(text[0], nnx.State(params[1]))
-        return jnp.stack([cosines(image, encode(tokens[:, k]).pooled) for k in range(tokens.shape[1])], axis=1)
+    def read(params: Any, tokens: Array) -> Array:
+        return nnx.merge(graphdef, nnx.State(params))(tokens).pooled
 
-    params = vision[1], text[1]
-    return Clip(
-        vision_config.image_size,
-        text_config.positions,
-        tokenizer,
-        lambda images, tokens: cosine(params, images, tokens),
-    )
+    return Clip(image.image_size, image.see, config.positions, tokenizer, lambda tokens: read(params, tokens))
 
 
 def _load(make: Callable[[nnx.Rngs], nnx.Module], layout: Layout, folder: Path) -> tuple[nnx.GraphDef, dict[str, Any]]:
@@ -90,8 +105,10 @@ def clip_scores(clip: Clip, pairs: Iterable[tuple[Path, str]], batch_size: int) 
         captions = [caption for _, caption in batch]
         filled = np.arange(batch_size) % len(batch)  # one size of batch is compiled
         both = [[prefix + caption for caption in captions] for prefix in ("", PREFIX)]
-        tokens = np.stack([clip.tokenizer.encode(some, clip.caption_length).ids for some in both], axis=1)
-        found.append(np.asarray(clip.cosine(images[filled], tokens[filled]), np.float64)[: len(batch)])
+        tokens = [clip.tokenizer.encode(some, clip.caption_length).ids for some in both]
+        seen = clip.see(images[filled])
+        cosine = np.stack([cosines(seen, clip.read(some[filled])) for some in tokens], axis=1)
+        found.append(cosine.astype(np.float64)[: len(batch)])
     if not found:
         raise UserError("there is no image to score")
     plain, prefixed = np.concatenate(found).T
@@ -106,16 +123,16 @@ def forms(cosine: Float[np.ndarray, " n"], prefixed: Float[np.ndarray, " n"]) ->
 
 
 def prepare(path: Path, size: int) -> UInt8[np.ndarray, "h w 3"]:
-    """Returns an image's centre square at `size` pixels.
+    """Returns a file's image as `centre_square` prepares it.
 
     Raises:
       UserError: it cannot be read.
     """
-    try:
-        with Image.open(path) as opened:
-            image = opened.convert("RGB")
-    except OSError as error:
-        raise UserError(f"{path}: {error}") from None
+    return centre_square(Image.fromarray(read_image(path)), size)
+
+
+def centre_square(image: Image.Image, size: int) -> UInt8[np.ndarray, "h w 3"]:
+    """Returns the centre square of an RGB image whose shortest side is resized to `size` pixels."""
     short = min(image.size)
     width, height = (size if side == short else int(size * side / short) for side in image.size)
     image = image.resize((width, height), Image.Resampling.BICUBIC)

@@ -20,11 +20,12 @@ BLOCK = 4096
 
 @dataclasses.dataclass(frozen=True)
 class Moments:
-    """The moments of a set of features for the Fréchet distance. `count` is None if a file does not state it."""
+    """The moments of a set of features for the Fréchet distance. A file need not state the last two."""
 
     mean: Float[np.ndarray, " D"]
     covariance: Float[np.ndarray, "D D"]  # divided by count - 1, as np.cov does
     count: int | None = None
+    extractor: str | None = None
 
 
 def moments(shards: Iterable[Float[np.ndarray, "n D"]]) -> Moments:
@@ -93,7 +94,7 @@ def _check_finite(part: Float[np.ndarray, "m D"], first_row: int) -> None:
 
 
 def read_moments(path: Path) -> Moments:
-    """Returns the moments in an npz file with `mu` and `sigma`, as pytorch-fid writes it; `count` where ours says it.
+    """Returns the moments in an npz file with `mu` and `sigma`, as pytorch-fid writes it, or with all, as ours.
 
     Raises:
       UserError: it is no such file, or its arrays have the wrong shape, are not finite or not symmetric.
@@ -112,7 +113,11 @@ def read_moments(path: Path) -> Moments:
         raise UserError(f"{path}: mu and sigma must be finite")
     if not np.allclose(covariance, covariance.T, rtol=1e-5, atol=1e-8 * np.abs(covariance).max(initial=0)):
         raise UserError(f"{path}: sigma is not symmetric; it must be a covariance")
-    return Moments(mean, (covariance + covariance.T) / 2, int(found["count"]) if "count" in found else None)
+    count, extractor = found.get("count"), found.get("extractor")
+    symmetric = (covariance + covariance.T) / 2
+    return Moments(
+        mean, symmetric, None if count is None else int(count), None if extractor is None else str(extractor)
+    )
 
 
 def _read_arrays(path: Path) -> dict[str, np.ndarray]:
@@ -127,6 +132,7 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
 def write_moments(path: Path, values: Moments) -> None:
     """Writes an npz file that pytorch-fid reads too, whole or not at all."""
     buffer = io.BytesIO()
-    extra: dict[str, Any] = {} if values.count is None else {"count": values.count}
+    stated = {"count": values.count, "extractor": values.extractor}
+    extra: dict[str, Any] = {name: value for name, value in stated.items() if value is not None}
     np.savez(buffer, mu=values.mean, sigma=values.covariance, **extra)
     replace_bytes(path, buffer.getvalue())

@@ -40,6 +40,22 @@ def open_clip(torch):
     return library("open_clip")
 
 
+@pytest.fixture(scope="session")
+def inception(torch, tmp_path_factory):
+    """pytorch-fid's network with random weights, and a folder with them."""
+    from safetensors.torch import save_file
+
+    from tests.parity.networks import draw
+
+    fid, folder = library("pytorch_fid.inception"), tmp_path_factory.mktemp("inception")
+    with pytest.MonkeyPatch.context() as patch:  # it would fetch weights
+        patch.setattr(fid, "load_state_dict_from_url", lambda url, progress: None)
+        patch.setattr(fid.nn.Module, "load_state_dict", lambda self, state: None)
+        drawn = draw(torch, fid.fid_inception_v3())
+    save_file(drawn.state_dict(), folder / "model.safetensors")
+    return drawn, folder
+
+
 def library(name):
     """A library, whose warnings at import are not ours."""
     with warnings.catch_warnings():

@@ -21,22 +21,6 @@ from tests.parity.networks import ORDER, draw, loaded, parameter_count, relative
 TOLERANCE = 1e-4  # of the spread of the output
 
 
-@pytest.fixture(scope="module")
-def inception(torch, tmp_path_factory):
-    """pytorch-fid's network with random weights, and a folder with them."""
-    from safetensors.torch import save_file
-
-    from tests.parity.conftest import library
-
-    fid, folder = library("pytorch_fid.inception"), tmp_path_factory.mktemp("inception")
-    with pytest.MonkeyPatch.context() as patch:  # it would fetch weights
-        patch.setattr(fid, "load_state_dict_from_url", lambda url, progress: None)
-        patch.setattr(fid.nn.Module, "load_state_dict", lambda self, state: None)
-        drawn = draw(torch, fid.fid_inception_v3())
-    save_file(drawn.state_dict(), folder / "model.safetensors")
-    return drawn, folder
-
-
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
 @pytest.mark.parametrize(("batch", "size", "patch"), [(1, 32, 8), (3, 30, 7), (5, 45, 9)], ids=ORDER)
 def test_clip_scores(torch, transformers, tmp_path, activation, batch, size, patch, record_property):

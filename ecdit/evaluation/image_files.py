@@ -1,0 +1,80 @@
+"""Finds and reads the image files of a folder."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageOps
+
+from ecdit.errors import UserError
+
+SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+
+def image_files(folder: Path, name: str) -> list[Path]:
+    """Returns the image files in a folder and below it, sorted by path.
+
+    Raises:
+      UserError: there are none, or ecdit.sample has not finished the folder; `name` is what the message calls it.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{name}={folder}: is no directory")
+    check_finished(folder, name)
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    if not found:
+        raise UserError(f"{name}={folder}: has no images; their names end in {', '.join(SUFFIXES)}")
+    return found
+
+
+def check_finished(folder: Path, name: str) -> None:
+    """Raises UserError if the folder has a manifest of ecdit.sample that says that images are missing."""
+    try:
+        finished = json.loads((folder / "manifest.json").read_text()).get("finished", True)
+    except (OSError, ValueError, AttributeError):
+        return  # another program's images
+    if not finished:
+        raise UserError(f"{name}={folder}: is not finished; run the same ecdit.sample again")
+
+
+def read_image(path: Path) -> UInt8[np.ndarray, "h w 3"]:
+    """Returns an image as it is stored, in RGB; transparency is dropped.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    return np.asarray(_opened(path).convert("RGB"))
+
+
+def read_upright(path: Path) -> Image.Image:
+    """Returns an image in RGB, turned as its EXIF data says.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    return ImageOps.exif_transpose(_opened(path)).convert("RGB")
+
+
+def _opened(path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: a broken PNG
+        raise UserError(f"{path}: cannot be read as an image: {error}") from None
+
+
+def check_sizes(files: Sequence[Path], name: str) -> None:
+    """Raises UserError unless all images have the same size. Reads only headers."""
+    first = None
+    for path in files:
+        try:
+            with Image.open(path) as image:
+                size = image.size
+        except (OSError, ValueError, SyntaxError) as error:
+            raise UserError(f"{path}: cannot be read as an image: {error}") from None
+        first = first or (path, size)
+        if size != first[1]:
+            sizes = f"{path} is {size[0]} x {size[1]}, {first[0]} is {first[1][0]} x {first[1][1]}"
+            raise UserError(f"{name}: images of several sizes: {sizes}; --mixed_sizes takes them nevertheless")
