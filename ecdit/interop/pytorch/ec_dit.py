@@ -1,19 +1,19 @@
-"""EC-DIT in PyTorch: the denoiser and its text tower, for sampling and fine-tuning without JAX.
+"""EC-DIT's denoiser in PyTorch: for sampling and fine-tuning without JAX.
 
-This file needs torch and safetensors alone. `Denoiser.from_pretrained(folder)` and `TextTower.from_pretrained(folder)`
-read folders with `config.json` and safetensors, as `ecdit.checkpoint export --format=diffusers` writes them.
+This file needs torch and safetensors alone. `Denoiser.from_pretrained(folder)` reads a folder with `config.json` and
+safetensors files, such as `transformer/` of what `ecdit.checkpoint export --format=diffusers` writes.
 
-The denoiser predicts v = noise - data of x_t = t noise + (1 - t) data, where t = 1 is noise. Every second block has
+The network predicts v = noise - data of x_t = t noise + (1 - t) data, where t = 1 is noise. Every second block has
 experts in place of a feed-forward network. With `expert_choice` each expert takes the C tokens of a group that fit it
 best; with `token_choice` each token takes two experts. (The losses that balance routers in training are not here.)
 
 Axes: B images, N tokens, d width, G groups, S tokens of a group, E experts, C capacity (tokens that an expert takes),
-H heads, L text tokens, t text width.
+H heads, L text tokens, t text width, p width of the pooled caption.
 """
 
-import dataclasses
 import json
 import math
+from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 EPS = 1e-6  # of the norms
 TIME_SCALE = 1000  # the embedding of time t is that of the number 1000 t
-PAD = 0  # the id that fills a caption
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,6 @@ class DenoiserConfig:
     group: str  # of tokens that compete for experts in training: image, or a number of tokens
     sampling_group: str  # the same in sampling
     block_table: bool  # each block adds offsets of its own to the modulation
-    has_mask_token: bool
     text_width: int
     pooled_width: int
 
@@ -72,26 +70,25 @@ class DenoiserConfig:
                 raise ValueError(f"{key} = {getattr(self, key)!r} is not supported: must be one of {', '.join(values)}")
 
 
-@dataclass(frozen=True)
-class TextConfig:
-    """The text tower's sizes."""
+class Denoiser(nn.Module):
+    """Predicts the velocity of noisy latents."""
 
-    vocab_size: int
-    width: int
-    layers: int
-    heads: int
-    length: int  # tokens of a caption, padding included
-    activation: str  # gelu | quick_gelu
-
-    def __post_init__(self):
-        if self.activation not in ("gelu", "quick_gelu"):
-            raise ValueError(f"activation = {self.activation!r} is not supported: must be gelu or quick_gelu")
-
-
-class Network(nn.Module):
-    """A network that is read from a folder."""
-
-    Config: type
+    def __init__(self, config: DenoiserConfig):
+        super().__init__()
+        self.config = c = config
+        numbers = c.patch_size**2 * c.latent_channels
+        self.patches = nn.Linear(numbers, c.width)
+        self.time = embedding(256, c.width)
+        self.caption = embedding(c.pooled_width, c.width)
+        self.size_crop = embedding(4 * 256, c.width)
+        self.modulation = nn.Linear(c.width, 6 * c.width)
+        # Blocks are counted from 1, so even ones stand at odd places of the list.
+        self.blocks = nn.ModuleList(Block(c, even=place % 2 == 1) for place in range(c.depth))
+        self.extra = nn.ModuleList(Block(c, even=False) for _ in range(c.extra_blocks))
+        if c.extra_blocks:
+            self.mask_token = nn.Parameter(torch.zeros(c.width))
+        self.head_modulation = nn.Linear(c.width, 2 * c.width)
+        self.head = nn.Linear(c.width, numbers)
 
     @classmethod
     def from_pretrained(cls, folder, torch_dtype: torch.dtype | None = None):
@@ -100,13 +97,10 @@ class Network(nn.Module):
         A field of the config that this file does not know is an error that names it.
         """
         values = json.loads((Path(folder) / "config.json").read_text())
-        values = {key: value for key, value in values.items() if not key.startswith("_")}
-        known = {field.name for field in dataclasses.fields(cls.Config)}
-        if values.keys() != known:
-            odd = ", ".join(sorted(values.keys() ^ known))
-            raise ValueError(f"{folder}/config.json: not supported or missing: {odd}")
-        with torch.device("meta"):
-            network = cls(cls.Config(**values))
+        values = {key: value for key, value in values.items() if not key.startswith("_")}  # those are diffusers'
+        config = DenoiserConfig(**values)
+        with torch.device("meta"):  # which allocates nothing
+            network = cls(config)
         weights = {}
         for file in sorted(Path(folder).glob("*.safetensors")):
             weights |= load_file(file)
@@ -122,29 +116,6 @@ class Network(nn.Module):
     def dtype(self) -> torch.dtype:
         """Returns the type of the weights."""
         return next(self.parameters()).dtype
-
-
-class Denoiser(Network):
-    """Predicts the velocity of noisy latents."""
-
-    Config = DenoiserConfig
-
-    def __init__(self, config: DenoiserConfig):
-        super().__init__()
-        self.config = c = config
-        numbers = c.patch_size**2 * c.latent_channels
-        self.patches = nn.Linear(numbers, c.width)
-        self.time = Embedding(256, c.width)
-        self.caption = Embedding(c.pooled_width, c.width)
-        self.size_crop = Embedding(4 * 256, c.width)
-        self.modulation = nn.Linear(c.width, 6 * c.width)
-        # Blocks are counted from 1, so even ones stand at odd places of the list.
-        self.blocks = nn.ModuleList(Block(c, even=place % 2 == 1) for place in range(c.depth))
-        self.extra = nn.ModuleList(Block(c, even=False) for _ in range(c.extra_blocks))
-        if c.has_mask_token:
-            self.mask_token = nn.Parameter(torch.zeros(c.width))
-        self.head_modulation = nn.Linear(c.width, 2 * c.width)
-        self.head = nn.Linear(c.width, numbers)
 
     def forward(
         self,
@@ -188,9 +159,8 @@ class Denoiser(Network):
         steps = torch.arange(side, device=latents.device)
         grid = torch.cartesian_prod(steps, steps).expand(len(latents), -1, -1)  # row and column of each token
         x = self.patches(patchify(latents, c.patch_size).to(dtype))
-        positions = 0.0
-        if c.absolute_positions:
-            positions = torch.cat([sinusoid(grid[..., axis], c.width // 2) for axis in (0, 1)], -1).to(dtype)
+        positions = torch.cat([sinusoid(grid[..., axis], c.width // 2) for axis in (0, 1)], -1).to(dtype)
+        positions = positions * c.absolute_positions
         x = x + positions
         if kept is None:
             x = run(self.blocks, x, grid)
@@ -200,8 +170,9 @@ class Denoiser(Network):
             gaps = (self.mask_token + positions).expand(len(x), side * side, -1)
             x = gaps.scatter(1, index.expand(x.shape), x)
         x = run(self.extra, x, grid)
-        shift, scale = self.head_modulation(condition).unflatten(-1, (2, c.width)).unbind(1)
-        velocity = self.head(modulate(norm(x), shift, scale)).float()
+        shift, scale = self.head_modulation(condition).float().unflatten(-1, (2, c.width)).unbind(1)
+        x = modulate(norm(x.float()), shift, scale)  # float32, because guidance takes differences of velocities
+        velocity = F.linear(x, self.head.weight.float(), self.head.bias.float())
         return unpatchify(velocity, c.patch_size, c.latent_channels)
 
 
@@ -232,10 +203,7 @@ class Block(nn.Module):
         x = x + gate_1[:, None] * norm(self.attention(y, y, rotation=rotation))
         x = x + self.cross_attention(norm(x), text, mask=mask)
         y = modulate(norm(x), shift_2, scale_2)
-        if self.has_experts:
-            y = self.experts(y, norm(x), time_embedding, group)
-        else:
-            y = norm(self.feed_forward(y))
+        y = self.experts(y, norm(x), time_embedding, group) if self.has_experts else norm(self.feed_forward(y))
         return x + gate_2[:, None] * y
 
 
@@ -317,7 +285,8 @@ class Experts(nn.Module):
         slots = index.flatten(1)[..., None].expand(-1, -1, y.shape[-1])
         y = torch.zeros_like(grouped).scatter_add(1, slots, y.flatten(1, 2)).reshape(x.shape)
         if c.num_shared_experts:
-            y = y + self.shared(x)
+            shared = self.shared(x)
+            y = y + (norm(shared) if c.moe_output_norm == "expert" else shared)
         return norm(y) if c.moe_output_norm == "sandwich" else y
 
     def route(self, logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -336,7 +305,8 @@ class Experts(nn.Module):
 
 def capacity(size: int, num_experts: int, factor: float) -> int:
     """Returns how many tokens of a group of `size` an expert takes."""
-    return min(max(math.ceil(size * factor / num_experts), 1), size)
+    # The subtraction keeps products such as 1.1 * 10, which is 11.000000000000002 in binary, from adding a token.
+    return min(max(math.ceil(size * factor / num_experts - 1e-9), 1), size)
 
 
 def expert_choice(logits: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
@@ -359,65 +329,17 @@ def token_choice(logits: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
     top, choice = affinity.sort(dim=-1, descending=True, stable=True)
     top, choice = top[..., :2], choice[..., :2]
     gates = torch.zeros_like(affinity).scatter(-1, choice, top / top.sum(-1, keepdim=True))
-    rank = torch.zeros_like(affinity).scatter(-1, choice, top.detach() + torch.tensor([2.0, 1.0]).to(top))
-    index = rank.transpose(1, 2).sort(dim=-1, descending=True, stable=True)[1][..., :capacity]
+    # First choices have priorities in (0, 1], second ones in (-1, 0].
+    priority = top.detach() - torch.arange(2.0, device=top.device)
+    priority = torch.full_like(affinity, -torch.inf).scatter(-1, choice, priority)
+    index = priority.transpose(1, 2).sort(dim=-1, descending=True, stable=True)[1][..., :capacity]
     return index, gates.transpose(1, 2).take_along_dim(index, -1)
 
 
-class Embedding(nn.Module):
-    """The embedding of one part of the condition."""
-
-    def __init__(self, numbers: int, width: int):
-        super().__init__()
-        self.hidden = nn.Linear(numbers, width)
-        self.out = nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns [B, d]."""
-        return self.out(F.silu(self.hidden(x)))
-
-
-class TextTower(Network):
-    """A causal transformer as CLIP's text encoder."""
-
-    Config = TextConfig
-
-    def __init__(self, config: TextConfig):
-        super().__init__()
-        self.config = config
-        self.tokens = nn.Embedding(config.vocab_size, config.width)
-        self.positions = nn.Parameter(torch.zeros(config.length, config.width))
-        self.blocks = nn.ModuleList(TextBlock(config) for _ in range(config.layers))
-        self.final_norm = nn.LayerNorm(config.width, 1e-5)
-
-    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns states [B, L, t], the mask of those that are no padding, and the last one of them, [B, t]."""
-        x = self.tokens(tokens) + self.positions
-        for block in self.blocks:
-            x = block(x)
-        states, mask = self.final_norm(x), tokens != PAD
-        last = mask.sum(-1, keepdim=True) - 1
-        return states, mask, states.take_along_dim(last[..., None], 1)[:, 0]
-
-
-class TextBlock(nn.Module):
-    """Causal self-attention and a feed-forward network, each of its normed input and added to it."""
-
-    def __init__(self, config: TextConfig):
-        super().__init__()
-        c, self.heads, self.quick = config, config.heads, config.activation == "quick_gelu"
-        self.attention_norm, self.ffn_norm = nn.LayerNorm(c.width, 1e-5), nn.LayerNorm(c.width, 1e-5)
-        self.attention = nn.ModuleDict({name: nn.Linear(c.width, c.width) for name in ("query", "key", "value", "out")})
-        self.up, self.down = nn.Linear(c.width, 4 * c.width), nn.Linear(4 * c.width, c.width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns [B, L, t]."""
-        y = self.attention_norm(x)
-        split = (self.attention[name](y).unflatten(-1, (self.heads, -1)).transpose(1, 2) for name in ("query", "key", "value"))
-        y = F.scaled_dot_product_attention(*split, is_causal=True)
-        x = x + self.attention["out"](y.transpose(1, 2).flatten(-2))
-        y = self.up(self.ffn_norm(x))
-        return x + self.down(y * torch.sigmoid(1.702 * y) if self.quick else F.gelu(y))
+def embedding(numbers: int, width: int) -> nn.Sequential:
+    """Returns the network that embeds one part of the condition."""
+    parts = {"hidden": nn.Linear(numbers, width), "silu": nn.SiLU(), "out": nn.Linear(width, width)}
+    return nn.Sequential(OrderedDict(parts))
 
 
 def norm(x: Tensor) -> Tensor:
@@ -450,19 +372,18 @@ def sinusoid(x: Tensor, width: int) -> Tensor:
 def rotations(places: Tensor, head: int, theta: float) -> tuple[Tensor, Tensor]:
     """Returns cosines and sines of the angles by which 2D RoPE turns, [B, 1, N, head / 2].
 
-    The first half of a head is turned by the token's row, the second one by its column.
+    The first half of the angles follows the token's row, the second one its column.
     """
     frequencies = theta ** (-torch.arange(head // 4, device=places.device) / (head // 4))
-    angles = (places[..., None] * frequencies)[:, None]  # [B, 1, N, 2, head / 4]
+    angles = (places[..., None] * frequencies).flatten(-2)[:, None]
     return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Turns queries or keys, [B, H, N, head]: in each half, number i together with number i + head / 4."""
+    """Turns queries or keys, [B, H, N, head]: number i together with number i + head / 2."""
     cosine, sine = rotation
-    first, second = x.float().unflatten(-1, (2, 2, -1)).unbind(-2)
-    turned = torch.stack([first * cosine - second * sine, second * cosine + first * sine], -2)
-    return turned.flatten(-3).to(x.dtype)
+    first, second = x.float().chunk(2, -1)
+    return torch.cat([first * cosine - second * sine, second * cosine + first * sine], -1).to(x.dtype)
 
 
 def patchify(x: Tensor, patch: int) -> Tensor:
