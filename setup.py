@@ -33,7 +33,7 @@ setup(
     python_requires=">=3.11",
     # Configs are files given by path, so they are used from the checkout and not installed.
     packages=find_packages(include=["ecdit*", "launch*"]),
-    package_data={"ecdit.sampling": ["routing_page.html"]},
+    package_data={"ecdit.sampling": ["routing_page.html"], "ecdit.interop": ["pytorch/*.py"]},
     install_requires=[
         "absl-py>=2.1,<3",
         "array_record>=0.8.1,<0.9",

@@ -3,6 +3,7 @@
 python -m ecdit.checkpoint list --workdir=runs/emoji                       # step, time, size
 python -m ecdit.checkpoint verify --workdir=runs/emoji [--step=N]          # reads all arrays, compares checksums
 python -m ecdit.checkpoint export --workdir=runs/emoji --out=emoji_weights # EMA weights, config, tokenizer
+python -m ecdit.checkpoint export --workdir=runs/emoji --out=emoji --format=diffusers [--towers]  # for PyTorch
 """
 
 import sys
@@ -17,7 +18,9 @@ from ecdit.errors import UserError
 from ecdit.files import is_remote
 from ecdit.interop.weights import check_folder
 from ecdit.runs import exported
-from ecdit.runs.trained_run import open_run
+from ecdit.runs.diffusers_folder import export_diffusers
+from ecdit.runs.model_card import model_card
+from ecdit.runs.trained_run import check_public_weights, open_run
 from ecdit.storage import as_path
 
 WORKDIR = flags.DEFINE_string("workdir", None, "The run.", required=True)
@@ -28,6 +31,15 @@ SHARD_GB = flags.DEFINE_float(
     exported.SHARD_GB,
     "Size of an exported file of weights at most, in GB, unless it is one array.",
     1e-6,
+)
+FORMAT = flags.DEFINE_enum(
+    "format",
+    "ecdit",
+    ["ecdit", "diffusers"],
+    "Of an exported folder: for ecdit.sample, or for PyTorch and diffusers.",
+)
+TOWERS = flags.DEFINE_boolean(
+    "towers", False, "Copy public text encoders and autoencoders into a folder of the format diffusers."
 )
 
 
@@ -59,10 +71,17 @@ def _export(workdir: Path) -> None:
         raise UserError(f"--out={OUT.value or ''}: name a folder; the weights in it are model.safetensors")
     if is_remote(OUT.value):
         raise UserError(f"--out={OUT.value}: must be a folder of this machine; copy it to the bucket afterwards")
-    folder = Path(OUT.value)
+    if TOWERS.value and FORMAT.value != "diffusers":
+        raise UserError("--towers: only a folder of --format=diffusers can hold public weights")
+    folder, shard_bytes = Path(OUT.value), int(SHARD_GB.value * 1e9)
     check_folder(folder)
     run = open_run(workdir, step=STEP.value, draw=False)
-    shards = exported.export_run(run, folder, int(SHARD_GB.value * 1e9))
+    check_public_weights(workdir, run)
+    if FORMAT.value == "diffusers":
+        card = model_card(run, workdir, folder.absolute().name, TOWERS.value)
+        shards = export_diffusers(run, folder, shard_bytes, card, TOWERS.value)
+    else:
+        shards = exported.export_run(run, folder, shard_bytes)
     print(f"EMA weights of step {run.step} in {folder}: {len(shards)} file{'s' if len(shards) > 1 else ''} of weights")
 
 

@@ -62,6 +62,8 @@ FILES = sorted(
     path.relative_to(ROOT).as_posix() for folder in ("ecdit", "launch") for path in (ROOT / folder).rglob("*.py")
 )
 MODULES = {path.removesuffix(".py").removesuffix("/__init__").replace("/", "."): path for path in FILES}
+# These are copied into exported folders, where PyTorch imports them. They need nothing of the package.
+EXPORTED = {module for module in MODULES if module.startswith("ecdit.interop.pytorch.")}
 
 
 def layer(module: str) -> str:
@@ -197,7 +199,7 @@ print(json.dumps(guilty))
 def test_importing_any_module_leaves_the_heavy_libraries_alone(cpu_env):
     """TensorFlow takes seconds to import and only preparing data needs it: it is imported inside functions."""
     child = subprocess.run(
-        [sys.executable, "-c", IMPORT_ALL, json.dumps([name for name in MODULES if name not in PREPARING])],
+        [sys.executable, "-c", IMPORT_ALL, json.dumps([name for name in MODULES if name not in PREPARING | EXPORTED])],
         cwd=ROOT,
         env=cpu_env(),
         capture_output=True,
@@ -205,6 +207,18 @@ def test_importing_any_module_leaves_the_heavy_libraries_alone(cpu_env):
     )
     assert child.returncode == 0, child.stderr
     assert json.loads(child.stdout.splitlines()[-1]) == {}, "library: the first module whose import brought it"
+
+
+@pytest.mark.parametrize("module", sorted(EXPORTED))
+def test_what_is_copied_into_exported_folders_imports_neither_the_package_nor_jax(module):
+    tree = ast.parse((ROOT / MODULES[module]).read_text(encoding="utf-8"))
+    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+    names = {
+        name
+        for node in nodes
+        for name in ([node.module] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names])
+    }
+    assert not {name.partition(".")[0] for name in names} & {"ecdit", "jax", "flax"}
 
 
 def test_the_runs_of_these_tests_are_strict():

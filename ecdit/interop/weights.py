@@ -1,10 +1,11 @@
 """Weights as a folder of safetensors files, in shards as other libraries have them, with files beside them."""
 
+import contextlib
 import json
 import os
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,30 +56,60 @@ def save_folder(
     Raises:
       UserError: the folder holds something, or cannot be written.
     """
-    from safetensors.numpy import save_file  # here: training writes none
+    with new_folder(folder) as scratch:
+        write_files(files, scratch)
+        return write_arrays(flat_names(params), scratch, STEM, metadata, shard_bytes)
 
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Yields a folder to fill, which gets the name of `folder` when it is whole, and is deleted after an error.
+
+    Raises:
+      UserError: the folder holds something, or cannot be written.
+    """
     check_folder(folder)
-    arrays = flat_names(params)
-    shards = _shards(arrays, shard_bytes)
-    one = len(shards) == 1
-    names = [f"{STEM}{'' if one else f'-{n:05d}-of-{len(shards):05d}'}.safetensors" for n in range(1, len(shards) + 1)]
     scratch = folder.absolute().with_name(f".{folder.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
     with writing(folder):
         try:
-            for name, data in files.items():
-                (scratch / name).parent.mkdir(parents=True, exist_ok=True)
-                (scratch / name).write_bytes(data)
-            scratch.mkdir(exist_ok=True)
-            for name, shard in zip(names, shards, strict=True):
-                save_file({key: np.asarray(arrays[key]) for key in shard}, scratch / name, metadata)
-            if not one:
-                (scratch / f"{STEM}.safetensors.index.json").write_text(_index(arrays, names, shards))
+            scratch.mkdir()
+            yield scratch
             sync_tree(scratch)  # or a power failure could leave the folder's name with empty files
             os.replace(scratch, folder.absolute())  # over an empty folder too, but not over one that holds something
         except BaseException:
             shutil.rmtree(scratch, ignore_errors=True)
             raise
         sync_directory(folder.absolute().parent)
+
+
+def write_files(files: Mapping[str, bytes], folder: Path) -> None:
+    """Writes files, by their paths in a folder."""
+    for name, data in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+
+
+def write_arrays(
+    arrays: Mapping[str, Any], folder: Path, stem: str, metadata: dict[str, str], shard_bytes: int
+) -> list[str]:
+    """Writes arrays by their names into one safetensors file or several with an index; returns the files' names.
+
+    Args:
+      arrays: on devices, or in the host's memory.
+      folder: that the files go to.
+      stem: with which their names begin.
+      metadata: is written into every shard.
+      shard_bytes: see `save_folder`.
+    """
+    from safetensors.numpy import save_file  # here: training writes none
+
+    shards = _shards(arrays, shard_bytes)
+    one = len(shards) == 1
+    names = [f"{stem}{'' if one else f'-{n:05d}-of-{len(shards):05d}'}.safetensors" for n in range(1, len(shards) + 1)]
+    for name, shard in zip(names, shards, strict=True):
+        save_file({key: np.asarray(arrays[key], order="C") for key in shard}, folder / name, metadata)
+    if not one:
+        (folder / f"{stem}.safetensors.index.json").write_text(_index(arrays, names, shards))
     return names
 
 

@@ -155,6 +155,14 @@ def check_weights(workdir: Path, saved: Mapping[str, str], found: Mapping[str, s
             )
 
 
+def check_public_weights(workdir: Path, run: Run) -> None:
+    """Raises CheckpointError if the folders of public weights are not those that an open run was trained with."""
+    if run.experiment.system.folders:
+        with open_reader(workdir) as manager:
+            saved = read_meta(manager, run.step).config.get("weights", {})
+        check_weights(workdir, saved, run.experiment.fingerprints())
+
+
 def check_files(workdir: Path, saved: Mapping[str, str], files: Mapping[str, str]) -> None:
     """Raises CheckpointError if a user's file has another sha256 than the run had saved of it."""
     for path, digest in files.items():

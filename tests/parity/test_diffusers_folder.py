@@ -1,0 +1,220 @@
+"""Exports runs for PyTorch and samples them in processes that have no JAX, with the noise of our sampler."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from ecdit.config import to_dict
+from ecdit.data.tokenizer import files_of
+from ecdit.data.tokens import hash_files
+from ecdit.diffusion.flow import sample_keys, sample_noise
+from ecdit.encoders.autoencoder import to_bytes
+from ecdit.runs.diffusers_folder import export_diffusers
+from ecdit.runs.kept_tokenizer import keep_tokenizer, kept_files
+from ecdit.runs.model_card import PROMPT, model_card
+from ecdit.runs.trained_run import open_run
+from ecdit.sampling.sampler import guided_velocity, solve
+from ecdit.system import make_system
+from tests.parity.networks import report
+from tests.pretrained.towers import write_clip, write_t5, write_vae
+from tests.runs import keep_small_tokenizer, random_params, save_ema, tiny
+
+TOLERANCE = 1e-3  # of the range of an image's values, [-1, 1]
+PROMPTS = [PROMPT, "tiger", "the owl's moon &amp; cake"]
+SAMPLING = {"sampling__num_steps": 3, "sampling__guidance__scale": 3.0}
+
+
+def save_run(workdir, changes):
+    """A workdir with random EMA weights, as training leaves it."""
+    experiment = tiny(data__directory=str(workdir / "nowhere"), **SAMPLING | changes)
+    if experiment.text.public:
+        folders = [folder for folder in (experiment.data.tokenizer, experiment.data.second_tokenizer) if folder]
+        sides = ("first/", "second/") if len(folders) > 1 else ("",)
+        files = {}
+        for folder, side in zip(folders, sides, strict=True):
+            files |= {f"{side}{name}": path.read_bytes() for name, path in files_of(Path(folder)).items()}
+        keep_tokenizer(files, workdir)
+        vocabulary = hash_files(kept_files(workdir))
+    else:
+        vocabulary = keep_small_tokenizer(workdir)
+    config = to_dict(experiment)
+    (workdir / "config.json").write_text(json.dumps(config))
+    ema = random_params(make_system(experiment.system))
+    save_ema(workdir, ema, 7, config | {"weights": experiment.fingerprints()}, vocabulary=vocabulary)
+    return workdir
+
+
+def draw(run, noise):
+    """Our latents and images, float32, for the noise, by the run's own sampling."""
+    sampling, tokenize = run.experiment.sampling, run.tokenize
+
+    @jax.jit
+    def sample(params, tokens, null_tokens, noise):
+        model = run.system.bind(params)
+        velocity = guided_velocity(model, sampling, model.text(tokens), model.text(null_tokens))
+        latents, _ = solve(sampling, velocity, noise, jax.random.split(jax.random.key(0), len(noise)))
+        return latents, model.autoencoder.decode(latents)
+
+    params = jax.tree.map(np.asarray, run.params)  # on one device, by which three images divide
+    return sample(params, tokenize(PROMPTS), tokenize([""]), noise)
+
+
+# As the fixture `torch` does: torchvision, which transformers imports, misses its operators beside PyTorch's CPU build.
+SCRIPT_BEGINS = """
+import torch
+operators = torch.library.Library("torchvision", "FRAGMENT")
+for operator in ("nms", "qnms"):
+    if not hasattr(torch.ops.torchvision, operator):
+        operators.define(f"{operator}() -> Tensor")
+"""
+SCRIPT_ENDS = """
+assert not any(name == "jax" or name.startswith(("jax.", "ecdit")) for name in sys.modules), "JAX was imported"
+"""
+BY_PIPELINE = """
+import sys
+import numpy as np, torch
+from diffusers import DiffusionPipeline
+{imports}
+pipeline = DiffusionPipeline.from_pretrained(".", custom_pipeline="./pipeline.py", trust_remote_code=True{towers})
+pipeline.set_progress_bar_config(disable=True)
+noise = torch.tensor(np.load("../noise.npy")).permute(0, 3, 1, 2)
+found = [pipeline({prompts!r}, latents=noise, output_type=kind).images for kind in ("latent", "np")]
+np.savez("../found.npz", latents=found[0].permute(0, 2, 3, 1), images=found[1])
+"""
+
+
+def run_script(text, folder):
+    """Runs a script in a folder, in a process of its own."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("JAX", "XLA", "PYTHON"))}
+    cache = {"HF_HOME": str(folder.parent / "huggingface"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT_BEGINS + text + SCRIPT_ENDS],
+        cwd=folder,
+        env=kept | cache,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def scripts(folder):
+    """The scripts of the folder's README."""
+    return re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.S)
+
+
+def export(tmp_path, changes, with_towers=False):
+    """Exports a run; returns it opened to sample, the folder, the noise that the processes find, and our images."""
+    workdir = save_run(tmp_path / "run", changes)
+    run = open_run(workdir)
+    folder = tmp_path / "exported"
+    export_diffusers(run, folder, 100_000, model_card(run, workdir, "Tiny", with_towers), with_towers)
+    noise = sample_noise(sample_keys(0, PROMPTS, [0] * len(PROMPTS)), run.system.config.latent_shape)
+    np.save(tmp_path / "noise.npy", noise)
+    return folder, *(np.asarray(x) for x in draw(run, noise))
+
+
+def compare(record_property, name, found, expected):
+    """Counts images that differ: near-ties of top-k, which rounding decides, can change one."""
+    spread = np.ptp(expected)
+    errors = np.abs(found - expected).reshape(len(expected), -1).max(1) / spread
+    report(record_property, name, f"{len(errors)} images, {(errors > TOLERANCE).sum()} beyond 1e-3", errors.max())
+    assert (errors <= TOLERANCE).all()
+
+
+def check_pipeline(record_property, name, folder, latents, images, imports="", towers=""):
+    run_script(BY_PIPELINE.format(imports=imports, towers=towers, prompts=PROMPTS), folder)
+    found = np.load(folder.parent / "found.npz")
+    compare(record_property, f"export's latents, {name}", found["latents"], latents)
+    compare(record_property, f"export's images, {name}", found["images"], np.clip((images + 1) / 2, 0, 1))
+
+
+def test_the_script_of_the_readme(torch, diffusers, tmp_path):
+    """Its noise is ours in place of what it draws; a value of 0 to 255 on the edge may be rounded to its neighbour."""
+    folder, _, images = export(tmp_path, {})
+    alone, by_pipeline = scripts(folder)
+    assert len(alone.split("torch.set_grad_enabled(False)")[1].strip().splitlines()) <= 10
+    alone = alone.replace(
+        "torch.randn(1, 3, 32, 32)", "torch.tensor(numpy.load('../noise.npy')[:1]).permute(0, 3, 1, 2)"
+    )
+    run_script(f"import numpy\n{alone}", folder)
+    found = np.asarray(Image.open(folder / "sample.png")).astype(int)
+    expected = np.asarray(to_bytes(jnp.asarray(images)))[0]
+    assert np.abs(found - expected).max() <= 1
+    assert (found != expected).mean() < 0.01
+    (folder / "sample.png").unlink()
+    run_script(f"import sys\n{by_pipeline}", folder)
+    assert Image.open(folder / "sample.png").size == (32, 32)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("token choice, Heun", {"model__ffn": "token_choice", "sampling__solver": "heun"}),
+        (
+            "dense, multistep, renormalised guidance in an interval, shifted times",
+            {
+                "model__ffn": "dense",
+                "sampling__solver": "multistep",
+                "sampling__guidance__mode": "renormalized",
+                "sampling__guidance__interval_low": 0.5,
+                "sampling__time_shift": 2.0,
+            },
+        ),
+        ("expert choice among an image's two passes", {"model__sampling_group": "32"}),
+    ],
+)
+def test_the_pipeline(torch, diffusers, tmp_path, name, changes, record_property):
+    check_pipeline(record_property, name, *export(tmp_path, changes))
+
+
+PUBLIC = {
+    "text__frozen": True,
+    "autoencoder": "vae",
+    "vae__encode": "online",
+    "model__latent_size": 8,
+    "model__latent_channels": 4,
+    "model__patch_size": 2,
+    "data__image_size": 64,
+}
+
+
+def test_public_towers_in_the_folder(torch, diffusers, tmp_path, record_property):
+    """CLIP's penultimate states with a projected pooled state, beside T5's, and an autoencoder."""
+    clip, t5, vae = write_clip(tmp_path / "clip"), write_t5(tmp_path / "t5"), write_vae(tmp_path / "vae")
+    changes = PUBLIC | {
+        "text__weights": str(clip),
+        "text__second_weights": str(t5),
+        "text__clip_states": "penultimate",
+        "data__tokenizer": str(clip),
+        "data__second_tokenizer": str(t5),
+        "vae__weights": str(vae),
+    }
+    folder, latents, images = export(tmp_path, changes, with_towers=True)
+    for moved in (clip, t5, vae):
+        moved.rename(moved.with_name(f"{moved.name}_gone"))
+    check_pipeline(record_property, "CLIP, T5 and autoencoder in the folder", folder, latents, images)
+
+
+def test_public_towers_that_are_passed(torch, diffusers, tmp_path, record_property):
+    t5, vae = write_t5(tmp_path / "t5"), write_vae(tmp_path / "vae")
+    changes = PUBLIC | {"text__weights": str(t5), "data__tokenizer": str(t5), "vae__weights": str(vae)}
+    folder, latents, images = export(tmp_path, changes)
+    assert not (folder / "vae").exists()
+    (script,) = scripts(folder)
+    assert f'vae=AutoencoderKL.from_pretrained("{vae}")' in script
+    towers = re.search(r"trust_remote_code=True(.*)\)\.to\(device\)", script)[1]
+    imports = "".join(line + "\n" for line in script.splitlines() if line.startswith("from "))
+    check_pipeline(record_property, "T5 and autoencoder passed", folder, latents, images, imports, towers)
+    with pytest.raises(
+        AssertionError, match=r"this folder has no text_encoder: pass text_encoder=transformers\.T5Encoder"
+    ):
+        run_script(BY_PIPELINE.format(imports="", towers="", prompts=PROMPTS), folder)
