@@ -281,4 +281,5 @@ def _check_phase(experiment: Experiment, mesh: Mesh | AbstractMesh) -> None:
     components.denoiser.check_layout(mesh, train.batch_size // parts, "train")
     components.text.check_layout(mesh)
     check_sampling(experiment.sampling, components.denoiser, mesh)
-    check_factors(experiment.optimizer, system.split(system.drawn(system.shapes()))[0])
+    if experiment.optimizer.learning_rate_factors:
+        check_factors(experiment.optimizer, system.split(system.drawn(system.shapes()))[0])

@@ -27,7 +27,7 @@ class Extractor(NamedTuple):
     name: str  # what decides the features, for results: the network, the preparation and the weights' sha256
     prepare: Callable[[np.ndarray], np.ndarray]  # uint8[h, w, 3] -> an array, of the same shape for each image
     # [B, ...] of prepared images -> [B, D], compiled for each B
-    features: Callable[[np.ndarray], Float[Array, "B D"]]
+    features: Callable[[np.ndarray], Float[Array | np.ndarray, "B D"]]
 
 
 def inception_extractor(folder: Path, variant: str) -> Extractor:

@@ -54,7 +54,7 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         loss, metrics, grads = _accumulated_gradients(config, system, state, batch)
         metrics |= system.parts.denoiser.gradient_metrics(grads["denoiser"])
-        metrics["learning_rate"] = schedule(state.step - state.bad_steps)  # a skipped step is no update
+        metrics["learning_rate"] = jnp.asarray(schedule(state.step - state.bad_steps))  # a skipped step is no update
         return _gated_update(config.train, optimizer, state, loss, metrics, grads)
 
     return jax.jit(
