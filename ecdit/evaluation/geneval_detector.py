@@ -44,7 +44,7 @@ Network = Callable[
 
 @dataclasses.dataclass(frozen=True)
 class Instances:
-    """What the detector found in an image, in no order."""
+    """Holds what the detector found in an image, in no order."""
 
     boxes: Float32[np.ndarray, "n 5"]  # x1, y1, x2, y2 in pixels, exclusive, and the score
     classes: Int[np.ndarray, " n"]  # places in CLASSES

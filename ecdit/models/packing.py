@@ -26,7 +26,7 @@ CHUNK = 64  # tokens of a chunk at most: shorter ones cost less attention, longe
 
 @dataclasses.dataclass(frozen=True)
 class Chunks:
-    """What the layers of an encoder need to know of packed captions."""
+    """Tells the layers of an encoder where packed captions stand."""
 
     tokens: Int[Array, "C c"]
     positions: Int[Array, "C c"]  # of each token in its caption
