@@ -50,7 +50,8 @@ class KnowingSystem(System):
         denoiser = lambda *given: self._denoise(params, *given)  # noqa: E731
         return SimpleNamespace(autoencoder=autoencoder, text=self._text, denoiser=denoiser)
 
-    def _text(self, tokens):
+    def _text(self, tokens, mode="sample"):
+        del mode
         states = jnp.zeros((*tokens.shape, self.config.text.width))
         return TextStates(states, tokens > 0, states[:, 0])
 

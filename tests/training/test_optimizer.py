@@ -1,6 +1,7 @@
 """Tests learning rates by hand: schedules, a decay from a stable checkpoint, and factors of parts."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -145,26 +146,28 @@ SHORT = {"optimizer__warmup_steps": 1, "optimizer__learning_rate": 1e-2}
 SHORT |= {"optimizer__schedule": "warmup_stable_decay", "optimizer__decay_begin": 1000, "optimizer__decay_steps": 1}
 
 
-class Run:
-    """A run on one device, phase by phase as the trainer trains it."""
+@functools.cache
+def compiled(experiment):
+    """A run's mesh, its first state and its step on one device. Equal phases share them."""
+    mesh, system = make_mesh(experiment.mesh, jax.devices()[:1]), make_system(experiment.system)
+    optimizer = make_optimizer(experiment.optimizer)
+    shardings = state_shardings(system, optimizer, mesh)
+    init = lambda: init_state(system, optimizer, shardings, 0)  # noqa: E731
+    step = make_train_step(experiment.step_config, system, mesh)
+    with jax.set_mesh(mesh):
+        state = jax.device_get(jax.jit(init, compiler_options=UNOPTIMISED)())
+        return mesh, state, step.lower(state, batch(0)).compile(compiler_options=UNOPTIMISED)
 
-    def __init__(self, experiment):
-        self.mesh = make_mesh(experiment.mesh, jax.devices()[:1])
-        self.system, optimizer = make_system(experiment.system), make_optimizer(experiment.optimizer)
-        self.shardings = state_shardings(self.system, optimizer, self.mesh)
-        init = lambda: init_state(self.system, optimizer, self.shardings, 0)  # noqa: E731
-        with jax.set_mesh(self.mesh):
-            self.state = jax.jit(init, compiler_options=UNOPTIMISED)()
 
-    def steps(self, phase, count):
-        metrics = []
-        with jax.set_mesh(self.mesh):
-            step = make_train_step(phase.step_config, self.system, self.mesh).lower(self.state, batch(0))
-            step = step.compile(compiler_options=UNOPTIMISED)
-            for number in range(int(self.state.step), int(self.state.step) + count):
-                self.state, found = step(self.state, batch(number))
-                metrics.append(jax.device_get(found))
-        return [(float(one["loss"]), float(one["learning_rate"])) for one in metrics]
+def steps(experiment, state, numbers):
+    """The state after some steps, and the loss and the rate of each."""
+    mesh, _, step = compiled(experiment)
+    state, lines = jax.tree.map(np.copy, state), []  # a step may write over the state that it is given
+    with jax.set_mesh(mesh):
+        for number in numbers:
+            state, metrics = step(state, batch(number))
+            lines.append((float(metrics["loss"]), float(metrics["learning_rate"])))
+    return jax.device_get(state), lines
 
 
 def test_a_decay_from_a_stable_checkpoint_is_that_of_a_run_which_had_it_from_the_start():
@@ -178,10 +181,11 @@ def test_a_decay_from_a_stable_checkpoint_is_that_of_a_run_which_had_it_from_the
     saved = Meta(FORMAT, to_dict(stable), 0, "data", {}, {}, "", {}, "")
     check_resume(saved, to_dict(decayed), changeable(decayed, "resume"), "data", STABLE)
 
-    first, second = Run(decayed), Run(whole)
     before, after = (phase.experiment for phase in decayed.resolved_phases())
-    assert before == stable
-    lines = [*first.steps(before, STABLE), *first.steps(after, DECAY)]
-    assert lines == second.steps(whole, STABLE + DECAY)
-    np.testing.assert_allclose([rate for _, rate in lines], 1e-2 * np.array([1, 1, 1, 2 / 3, 1 / 3]), rtol=1e-6)
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(first.state), jax.device_get(second.state))
+    assert (before, after) == (stable, whole)
+    first, expected = compiled(whole)[1], steps(whole, compiled(whole)[1], range(STABLE + DECAY))
+    kept, early = steps(before, first, range(STABLE))
+    state, late = steps(after, kept, range(STABLE, STABLE + DECAY))
+    assert [*early, *late] == expected[1]
+    np.testing.assert_allclose([rate for _, rate in expected[1]], 1e-2 * np.array([1, 1, 1, 2 / 3, 1 / 3]), rtol=1e-6)
+    jax.tree.map(np.testing.assert_array_equal, state, expected[0])
