@@ -194,6 +194,7 @@ def test_public_towers_in_the_folder(torch, diffusers, tmp_path, record_property
         "text__weights": str(clip),
         "text__second_weights": str(t5),
         "text__clip_states": "penultimate",
+        "text__clip_projection": True,
         "data__tokenizer": str(clip),
         "data__second_tokenizer": str(t5),
         "vae__weights": str(vae),

@@ -229,6 +229,8 @@ def test_export_refuses_a_file_s_name_and_a_bucket(workdir, tmp_path, env):
     refused(command("checkpoint", *export, f"--out={tmp_path}/w.safetensors"), env, "name a folder; the weights in it")
     refused(command("checkpoint", *export), env, "--out=: name a folder")
     refused(command("checkpoint", *export, "--out=gs://b/w"), env, "--out=gs://b/w: must be a folder of this machine")
+    towers = [*export, f"--out={tmp_path}/w", "--towers"]
+    refused(command("checkpoint", *towers), env, "--towers: only a folder of --format=diffusers can hold public")
     assert list(tmp_path.iterdir()) == []
 
 
