@@ -17,11 +17,20 @@ METRICS = "metrics.jsonl"
 
 
 def open_lines(
-    workdir: Path, start_step: int, say: Callable[[str], None] = lambda line: None
+    workdir: Path,
+    start_step: int,
+    say: Callable[[str], None] = lambda line: None,
+    permit: Callable[[], None] = lambda: None,
 ) -> BinaryIO | AppendedObjects:
     """Opens the file for the lines after `start_step`, and removes lines of later steps that an earlier start wrote.
 
     It repairs what can be repaired (garbled lines, steps that stand twice) and says which steps are missing.
+
+    Args:
+      workdir: of the run.
+      start_step: steps done.
+      say: prints a line.
+      permit: see `AppendedObjects`.
     """
     path = workdir / METRICS
     if not is_remote(workdir):
@@ -38,7 +47,7 @@ def open_lines(
     directory = path.with_suffix("")
     if start_step:
         _tell_gaps([row["step"] for row in read_lines(workdir)], start_step, directory, say)
-    return AppendedObjects(lambda data: directory / f"{json.loads(data.splitlines()[0])['step']:08d}.jsonl")
+    return AppendedObjects(lambda data: directory / f"{json.loads(data.splitlines()[0])['step']:08d}.jsonl", permit)
 
 
 def read_lines(workdir: Path) -> list[dict[str, Any]]:

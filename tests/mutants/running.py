@@ -61,10 +61,55 @@ MUTANTS = (
     ),
     Mutant(
         _LOCK,
-        "if holder is not None and holder.token != self.own.token:",
-        "if holder is None:",
+        "elif holder.token != self.own.token:",
+        "elif not holder.token:",
         _tests("ecdit_runs/test_lock", "test_in_a_bucket_a_trainer_that_lost_its_lease_stops"),
         "a trainer that was cut off writes into another one's run",
+    ),
+    Mutant(
+        _LOCK,
+        "            if holder is None:  # another trainer may have held it and ended since",
+        "            if holder is None and data is not None:",
+        _tests("ecdit_runs/test_lock", "test_in_a_bucket_a_lease_that_is_gone_is_not_taken_back"),
+        "two trainers whose leases followed each other mix their checkpoints",
+    ),
+    Mutant(
+        _LOCK,
+        "        if silent > LEASE_SECONDS - RENEW_SECONDS:",
+        "        if silent < 0:",
+        _tests(
+            "ecdit_runs/test_lock",
+            "test_in_a_bucket_nothing_may_be_written_before_a_lease_is_renewed_that_may_have_ended",
+        ),
+        "a trainer that was cut off writes into another one's run until it can read the bucket again",
+    ),
+    Mutant(
+        _LOCK,
+        "                self.generation, self.renewed = renewed, sent",
+        "                self.generation, self.renewed = renewed, time.monotonic()",
+        _tests("ecdit_runs/test_lock", "test_in_a_bucket_a_renewal_counts_from_when_it_was_sent"),
+    ),
+    Mutant(
+        "ecdit/checkpoints/async_save.py",
+        "        if refused := anywhere(_problem(self.permit)):",
+        "        if refused := None:",
+        _tests("ecdit_runs/test_lock", "test_in_a_bucket_a_trainer_whose_lease_has_ended_writes_nothing"),
+    ),
+    Mutant(
+        "ecdit/checkpoints/async_save.py",
+        '{"post_finalization_callback": self.permit}',
+        "{}",
+        _tests(
+            "ecdit_runs/test_lock",
+            "test_in_a_bucket_a_save_is_not_committed_under_a_lease_that_has_ended_meanwhile",
+        ),
+    ),
+    Mutant(
+        "ecdit/storage.py",
+        "                self.permit()\n",
+        "",
+        _tests("ecdit_runs/test_lock", "test_in_a_bucket_a_trainer_whose_lease_has_ended_writes_nothing"),
+        "metrics of a trainer that was cut off replace those of another one",
     ),
     Mutant(
         "ecdit/storage.py",
