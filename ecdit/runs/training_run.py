@@ -34,7 +34,7 @@ from ecdit.runs.host_times import HostTimes
 from ecdit.runs.inputs import check_placeholder, inputs_line
 from ecdit.runs.kept_tokenizer import keep_tokenizer
 from ecdit.runs.lock import Lock, locked
-from ecdit.runs.lost_checkpoints import check_not_lost, set_records_aside
+from ecdit.runs.lost_checkpoints import check_not_lost, set_metrics_aside, set_records_aside
 from ecdit.runs.provenance import (
     code_state,
     config_hash,
@@ -334,6 +334,8 @@ def _first_state(workload: Workload, experiment: Experiment, workdir: Path, acce
     def check() -> None:
         if not accepted.start_over:
             check_not_lost(workdir, experiment.checkpoint.every)
+            if place := set_metrics_aside(workdir):
+                say(f"no step was saved, so the run begins at step 0; metrics of its earlier steps are in {place}")
         elif place := set_records_aside(workdir):
             say(f"started over: the records of the old run are in {place}")
 
