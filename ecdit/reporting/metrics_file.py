@@ -6,6 +6,7 @@ step, so that it replaces the one that an earlier start wrote.
 """
 
 import json
+import re
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -99,7 +100,9 @@ def _tell_gaps(steps: Collection[int], last: int, place: Path, say: Callable[[st
 
 
 def _parts(workdir: Path) -> list[Path]:
-    return sorted(children((workdir / METRICS).with_suffix("")), key=_first_step)
+    """Returns the objects of a run's metrics in order; others, which somebody else put there, are left alone."""
+    found = children((workdir / METRICS).with_suffix(""))
+    return sorted((path for path in found if re.fullmatch(r"[0-9]+\.jsonl", path.name)), key=_first_step)
 
 
 def _first_step(part: Path) -> int:
