@@ -237,7 +237,7 @@ def _secret_check(options: Options) -> list[str]:
     if not options.secret_env:
         return []
     file = shlex.quote(options.secret_file)
-    lines = [f'[ -z "$(find {file} -perm /077)" ] || {{ echo others can read the file of secrets >&2; exit 1; }}']
+    lines = [f'[ -z "$(find -L {file} -perm /077)" ] || {{ echo others can read the file of secrets >&2; exit 1; }}']
     return [
         *lines,
         *(f"grep -q '^{name}=' {file} || {{ echo no {name} in it >&2; exit 1; }}" for name in options.secret_env),

@@ -307,6 +307,16 @@ def test_a_file_of_secrets_that_others_can_read_or_that_lacks_one_is_refused(tmp
         tpu_vm.check_options(dataclasses.replace(OPTIONS, secret_env=("A_TOKEN",), secret_file=str(path)))
 
 
+@pytest.mark.parametrize(("mode", "code"), [(0o600, 0), (0o644, 1)])
+def test_the_script_too_looks_at_the_file_of_secrets_itself_and_not_at_a_link_to_it(tmp_path, mode, code):
+    path, link = tmp_path / "secrets", tmp_path / "link"
+    path.write_text("A_TOKEN=x\n")
+    path.chmod(mode)
+    link.symlink_to(path)
+    options = dataclasses.replace(OPTIONS, secret_env=("A_TOKEN",), secret_file=str(link))
+    assert run_script("\n".join(tpu_vm._secret_check(options)), os.environ).returncode == code
+
+
 def test_an_installed_package_is_no_checkout_and_is_refused_before_tpus_are_asked_for(tmp_path, monkeypatch):
     for name in ("ecdit", "launch"):
         (tmp_path / name).mkdir()
