@@ -225,7 +225,7 @@ def test_no_value_is_read_as_code_where_the_script_runs(stand_in, monkeypatch):
     directory, environment = stand_in
     checkout = directory / "check out's $(touch hacked)"
     mine = [f"mine/{name}.py" for name in HOSTILE if "\\" not in name] + ["-rf.py"]
-    for file in (*tpu_vm.CODE, tpu_vm.LOCK, *mine):
+    for file in (*tpu_vm.CODE, tpu_vm.LOCK, tpu_vm.BUILD_LOCK, *mine):
         (checkout / file).parent.mkdir(parents=True, exist_ok=True)
         (checkout / file).touch() if "." in file else (checkout / file).mkdir(exist_ok=True)
     monkeypatch.setattr(tpu_vm, "ROOT", checkout)
@@ -317,11 +317,25 @@ def test_the_script_too_looks_at_the_file_of_secrets_itself_and_not_at_a_link_to
     assert run_script("\n".join(tpu_vm._secret_check(options)), os.environ).returncode == code
 
 
+@pytest.mark.parametrize("text", [*tpu_vm._setup(placed("v5p-16"), OPTIONS), (ROOT / "launch/Dockerfile").read_text()])
+def test_whatever_a_host_installs_has_a_version(text):
+    """By hashes, by a version, or from the checkout by a build that installs nothing."""
+    for line in re.findall(r"pip install (.*?)(?:&&|\n|$)", text):
+        assert "--require-hashes " in line or re.search(r" \w+==[0-9.]+ ", line) or "--no-build-isolation -" in line, (
+            line
+        )
+        assert ("--editable ." in line or "-e ." in line) == ("--no-deps --no-build-isolation" in line)
+    locked = re.findall(r"^(?:[a-z].*|    --hash=sha256:[0-9a-f]{64}.*)$", (ROOT / tpu_vm.BUILD_LOCK).read_text(), re.M)
+    assert [line.partition("==")[0] for line in locked if "==" in line] == ["setuptools"]
+    assert len(locked) > 1
+
+
 def test_an_installed_package_is_no_checkout_and_is_refused_before_tpus_are_asked_for(tmp_path, monkeypatch):
     for name in ("ecdit", "launch"):
         (tmp_path / name).mkdir()
     monkeypatch.setattr(tpu_vm, "ROOT", tmp_path)
-    says = f"{tmp_path} is no checkout: it has no configs, setup.py, pyproject.toml, launch/requirements.lock"
+    missing = "configs, setup.py, pyproject.toml, launch/requirements.lock, launch/build.lock"
+    says = f"{tmp_path} is no checkout: it has no {missing}"
     with pytest.raises(LaunchError, match=re.escape(says)):
         tpu_vm.check_options(OPTIONS)
     tpu_vm.check_options(dataclasses.replace(OPTIONS, image=IMAGE))
