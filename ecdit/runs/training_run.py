@@ -22,7 +22,7 @@ from ecdit.errors import UserError
 from ecdit.exit_codes import INTERRUPTED, PREEMPTED
 from ecdit.experiment import Experiment, ResolvedPhase, check_mesh, check_tokenizers, check_trainable
 from ecdit.interop.weights import flat_names
-from ecdit.multihost import host_differences, on_first
+from ecdit.multihost import anywhere, host_differences, on_first
 from ecdit.partitioning import make_mesh
 from ecdit.reporting.profiling import Profile
 from ecdit.reporting.reporter import Reporter, first_line, forecast, images_due
@@ -161,9 +161,10 @@ def run_workload(
             images = workload.images(phase, workdir)
             state, stopped = run.steps_of(phase, fingerprint, images, evaluator, state)
             if stopped and int(state.step) < experiment.train.num_steps:
-                by = "Ctrl-C" if stops.interrupted else "a signal"
+                interrupted = anywhere("interrupted" if stops.interrupted else None)  # all get one exit code
+                by = "Ctrl-C" if interrupted else "a signal"
                 say(f"stopped by {by}; saved step {int(state.step)}, the same command goes on from it")
-                return INTERRUPTED if stops.interrupted else PREEMPTED
+                return INTERRUPTED if interrupted else PREEMPTED
         drawn = ""
         if images is not None:
             activity.enter("draw", "drawing the last images")
