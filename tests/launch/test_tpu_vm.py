@@ -330,6 +330,13 @@ def test_whatever_a_host_installs_has_a_version(text):
     assert len(locked) > 1
 
 
+def test_sigterm_that_comes_before_the_loop_knows_its_process_reaches_it(stand_in):
+    directory, environment = stand_in
+    command = ["bash", "-c", "sleep 100"]
+    text = worker.restart_loop(command, 1).replace("  child=$!\n", "  kill -TERM $$\n  child=$!\n")
+    assert run_script(text, {**environment, "PATH": os.environ["PATH"]}, directory).returncode == 128 + 15
+
+
 def test_an_installed_package_is_no_checkout_and_is_refused_before_tpus_are_asked_for(tmp_path, monkeypatch):
     for name in ("ecdit", "launch"):
         (tmp_path / name).mkdir()
