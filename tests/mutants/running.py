@@ -133,6 +133,46 @@ MUTANTS = (
     ),
     Mutant(
         _RUN,
+        "            if place := set_metrics_aside(workdir):",
+        "            if place := None:",
+        _tests(
+            "ecdit_runs/test_lost_checkpoints",
+            "test_a_run_that_ended_before_its_first_save_begins_again_and_keeps_its_metrics_aside",
+        ),
+        "metrics are dropped without a word where no save was recorded",
+    ),
+    Mutant(
+        "ecdit/reporting/metrics_file.py",
+        'if re.fullmatch(r"[0-9]+\\.jsonl", path.name)',
+        "if path.suffix",
+        _tests("reporting/test_reporter", "test_a_resumed_run_keeps_the_parts_up_to_its_step"),
+        "an object that somebody put beside the metrics stops every start",
+    ),
+    Mutant(
+        "ecdit/runs/provenance.py",
+        "    for name in COMPILERS:",
+        "    for name in ():",
+        _tests(
+            "ecdit_runs/test_provenance",
+            "test_the_version_of_a_backend_s_compiler_is_recorded_and_compared_if_it_is_installed",
+        ),
+        "hosts with different versions of libtpu train together",
+    ),
+    Mutant(
+        "ecdit/reporting/writers.py",
+        "                replace_text(id_file, secrets.token_hex(4))",
+        "                id_file.write_text(secrets.token_hex(4))",
+        _tests("reporting/test_writers", "test_the_id_of_a_run_of_wandb_is_whole_or_drawn_anew"),
+    ),
+    Mutant(
+        _RUN,
+        "                return INTERRUPTED if interrupted else PREEMPTED",
+        "                return INTERRUPTED if stops.interrupted else PREEMPTED",
+        _tests("ecdit_runs/test_hosts", "test_ctrl_c_to_one_of_two_processes_saves_the_same_step_on_both"),
+        "a launcher restarts a part of the processes, which wait for the others",
+    ),
+    Mutant(
+        _RUN,
         "        if not accepted.start_over:",
         "        if accepted.start_over:",
         _tests("ecdit_runs/test_lost_checkpoints", "test_the_same_command_refuses_and_changes_nothing"),
