@@ -153,7 +153,7 @@ def start_loop(directory, environment, codes, options=OPTIONS, made=None):
     return subprocess.Popen(["bash", "-c", text], cwd=directory, env=environment, stdout=subprocess.PIPE, text=True)
 
 
-@pytest.mark.parametrize("code", [0, 1, 2, 42, 43, 44, 126, 127, 130, 131, 143, 255])
+@pytest.mark.parametrize("code", [0, 1, 2, 41, 42, 43, 44, 126, 127, 130, 134, 137, 143, 255])
 def test_the_loop_restarts_on_the_same_codes_as_the_other_backend(stand_in, code):
     directory, environment = stand_in
     loop = start_loop(directory, environment, f"{code} 0")
