@@ -274,6 +274,7 @@ class _Run:
 
     def draw(self, images: ImageWriter, step: int, state: TrainState) -> dict[str, Path]:
         """Draws with the EMA weights, and returns the files by name."""
+        self.lock.check_write()
         say(f"drawing the images of step {step}")
         files = dict(images.write(sampling_params(state), step))
         self.reporter.images(step, files)
@@ -291,6 +292,7 @@ class _Run:
 
     def evaluate(self, evaluator: StepEvaluator, step: int, state: TrainState) -> None:
         """Evaluates the EMA weights, and reports the result."""
+        self.lock.check_write()
         say(f"evaluating step {step}")
         found = evaluator.evaluate(sampling_params(state), step)
         self.reporter.evaluation(step, found.scalars, found.files)

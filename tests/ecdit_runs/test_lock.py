@@ -249,6 +249,16 @@ def test_in_a_bucket_a_trainer_whose_lease_has_ended_writes_nothing(bucket, toy,
     assert [name for name in store.objects if name.startswith("run/metrics/")] == ["run/metrics/00000001.jsonl"]
 
 
+def test_in_a_bucket_no_image_is_drawn_under_a_lease_that_may_have_ended(bucket, toy, monkeypatch):
+    _, _, toy.workdir = bucket
+    monkeypatch.setattr(lock, "LEASE_SECONDS", 300.0)
+    monkeypatch.setattr(storage, "CLOSE_SECONDS", 0.1)
+    toy.at[2] = lambda: monkeypatch.setattr(lock, "LEASE_SECONDS", 0.0)
+    with pytest.raises((UserError, ConnectionError), match="could not be renewed"):
+        toy.train(num_steps=3, every=100, images_every=2)
+    assert toy.drawn == {}
+
+
 def test_in_a_bucket_a_save_is_not_committed_under_a_lease_that_has_ended_meanwhile(bucket, toy, monkeypatch):
     store, _, toy.workdir = bucket
     monkeypatch.setattr(lock, "LEASE_SECONDS", 300.0)

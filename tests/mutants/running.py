@@ -84,6 +84,12 @@ MUTANTS = (
         "a trainer that was cut off writes into another one's run until it can read the bucket again",
     ),
     Mutant(
+        _RUN,
+        '        self.lock.check_write()\n        say(f"drawing',
+        '        self.lock.check()\n        say(f"drawing',
+        _tests("ecdit_runs/test_lock", "test_in_a_bucket_no_image_is_drawn_under_a_lease_that_may_have_ended"),
+    ),
+    Mutant(
         _LOCK,
         "                self.generation, self.renewed = renewed, sent",
         "                self.generation, self.renewed = renewed, time.monotonic()",
