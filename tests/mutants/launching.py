@@ -351,7 +351,7 @@ MUTANTS = (
     ),
     Mutant(
         _TPU_VM,
-        "for name in (*CODE, LOCK) if not (ROOT / name).exists()",
+        "for name in (*CODE, LOCK, BUILD_LOCK) if not (ROOT / name).exists()",
         "for name in () if not (ROOT / name).exists()",
         _tpu_vm("test_an_installed_package_is_no_checkout_and_is_refused_before_tpus_are_asked_for"),
     ),

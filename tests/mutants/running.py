@@ -119,8 +119,8 @@ MUTANTS = (
     ),
     Mutant(
         "ecdit/storage.py",
-        "    written = _key_value_store(path).write(path.name, data, if_equal=generation).result()",
-        "    written = _key_value_store(path).write(path.name, data).result()",
+        "    written = _key_value_store(path).write(path.name, data, if_equal=generation).result(seconds)",
+        "    written = _key_value_store(path).write(path.name, data).result(seconds)",
         _tests("ecdit_runs/test_lock", "test_in_a_bucket_one_of_two_at_once_gets_the_lease"),
         "two trainers that start at once both get the lease",
     ),
