@@ -119,12 +119,15 @@ def read_generation(path: Path) -> tuple[bytes | None, bytes]:
     return (found.value if found.state == "value" else None), found.stamp.generation
 
 
-def replace_generation(path: Path, data: bytes | None, generation: bytes) -> bytes | None:
+def replace_generation(path: Path, data: bytes | None, generation: bytes, seconds: float | None = None) -> bytes | None:
     """Writes an object in a bucket, or deletes it if `data` is None, unless its generation has changed.
 
     Returns the new generation, or None if another process changed it first. Only one of several processes succeeds.
+
+    Raises:
+      TimeoutError: it took longer than `seconds`. (In an outage tensorstore goes on for minutes.)
     """
-    written = _key_value_store(path).write(path.name, data, if_equal=generation).result()
+    written = _key_value_store(path).write(path.name, data, if_equal=generation).result(seconds)
     return written.generation or None
 
 
@@ -214,9 +217,14 @@ class AppendedObjects:
     In an outage it keeps the data and retries later, so that training continues.
     """
 
-    def __init__(self, name: Callable[[bytes], Path]):
-        """Makes an empty buffer. `name` returns the path of an object by its contents."""
-        self.name, self.buffer, self.began = name, [], time.monotonic()
+    def __init__(self, name: Callable[[bytes], Path], permit: Callable[[], None] = lambda: None):
+        """Makes an empty buffer.
+
+        Args:
+          name: returns the path of an object by its contents.
+          permit: is called before each write; a ConnectionError that it raises counts as an outage.
+        """
+        self.name, self.permit, self.buffer, self.began = name, permit, [], time.monotonic()
         self.failing_since: float | None = None
 
     def write(self, data: bytes) -> None:
@@ -244,6 +252,7 @@ class AppendedObjects:
         if self.buffer:
             data = b"".join(self.buffer)
             try:
+                self.permit()
                 self.name(data).write_bytes(data)
             except Exception as error:
                 if not is_temporary(error):

@@ -13,17 +13,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ecdit.exit_codes import HUNG, OUTAGE, PREEMPTED
+from ecdit.exit_codes import HUNG, INTERRUPTED, OUTAGE, PREEMPTED
 from ecdit.topology import Slice
 from launch.errors import LaunchError
 from launch.values import parse_environment
 
 ROOT = Path(__file__).parents[1]  # the checkout, which has the config files
 MAX_NAME = 40  # characters; a pod's name adds the replicated job, indices and a suffix, and must stay below 64
-SIGNAL_CODES = range(127, 256)  # a signal ended the process, often because another host died
+# A signal ended the process, often because another host died. INTERRUPTED is none of them: launchers and machines send
+# SIGTERM, so somebody sent SIGINT by hand and wants the run to end.
+SIGNAL_CODES = tuple(code for code in range(127, 256) if code != INTERRUPTED)
 # A run that ends with one of these is restarted. Any other code is an error that would occur again.
 RESTART_CODES = (PREEMPTED, HUNG, OUTAGE, *SIGNAL_CODES)
-SHOWN_CODES = f"{PREEMPTED}, {HUNG}, {OUTAGE} and {SIGNAL_CODES[0]} to {SIGNAL_CODES[-1]}"
+SHOWN_CODES = (
+    f"{PREEMPTED}, {HUNG}, {OUTAGE} and {SIGNAL_CODES[0]} to {SIGNAL_CODES[-1]} without {INTERRUPTED} (SIGINT)"
+)
 
 
 @dataclasses.dataclass(frozen=True)

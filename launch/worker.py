@@ -74,6 +74,7 @@ trap 'stopped=1; [ -z "$child" ] || kill -TERM "$child" 2>/dev/null' TERM
 while (( ! stopped )); do
   "${{command[@]}}" &
   child=$!
+  (( ! stopped )) || kill -TERM "$child" 2>/dev/null  # SIGTERM came before the trap knew the child
   wait "$child"; code=$?
   # SIGTERM interrupts wait: the child is still saving.
   while kill -0 "$child" 2>/dev/null; do wait "$child"; code=$?; done

@@ -18,6 +18,7 @@ from ecdit.checkpoints.read_errors import CheckpointError, first_line
 from ecdit.checkpoints.restore import Meta, checkpoint_directory, open_manager, state_arrays, state_parts
 from ecdit.checkpoints.save_barrier import SaveBarrier
 from ecdit.config import to_dict
+from ecdit.errors import UserError
 from ecdit.files import is_remote, sync, sync_tree
 from ecdit.multihost import anywhere
 from ecdit.training.state import TrainState
@@ -36,6 +37,7 @@ class AsyncSaver:
         config: CheckpointConfig,
         say: Callable[[str], None],
         saved: Callable[[int], None] = lambda step: None,
+        permit: Callable[[], None] = lambda: None,
     ):
         """Opens the manager, which removes the remains of killed saves.
 
@@ -44,10 +46,11 @@ class AsyncSaver:
           config: of its checkpoints.
           say: prints a line.
           saved: is called with the step of each save that has ended well.
+          permit: is called before a save begins and before it is committed in a bucket; if it raises, the save fails.
         """
         # A failed save is reported once, here; asyncio would report it again for each array.
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-        self.workdir, self.config, self.say, self.saved = workdir, config, say, saved
+        self.workdir, self.config, self.say, self.saved, self.permit = workdir, config, say, saved, permit
         self.directory = checkpoint_directory(workdir)
         self.managers = 0
         self.manager: ocp.CheckpointManager | None = self._open()  # None between a failed save and the next one
@@ -65,6 +68,9 @@ class AsyncSaver:
             state=ocp.args.PyTreeSave(state_parts(state)), meta=ocp.args.JsonSave(meta_json(to_dict(meta)))
         )
         self._wait()
+        if refused := anywhere(_problem(self.permit)):
+            self._failed(step, refused)
+            return
         problem = self._directory_problem()
         if problem is not None:
             self._failed(step, problem)
@@ -109,7 +115,7 @@ class AsyncSaver:
 
     def _open(self) -> ocp.CheckpointManager:
         self.managers += 1
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = {"post_finalization_callback": self.permit}
         if jax.process_count() > 1:
             options["barrier_sync_fn"] = SaveBarrier(f"saves_{self.managers}")
         if not is_remote(self.directory):
@@ -171,3 +177,12 @@ class AsyncSaver:
             with contextlib.suppress(Exception):  # raises the failed save again
                 self.manager.close()
             self.manager = None
+
+
+def _problem(do: Callable[[], None]) -> str | None:
+    """Returns why something cannot be done, or None once it is."""
+    try:
+        do()
+    except (UserError, OSError) as error:
+        return str(error)
+    return None

@@ -6,6 +6,7 @@ step, so that it replaces the one that an earlier start wrote.
 """
 
 import json
+import re
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,11 +18,20 @@ METRICS = "metrics.jsonl"
 
 
 def open_lines(
-    workdir: Path, start_step: int, say: Callable[[str], None] = lambda line: None
+    workdir: Path,
+    start_step: int,
+    say: Callable[[str], None] = lambda line: None,
+    permit: Callable[[], None] = lambda: None,
 ) -> BinaryIO | AppendedObjects:
     """Opens the file for the lines after `start_step`, and removes lines of later steps that an earlier start wrote.
 
     It repairs what can be repaired (garbled lines, steps that stand twice) and says which steps are missing.
+
+    Args:
+      workdir: of the run.
+      start_step: steps done.
+      say: prints a line.
+      permit: see `AppendedObjects`.
     """
     path = workdir / METRICS
     if not is_remote(workdir):
@@ -38,7 +48,7 @@ def open_lines(
     directory = path.with_suffix("")
     if start_step:
         _tell_gaps([row["step"] for row in read_lines(workdir)], start_step, directory, say)
-    return AppendedObjects(lambda data: directory / f"{json.loads(data.splitlines()[0])['step']:08d}.jsonl")
+    return AppendedObjects(lambda data: directory / f"{json.loads(data.splitlines()[0])['step']:08d}.jsonl", permit)
 
 
 def read_lines(workdir: Path) -> list[dict[str, Any]]:
@@ -90,7 +100,9 @@ def _tell_gaps(steps: Collection[int], last: int, place: Path, say: Callable[[st
 
 
 def _parts(workdir: Path) -> list[Path]:
-    return sorted(children((workdir / METRICS).with_suffix("")), key=_first_step)
+    """Returns the objects of a run's metrics in order; others, which somebody else put there, are left alone."""
+    found = children((workdir / METRICS).with_suffix(""))
+    return sorted((path for path in found if re.fullmatch(r"[0-9]+\.jsonl", path.name)), key=_first_step)
 
 
 def _first_step(part: Path) -> int:

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +39,18 @@ class Reporter:
         config: TrainConfig,
         leaf_names: Sequence[str],
         writers: Sequence[Writer] = (),
+        permit: Callable[[], None] = lambda: None,
     ):
-        """Continues the metrics after `start_step`. Closing it closes the `writers` too."""
+        """Continues the metrics after `start_step`. Closing it closes the `writers` too.
+
+        `permit` is called before each object of metrics is written in a bucket (see `AppendedObjects`).
+        """
         self.config, self.leaf_names, self.writers = config, leaf_names, writers
         self.path, self.start_step = workdir / METRICS, start_step
         self.file = None
         if jax.process_index() == 0:
             with writing(self.path):
-                self.file = open_lines(workdir, start_step, say=lambda line: print(line, flush=True))
+                self.file = open_lines(workdir, start_step, lambda line: print(line, flush=True), permit)
 
     def begin(self, watch: Stopwatch) -> None:
         """Times the following steps by `watch`. Call it before the first of them."""

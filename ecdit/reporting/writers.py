@@ -17,7 +17,7 @@ from PIL import Image
 
 from ecdit.config import require
 from ecdit.errors import UserError
-from ecdit.files import is_remote, writing
+from ecdit.files import is_remote, replace_text, writing
 from ecdit.storage import AppendedObjects, make_directory
 
 TENSORBOARD, WANDB_ID = "tensorboard", "wandb_id"
@@ -114,8 +114,8 @@ class WeightsAndBiases:
 
         id_file = workdir / WANDB_ID
         with writing(id_file):
-            if not id_file.exists():
-                id_file.write_text(secrets.token_hex(4))
+            if not (id_file.exists() and id_file.read_text().strip()):  # an older version could leave an empty file
+                replace_text(id_file, secrets.token_hex(4))
         self.make_image = wandb.Image
         try:
             self.run = wandb.init(

@@ -2,7 +2,9 @@
 
 On a disk the first process holds a lock of the kernel (flock) on `trainer.lock`, which ends with the process however it
 ends. In a bucket it holds a lease: the object `trainer.lock`, written on the condition that nobody else has written it,
-and renewed every minute. A lease that was not renewed for five minutes has ended.
+and renewed every minute. A lease that was not renewed for five minutes has ended. While the bucket cannot be reached,
+its holder cannot know whether another trainer has taken it over. So the holder counts the time by its own clock, and
+writes nothing from the last of the five minutes on, until it has renewed the lease.
 """
 
 import contextlib
@@ -28,6 +30,7 @@ from ecdit.storage import make_directory, read_generation, reading, replace_gene
 
 LOCK = "trainer.lock"
 LEASE_SECONDS, RENEW_SECONDS = 300.0, 60.0
+CLOSE_SECONDS = 10.0  # time for which the end of a run waits for a bucket, to end its lease
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS)
 
 
@@ -55,21 +58,32 @@ class Holder:
         return self.pid == os.getpid() or not Path(f"/proc/{self.pid}").exists()
 
 
-@contextlib.contextmanager
-def locked(workdir: Path, say: Callable[[str], None]) -> Iterator[Callable[[], None]]:
-    """Holds the lock of a workdir on the first process. Collective.
+def _nothing() -> None:
+    """Does nothing: a lock of the kernel cannot be lost."""
 
-    Yields a function that raises LockedError if another trainer has taken the workdir over; call it every step.
+
+@dataclasses.dataclass(frozen=True)
+class Lock:
+    """The checks of a lock that this process holds. Neither uses the network."""
+
+    check: Callable[[], None] = _nothing  # raises LockedError if another trainer has it; call it every step
+    check_write: Callable[[], None] = _nothing  # also raises ConnectionError if another one may; before every write
+
+
+@contextlib.contextmanager
+def locked(workdir: Path, say: Callable[[str], None]) -> Iterator[Lock]:
+    """Holds the lock of a workdir on the first process. Collective.
 
     Raises:
       LockedError: another trainer has it, on all processes.
     """
     with contextlib.ExitStack() as stack:
-        problem, check, cause = None, _nothing, None
+        problem, lock, cause = None, Lock(), None
         if jax.process_index() == 0:
             try:
                 if is_remote(workdir):
-                    check = stack.enter_context(contextlib.closing(Lease(workdir, say))).check
+                    lease = stack.enter_context(contextlib.closing(Lease(workdir, say)))
+                    lock = Lock(lease.check, lease.check_write)
                 else:
                     stack.enter_context(_file_lock(workdir, say))
             except UserError as error:
@@ -78,7 +92,7 @@ def locked(workdir: Path, say: Callable[[str], None]) -> Iterator[Callable[[], N
             text = f"{problem} lock {workdir}" if problem.endswith("cannot") else problem
             kind = LockedError if cause is None or isinstance(cause, LockedError) else UserError
             raise kind(text) from cause
-        yield check
+        yield lock
 
 
 @contextlib.contextmanager
@@ -114,25 +128,39 @@ class Lease:
           LockedError: another trainer holds and renews it.
         """
         self.workdir, self.path, self.own = workdir, workdir / LOCK, _own()
-        self.lost: Holder | None = None
+        self.lost = ""  # says that the lease was lost, and to whom
+        self.renewed = time.monotonic()  # when the last renewal that succeeded was sent, or earlier
         with reading(workdir):
             self.generation = self._take(say)
         self.closed = threading.Event()
-        self.thread = threading.Thread(target=self._renew, name="lease", daemon=True)
+        self.thread = threading.Thread(target=self._keep, name="lease", daemon=True)
         self.thread.start()
 
     def check(self) -> None:
-        """Raises LockedError if another trainer has taken the lease, which it can only after five minutes' silence."""
-        if self.lost is not None:
-            raise LockedError(f"{self.workdir} was taken over by {self.lost}, as this run's lease was not renewed")
+        """Raises LockedError if the lease is known to be lost, which needs five minutes' silence."""
+        if self.lost:
+            raise LockedError(self.lost)
+
+    def check_write(self) -> None:
+        """Raises LockedError like `check`, and ConnectionError if less than RENEW_SECONDS of the lease are left.
+
+        That time is for the write that follows. (A process that is stopped between this check and its write for longer
+        than that still writes.)
+        """
+        self.check()
+        silent = time.monotonic() - self.renewed
+        if silent > LEASE_SECONDS - RENEW_SECONDS:
+            raise ConnectionError(
+                f"{self.path} could not be renewed for {silent:.0f} s, and another trainer may take the lease"
+            )
 
     def close(self) -> None:
-        """Ends the lease."""
+        """Ends the lease, or lets it expire if the bucket is away."""
         self.closed.set()
-        self.thread.join()
-        if self.lost is None:
-            with contextlib.suppress(Exception):  # the lock expires by itself
-                replace_generation(self.path, None, self.generation)
+        self.thread.join(CLOSE_SECONDS)  # in an outage a renewal takes minutes
+        if not self.lost:
+            with contextlib.suppress(Exception):
+                replace_generation(self.path, None, self.generation, CLOSE_SECONDS)
 
     def _take(self, say: Callable[[str], None]) -> bytes:
         first: bytes | None = None
@@ -148,6 +176,7 @@ class Lease:
                 except FileNotFoundError:
                     continue  # its holder has just ended it
             if left <= 0:
+                self.renewed = time.monotonic()
                 taken = replace_generation(self.path, _text(self.own).encode(), generation)
                 if taken is not None:
                     return taken
@@ -157,21 +186,31 @@ class Lease:
             first = generation
             time.sleep(min(left, RENEW_SECONDS / 4))
 
+    def _keep(self) -> None:
+        pause = RENEW_SECONDS
+        while not self.closed.wait(pause) and not self.lost:
+            try:
+                self._renew()
+                pause = RENEW_SECONDS
+            except Exception:  # in an outage, the bucket's contents decide when it is back
+                pause = RENEW_SECONDS / 4
+
     def _renew(self) -> None:
-        while not self.closed.wait(RENEW_SECONDS):
-            with contextlib.suppress(Exception):  # in an outage, the bucket's contents decide when it is back
-                renewed = replace_generation(self.path, _text(self.own).encode(), self.generation)
-                if renewed is None:
-                    data, renewed = read_generation(self.path)
-                    holder = None if data is None else _holder(data.decode(errors="replace"))
-                    if holder is not None and holder.token != self.own.token:
-                        self.lost = holder
-                        return
-                self.generation = renewed
-
-
-def _nothing() -> None:
-    """Does nothing: a lock of the kernel cannot be lost."""
+        """Renews the lease, or sets `lost` if the object is not this process's any more."""
+        while not self.lost:
+            sent = time.monotonic()
+            renewed = replace_generation(self.path, _text(self.own).encode(), self.generation)
+            if renewed is not None:
+                self.generation, self.renewed = renewed, sent
+                return
+            data, self.generation = read_generation(self.path)
+            holder = None if data is None else _holder(data.decode(errors="replace"))
+            if holder is None:  # another trainer may have held it and ended since
+                what = "is gone" if data is None else "is garbled"
+                self.lost = f"{self.workdir} may have been taken over: {self.path}, this run's lease, {what}"
+            elif holder.token != self.own.token:
+                self.lost = f"{self.workdir} was taken over by {holder}, as this run's lease was not renewed"
+            # Otherwise an earlier renewal arrived whose answer did not, some time ago: renew again.
 
 
 def _taken(workdir: Path, holder: Holder | None) -> LockedError:

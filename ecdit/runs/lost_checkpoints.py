@@ -4,6 +4,7 @@ Without them the same command would begin at step 0 and remove the metrics of al
 """
 
 import itertools
+from collections.abc import Set
 from pathlib import Path
 
 from ecdit.checkpoints.read_errors import CheckpointError
@@ -18,9 +19,8 @@ from ecdit.runs.trained_run import CONFIG_FILE
 from ecdit.storage import children, move_aside
 
 ASIDE = "before_start_over"
-_RECORDS = {
-    METRICS,
-    METRICS.removesuffix(".jsonl"),
+_METRICS = {METRICS, METRICS.removesuffix(".jsonl")}
+_RECORDS = _METRICS | {
     OVERRIDES_FILE,
     CONFIG_FILE,
     TENSORBOARD,
@@ -51,12 +51,24 @@ def check_not_lost(workdir: Path, save_every: int) -> None:
     )
 
 
+def set_metrics_aside(workdir: Path) -> Path | None:
+    """Moves the metrics of a run that begins again into a new directory of the workdir, and returns it.
+
+    Returns None if there are none.
+    """
+    return _set_aside(workdir, _METRICS) if read_lines(workdir) else None
+
+
 def set_records_aside(workdir: Path) -> Path | None:
     """Moves metrics, images and records of a run into a new directory of the workdir, and returns it.
 
     Returns None if there are none.
     """
-    found = [path for path in children(workdir) if path.name in _RECORDS]
+    return _set_aside(workdir, _RECORDS)
+
+
+def _set_aside(workdir: Path, names: Set[str]) -> Path | None:
+    found = [path for path in children(workdir) if path.name in names]
     if not found:
         return None
     place = next(place for n in itertools.count(1) if not (place := workdir / ASIDE / str(n)).exists())

@@ -1,5 +1,6 @@
 """Records how a run was made: its workdir has the config and all starts, its checkpoints have code and versions."""
 
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -20,6 +21,7 @@ from ecdit.runs.trained_run import CONFIG_FILE, OVERRIDES_FILE
 from ecdit.storage import reading
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+COMPILERS = ("libtpu",)  # of backends, if installed: they determine what the same program computes
 _PACKAGE = Path(ecdit.__file__).parent
 _GIT_SECONDS = 10.0
 _SHORT = 40  # longest config value, in characters, that hosts compare as text instead of as a hash
@@ -28,6 +30,9 @@ _SHORT = 40  # longest config value, in characters, that hosts compare as text i
 def library_versions() -> dict[str, str]:
     """Returns the versions of Python, of this package and of the libraries that determine what a step computes."""
     versions = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    for name in COMPILERS:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
     return {"python": platform.python_version(), "ecdit": ecdit.__version__} | versions
 
 

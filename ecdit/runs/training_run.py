@@ -22,7 +22,7 @@ from ecdit.errors import UserError
 from ecdit.exit_codes import INTERRUPTED, PREEMPTED
 from ecdit.experiment import Experiment, ResolvedPhase, check_mesh, check_tokenizers, check_trainable
 from ecdit.interop.weights import flat_names
-from ecdit.multihost import host_differences, on_first
+from ecdit.multihost import anywhere, host_differences, on_first
 from ecdit.partitioning import make_mesh
 from ecdit.reporting.profiling import Profile
 from ecdit.reporting.reporter import Reporter, first_line, forecast, images_due
@@ -33,8 +33,8 @@ from ecdit.runs.evaluator import drop_later
 from ecdit.runs.host_times import HostTimes
 from ecdit.runs.inputs import check_placeholder, inputs_line
 from ecdit.runs.kept_tokenizer import keep_tokenizer
-from ecdit.runs.lock import locked
-from ecdit.runs.lost_checkpoints import check_not_lost, set_records_aside
+from ecdit.runs.lock import Lock, locked
+from ecdit.runs.lost_checkpoints import check_not_lost, set_metrics_aside, set_records_aside
 from ecdit.runs.provenance import (
     code_state,
     config_hash,
@@ -122,30 +122,31 @@ def run_workload(
         raise UserError("the hosts would not train the same:\n  " + "\n  ".join(differences))
     make_directory(workdir)
     with contextlib.ExitStack() as stack:
-        check_lock = stack.enter_context(locked(workdir, say))
+        lock = stack.enter_context(locked(workdir, say))
         activity.enter("restore", "restoring or drawing the state")
         for left in half_written(workdir):
             say(f"a save was cut short: {left} is removed")
-        saved = functools.partial(_note_save, workdir)
-        saver = stack.enter_context(contextlib.closing(AsyncSaver(workdir, experiment.checkpoint, say, saved)))
+        saved = functools.partial(_note_save, workdir, lock)
+        saver = AsyncSaver(workdir, experiment.checkpoint, say, saved, lock.check_write)
+        stack.enter_context(contextlib.closing(saver))
         assert saver.manager is not None  # it has not saved yet
         found = _resumed(workload, experiment, full, saver.manager, fingerprints, accepted)
         state, check_restored = found or (_first_state(workload, experiment, workdir, accepted), lambda: None)
         state = dataclasses.replace(state, loaded=workload.load())
         start = int(state.step)
+        lock.check_write()  # restoring may have taken longer than a lease
         activity.ledger.open(workdir, start)
         record_start(config, workdir, start, origin)
         if jax.process_index() == 0:
             keep_tokenizer(tokenizer, workdir)
             drop_later(workdir, start)
         writers = open_writers(experiment.train.wandb_project, config, workdir, start)
-        reporter = Reporter(workdir, start, experiment.train, list(flat_names(state.params)), writers)
+        names = list(flat_names(state.params))
+        reporter = Reporter(workdir, start, experiment.train, names, writers, lock.check_write)
         stack.enter_context(contextlib.closing(reporter))
         stops = stack.enter_context(contextlib.closing(StopRequests()))
         times = HostTimes(experiment.train, lambda: activity.ledger.record.seconds, say)
-        run = _Run(
-            workload, experiment, full, workdir, saver, reporter, activity, stops, check_restored, check_lock, times
-        )
+        run = _Run(workload, experiment, full, workdir, saver, reporter, activity, stops, check_restored, lock, times)
         phases = experiment.resolved_phases()
         images = None
         for phase, fingerprint in zip(phases, fingerprints, strict=True):
@@ -160,9 +161,10 @@ def run_workload(
             images = workload.images(phase, workdir)
             state, stopped = run.steps_of(phase, fingerprint, images, evaluator, state)
             if stopped and int(state.step) < experiment.train.num_steps:
-                by = "Ctrl-C" if stops.interrupted else "a signal"
+                interrupted = anywhere("interrupted" if stops.interrupted else None)  # all get one exit code
+                by = "Ctrl-C" if interrupted else "a signal"
                 say(f"stopped by {by}; saved step {int(state.step)}, the same command goes on from it")
-                return INTERRUPTED if stops.interrupted else PREEMPTED
+                return INTERRUPTED if interrupted else PREEMPTED
         drawn = ""
         if images is not None:
             activity.enter("draw", "drawing the last images")
@@ -184,7 +186,7 @@ class _Run:
     activity: Activity
     stops: StopRequests
     check_restored: Callable[[], None]  # from resume.Recovered
-    check_lock: Callable[[], None]  # from lock.locked
+    lock: Lock
     host_times: HostTimes
 
     def steps_of(
@@ -246,13 +248,14 @@ class _Run:
                 self.evaluate(evaluator, step, state)
 
         def save(step: int, state: TrainState) -> None:
+            self.lock.check()
             self.reporter.save()
             self.activity.ledger.mark(step)
             vocabulary = hash_files(self.workload.tokenizer())
             self.saver.save(state, step, _meta(self.experiment, self.config, fingerprint, vocabulary, step))
 
         def after_step(step: int) -> None:
-            self.check_lock()
+            self.lock.check()
             self.saver.check()
             self.host_times.after_step(step)
 
@@ -271,6 +274,7 @@ class _Run:
 
     def draw(self, images: ImageWriter, step: int, state: TrainState) -> dict[str, Path]:
         """Draws with the EMA weights, and returns the files by name."""
+        self.lock.check_write()
         say(f"drawing the images of step {step}")
         files = dict(images.write(sampling_params(state), step))
         self.reporter.images(step, files)
@@ -288,6 +292,7 @@ class _Run:
 
     def evaluate(self, evaluator: StepEvaluator, step: int, state: TrainState) -> None:
         """Evaluates the EMA weights, and reports the result."""
+        self.lock.check_write()
         say(f"evaluating step {step}")
         found = evaluator.evaluate(sampling_params(state), step)
         self.reporter.evaluation(step, found.scalars, found.files)
@@ -332,6 +337,8 @@ def _first_state(workload: Workload, experiment: Experiment, workdir: Path, acce
     def check() -> None:
         if not accepted.start_over:
             check_not_lost(workdir, experiment.checkpoint.every)
+            if place := set_metrics_aside(workdir):
+                say(f"no step was saved, so the run begins at step 0; metrics of its earlier steps are in {place}")
         elif place := set_records_aside(workdir):
             say(f"started over: the records of the old run are in {place}")
 
@@ -342,9 +349,10 @@ def _first_state(workload: Workload, experiment: Experiment, workdir: Path, acce
     return state
 
 
-def _note_save(workdir: Path, step: int) -> None:
+def _note_save(workdir: Path, lock: Lock, step: int) -> None:
     """Records that a step was saved; a failure is told, and the checkpoint is there."""
     try:
+        lock.check_write()
         record_save(workdir, step)
     except (UserError, OSError) as error:
         say(str(error))

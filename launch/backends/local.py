@@ -19,6 +19,7 @@ from typing import Any
 
 from absl import flags
 
+from ecdit.files import replace_text
 from launch.errors import LaunchError
 from launch.job import Job
 from launch.local import launch
@@ -61,7 +62,7 @@ def write_record(log_dir: Path, command: Sequence[str], pids: Sequence[int]) -> 
         "launcher": {"pid": os.getpid(), "command": sys.orig_argv},
         "processes": [{"pid": pid, "command": list(command)} for pid in pids],
     }
-    (log_dir / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+    replace_text(log_dir / RECORD, json.dumps(record, indent=2) + "\n")
 
 
 def status_lines(name: str) -> list[str]:

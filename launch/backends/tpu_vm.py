@@ -41,6 +41,8 @@ RUNTIMES = {  # the VMs' images by `Slice.chip` (cloud.google.com/tpu/docs/runti
 }
 CODE = ("ecdit", "launch", "configs", "setup.py", "pyproject.toml")
 LOCK = "launch/requirements.lock"  # packages of workers and of launch/Dockerfile, with hashes
+BUILD_LOCK = "launch/build.lock"  # the same of the package's build, which would otherwise fetch the newest setuptools
+UV = "uv==0.13.9"
 PYTHON = "3.11"  # the images have an older version
 END_STATES = "FAILED|SUSPENDING|SUSPENDED|DELETING"  # states from which a queued resource never becomes active
 
@@ -84,7 +86,7 @@ def check_options(options: Options) -> None:
     names = check_secret_names(options.secret_env, tuple(training_environment(options.env)))
     if names:
         _check_secret_file(options.secret_file, names)
-    missing = [name for name in (*CODE, LOCK) if not (ROOT / name).exists()]
+    missing = [name for name in (*CODE, LOCK, BUILD_LOCK) if not (ROOT / name).exists()]
     if missing and not options.image:
         raise LaunchError(
             f"{ROOT} is no checkout: it has no {', '.join(missing)}. Launch from a checkout (pip install -e), or set "
@@ -237,7 +239,7 @@ def _secret_check(options: Options) -> list[str]:
     if not options.secret_env:
         return []
     file = shlex.quote(options.secret_file)
-    lines = [f'[ -z "$(find {file} -perm /077)" ] || {{ echo others can read the file of secrets >&2; exit 1; }}']
+    lines = [f'[ -z "$(find -L {file} -perm /077)" ] || {{ echo others can read the file of secrets >&2; exit 1; }}']
     return [
         *lines,
         *(f"grep -q '^{name}=' {file} || {{ echo no {name} in it >&2; exit 1; }}" for name in options.secret_env),
@@ -250,10 +252,10 @@ def _setup(job: Job, options: Options) -> list[str]:
     if options.image:
         return [unpack, f"sudo docker pull {shlex.quote(options.image)}"]
     install = (
-        f"cd {DIRECTORY} && python3 -m pip install --user --quiet uv "
+        f"cd {DIRECTORY} && python3 -m pip install --user --quiet {UV} "
         f"&& python3 -m uv venv --allow-existing --python {PYTHON} venv "
-        f"&& python3 -m uv pip install --quiet --python venv/bin/python --require-hashes -r {LOCK} "
-        f"&& python3 -m uv pip install --quiet --python venv/bin/python --no-deps -e ."
+        f"&& python3 -m uv pip install --quiet --python venv/bin/python --require-hashes -r {LOCK} -r {BUILD_LOCK} "
+        f"&& python3 -m uv pip install --quiet --python venv/bin/python --no-deps --no-build-isolation -e ."
     )
     return [unpack, install]
 

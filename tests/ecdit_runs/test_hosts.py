@@ -99,8 +99,8 @@ def test_ctrl_c_to_one_of_two_processes_saves_the_same_step_on_both(tmp_path, mo
     command = [sys.executable, "-c", INTERRUPTED, str(tmp_path / "run")]
     assert launch(command, processes=2, devices=1, log_dir=tmp_path / "logs") == 0
     logs = [(tmp_path / f"logs/process_{i}.log").read_text() for i in range(2)]
-    assert "ENDED 42" in logs[0], logs[0]
-    assert "ENDED 130" in logs[1], logs[1]
+    for log in logs:  # a launcher that restarted one of them would wait for the other
+        assert "ENDED 130" in log, log
     (step,) = (int(path.name) for path in (tmp_path / "run/checkpoints").iterdir())
     assert 20 <= step < 300
-    assert f"stopped by a signal; saved step {step}" in logs[0]
+    assert f"stopped by Ctrl-C; saved step {step}" in logs[0]

@@ -6,13 +6,15 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import closing
 
 import pytest
 
+from ecdit import storage
 from ecdit.errors import UserError
 from ecdit.runs import lock
 from ecdit.runs.lock import LockedError, locked
-from ecdit.storage import as_path
+from ecdit.storage import as_path, is_temporary
 from tests.gcs_server import serving
 from tests.launch.jobs import wait_for
 from tests.runs import ROOT
@@ -84,8 +86,8 @@ def test_a_lock_ends_with_the_process_that_held_it(tmp_path):
     with pytest.raises(LockedError, match=f"process {child.pid} on "), locked(tmp_path / "run", print):
         pass
     ended(child)
-    with locked(tmp_path / "run", print) as check:
-        check()
+    with locked(tmp_path / "run", print) as held:
+        held.check()
 
 
 def test_a_garbled_lock_file_is_no_hindrance(tmp_path):
@@ -119,9 +121,14 @@ def bucket(monkeypatch):
 NAME = "run/trainer.lock"
 
 
+def another():
+    """The lease of a trainer on another machine."""
+    return lock._text(dataclasses.replace(lock._own(), host="host-7", machine="another boot", token="other")).encode()
+
+
 def test_in_a_bucket_a_lease_is_renewed_and_keeps_others_out(bucket):
     store, env, workdir = bucket
-    with locked(workdir, print) as check:
+    with locked(workdir, print) as held:
         taken = store.objects[NAME][1]
         done = subprocess.run(
             [sys.executable, "-c", TRY, str(workdir)], cwd=ROOT, env=env, capture_output=True, text=True
@@ -129,7 +136,7 @@ def test_in_a_bucket_a_lease_is_renewed_and_keeps_others_out(bucket):
         assert "waiting 1 s, unless the lease is renewed" in done.stdout, done.stderr
         assert f"refused: gs://bucket/run is in use by another trainer (process {os.getpid()} on " in done.stdout
         assert store.objects[NAME][1] > taken
-        check()
+        held.check_write()
     assert NAME not in store.objects
 
 
@@ -155,28 +162,125 @@ def test_in_a_bucket_the_lease_of_a_process_that_has_ended_here_is_taken_at_once
         assert time.monotonic() - begin < 5
 
 
-def was_lost(check):
+def raised(check):
+    """What a check raises, or None."""
     try:
         check()
-    except LockedError as error:
-        return str(error).startswith("gs://bucket/run was taken over by process ") and " on host-7" in str(error)
-    return False
+    except (LockedError, ConnectionError) as error:
+        return error
+    return None
+
+
+def was_lost(check, said="gs://bucket/run was taken over by process "):
+    return isinstance(error := raised(check), LockedError) and str(error).startswith(said)
 
 
 def test_in_a_bucket_a_trainer_that_lost_its_lease_stops(bucket):
     """It was cut off for five minutes, and another one has taken over."""
     store, _, workdir = bucket
-    other = dataclasses.replace(lock._own(), host="host-7", token="other")
-    with locked(workdir, print) as check:
-        store.put(NAME, lock._text(other).encode())
-        wait_for(lambda: was_lost(check), seconds=20)
+    with locked(workdir, print) as held:
+        store.put(NAME, another())
+        wait_for(lambda: was_lost(held.check), seconds=20)
+        assert " on host-7" in str(raised(held.check_write))
     assert json.loads(store.objects[NAME][0])["token"] == "other"
+
+
+@pytest.mark.parametrize(("data", "said"), [(None, "is gone"), (b"\xff{", "is garbled")])
+def test_in_a_bucket_a_lease_that_is_gone_is_not_taken_back(bucket, data, said):
+    """Between two renewals another trainer took it over, trained, and ended."""
+    store, _, workdir = bucket
+    with locked(workdir, print) as held:
+        store.put(NAME, another())
+        if data is None:
+            del store.objects[NAME]
+        else:
+            store.put(NAME, data)
+        wait_for(lambda: was_lost(held.check, "gs://bucket/run may have been taken over: "), seconds=20)
+        assert str(raised(held.check)).endswith(said)
+    assert store.objects.get(NAME, (None,))[0] == data
+
+
+def test_in_a_bucket_nothing_may_be_written_before_a_lease_is_renewed_that_may_have_ended(bucket):
+    """In an outage the run goes on without writing, and may write again when its lease is renewed."""
+    store, _, workdir = bucket
+    with locked(workdir, print) as held:
+        begin = time.monotonic()
+        store.hook = lambda method, name: name == NAME
+        wait_for(lambda: isinstance(raised(held.check_write), ConnectionError), seconds=20)
+        assert time.monotonic() - begin > 0.3
+        assert is_temporary(raised(held.check_write))
+        held.check()
+        store.hook = lambda method, name: False
+        wait_for(lambda: raised(held.check_write) is None, seconds=20)
+
+
+def test_in_a_bucket_a_renewal_counts_from_when_it_was_sent(bucket, monkeypatch):
+    """The answer of an earlier one was lost, so the object is this process's, but may be almost five minutes old."""
+    store, _, workdir = bucket
+    monkeypatch.setattr(lock, "RENEW_SECONDS", 100.0)
+    with closing(lock.Lease(workdir, print)) as lease:
+        store.put(NAME, lock._text(lease.own).encode())
+        writes = []
+        store.hook = lambda method, name: method == "PUT" and bool(writes.append(time.monotonic()))
+        lease._renew()
+        assert len(writes) == 2  # the first one finds another generation
+        assert writes[0] < lease.renewed < writes[1]
+
+
+def test_in_a_bucket_a_trainer_whose_lease_has_ended_writes_nothing(bucket, toy, monkeypatch):
+    """From step 3 on it is cut off from the lease alone, and another trainer takes that over."""
+    store, _, toy.workdir = bucket
+    monkeypatch.setattr(lock, "LEASE_SECONDS", 300.0)
+    monkeypatch.setattr(storage, "CLOSE_SECONDS", 0.1)
+    found = {}
+
+    def cut_off():
+        store.hook = lambda method, name: name == NAME
+        store.put(NAME, another())
+        wait_for(lambda: "run/checkpoints/2/commit_success.txt" in store.objects)
+        monkeypatch.setattr(lock, "LEASE_SECONDS", 0.0)
+        found.update(store.objects)
+
+    toy.at[3] = cut_off
+    with pytest.raises(UserError, match="could not be renewed"):
+        toy.train(num_steps=5, every=2)
+    written = {name for name in store.objects if store.objects[name] != found.get(name)}
+    assert not [name for name in written if not name.startswith(("run/goodput/", "run/tensorboard/"))]
+    assert [name for name in store.objects if name.startswith("run/metrics/")] == ["run/metrics/00000001.jsonl"]
+
+
+def test_in_a_bucket_no_image_is_drawn_under_a_lease_that_may_have_ended(bucket, toy, monkeypatch):
+    _, _, toy.workdir = bucket
+    monkeypatch.setattr(lock, "LEASE_SECONDS", 300.0)
+    monkeypatch.setattr(storage, "CLOSE_SECONDS", 0.1)
+    toy.at[2] = lambda: monkeypatch.setattr(lock, "LEASE_SECONDS", 0.0)
+    with pytest.raises((UserError, ConnectionError), match="could not be renewed"):
+        toy.train(num_steps=3, every=100, images_every=2)
+    assert toy.drawn == {}
+
+
+def test_in_a_bucket_a_save_is_not_committed_under_a_lease_that_has_ended_meanwhile(bucket, toy, monkeypatch):
+    store, _, toy.workdir = bucket
+    monkeypatch.setattr(lock, "LEASE_SECONDS", 300.0)
+
+    def end_lease(method, name):
+        if method == "PUT" and name.startswith("run/checkpoints/4/"):
+            monkeypatch.setattr(lock, "LEASE_SECONDS", 0.0)
+        return False
+
+    store.hook = end_lease
+    monkeypatch.setattr(storage, "CLOSE_SECONDS", 0.1)
+    with pytest.raises(UserError, match="could not be renewed"):
+        toy.train(num_steps=4, every=2)
+    assert [name for name in store.objects if name.startswith("run/checkpoints/4/state/")]
+    marks = [f"run/checkpoints/{step}/commit_success.txt" in store.objects for step in (2, 4)]
+    assert marks == [True, False]
 
 
 def test_in_a_bucket_one_of_two_at_once_gets_the_lease(bucket, monkeypatch):
     """The second one writes between the first one's read and its write."""
     store, _, workdir = bucket
-    other = lock._text(dataclasses.replace(lock._own(), machine="another boot", token="other")).encode()
+    other = another()
     read = lock.read_generation
 
     def read_and_be_late(path):

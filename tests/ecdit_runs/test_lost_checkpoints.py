@@ -65,7 +65,7 @@ def test_start_over_begins_at_step_0_and_keeps_the_old_records(toy, capsys):
     assert os.listdir(place.parent) == ["1"]
 
 
-def test_a_run_that_ended_before_its_first_save_begins_again(toy):
+def test_a_run_that_ended_before_its_first_save_begins_again_and_keeps_its_metrics_aside(toy, capsys):
     """Killed ones too: the same command must go on without anybody's help."""
 
     def fail():
@@ -75,7 +75,14 @@ def test_a_run_that_ended_before_its_first_save_begins_again(toy):
     with pytest.raises(ConnectionError):
         toy.train(num_steps=9, every=4)
     toy.at.clear()
+    metrics = (toy.workdir / "metrics.jsonl").read_bytes()
+    assert metrics
     assert toy.train(num_steps=9, every=4) == 0
+    place = toy.workdir / "before_start_over/1"
+    assert f"metrics of its earlier steps are in {place}\n" in capsys.readouterr().out
+    assert everything(place) == {place / "metrics.jsonl": metrics}
+    assert toy.train(num_steps=9, every=4) == 0  # has a checkpoint
+    assert os.listdir(place.parent) == ["1"]
     assert toy.losses() == [(step, float(step)) for step in range(1, 10)]
 
 

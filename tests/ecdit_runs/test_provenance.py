@@ -1,6 +1,7 @@
 """Tests the record in a checkpoint of how it was made, and what a run does if it differs."""
 
 import hashlib
+import importlib.metadata
 import json
 import subprocess
 
@@ -11,7 +12,7 @@ from ecdit.checkpoints.compatibility import check_same_model
 from ecdit.checkpoints.restore import CheckpointError, Meta
 from ecdit.config import changeable, to_dict
 from ecdit.runs import provenance
-from ecdit.runs.provenance import code_state, library_versions, source_hash
+from ecdit.runs.provenance import code_state, facts_of_a_host, library_versions, source_hash
 from ecdit.runs.training_run import Accepted
 from tests.runs import tiny
 
@@ -35,6 +36,21 @@ def test_a_checkpoint_records_code_versions_config_and_data(toy):
     assert set(meta["versions"]) >= {"python", "ecdit", "jax", "flax", "optax", "orbax-checkpoint", "grain"}
     assert (meta["dataset"], meta["vocabulary"]) == ("toy", hashlib.sha256(b"toy's words").hexdigest())
     assert meta["config_hash"] == provenance.config_hash(meta["config"])
+
+
+@pytest.mark.parametrize("installed", ["0.0.9", None])
+def test_the_version_of_a_backend_s_compiler_is_recorded_and_compared_if_it_is_installed(monkeypatch, installed):
+    """libtpu compiles the step: hosts with different ones may compute differently."""
+    version = importlib.metadata.version
+
+    def asked(name):
+        if name == "libtpu" and installed is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed if name == "libtpu" else version(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", asked)
+    assert library_versions().get("libtpu") == installed
+    assert facts_of_a_host({}, [], "").get("version of libtpu") == installed
 
 
 def test_another_data_position_than_the_config_gives_is_refused(toy):

@@ -7,7 +7,7 @@ import types
 import pytest
 
 from ecdit.config import ConfigError
-from ecdit.exit_codes import PREEMPTED
+from ecdit.exit_codes import INTERRUPTED, PREEMPTED
 from ecdit.experiment import check_mesh
 from ecdit.partitioning import ShardingError, abstract_mesh
 from ecdit.planning.counts import count
@@ -204,6 +204,12 @@ def test_hosts_that_would_not_join_are_refused():
 def test_what_training_ends_with_after_a_save_is_restarted():
     assert PREEMPTED in RESTART_CODES
     assert not {0, 1, 2} & set(RESTART_CODES)
+
+
+def test_a_run_that_somebody_ended_by_sigint_is_not_restarted():
+    """Launchers, Kubernetes and systemd send SIGTERM, whose code is PREEMPTED."""
+    assert INTERRUPTED not in RESTART_CODES
+    assert {128 + 6, 128 + 9, 128 + 15} <= set(RESTART_CODES)
 
 
 def test_the_documentation_lists_each_exit_code_once_with_what_follows_it():

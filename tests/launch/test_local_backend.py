@@ -68,6 +68,21 @@ def test_a_process_that_got_the_number_of_an_ended_one_is_left_alone(tmp_path, m
     assert not local.stop_job(NAME)
 
 
+def test_a_launcher_that_is_killed_leaves_no_half_of_its_record(tmp_path, monkeypatch):
+    def killed(path, text):
+        with path.open("w") as file:
+            file.write(text[:9])
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    (local.LOGS / NAME).mkdir(parents=True)
+    monkeypatch.setattr(Path, "write_text", killed)
+    with pytest.raises(KeyboardInterrupt):
+        local.write_record(local.LOGS / NAME, ["python"], [1])
+    with pytest.raises(LaunchError, match="no such job was launched"):
+        local.status_lines(NAME)
+
+
 def test_a_job_that_was_not_launched_is_said_not_to_be_there(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for ask in (local.status_lines, local.stop_job):

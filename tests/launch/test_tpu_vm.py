@@ -153,7 +153,7 @@ def start_loop(directory, environment, codes, options=OPTIONS, made=None):
     return subprocess.Popen(["bash", "-c", text], cwd=directory, env=environment, stdout=subprocess.PIPE, text=True)
 
 
-@pytest.mark.parametrize("code", [0, 1, 2, 41, 42, 43, 44, 126, 127, 134, 137, 143, 255])
+@pytest.mark.parametrize("code", [0, 1, 2, 41, 42, 43, 44, 126, 127, 130, 134, 137, 143, 255])
 def test_the_loop_restarts_on_the_same_codes_as_the_other_backend(stand_in, code):
     directory, environment = stand_in
     loop = start_loop(directory, environment, f"{code} 0")
@@ -225,7 +225,7 @@ def test_no_value_is_read_as_code_where_the_script_runs(stand_in, monkeypatch):
     directory, environment = stand_in
     checkout = directory / "check out's $(touch hacked)"
     mine = [f"mine/{name}.py" for name in HOSTILE if "\\" not in name] + ["-rf.py"]
-    for file in (*tpu_vm.CODE, tpu_vm.LOCK, *mine):
+    for file in (*tpu_vm.CODE, tpu_vm.LOCK, tpu_vm.BUILD_LOCK, *mine):
         (checkout / file).parent.mkdir(parents=True, exist_ok=True)
         (checkout / file).touch() if "." in file else (checkout / file).mkdir(exist_ok=True)
     monkeypatch.setattr(tpu_vm, "ROOT", checkout)
@@ -307,11 +307,42 @@ def test_a_file_of_secrets_that_others_can_read_or_that_lacks_one_is_refused(tmp
         tpu_vm.check_options(dataclasses.replace(OPTIONS, secret_env=("A_TOKEN",), secret_file=str(path)))
 
 
+@pytest.mark.parametrize(("mode", "code"), [(0o600, 0), (0o644, 1)])
+def test_the_script_too_looks_at_the_file_of_secrets_itself_and_not_at_a_link_to_it(tmp_path, mode, code):
+    path, link = tmp_path / "secrets", tmp_path / "link"
+    path.write_text("A_TOKEN=x\n")
+    path.chmod(mode)
+    link.symlink_to(path)
+    options = dataclasses.replace(OPTIONS, secret_env=("A_TOKEN",), secret_file=str(link))
+    assert run_script("\n".join(tpu_vm._secret_check(options)), os.environ).returncode == code
+
+
+@pytest.mark.parametrize("text", [*tpu_vm._setup(placed("v5p-16"), OPTIONS), (ROOT / "launch/Dockerfile").read_text()])
+def test_whatever_a_host_installs_has_a_version(text):
+    """By hashes, by a version, or from the checkout by a build that installs nothing."""
+    for line in re.findall(r"pip install (.*?)(?:&&|\n|$)", text):
+        assert "--require-hashes " in line or re.search(r" \w+==[0-9.]+ ", line) or "--no-build-isolation -" in line, (
+            line
+        )
+        assert ("--editable ." in line or "-e ." in line) == ("--no-deps --no-build-isolation" in line)
+    locked = re.findall(r"^(?:[a-z].*|    --hash=sha256:[0-9a-f]{64}.*)$", (ROOT / tpu_vm.BUILD_LOCK).read_text(), re.M)
+    assert [line.partition("==")[0] for line in locked if "==" in line] == ["setuptools"]
+    assert len(locked) > 1
+
+
+def test_sigterm_that_comes_before_the_loop_knows_its_process_reaches_it(stand_in):
+    directory, environment = stand_in
+    command = ["bash", "-c", "sleep 100"]
+    text = worker.restart_loop(command, 1).replace("  child=$!\n", "  kill -TERM $$\n  child=$!\n")
+    assert run_script(text, {**environment, "PATH": os.environ["PATH"]}, directory).returncode == 128 + 15
+
+
 def test_an_installed_package_is_no_checkout_and_is_refused_before_tpus_are_asked_for(tmp_path, monkeypatch):
     for name in ("ecdit", "launch"):
         (tmp_path / name).mkdir()
     monkeypatch.setattr(tpu_vm, "ROOT", tmp_path)
-    says = f"{tmp_path} is no checkout: it has no configs, setup.py, pyproject.toml, launch/requirements.lock"
+    missing = "configs, setup.py, pyproject.toml, launch/requirements.lock, launch/build.lock"
+    says = f"{tmp_path} is no checkout: it has no {missing}"
     with pytest.raises(LaunchError, match=re.escape(says)):
         tpu_vm.check_options(OPTIONS)
     tpu_vm.check_options(dataclasses.replace(OPTIONS, image=IMAGE))

@@ -38,6 +38,31 @@ MUTANTS = (
     ),
     Mutant(
         _JOB,
+        "for code in range(127, 256) if code != INTERRUPTED)",
+        "for code in range(127, 256))",
+        _job("test_a_run_that_somebody_ended_by_sigint_is_not_restarted"),
+    ),
+    Mutant(
+        _WORKER,
+        "  (( ! stopped )) || kill -TERM",
+        "  (( stopped )) || kill -TERM",
+        _tpu_vm("test_sigterm_that_comes_before_the_loop_knows_its_process_reaches_it"),
+    ),
+    Mutant(
+        _TPU_VM,
+        "$(find -L {file} -perm /077)",
+        "$(find {file} -perm /077)",
+        _tpu_vm("test_the_script_too_looks_at_the_file_of_secrets_itself_and_not_at_a_link_to_it"),
+    ),
+    Mutant(
+        _LOCAL_BACKEND,
+        '    replace_text(log_dir / RECORD, json.dumps(record, indent=2) + "\\n")',
+        '    (log_dir / RECORD).write_text(json.dumps(record, indent=2) + "\\n")',
+        ("tests/launch/test_local_backend.py::test_a_launcher_that_is_killed_leaves_no_half_of_its_record",),
+        "launch.status ends with a traceback",
+    ),
+    Mutant(
+        _JOB,
         "return self.checkpoint_bytes / self.hosts / bytes_per_second",
         "return self.checkpoint_bytes / bytes_per_second",
         _job("test_hosts_share_the_writing"),
@@ -326,7 +351,7 @@ MUTANTS = (
     ),
     Mutant(
         _TPU_VM,
-        "for name in (*CODE, LOCK) if not (ROOT / name).exists()",
+        "for name in (*CODE, LOCK, BUILD_LOCK) if not (ROOT / name).exists()",
         "for name in () if not (ROOT / name).exists()",
         _tpu_vm("test_an_installed_package_is_no_checkout_and_is_refused_before_tpus_are_asked_for"),
     ),

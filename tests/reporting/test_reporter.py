@@ -70,6 +70,9 @@ def test_a_resumed_run_keeps_the_parts_up_to_its_step(tmp_path, monkeypatch, ste
     (tmp_path / "metrics").mkdir()
     for first, last in ((1, 4), (5, 8), (9, 9), (10, 12)):
         (tmp_path / f"metrics/{first:08d}.jsonl").write_text("".join(map(line, range(first, last + 1))))
+    foreign = ("notes.jsonl", "00000003.jsonl.bak", "\u00b2.jsonl", "2024")
+    for name in foreign:
+        (tmp_path / "metrics" / name).write_text('{"step": 7}\n')
     parts = open_lines(tmp_path, step)
     assert [row["step"] for row in read_lines(tmp_path)] == list(range(1, step + 1))
     for k in range(step + 1, 20):
@@ -77,6 +80,7 @@ def test_a_resumed_run_keeps_the_parts_up_to_its_step(tmp_path, monkeypatch, ste
     parts.close()
     assert (tmp_path / f"metrics/{step + 1:08d}.jsonl").read_text() == "".join(map(line, range(step + 1, 20)))
     assert [row["step"] for row in read_lines(tmp_path)] == list(range(1, 20))
+    assert [(tmp_path / "metrics" / name).read_text() for name in foreign] == ['{"step": 7}\n'] * 4
 
 
 def test_the_lines_of_a_run_on_a_disk_are_read_but_for_a_torn_one(tmp_path):

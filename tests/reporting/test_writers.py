@@ -3,7 +3,10 @@
 import dataclasses
 import json
 import math
+import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -45,6 +48,28 @@ def test_a_directory_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "tensorboard").write_text("in the way")
     with pytest.raises(UserError, match=rf"writing {tmp_path}/tensorboard failed"):
         TensorBoard(tmp_path, 0)
+
+
+def test_the_id_of_a_run_of_wandb_is_whole_or_drawn_anew(tmp_path, monkeypatch):
+    """A process is killed while it writes the id; an older version left an empty file then."""
+    ids = []
+    fake = {"Image": None, "Error": ValueError, "Settings": dict, "init": lambda **known: ids.append(known["id"])}
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(**fake))
+
+    def killed(path, text):
+        path.touch()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", killed)
+        with pytest.raises(KeyboardInterrupt):
+            writers.WeightsAndBiases("project", {}, tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "wandb_id").touch()
+    for _ in range(2):
+        writers.WeightsAndBiases("project", {}, tmp_path)
+    assert re.fullmatch("[0-9a-f]{8}", ids[0])
+    assert ids == [ids[0]] * 2
 
 
 def test_a_missing_wandb_is_named(monkeypatch):
