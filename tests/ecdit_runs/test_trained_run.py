@@ -24,7 +24,16 @@ from tests.checkpoints.damage import flip_array
 from tests.runs import keep_small_tokenizer, run, save_ema, tiny
 
 # Fields that alter how a model runs, or is sampled, not what it learns.
-HOW = ("attention", "projections", "dispatch", "expert_products", "remat", "scan_unroll", "sampling_group")
+HOW = (
+    "attention",
+    "projections",
+    "dispatch",
+    "expert_products",
+    "remat",
+    "scan_unroll",
+    "sampling_group",
+    "packed_length",
+)
 WHERE = ("weights", "second_weights", "frozen_random_ok")  # a folder's contents are compared, not its place
 # What decides which numbers a run computes; all other keys say how, where and how long.
 FIXED = {
