@@ -64,7 +64,12 @@ def decode(data: bytes, background: str, max_pixels: int) -> Pixels:
             except Exception as error:  # Pillow's parsers raise whatever damaged bytes lead them to
                 raise _undecodable(error) from error
             _check_orientation(file)
-            return _flat(file, background)
+            try:
+                return _flat(file, background)
+            except ImageRejected:
+                raise
+            except Exception as error:  # for example a palette that is missing
+                raise _undecodable(error) from error
 
 
 def fit_square(image: Pixels, side: int) -> tuple[UInt8[np.ndarray, "side side 3"], Int32[np.ndarray, "2"]]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ecdit.config import to_dict
-from ecdit.data import DataError, images
+from ecdit.data import images
 from ecdit.data.config import DataConfig, field_group
 from ecdit.data.filters import Filters, caption_reason, column_reason, size_reason
 from ecdit.data.images import ImageRejected
@@ -52,13 +52,13 @@ def record_of(pair: Pair, config: DataConfig, part: str) -> Record | Rejected:
             image = images.decode(pair.image, prepare.background, prepare.max_pixels)
         else:
             image = pair.image
+        if (image.dtype, image.ndim, image.shape[-1]) != (np.uint8, 3, 3):
+            raise ImageRejected("colour mode", f"{image.dtype}{list(image.shape)}, not uint8[height, width, 3]")
+        if reason := size_reason(prepare.filters, image.shape[0], image.shape[1]):
+            return Rejected(name, reason, f"{image.shape[1]} x {image.shape[0]} px")
+        fitted, crop = images.fit_square(image, config.image_size)
     except ImageRejected as error:
         return Rejected(name, error.reason, error.detail)
-    if (image.dtype, image.ndim, image.shape[-1]) != (np.uint8, 3, 3):
-        raise DataError(f"the image of {pair.key!r} is {image.dtype}{list(image.shape)}, not uint8[height, width, 3]")
-    if reason := size_reason(prepare.filters, image.shape[0], image.shape[1]):
-        return Rejected(name, reason, f"{image.shape[1]} x {image.shape[0]} px")
-    fitted, crop = images.fit_square(image, config.image_size)
     encoded = images.encode(fitted, prepare.image_format, prepare.quality)
     return Record(pair.key, encoded, np.array(image.shape[:2], np.int32), crop, captions)
 

@@ -4,6 +4,9 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import resource
+import threading
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +19,7 @@ from ecdit.files import replace_text
 # With one record per group, a random read reads no other record. Images are compressed already, and latents hardly
 # compress.
 OPTIONS = "group_size:1,uncompressed"
+OTHER_FILES = 256  # that a process may have open besides shards
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,15 +128,17 @@ def check_shards(directory: Path, shards: Sequence[Shard]) -> None:
 
 
 class ShardReader:
-    """Reads the records of several shards as one sequence. Opens a shard when it is first read.
+    """Reads the records of several shards as one sequence. Opens a shard when it is first read, and keeps it open.
 
     Raises:
-      DataError: a shard that is read is missing or damaged. `check_shards` finds missing shards beforehand.
+      DataError: this process may not open so many files (on construction); a shard that is read is missing or damaged.
+        `check_shards` finds missing shards beforehand.
     """
 
     def __init__(self, directory: Path, shards: Sequence[Shard]):
         self._directory, self._length = directory, sum(shard.records for shard in shards)
         filled = [shard for shard in shards if shard.records]
+        weakref.finalize(self, _FILES.free, _FILES.take(len(filled), directory))
         with self._readable():
             # The manifest has each shard's length, so that no shard is opened yet.
             paths: Any = [_Whole(str(directory / one.name), 0, one.records, one.records) for one in filled]
@@ -155,7 +161,39 @@ class ShardReader:
         try:
             yield
         except (OSError, RuntimeError, ValueError) as error:
-            raise DataError(f"cannot read {self._directory}: {error}; delete it and prepare again") from None
+            damage = "where ecdit.prepare --verify finds damage, delete it and prepare again"
+            raise DataError(f"cannot read {self._directory}: {error}; {damage}") from None
+
+
+class _Files:
+    """Counts the shards that readers of this process may have open, and raises its limit of open files for them."""
+
+    def __init__(self) -> None:
+        self._taken, self._lock = 0, threading.Lock()
+
+    def take(self, count: int, directory: Path) -> int:
+        """Makes room for `count` more shards and returns it. Raises DataError if the system allows fewer."""
+        with self._lock:
+            needed = self._taken + count + OTHER_FILES
+            soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+            if soft != resource.RLIM_INFINITY and soft < needed:
+                if hard != resource.RLIM_INFINITY and hard < needed:
+                    raise DataError(
+                        f"{directory} has {count} shards, and this process may open {hard} files, of which others take "
+                        f"{needed - count}: raise the limit (ulimit -n), or prepare with fewer parts (tars_per_part or "
+                        "rows_per_part of the source)"
+                    )
+                resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+            self._taken += count
+        return count
+
+    def free(self, count: int) -> None:
+        """Gives back what a reader took."""
+        with self._lock:
+            self._taken -= count
+
+
+_FILES = _Files()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,9 @@
 import io
 import pickle
 import resource
+import struct
 import warnings
+import zlib
 
 import numpy as np
 import pytest
@@ -239,3 +241,15 @@ def test_damaged_stored_images_are_refused(kind):
         decode_stored(data[: len(data) // 2])
     with pytest.raises(ImageRejected, match="unknown format"):
         decode_stored(b"nothing")
+
+
+def test_a_palette_png_without_its_palette_is_rejected():
+    """All checksums are right. Pillow opens and loads it, and fails where the colours are asked for."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 2, 1, 8, 3, 0, 0, 0)  # 2 x 1 px, 8 bits, with a palette
+    parts = [(b"IHDR", header), (b"IDAT", zlib.compress(b"\0\0\1")), (b"IEND", b"")]
+    data = b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+    assert reason(data, "white") == "undecodable"
