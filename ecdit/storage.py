@@ -18,7 +18,7 @@ from typing import Any
 
 from etils import epath
 
-from ecdit.errors import UserError, chain
+from ecdit.errors import OutageError, UserError, chain
 from ecdit.files import is_remote
 
 # Otherwise epath would use TensorFlow's file system if TensorFlow is installed. Its import takes seconds, and it cannot
@@ -134,6 +134,8 @@ def is_temporary(error: BaseException) -> bool:
 
 
 def _is_temporary(error: BaseException) -> bool:
+    if isinstance(error, OutageError):
+        return True
     code = getattr(error, "code", None)  # an HTTP status or an enumeration, in errors of gcsfs and google
     if _package(error) in _CLIENTS and str(code) not in ("401", "403", "404"):
         return True

@@ -5,6 +5,7 @@ from tests.mutants.mutant import Mutant
 _READ, _COMPATIBLE = "ecdit/checkpoints/read_errors.py", "ecdit/checkpoints/compatibility.py"
 _LOCK, _LOST, _LEDGER = (f"ecdit/runs/{name}.py" for name in ("lock", "lost_checkpoints", "ledger"))
 _TOKENIZER, _WEIGHTS = "ecdit/runs/kept_tokenizer.py", "ecdit/interop/weights.py"
+_RESTARTS = "test_a_run_that_is_stopped_in_an_outage_restarts_and_goes_on_when_it_is_over"
 _REPLAY, _RUN, _LOOP = "ecdit/runs/replay.py", "ecdit/runs/training_run.py", "ecdit/training/loop.py"
 
 
@@ -32,6 +33,13 @@ MUTANTS = (
         "    if fault := anywhere(fault):",
         "    if (fault := anywhere(fault)) and damaged:",
         _tests("checkpoints/test_read_errors", "test_a_disk_that_cannot_be_read_moves_no_checkpoint"),
+    ),
+    Mutant(
+        "ecdit/checkpoints/async_save.py",
+        "OutageError(reason) if is_temporary(error) else None",
+        "None",
+        _tests("ecdit_runs/test_outages", _RESTARTS),
+        "a run that is stopped in an outage is never restarted",
     ),
     Mutant(
         "ecdit/files.py",
