@@ -144,6 +144,21 @@ def _is_temporary(error: BaseException) -> bool:
     return bool(re.search(r"\b(UNAVAILABLE|DEADLINE_EXCEEDED)\b", str(error)))  # tensorstore has no error types
 
 
+def expected_error(error: Exception) -> UserError | OSError | None:
+    """Returns the error that a command reports in one line, or None if it is a bug and needs its traceback.
+
+    The libraries that reach a bucket have exceptions of their own for an outage: those become an OutageError. All that
+    a command does goes through it (`command_line.run_command`).
+    """
+    if isinstance(error, UserError | OSError):
+        return error
+    if not is_temporary(error) or _package(error) == "jax":  # JAX says UNAVAILABLE of its own services
+        return None
+    outage = OutageError(f"a bucket or the network cannot be reached: {_said(error)}")
+    outage.__cause__ = error
+    return outage
+
+
 def make_directory(path: Path) -> None:
     """Makes a directory and its parents if they are missing. Does nothing in a bucket."""
     if not is_remote(path):

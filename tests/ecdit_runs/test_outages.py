@@ -52,7 +52,7 @@ def train(env, *arguments):
 
 
 def test_a_run_that_is_stopped_in_an_outage_restarts_and_goes_on_when_it_is_over():
-    """Its last save fails."""
+    """Neither its last save nor the next start reaches the bucket."""
     pytest.importorskip("gcsfs", reason="needs the extra gcs")
     away = []
 
@@ -67,6 +67,10 @@ def test_a_run_that_is_stopped_in_an_outage_restarts_and_goes_on_when_it_is_over
         code, said = train(env, "stop")
         assert "saving to gs://bucket/run/checkpoints/7 failed: try later, 503" in said
         assert code == OUTAGE, said
+        store.hook = lambda method, name: 503 if (method, name) == ("GET", "") else False  # lists nothing
+        code, said = train(env)
+        assert said.splitlines()[-1] == "error: a bucket or the network cannot be reached: try later, 503"
+        assert code == OUTAGE
         store.hook = lambda *_: False
         code, said = train(env)
         assert code == 0, said

@@ -42,6 +42,13 @@ MUTANTS = (
         "a run that is stopped in an outage is never restarted",
     ),
     Mutant(
+        "ecdit/storage.py",
+        '    if not is_temporary(error) or _package(error) == "jax":',
+        "    if not isinstance(error, UserError):",
+        _tests("ecdit_runs/test_outages", _RESTARTS),
+        "a bucket that is away while a run starts ends it with a traceback and code 1",
+    ),
+    Mutant(
         "ecdit/files.py",
         '    scratch = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.tmp")',
         '    scratch = path.with_name(f".{path.name}.tmp")',
