@@ -148,7 +148,7 @@ def expected_error(error: Exception) -> UserError | OSError | None:
     """Returns the error that a command reports in one line, or None if it is a bug and needs its traceback.
 
     The libraries that reach a bucket have exceptions of their own for an outage: those become an OutageError. All that
-    a command does goes through it (`command_line.run_command`).
+    a command does goes through it (`command_line.run_command`), and what processes do together (`multihost.together`).
     """
     if isinstance(error, UserError | OSError):
         return error

@@ -70,7 +70,7 @@ class AsyncSaver:
         self._wait()
         problem = self._directory_problem()
         if problem is not None:
-            self._failed(step, OSError(problem))
+            self._failed(step, problem)
             return
         try:
             if self.manager is None:
@@ -139,23 +139,23 @@ class AsyncSaver:
             self.failed_in_row = 0
             self.saved(step)
 
-    def _directory_problem(self) -> str | None:
+    def _directory_problem(self) -> Exception | None:
         """Returns why nothing can be saved now, or None; makes the directory if it has vanished. Collective.
 
         A bucket has no directories, and reports its own errors when it is written to.
         """
         if is_remote(self.directory):
             return None
-        if anywhere(None if self.directory.is_dir() else "has vanished"):
+        if anywhere(None if self.directory.is_dir() else OSError("has vanished")):
             self._drop_manager()  # it lists checkpoints that no longer exist
         problem = None
         if jax.process_index() == 0:
             try:
                 self.directory.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                problem = str(error)
+                problem = error
             else:
-                problem = None if os.access(self.directory, os.W_OK) else "Permission denied"
+                problem = None if os.access(self.directory, os.W_OK) else OSError("Permission denied")
         return anywhere(problem)
 
     def _failed(self, step: int, error: Exception) -> None:

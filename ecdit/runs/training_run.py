@@ -22,7 +22,7 @@ from ecdit.errors import UserError
 from ecdit.exit_codes import INTERRUPTED, PREEMPTED
 from ecdit.experiment import Experiment, ResolvedPhase, check_mesh, check_tokenizers, check_trainable
 from ecdit.interop.weights import flat_names
-from ecdit.multihost import host_differences, on_first
+from ecdit.multihost import host_differences, on_first, together
 from ecdit.partitioning import make_mesh
 from ecdit.reporting.profiling import Profile
 from ecdit.reporting.reporter import Reporter, first_line, forecast, images_due
@@ -124,7 +124,7 @@ def run_workload(
     with contextlib.ExitStack() as stack:
         check_lock = stack.enter_context(locked(workdir, say))
         activity.enter("restore", "restoring or drawing the state")
-        for left in half_written(workdir):
+        for left in together(lambda: half_written(workdir)):
             say(f"a save was cut short: {left} is removed")
         saved = functools.partial(_note_save, workdir)
         saver = stack.enter_context(contextlib.closing(AsyncSaver(workdir, experiment.checkpoint, say, saved)))
@@ -133,14 +133,17 @@ def run_workload(
         state, check_restored = found or (_first_state(workload, experiment, workdir, accepted), lambda: None)
         state = dataclasses.replace(state, loaded=workload.load())
         start = int(state.step)
-        activity.ledger.open(workdir, start)
-        record_start(config, workdir, start, origin)
-        if jax.process_index() == 0:
-            keep_tokenizer(tokenizer, workdir)
-            drop_later(workdir, start)
-        writers = open_writers(experiment.train.wandb_project, config, workdir, start)
-        reporter = Reporter(workdir, start, experiment.train, list(flat_names(state.params)), writers)
-        stack.enter_context(contextlib.closing(reporter))
+
+        def open_records() -> Reporter:
+            activity.ledger.open(workdir, start)
+            record_start(config, workdir, start, origin)
+            if jax.process_index() == 0:
+                keep_tokenizer(tokenizer, workdir)
+                drop_later(workdir, start)
+            writers = open_writers(experiment.train.wandb_project, config, workdir, start)
+            return Reporter(workdir, start, experiment.train, list(flat_names(state.params)), writers)
+
+        reporter = stack.enter_context(contextlib.closing(together(open_records)))
         stops = stack.enter_context(contextlib.closing(StopRequests()))
         times = HostTimes(experiment.train, lambda: activity.ledger.record.seconds, say)
         run = _Run(

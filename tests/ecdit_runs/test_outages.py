@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from ecdit.exit_codes import OUTAGE
-from launch.local import cpu_environment
+from launch.local import _free_port, cpu_environment, process_environment
 from tests.gcs_server import serving
 from tests.runs import ROOT
 
@@ -77,3 +77,89 @@ def test_a_run_that_is_stopped_in_an_outage_restarts_and_goes_on_when_it_is_over
         assert "resumed from step 4 of gs://bucket/run/checkpoints" in said
         parts = [data for name, (data, *_) in sorted(store.objects.items()) if name.startswith("run/metrics/")]
         assert [json.loads(line)["step"] for line in b"".join(parts).splitlines()] == list(range(1, 10))
+
+
+# Two processes meet errors that the network or a disk gives one of them; in the end, one cannot read a checkpoint.
+ONE_IS_CUT_OFF = """
+import sys
+from pathlib import Path
+import jax
+from orbax.checkpoint._src.futures import future
+from ecdit import runtime
+from ecdit.checkpoints import arrays
+from ecdit.command_line import run_command
+from ecdit.errors import UserError
+from ecdit.multihost import on_first
+from ecdit.runs import lock
+from ecdit.storage import is_temporary
+from tests.checkpoints import toy
+
+class HttpError(Exception):
+    __module__, code = "gcsfs.retry", 503
+
+def fail(error):
+    raise error
+
+def fail_because(cause):
+    raise UserError("a bucket") from cause
+
+def check(name, do):
+    try:
+        do()
+    except Exception as error:
+        print(name, is_temporary(error), flush=True)
+
+def hold(workdir):
+    with lock.locked(workdir, print):
+        pass
+
+def train(workdir):
+    return toy.Toy(workdir).train(num_steps=4, every=10, mesh__data=2, checkpoint__verify="never")
+
+def main(argv):
+    runtime.configure(runtime.RuntimeConfig((), (), False, "", distributed=False, heartbeat_seconds=100))
+    workdir, second = Path(argv[1]), jax.process_index() == 1
+    for error in (HttpError("try later"), ConnectionError("no route"), PermissionError("no")):
+        check("ON_FIRST", lambda: on_first(lambda: fail(error)))
+    real, lock._file_lock = lock._file_lock, lambda *_: fail_because(ConnectionError("no route"))
+    check("LOCK", lambda: hold(workdir))
+    lock._file_lock = real
+    result = future.ChainedFuture.result
+    if second:
+        future.ChainedFuture.result = lambda *_, **__: fail(HttpError("try later"))
+    check("SAVE", lambda: train(workdir))
+    future.ChainedFuture.result = result
+    if second:
+        away = ValueError("UNAVAILABLE: Error reading gs://bucket/run/checkpoints/2: Connection timed out")
+        arrays.ocp.PyTreeCheckpointHandler.restore = lambda *_, **__: fail(away)
+    sys.exit(train(workdir))
+
+run_command(main, words=True)
+"""
+
+
+def test_an_outage_of_one_of_two_processes_restarts_both(toy, monkeypatch):
+    toy.train(num_steps=2, every=2)
+    for name in ("XLA_FLAGS", "JAX_NUMPY_RANK_PROMOTION"):
+        monkeypatch.delenv(name, raising=False)
+    command, coordinator = [sys.executable, "-c", ONE_IS_CUT_OFF, str(toy.workdir)], f"127.0.0.1:{_free_port()}"
+    started = [
+        subprocess.Popen(
+            command,
+            env=process_environment(coordinator, 2, process, 1),
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for process in range(2)
+    ]
+    try:
+        printed = [process.communicate(timeout=300)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    for said in printed:
+        found = [line for line in said.splitlines() if line.startswith(("ON_FIRST", "LOCK", "SAVE"))]
+        assert found == ["ON_FIRST True", "ON_FIRST True", "ON_FIRST False", "LOCK True", "SAVE True"], said
+    assert [process.returncode for process in started] == [OUTAGE, OUTAGE], printed
