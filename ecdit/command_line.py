@@ -97,11 +97,16 @@ def run_command(main: Callable[[list[str]], None], known_only: bool = False, wor
         sys.stdout.flush()
         print("interrupted", file=sys.stderr, flush=True)
         os._exit(INTERRUPTED)
-    except (UserError, OSError) as error:  # OSError: a path that is missing, forbidden or on a full disk
+    except Exception as error:
+        from ecdit.storage import expected_error, is_temporary  # imported here, so that other commands start faster
+
+        problem = expected_error(error)  # an OSError is a path that is missing, forbidden or on a full disk
+        if problem is None:
+            raise
         sys.stdout.flush()
-        print(f"error: {_printable(str(error))}", file=sys.stderr, flush=True)
+        print(f"error: {_printable(str(problem))}", file=sys.stderr, flush=True)
         # Exit immediately, because threads of a failed save would print or fail while Python shuts down.
-        os._exit(_exit_code(error))
+        os._exit(OUTAGE if is_temporary(problem) else 2)
 
 
 def _printable(message: str) -> str:
@@ -120,12 +125,6 @@ def _plain(message: str) -> str:
     except ValueError:
         exact = ""
     return f"{key} = {text}: must be a whole number, written in digits{exact}"
-
-
-def _exit_code(error: UserError | OSError) -> int:
-    from ecdit.storage import is_temporary  # imported here, so that other commands start faster
-
-    return OUTAGE if is_temporary(error) else 2
 
 
 def _parse_flags(argv: list[str], values: flags.FlagValues = flags.FLAGS, known_only: bool = False) -> list[str]:

@@ -1,10 +1,14 @@
-"""Defines the base class of errors that a user can fix, and finds the causes of an error."""
+"""Defines the base class of errors that a user can fix and the class of outages, and finds the causes of an error."""
 
 from collections.abc import Iterator
 
 
 class UserError(Exception):
     """An error that the user can fix. Commands print its message without a traceback."""
+
+
+class OutageError(UserError):
+    """A bucket or the network could not be reached, by this process or by another one. A restart may succeed."""
 
 
 def chain(error: BaseException | None) -> Iterator[BaseException]:

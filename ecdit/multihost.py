@@ -3,38 +3,56 @@
 import json
 import socket
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
 
-from ecdit.errors import UserError
+from ecdit.errors import OutageError, UserError
+from ecdit.storage import expected_error, is_temporary
+
+T = TypeVar("T")
 
 
-def anywhere(problem: str | None) -> str | None:
-    """Returns `problem`, or a text that names another process with one, or None if no process has one. Collective."""
+def anywhere(error: Exception | None) -> Exception | None:
+    """Returns `error`; or one that names another process with an error; or None if no process has one. Collective.
+
+    What names another process is an OutageError if all errors come from outages. So the exit codes of all processes
+    are ones that restart, or one of them is not.
+    """
     if jax.process_count() == 1:
-        return problem
+        return error
     from jax.experimental import multihost_utils
 
-    found = multihost_utils.process_allgather(np.int32(problem is not None)).reshape(-1)
-    return problem or (f"process {int(np.argmax(found))} cannot" if found.any() else None)
+    kind = 0 if error is None else 1 if is_temporary(error) else 2
+    found = multihost_utils.process_allgather(np.int32(kind)).reshape(-1)
+    if error is not None or not found.any():
+        return error
+    text = f"process {int(np.argmax(found))} cannot"
+    return OutageError(text) if found.max() == 1 else UserError(text)
+
+
+def together(do: Callable[[], T]) -> T:
+    """Returns what `do` returns, which every process does. Where it fails on one, it fails on all: collective.
+
+    Raises:
+      UserError: it failed here or on another process; here it may be an OSError too.
+    """
+    result, problem = None, None
+    try:
+        result = do()
+    except Exception as error:
+        problem = expected_error(error)
+        if problem is None:
+            raise
+    if problem := anywhere(problem):
+        raise problem
+    return cast(T, result)
 
 
 def on_first(do: Callable[[], object]) -> None:
-    """Does something on the first process. Where it fails there, it fails on all: collective.
-
-    Raises:
-      UserError: it failed; on the first process the error itself.
-    """
-    problem, cause = None, None
-    if jax.process_index() == 0:
-        try:
-            do()
-        except (UserError, OSError) as error:
-            problem, cause = str(error), error
-    if problem := anywhere(problem):
-        raise cause or UserError(problem)
+    """Does something on the first process. Where it fails there, it fails on all: collective. Raises as `together`."""
+    together(lambda: do() if jax.process_index() == 0 else None)
 
 
 def from_first(values: np.ndarray) -> np.ndarray:

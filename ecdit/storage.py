@@ -18,7 +18,7 @@ from typing import Any
 
 from etils import epath
 
-from ecdit.errors import UserError, chain
+from ecdit.errors import OutageError, UserError, chain
 from ecdit.files import is_remote
 
 # Otherwise epath would use TensorFlow's file system if TensorFlow is installed. Its import takes seconds, and it cannot
@@ -137,12 +137,29 @@ def is_temporary(error: BaseException) -> bool:
 
 
 def _is_temporary(error: BaseException) -> bool:
+    if isinstance(error, OutageError):
+        return True
     code = getattr(error, "code", None)  # an HTTP status or an enumeration, in errors of gcsfs and google
     if _package(error) in _CLIENTS and str(code) not in ("401", "403", "404"):
         return True
     if isinstance(error, ConnectionError | TimeoutError) and not isinstance(error, BrokenPipeError):
         return True
     return bool(re.search(r"\b(UNAVAILABLE|DEADLINE_EXCEEDED)\b", str(error)))  # tensorstore has no error types
+
+
+def expected_error(error: Exception) -> UserError | OSError | None:
+    """Returns the error that a command reports in one line, or None if it is a bug and needs its traceback.
+
+    The libraries that reach a bucket have exceptions of their own for an outage: those become an OutageError. All that
+    a command does goes through it (`command_line.run_command`), and what processes do together (`multihost.together`).
+    """
+    if isinstance(error, UserError | OSError):
+        return error
+    if not is_temporary(error) or _package(error) == "jax":  # JAX says UNAVAILABLE of its own services
+        return None
+    outage = OutageError(f"a bucket or the network cannot be reached: {_said(error)}")
+    outage.__cause__ = error
+    return outage
 
 
 def make_directory(path: Path) -> None:

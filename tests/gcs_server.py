@@ -32,7 +32,8 @@ class Store:
         self.objects, self.uploads, self.lock = {}, {}, threading.RLock()
         self.numbers = itertools.count(10**15)
         self.requests = Counter()  # (method, object's name); PUT is any way to write one
-        self.hook = lambda method, name: False  # called before a request is answered, with 403 if it returns True
+        # Called before a request is answered: with 403 if it returns True, or with the status that it returns.
+        self.hook = lambda method, name: False
 
     def put(self, name, data):
         """Writes an object."""
@@ -207,9 +208,11 @@ class Handler(BaseHTTPRequestHandler):
     def refused(self, method, name):
         """Counts a request; whether the test has it fail, which is answered then."""
         self.store.requests[method, name] += 1
-        if not self.store.hook(method, name):
+        status = self.store.hook(method, name)
+        if not status:
             return False
-        self.answer(403, {"error": {"code": 403, "message": "refused"}})
+        status = 403 if status is True else status
+        self.answer(status, {"error": {"code": status, "message": "refused" if status == 403 else "try later"}})
         return True
 
     def body(self):

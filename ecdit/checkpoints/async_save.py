@@ -18,9 +18,10 @@ from ecdit.checkpoints.read_errors import CheckpointError, first_line
 from ecdit.checkpoints.restore import Meta, checkpoint_directory, open_manager, state_arrays, state_parts
 from ecdit.checkpoints.save_barrier import SaveBarrier
 from ecdit.config import to_dict
-from ecdit.errors import UserError
+from ecdit.errors import OutageError, UserError
 from ecdit.files import is_remote, sync, sync_tree
 from ecdit.multihost import anywhere
+from ecdit.storage import is_temporary
 from ecdit.training.state import TrainState
 
 
@@ -55,7 +56,8 @@ class AsyncSaver:
         self.managers = 0
         self.manager: ocp.CheckpointManager | None = self._open()  # None between a failed save and the next one
         self.running: int | None = None  # step whose save has not ended yet
-        self.failed_in_row, self.failed_step, self.failure = 0, -1, ""
+        self.failed_in_row, self.failed_step = 0, -1
+        self.failure: CheckpointError | None = None  # of the last failed save
 
     def save(self, state: TrainState, step: int, meta: Meta) -> None:
         """Starts saving `state`, and returns when its arrays are copied off the devices. Fills in `meta.arrays`.
@@ -82,7 +84,7 @@ class AsyncSaver:
         except Exception as error:
             if jax.process_count() > 1:
                 raise CheckpointError(f"saving to {self.directory}/{step} failed: {first_line(error)}") from error
-            self._failed(step, first_line(error))
+            self._failed(step, error)
             return
         self.running = step
 
@@ -102,8 +104,8 @@ class AsyncSaver:
           CheckpointError: too many saves have failed, or the save of `step` has.
         """
         self._wait()
-        if self.failed_step == step:
-            raise CheckpointError(self.failure)
+        if self.failed_step == step and self.failure is not None:
+            raise self.failure
 
     def close(self) -> None:
         """Waits for the running save and closes the manager. Raises as `finish`."""
@@ -137,36 +139,41 @@ class AsyncSaver:
             if not is_remote(self.directory):
                 sync(self.directory)  # the checkpoint's name
         except Exception as error:
-            self._failed(step, first_line(error))
+            self._failed(step, error)
         else:
             self.failed_in_row = 0
             self.saved(step)
 
-    def _directory_problem(self) -> str | None:
+    def _directory_problem(self) -> Exception | None:
         """Returns why nothing can be saved now, or None; makes the directory if it has vanished. Collective.
 
         A bucket has no directories, and reports its own errors when it is written to.
         """
         if is_remote(self.directory):
             return None
-        if anywhere(None if self.directory.is_dir() else "has vanished"):
+        if anywhere(None if self.directory.is_dir() else OSError("has vanished")):
             self._drop_manager()  # it lists checkpoints that no longer exist
         problem = None
         if jax.process_index() == 0:
             try:
                 self.directory.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                problem = str(error)
+                problem = error
             else:
-                problem = None if os.access(self.directory, os.W_OK) else "Permission denied"
+                problem = None if os.access(self.directory, os.W_OK) else OSError("Permission denied")
         return anywhere(problem)
 
-    def _failed(self, step: int, reason: str) -> None:
+    def _failed(self, step: int, error: Exception) -> None:
         self.failed_in_row, self.failed_step = self.failed_in_row + 1, step
-        self.failure = f"saving to {self.directory}/{step} failed: {reason}. Earlier checkpoints are untouched."
+        reason = first_line(error)
+        self.failure = CheckpointError(
+            f"saving to {self.directory}/{step} failed: {reason}. Earlier checkpoints are untouched."
+        )
+        # It keeps whether the error is an outage and not the error itself, whose traceback holds the state's arrays.
+        self.failure.__cause__ = OutageError(reason) if is_temporary(error) else None
         if self.failed_in_row > self.config.max_failed_saves:
             time.sleep(2)  # Orbax stops at the first array, while writes of the others still fail and print
-            raise CheckpointError(self.failure)
+            raise self.failure
         self._drop_manager()
         self.say(
             f"{self.failure} Training goes on: failed save {self.failed_in_row}, {self.config.max_failed_saves} may"
@@ -179,10 +186,10 @@ class AsyncSaver:
             self.manager = None
 
 
-def _problem(do: Callable[[], None]) -> str | None:
+def _problem(do: Callable[[], None]) -> Exception | None:
     """Returns why something cannot be done, or None once it is."""
     try:
         do()
     except (UserError, OSError) as error:
-        return str(error)
+        return error
     return None

@@ -19,7 +19,7 @@ from ecdit.checkpoints.restore import (
     step_directory,
 )
 from ecdit.files import is_remote
-from ecdit.multihost import anywhere, wait_for_all
+from ecdit.multihost import anywhere, on_first, wait_for_all
 from ecdit.storage import COMMITTED, children, move_checkpoint
 from ecdit.training.state import TrainState
 
@@ -112,20 +112,20 @@ def _attempt(action: Callable[[], T], step: int, damaged: dict[int, str]) -> T |
     Raises:
       UnreadableError: a process could not read it, for a reason that is no damage.
     """
-    result, problem, fault, cause = None, None, None, None
+    result, damage, fault = None, None, None
     try:
         result = action()
     except DamagedError as error:
-        problem = str(error)
+        damage = error
     except UnreadableError as error:
-        fault, cause = str(error), error
-    if fault := anywhere(fault):
-        text = fault if "/" in fault else f"the checkpoint of step {step} cannot be read: {fault}"
-        raise UnreadableError(text) from cause  # the cause shows whether it is an outage
-    problem = anywhere(problem)
-    if problem is None:
+        fault = error
+    if found := anywhere(fault):
+        text = str(found) if fault else f"the checkpoint of step {step} cannot be read: {found} read it"
+        raise UnreadableError(text) from found  # the cause shows whether it is an outage
+    found = anywhere(damage)
+    if found is None:
         return result
-    damaged[step] = problem if "/" in problem else f"step {step} is damaged: {problem} read it"
+    damaged[step] = str(found) if damage else f"step {step} is damaged: {found} read it"
     return None
 
 
@@ -161,8 +161,7 @@ def _set_aside(manager: ocp.CheckpointManager, step: int) -> Path:
         count += 1
         place = place.with_name(f"{step}-{count}")
     wait_for_all("a free place for a damaged checkpoint")
-    if jax.process_index() == 0:
-        move_checkpoint(directory, place)
+    on_first(lambda: move_checkpoint(directory, place))
     wait_for_all("damaged checkpoint set aside")
     manager.reload()
     return place

@@ -1,7 +1,14 @@
 """A save that fails on one process fails on all, at once."""
 
+import sys
+
 import jax
 import orbax.checkpoint as ocp
+
+from ecdit.errors import OutageError
+from ecdit.storage import is_temporary
+
+OUTAGE = "outage"  # what a process tells the others of its failure
 
 
 class SaveBarrier:
@@ -23,14 +30,16 @@ class SaveBarrier:
         """Waits until all processes have reached `key`.
 
         Raises:
-          OSError: another process could not write its part of the checkpoint.
+          OutageError: another process could not write its part of the checkpoint in an outage.
+          OSError: it could not for another reason.
         """
         if any(stage in key for stage in self.STAGES):
             self._meet(timeout_ms)
             failed = self.client.key_value_dir_get(f"{self.name}/failed/{self.saves}/")
             if failed:
                 self.told = True
-                raise OSError(f"process {failed[0][1]} could not write its part")
+                process, kind = failed[0][1].split()
+                raise (OutageError if kind == OUTAGE else OSError)(f"process {process} could not write its part")
             return
         if "set_value_start" in key:
             self._begin_or_end(timeout_ms)
@@ -42,7 +51,9 @@ class SaveBarrier:
             self.saves, self.met, self.told = self.saves + 1, 0, False
         elif self.met < len(self.STAGES) and not self.told:
             process = jax.process_index()
-            self.client.key_value_set(f"{self.name}/failed/{self.saves}/{process}", str(process))
+            error = sys.exception()  # Orbax ends a save in a `finally`
+            kind = OUTAGE if error is not None and is_temporary(error) else "other"
+            self.client.key_value_set(f"{self.name}/failed/{self.saves}/{process}", f"{process} {kind}")
             self._meet(timeout_ms)
 
     def _meet(self, timeout_ms: int) -> None:

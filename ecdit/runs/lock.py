@@ -78,7 +78,7 @@ def locked(workdir: Path, say: Callable[[str], None]) -> Iterator[Lock]:
       LockedError: another trainer has it, on all processes.
     """
     with contextlib.ExitStack() as stack:
-        problem, lock, cause = None, Lock(), None
+        problem, lock = None, Lock()
         if jax.process_index() == 0:
             try:
                 if is_remote(workdir):
@@ -87,11 +87,11 @@ def locked(workdir: Path, say: Callable[[str], None]) -> Iterator[Lock]:
                 else:
                     stack.enter_context(_file_lock(workdir, say))
             except UserError as error:
-                problem, cause = str(error), error
-        if problem := anywhere(problem):
-            text = f"{problem} lock {workdir}" if problem.endswith("cannot") else problem
-            kind = LockedError if cause is None or isinstance(cause, LockedError) else UserError
-            raise kind(text) from cause
+                problem = error
+        if found := anywhere(problem):
+            text = str(found) if problem else f"{found} lock {workdir}"
+            kind = LockedError if problem is None or isinstance(problem, LockedError) else UserError
+            raise kind(text) from found  # the cause shows whether it is an outage
         yield lock
 
 

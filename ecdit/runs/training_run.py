@@ -22,7 +22,7 @@ from ecdit.errors import UserError
 from ecdit.exit_codes import INTERRUPTED, PREEMPTED
 from ecdit.experiment import Experiment, ResolvedPhase, check_mesh, check_tokenizers, check_trainable
 from ecdit.interop.weights import flat_names
-from ecdit.multihost import anywhere, host_differences, on_first
+from ecdit.multihost import anywhere, host_differences, on_first, together
 from ecdit.partitioning import make_mesh
 from ecdit.reporting.profiling import Profile
 from ecdit.reporting.reporter import Reporter, first_line, forecast, images_due
@@ -124,7 +124,7 @@ def run_workload(
     with contextlib.ExitStack() as stack:
         lock = stack.enter_context(locked(workdir, say))
         activity.enter("restore", "restoring or drawing the state")
-        for left in half_written(workdir):
+        for left in together(lambda: half_written(workdir)):
             say(f"a save was cut short: {left} is removed")
         saved = functools.partial(_note_save, workdir, lock)
         saver = AsyncSaver(workdir, experiment.checkpoint, say, saved, lock.check_write)
@@ -134,16 +134,19 @@ def run_workload(
         state, check_restored = found or (_first_state(workload, experiment, workdir, accepted), lambda: None)
         state = dataclasses.replace(state, loaded=workload.load())
         start = int(state.step)
-        lock.check_write()  # restoring may have taken longer than a lease
-        activity.ledger.open(workdir, start)
-        record_start(config, workdir, start, origin)
-        if jax.process_index() == 0:
-            keep_tokenizer(tokenizer, workdir)
-            drop_later(workdir, start)
-        writers = open_writers(experiment.train.wandb_project, config, workdir, start)
-        names = list(flat_names(state.params))
-        reporter = Reporter(workdir, start, experiment.train, names, writers, lock.check_write)
-        stack.enter_context(contextlib.closing(reporter))
+
+        def open_records() -> Reporter:
+            lock.check_write()  # restoring may have taken longer than a lease
+            activity.ledger.open(workdir, start)
+            record_start(config, workdir, start, origin)
+            if jax.process_index() == 0:
+                keep_tokenizer(tokenizer, workdir)
+                drop_later(workdir, start)
+            writers = open_writers(experiment.train.wandb_project, config, workdir, start)
+            names = list(flat_names(state.params))
+            return Reporter(workdir, start, experiment.train, names, writers, lock.check_write)
+
+        reporter = stack.enter_context(contextlib.closing(together(open_records)))
         stops = stack.enter_context(contextlib.closing(StopRequests()))
         times = HostTimes(experiment.train, lambda: activity.ledger.record.seconds, say)
         run = _Run(workload, experiment, full, workdir, saver, reporter, activity, stops, check_restored, lock, times)
@@ -161,7 +164,8 @@ def run_workload(
             images = workload.images(phase, workdir)
             state, stopped = run.steps_of(phase, fingerprint, images, evaluator, state)
             if stopped and int(state.step) < experiment.train.num_steps:
-                interrupted = anywhere("interrupted" if stops.interrupted else None)  # all get one exit code
+                # All get one exit code.
+                interrupted = anywhere(UserError("interrupted") if stops.interrupted else None) is not None
                 by = "Ctrl-C" if interrupted else "a signal"
                 say(f"stopped by {by}; saved step {int(state.step)}, the same command goes on from it")
                 return INTERRUPTED if interrupted else PREEMPTED

@@ -5,6 +5,8 @@ from tests.mutants.mutant import Mutant
 _READ, _COMPATIBLE = "ecdit/checkpoints/read_errors.py", "ecdit/checkpoints/compatibility.py"
 _LOCK, _LOST, _LEDGER = (f"ecdit/runs/{name}.py" for name in ("lock", "lost_checkpoints", "ledger"))
 _TOKENIZER, _WEIGHTS = "ecdit/runs/kept_tokenizer.py", "ecdit/interop/weights.py"
+_RESTARTS = "test_a_run_that_is_stopped_in_an_outage_restarts_and_goes_on_when_it_is_over"
+_BOTH = "test_an_outage_of_one_of_two_processes_restarts_both"
 _REPLAY, _RUN, _LOOP = "ecdit/runs/replay.py", "ecdit/runs/training_run.py", "ecdit/training/loop.py"
 
 
@@ -29,9 +31,48 @@ MUTANTS = (
     ),
     Mutant(
         "ecdit/checkpoints/resume.py",
-        "    if fault := anywhere(fault):",
-        "    if (fault := anywhere(fault)) and damaged:",
+        "    if found := anywhere(fault):",
+        "    if (found := anywhere(fault)) and damaged:",
         _tests("checkpoints/test_read_errors", "test_a_disk_that_cannot_be_read_moves_no_checkpoint"),
+    ),
+    Mutant(
+        "ecdit/checkpoints/async_save.py",
+        "OutageError(reason) if is_temporary(error) else None",
+        "None",
+        _tests("ecdit_runs/test_outages", _RESTARTS),
+        "a run that is stopped in an outage is never restarted",
+    ),
+    Mutant(
+        "ecdit/storage.py",
+        '    if not is_temporary(error) or _package(error) == "jax":',
+        "    if not isinstance(error, UserError):",
+        _tests("ecdit_runs/test_outages", _RESTARTS),
+        "a bucket that is away while a run starts ends it with a traceback and code 1",
+    ),
+    Mutant(
+        "ecdit/multihost.py",
+        "1 if is_temporary(error) else 2",
+        "2",
+        _tests("ecdit_runs/test_outages", _BOTH),
+        "an outage of one host ends the others with a code that does not restart",
+    ),
+    Mutant(
+        "ecdit/checkpoints/resume.py",
+        "        raise UnreadableError(text) from found",
+        "        raise UnreadableError(text) from fault",
+        _tests("ecdit_runs/test_outages", _BOTH),
+    ),
+    Mutant(
+        "ecdit/checkpoints/save_barrier.py",
+        "OUTAGE if error is not None and is_temporary(error) else",
+        "OUTAGE if error is None else",
+        _tests("ecdit_runs/test_outages", _BOTH),
+    ),
+    Mutant(
+        _LOCK,
+        "            raise kind(text) from found",
+        "            raise kind(text) from problem",
+        _tests("ecdit_runs/test_outages", _BOTH),
     ),
     Mutant(
         "ecdit/files.py",
