@@ -67,8 +67,7 @@ def make_schedule(config: OptimizerConfig) -> optax.Schedule:
         warm = config.learning_rate * optax.schedules.linear_schedule(0.0, 1.0, max(config.warmup_steps, 1))(count + 1)
         if config.schedule == "constant":
             return warm
-        # The barrier keeps the rate out of the products around it, so that steps before a decay are bitwise the same
-        # whenever it begins.
+        # The barrier keeps the rate out of the products around it, so that programs for different decays differ little.
         return jax.lax.optimization_barrier(warm * _decay(config)(count))
 
     return rate

@@ -141,9 +141,9 @@ def batch(number):
 
 
 STABLE, DECAY = 2, 3
-DECAYS = {"decay_begin": STABLE, "decay_steps": DECAY}
+DECAYS = {"decay_begin": STABLE}  # alone, so that both phases are one program but for a number
 SHORT = {"optimizer__warmup_steps": 1, "optimizer__learning_rate": 1e-2}
-SHORT |= {"optimizer__schedule": "warmup_stable_decay", "optimizer__decay_begin": 1000, "optimizer__decay_steps": 1}
+SHORT |= {"optimizer__schedule": "warmup_stable_decay", "optimizer__decay_begin": 1000, "optimizer__decay_steps": DECAY}
 
 
 @functools.cache
@@ -156,7 +156,7 @@ def compiled(experiment):
     step = make_train_step(experiment.step_config, system, mesh)
     with jax.set_mesh(mesh):
         state = jax.device_get(jax.jit(init, compiler_options=UNOPTIMISED)())
-        return mesh, state, step.lower(state, batch(0)).compile(compiler_options=UNOPTIMISED)
+        return mesh, state, step.lower(state, batch(0)).compile()  # as runs compile it: bits are compared
 
 
 def steps(experiment, state, numbers):
