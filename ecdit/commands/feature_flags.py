@@ -106,7 +106,7 @@ def feature_sets(values: flags.FlagValues) -> tuple[tuple[FeatureSet, FeatureSet
     if values.extractor is not None and extractor is not None:
         raise UserError(f"--extractor={values.extractor}: images have that of their network; leave it out")
     generated, real = (
-        FeatureSet(name, str(values[name].value), found, extractor, values.batch_size) for name, found in files.items()
+        FeatureSet(name, getattr(values, name), found, extractor, values.batch_size) for name, found in files.items()
     )
     said = {"extractor": values.extractor if extractor is None else extractor.name}
     if extractor is not None and "preprocessing" in values:
@@ -120,7 +120,7 @@ def _holds_images(text: str) -> bool:
 
 
 def _images(flag: str, values: flags.FlagValues) -> list[Path]:
-    folder = str(values[flag].value)
+    folder = getattr(values, flag)
     files = image_files(Path(folder), f"--{flag}")
     if not values.mixed_sizes:
         check_sizes(files, f"--{flag}={folder}")
@@ -129,7 +129,7 @@ def _images(flag: str, values: flags.FlagValues) -> list[Path]:
 
 def _extractor(values: flags.FlagValues) -> "Extractor":
     network, needed = ("inception", INCEPTION) if "inception" in values else ("clip", CLIP)
-    folder = values[network].value
+    folder = getattr(values, network)
     if folder is None:
         raise UserError(f"--{network} is missing: images need {needed}")
     from ecdit.evaluation.image_features import clip_extractor, inception_extractor

@@ -27,7 +27,7 @@ class Extractor(NamedTuple):
     name: str  # what decides the features, for results: the network, the preparation and the weights' sha256
     prepare: Callable[[np.ndarray], np.ndarray]  # uint8[h, w, 3] -> an array, of the same shape for each image
     # [B, ...] of prepared images -> [B, D], compiled for each B
-    features: Callable[[np.ndarray], Float[Array | np.ndarray, "B D"]]
+    features: Callable[[np.ndarray], Float[np.ndarray, "B D"]]
 
 
 def inception_extractor(folder: Path, variant: str) -> Extractor:
@@ -46,7 +46,7 @@ def inception_extractor(folder: Path, variant: str) -> Extractor:
         return nnx.merge(graphdef, nnx.State(params))(images)[0]
 
     name = f"Inception pool3, {variant}, {_weights(folder)}"
-    return Extractor(name, VARIANTS[variant], lambda images: features(params, images))
+    return Extractor(name, VARIANTS[variant], lambda images: np.asarray(features(params, images)))
 
 
 def clip_extractor(folder: Path) -> Extractor:
@@ -80,7 +80,7 @@ def image_features(files: Sequence[Path], extractor: Extractor, batch_size: int)
                 waiting.append([threads.submit(_prepared, path, extractor.prepare) for path in some or ()])
             prepared = np.stack([future.result() for future in waiting.pop(0)])
             filled = prepared[np.arange(batch_size) % len(prepared)]  # one size of batch is compiled
-            found = np.asarray(extractor.features(filled))[: len(batch)]
+            found = extractor.features(filled)[: len(batch)]
             wrong = np.flatnonzero(~np.isfinite(found).all(axis=1))
             if len(wrong):
                 raise UserError(f"{batch[wrong[0]]}: its features are not finite; {extractor.name}")

@@ -98,8 +98,8 @@ MUTANTS = (
     ),
     Mutant(
         _FEATURES,
-        "found = np.asarray(extractor.features(filled))[: len(batch)]",
-        "found = np.asarray(extractor.features(filled))",
+        "found = extractor.features(filled)[: len(batch)]",
+        "found = extractor.features(filled)",
         _features("test_features_come_in_the_files_order_whatever_the_batch"),
         "the images that fill up the last batch count twice",
     ),
