@@ -207,6 +207,7 @@ def test_public_towers_in_the_folder(torch, diffusers, tmp_path, record_property
 
 def test_public_towers_that_are_passed(torch, diffusers, tmp_path, record_property):
     t5, vae = write_t5(tmp_path / "t5"), write_vae(tmp_path / "vae")
+    (vae / "model.safetensors").rename(vae / "diffusion_pytorch_model.safetensors")  # as downloads are named
     changes = PUBLIC | {"text__weights": str(t5), "data__tokenizer": str(t5), "vae__weights": str(vae)}
     folder, latents, images = export(tmp_path, changes)
     assert not (folder / "vae").exists()
