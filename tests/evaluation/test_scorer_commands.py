@@ -243,7 +243,7 @@ def test_the_command_scores_without_jax(directory):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "evaluations: retrieval, loss, shapes, geneval, geneval-score, .*; got none"),
+        ([], "evaluations: retrieval, loss, shapes, geneval-score, .*; got none"),
         (["fid", "--features=a.npy"], "evaluations: .*; got fid"),
         (["dsg-score"], "--items must have a value"),
         (["dsg-score", "--items=missing.jsonl"], "missing.jsonl"),

@@ -389,8 +389,8 @@ MUTANTS = (
     ),
     Mutant(
         "ecdit/command_line.py",
-        "return OUTAGE if is_temporary(error) else 2",
-        "return 2",
+        "os._exit(OUTAGE if is_temporary(problem) else 2)",
+        "os._exit(2)",
         ("tests/commands/test_command_line.py::test_an_outage_ends_with_the_code_that_launchers_restart",),
     ),
     Mutant(
