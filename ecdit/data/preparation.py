@@ -67,12 +67,16 @@ def prepare_records(config: DataConfig, workers: int, say: Say, same_source: boo
     composition, module = _composition_path(config), module_sha256(config)
     if composition.exists():
         found = read_json(composition, Composition)
-        if found.module == module:
-            for component in found.components:
-                if not component.generated:
-                    read_records_manifest(config, component.task)
+        stored = [component.task for component in found.components if not component.generated]
+        if found.module != module:
+            told = f"{config.module or 'data.module'} has changed since {composition} was written"
+            say(f"{told}: its rates are read again")
+        elif all((task_directory(config, task) / MANIFEST).exists() for task in stored):
+            for task in stored:
+                read_records_manifest(config, task)
             return found
-        say(f"{config.module or 'data.module'} has changed since {composition} was written: its rates are read again")
+        else:  # a part was deleted, to be prepared again
+            same_source = True  # of the parts that are left: composition.json names this file
     components = tuple(_component(config, part, workers, say, same_source) for part in find_parts(config))
     made = Composition(FORMAT, components, module)
     composition.parent.mkdir(parents=True, exist_ok=True)

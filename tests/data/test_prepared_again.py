@@ -2,12 +2,14 @@
 
 import dataclasses
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
 
 from ecdit.data import DataError
 from ecdit.data.manifest import read_records_manifest, task_directory
+from ecdit.data.preparation import prepare_records
 from ecdit.data.prepared import open_prepared, prepare, stored_records
 from tests.data.example import make_config, module
 from tests.runs import tiny
@@ -100,3 +102,34 @@ def test_records_of_a_task_of_the_package_belong_to_no_file_of_the_user(tmp_path
     assert prepare(config, say=quiet).stored[0].manifest == read_records_manifest(alone, "emoji")
     rewrite(where, '("emoji", 0.5)', '("emoji", 0.25)', ["beside_emoji"], ["with_emoji"])
     assert [one.rate for one in prepare(config, say=quiet).composition.components] == ["1/4", "1/2"]
+
+
+def test_two_preparations_at_once_train_one_tokenizer(tmp_path, monkeypatch):
+    """The second begins while the first trains; it waits, and takes the first one's."""
+    from ecdit.data import tokens
+
+    config = make_config(tmp_path / "data", module=module(tmp_path, "twice", "20"), task="twice", vocab_size=300)
+    composition, real, made, trained = prepare_records(config, 1, quiet), tokens.train_vocabulary, [], []
+    second = threading.Thread(target=lambda: made.append(tokens.make_tokenizer(config, composition)))
+
+    def train(captions, size, path, words):
+        trained.append(path)
+        if len(trained) == 1:
+            second.start()
+            second.join(1)  # it cannot end before this one
+        real(captions, size, path, words)
+
+    monkeypatch.setattr(tokens, "train_vocabulary", train)
+    first = tokens.make_tokenizer(config, composition)
+    second.join()
+    assert (made, len(trained)) == ([first], 1)
+
+
+def test_a_deleted_part_of_a_mixture_is_prepared_again(tmp_path):
+    more = 'add_mixture("one_and_shapes", [("one", 0.5), ("shapes", 0.5)])'
+    config = make_config(
+        tmp_path / "data", module=module(tmp_path, "one", "20", more), task="one_and_shapes", vocab_size=512, **PLAIN
+    )
+    before = prepare(config, say=quiet)
+    shutil.rmtree(task_directory(config, "one"))
+    assert prepare(config, say=quiet).fingerprint == before.fingerprint
