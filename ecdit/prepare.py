@@ -3,6 +3,7 @@
     python -m ecdit.prepare --config=... --limit=1000      # a first look: what would be left out, and ten images
     python -m ecdit.prepare --config=... --verify          # reads all of it again and compares checksums
     python -m ecdit.prepare --config=... --vocabulary=F.model    # the records and the tokenizer, which is copied there
+    python -m ecdit.prepare --config=... --same_source     # keeps records although data.module was edited since
     python -m ecdit.prepare --config=... --what=latents    # what the config's public autoencoder makes of each image
     python -m ecdit.prepare --config=... --what=text       # what its public text encoder makes of each caption
 
@@ -45,6 +46,9 @@ WHAT = flags.DEFINE_enum(
 VOCABULARY = flags.DEFINE_string(
     "vocabulary", None, "Prepare only the records and the tokenizer, and copy the tokenizer to this .model file."
 )
+SAME_SOURCE = flags.DEFINE_bool(
+    "same_source", False, "Keep records that an earlier data.module prepared: its source of them has not changed."
+)
 
 
 def main(argv: list[str]) -> None:
@@ -60,7 +64,7 @@ def main(argv: list[str]) -> None:
     elif VOCABULARY.value:
         allowed = 'must be a .model file or "" for --vocabulary'
         require(not config.tokenizer_folders, "data.tokenizer", config.tokenizer, allowed)
-        trained = make_tokenizer(config, prepare_records(config, WORKERS.value, print))
+        trained = make_tokenizer(config, prepare_records(config, WORKERS.value, print, SAME_SOURCE.value))
         shutil.copyfile(trained, Path(VOCABULARY.value))
         print(f"trained {VOCABULARY.value}")
     else:
@@ -74,7 +78,7 @@ def fill_columns(experiment: Experiment, what: str) -> None:
         column = experiment.latents_column()
     elif what == "text":
         column = experiment.text_column()
-    prepare_captions(config, WORKERS.value, print)
+    prepare_captions(config, WORKERS.value, print, SAME_SOURCE.value)
     if column is not None:
         # Several processes cannot share an accelerator; one uses all of its chips.
         workers = WORKERS.value if jax.default_backend() == "cpu" else 1

@@ -40,7 +40,7 @@ from ecdit.data.manifest import (
 )
 from ecdit.data.parts import HASHES, SUMMARY, PartSummary, part_name, read_summary, write_part
 from ecdit.data.quarantine import merge
-from ecdit.data.registry import Part, Task, find_parts, find_task, module_sha256
+from ecdit.data.registry import Part, Task, find_parts, find_task, module_of, module_sha256
 from ecdit.data.shards import combined
 from ecdit.data.sources.protocol import Source
 from ecdit.files import replace_text
@@ -50,22 +50,34 @@ _COUNTED_RECORDS = 1 << 26  # records whose hashes fit in half a GB; beyond that
 Say = Callable[[str], None]
 
 
-def prepare_records(config: DataConfig, workers: int, say: Say) -> Composition:
+def prepare_records(config: DataConfig, workers: int, say: Say, same_source: bool = False) -> Composition:
     """Prepares the missing records of every part of `data.task`, and returns the parts with their rates.
 
+    Args:
+      config: the data's config.
+      workers: processes that prepare.
+      say: prints a line.
+      same_source: accepts records that were prepared with another file of the user, whose source is said to be the
+        same. composition.json then names the new file, so that later calls accept them too.
+
     Raises:
-      DataError: there is no usable image, a package is missing, or other data has the directory.
+      DataError: there is no usable image, a package is missing, other data has the directory, or another file of the
+        user prepared the records.
     """
     composition, module = _composition_path(config), module_sha256(config)
     if composition.exists():
         found = read_json(composition, Composition)
-        if found.module == module:
-            for component in found.components:
-                if not component.generated:
-                    read_records_manifest(config, component.task)
+        stored = [component.task for component in found.components if not component.generated]
+        if found.module != module:
+            told = f"{config.module or 'data.module'} has changed since {composition} was written"
+            say(f"{told}: its rates are read again")
+        elif all((task_directory(config, task) / MANIFEST).exists() for task in stored):
+            for task in stored:
+                read_records_manifest(config, task)
             return found
-        say(f"{config.module or 'data.module'} has changed since {composition} was written: its rates are read again")
-    components = tuple(_component(config, part, workers, say) for part in find_parts(config))
+        else:  # a part was deleted, to be prepared again
+            same_source = True  # of the parts that are left: composition.json names this file
+    components = tuple(_component(config, part, workers, say, same_source) for part in find_parts(config))
     made = Composition(FORMAT, components, module)
     composition.parent.mkdir(parents=True, exist_ok=True)
     replace_text(composition, to_json(made))
@@ -81,10 +93,17 @@ def _composition_path(config: DataConfig) -> Path:
     return task_directory(config) / COMPOSITION
 
 
-def _component(config: DataConfig, part: Part, workers: int, say: Say) -> Component:
+def _component(config: DataConfig, part: Part, workers: int, say: Say, same_source: bool) -> Component:
     if part.task in GENERATED:
         return Component(part.task, str(part.rate), GENERATED[part.task].fingerprint(config), True)
     manifest = _records(config, part.task, workers, say)
+    wanted = module_of(config, part.task)
+    if wanted and manifest.module != wanted:
+        directory = task_directory(config, part.task)
+        told = f"{directory} was prepared with another {config.module}: delete it if its source has changed"
+        if not same_source:
+            raise DataError(f"{told}; if not, run python -m ecdit.prepare --config=... --same_source")
+        say(told)
     return Component(part.task, str(part.rate), manifest.fingerprint, False)
 
 
@@ -92,10 +111,7 @@ def _records(config: DataConfig, task: str, workers: int, say: Say) -> Manifest:
     """Returns the manifest of a task's records and prepares them if they are missing."""
     target = task_directory(config, task)
     if (target / MANIFEST).exists():
-        manifest = read_records_manifest(config, task)
-        if manifest.module != module_sha256(config):
-            say(f"{target} was prepared with another {config.module or 'data.module'}: delete it if its source changed")
-        return manifest
+        return read_records_manifest(config, task)
     if target.exists():
         raise DataError(f"{target} is in the way: it is no prepared data; move it, or set data.directory")
     found = find_task(config, task)
@@ -132,12 +148,15 @@ def _nothing_left(task: str, manifest: Manifest) -> str:
 def _working_directory(config: DataConfig, task: str, found: Task) -> Path:
     """Returns the directory of an interrupted preparation, or a new one."""
     working = task_directory(config, task).with_name(f".{task}.preparing")
-    settings = json.dumps({**settings_of(config, task), "shards": len(found.shards)}, indent=1)
+    decides = {**settings_of(config, task), "shards": len(found.shards), "module": found.module}
+    settings = json.dumps(decides, indent=1)
     path = working / _SETTINGS
     if (working / MANIFEST).exists():  # a preparation was killed just before the rename
         return working
     if path.exists() and path.read_text() != settings:
-        raise DataError(f"{working} was begun with other settings or other input: delete it and start again")
+        raise DataError(
+            f"{working} was begun with other settings or other input, or another data.module: delete it and start again"
+        )
     working.mkdir(exist_ok=True)
     replace_text(path, settings)
     return working
@@ -205,7 +224,7 @@ def _joined(config: DataConfig, task: Task, working: Path, summaries: Sequence[P
     return Manifest(
         format=FORMAT,
         settings=settings_of(config, task.name),
-        module=module_sha256(config),
+        module=task.module,
         num_records=sum(shard.records for shard in train),
         num_held_out=sum(shard.records for shard in held_out),
         train=train,

@@ -64,22 +64,28 @@ class Prepared:
         return sum(part.manifest.num_records for part in self.stored if part)
 
 
-def prepare(config: DataConfig, workers: int = 1, say: Callable[[str], None] = print) -> Prepared:
+def prepare(
+    config: DataConfig, workers: int = 1, say: Callable[[str], None] = print, same_source: bool = False
+) -> Prepared:
     """Prepares missing records, tokenizer and tokens of `data.task`, and prints a line before and after.
+
+    `same_source` is explained in `preparation.prepare_records`.
 
     Raises:
       DataError: there is no usable image, a package is missing, or the directory has other data or other settings.
     """
     done = tokenizer_path(config).exists()
-    prepare_captions(config, workers, say)
+    prepare_captions(config, workers, say, same_source)
     prepared = open_prepared(config)
     say(f"{task_directory(config)} {'is' if done else 'is now'} prepared: {describe(prepared)}")
     return prepared
 
 
-def prepare_captions(config: DataConfig, workers: int, say: Callable[[str], None]) -> Composition:
+def prepare_captions(
+    config: DataConfig, workers: int, say: Callable[[str], None], same_source: bool = False
+) -> Composition:
     """Prepares what is not prepared of records, tokenizer and tokens, and returns the parts. Raises as `prepare`."""
-    composition = prepare_records(config, workers, say)
+    composition = prepare_records(config, workers, say, same_source)
     for component in composition.components:
         if not component.generated:
             fields = read_records_manifest(config, component.task).caption_fields

@@ -49,6 +49,19 @@ def module_sha256(config: DataConfig) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def module_of(config: DataConfig, task: str) -> str:
+    """Returns the sha256 of the user's file that registers a task, or "" for a task of the package.
+
+    Raises:
+      ConfigError: the file does not exist.
+    """
+    if not config.module:
+        return ""
+    with preparing():
+        from ecdit.data.tasks import PACKAGED
+    return "" if task in PACKAGED else module_sha256(config)
+
+
 def find_parts(config: DataConfig) -> tuple[Part, ...]:
     """Returns the parts of `data.task` with their rates. Imports TensorFlow unless the task is generated.
 
@@ -78,6 +91,7 @@ class Task:
     name: str
     attribution: str
     shards: tuple[str, ...]  # names in reading order
+    module: str  # sha256 of the user's file that registered it: `module_of`
     _task: "seqio.Task"
 
     def stamp(self, index: int) -> str:
@@ -129,7 +143,7 @@ def find_task(config: DataConfig, name: str) -> Task:
     shards = tuple(task.source.list_shards("train"))
     if not shards:
         raise DataError(f"the task {name} has nothing to read")
-    return Task(name, source.pairs.attribution if source else "", shards, task)
+    return Task(name, source.pairs.attribution if source else "", shards, module_of(config, name), task)
 
 
 def _register(config: DataConfig) -> None:

@@ -42,3 +42,4 @@ add_task("emoji_styles", EmojiStyles())
 add_task("coco", TfdsBuilder("coco_captions", image="image", captions=("captions/text",), key="image/filename"))
 for _name in GENERATED:
     _register(_name, MadeWhenRead())
+PACKAGED = frozenset(("emoji", "emoji_styles", "coco", *GENERATED))  # tasks that no file of a user registers

@@ -88,11 +88,17 @@ def make_tokenizer(config: DataConfig, composition: Composition) -> Path:
         check_size(config, path)
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(path.with_name(f".{path.name}.lock"), print):
+        if not path.exists():  # else another process was first
+            _write_tokenizer(config, composition, path)
+    return path
+
+
+def _write_tokenizer(config: DataConfig, composition: Composition, path: Path) -> None:
+    """Copies or trains the tokenizer; `path` appears whole or not at all. One process does this at a time."""
     if config.tokenizer_folders:
-        with locked(path.with_name(f".{path.name}.lock"), print):
-            if not path.exists():  # else another process was first
-                copy_folders(config.tokenizer_folders, path)
-        return path
+        copy_folders(config.tokenizer_folders, path)
+        return
     scratch = path.with_name(f".{path.name}")
     if config.tokenizer:
         check_size(config, Path(config.tokenizer))
@@ -102,7 +108,6 @@ def make_tokenizer(config: DataConfig, composition: Composition) -> Path:
         words = dict.fromkeys(word for name in names for word in GENERATED[name].words)
         train_vocabulary(_captions(config, composition), config.vocab_size, scratch, list(words))
     scratch.rename(path)
-    return path
 
 
 def check_size(config: DataConfig, tokenizer: Path) -> None:

@@ -525,7 +525,7 @@ def test_a_tokenizer_with_more_pieces_than_the_embedding_is_refused(counted, tmp
 
 
 def test_a_mixture_whose_file_has_changed_is_read_again(tmp_path, capsys):
-    """Its rates are; records stay, and a line says that they were made with another file."""
+    """Its rates are; records stay if they are said to have the same source, and a line says so."""
     path = module(tmp_path, "part", "10", 'add_mixture("both", [("part", 0.5), ("shapes", 0.5)])')
     config = make_config(tmp_path / "data", module=path, task="both", vocab_size=400, **PLAIN)
     before = prepare(config)
@@ -535,7 +535,9 @@ def test_a_mixture_whose_file_has_changed_is_read_again(tmp_path, capsys):
     for registry, name in ((seqio.TaskRegistry, "part"), (seqio.MixtureRegistry, "both")):
         registry.remove(name)  # as in a new process
     Path(path).write_text(text.replace("0.5", "0.25", 1))
-    after = prepare(config)
+    with pytest.raises(DataError, match="data/part was prepared with another"):
+        prepare(config)
+    after = prepare(config, same_source=True)
     assert [one.rate for one in before.composition.components] == ["1/2", "1/2"]
     assert [one.rate for one in after.composition.components] == ["1/4", "1/2"]
     assert after.fingerprint != before.fingerprint

@@ -1,0 +1,135 @@
+"""Tests preparing again after the user's file or the prepared data has changed."""
+
+import dataclasses
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+
+from ecdit.data import DataError
+from ecdit.data.manifest import read_records_manifest, task_directory
+from ecdit.data.preparation import prepare_records
+from ecdit.data.prepared import open_prepared, prepare, stored_records
+from tests.data.example import make_config, module
+from tests.runs import tiny
+
+PLAIN = {"crop_padding": 0, "flip_probability": 0}
+
+
+def quiet(_):
+    pass
+
+
+def rewrite(path, old, new, tasks, mixtures=()):
+    """Edits the user's file, and forgets its tasks as a new process would."""
+    import seqio
+
+    for registry, names in ((seqio.TaskRegistry, tasks), (seqio.MixtureRegistry, mixtures)):
+        for name in names:
+            registry.remove(name)
+    text = Path(path).read_text()
+    assert old in text
+    Path(path).write_text(text.replace(old, new))
+
+
+def keys(config):
+    return [record.key for record in stored_records(open_prepared(config), "train")]
+
+
+ODD_OR_EVEN = """
+import dataclasses
+
+@dataclasses.dataclass(frozen=True)
+class Half(Counted):
+    def stamp(self, part):
+        return "the same files"
+
+    def read(self, part):
+        return (pair for pair in super().read(part) if pair.columns["number"] % 2 == 0)
+
+add_task("half", Half(40))
+"""
+
+
+def test_a_preparation_begun_with_another_file_of_the_user_does_not_go_on(tmp_path, monkeypatch):
+    """Otherwise the first parts would have even keys and the others odd ones."""
+    import ecdit.data.preparation as preparation
+
+    where = module(tmp_path, "unused_half", "1", ODD_OR_EVEN)
+    config, done = make_config(tmp_path / "data", module=where, task="half", vocab_size=300), []
+    real = preparation.write_part
+
+    def stop_at_the_third(*arguments):
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        real(*arguments)
+        done.append(arguments)
+
+    monkeypatch.setattr(preparation, "write_part", stop_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(config, say=quiet)
+    monkeypatch.undo()
+    rewrite(where, "% 2 == 0", "% 2 == 1", ["half", "unused_half"])
+    with pytest.raises(DataError, match=r"\.half\.preparing was begun with other settings .* another data\.module"):
+        prepare(config, say=quiet)
+    shutil.rmtree(tmp_path / "data" / ".half.preparing")
+    prepare(config, say=quiet)
+    assert keys(config) == [f"key{i}" for i in range(1, 40, 2)]
+
+
+def test_records_of_another_file_of_the_user_are_refused_until_they_are_said_to_be_the_same(tmp_path):
+    where = module(tmp_path, "grows", "20")
+    config, said = make_config(tmp_path / "data", module=where, task="grows", vocab_size=300), []
+    prepare(config, say=quiet)
+    rewrite(where, "Counted(20)", "Counted(40)", ["grows"])
+    for _ in range(2):  # the first refusal changes nothing that lets the second call pass
+        with pytest.raises(DataError, match=r"data/grows was prepared with another .*grows\.py.*--same_source"):
+            prepare(config, say=quiet)
+    prepare(config, say=said.append, same_source=True)
+    assert any("was prepared with another" in line for line in said)
+    assert prepare(config, say=quiet).num_records == 20  # composition.json has the answer
+    shutil.rmtree(task_directory(config))
+    assert prepare(config, say=quiet).num_records == 40
+
+
+def test_records_of_a_task_of_the_package_belong_to_no_file_of_the_user(tmp_path, emoji_data):
+    more = 'add_mixture("with_emoji", [("emoji", 0.5), ("shapes", 0.5)])'
+    where = module(tmp_path, "beside_emoji", "1", more)
+    shutil.copytree(emoji_data / "emoji", tmp_path / "data" / "emoji")
+    alone = tiny(data__directory=str(tmp_path / "data")).data
+    config = dataclasses.replace(alone, module=where, task="with_emoji", **PLAIN)
+    assert prepare(config, say=quiet).stored[0].manifest == read_records_manifest(alone, "emoji")
+    rewrite(where, '("emoji", 0.5)', '("emoji", 0.25)', ["beside_emoji"], ["with_emoji"])
+    assert [one.rate for one in prepare(config, say=quiet).composition.components] == ["1/4", "1/2"]
+
+
+def test_two_preparations_at_once_train_one_tokenizer(tmp_path, monkeypatch):
+    """The second begins while the first trains; it waits, and takes the first one's."""
+    from ecdit.data import tokens
+
+    config = make_config(tmp_path / "data", module=module(tmp_path, "twice", "20"), task="twice", vocab_size=300)
+    composition, real, made, trained = prepare_records(config, 1, quiet), tokens.train_vocabulary, [], []
+    second = threading.Thread(target=lambda: made.append(tokens.make_tokenizer(config, composition)))
+
+    def train(captions, size, path, words):
+        trained.append(path)
+        if len(trained) == 1:
+            second.start()
+            second.join(1)  # it cannot end before this one
+        real(captions, size, path, words)
+
+    monkeypatch.setattr(tokens, "train_vocabulary", train)
+    first = tokens.make_tokenizer(config, composition)
+    second.join()
+    assert (made, len(trained)) == ([first], 1)
+
+
+def test_a_deleted_part_of_a_mixture_is_prepared_again(tmp_path):
+    more = 'add_mixture("one_and_shapes", [("one", 0.5), ("shapes", 0.5)])'
+    config = make_config(
+        tmp_path / "data", module=module(tmp_path, "one", "20", more), task="one_and_shapes", vocab_size=512, **PLAIN
+    )
+    before = prepare(config, say=quiet)
+    shutil.rmtree(task_directory(config, "one"))
+    assert prepare(config, say=quiet).fingerprint == before.fingerprint
