@@ -158,7 +158,7 @@ def torchmetrics(torch, network, sets, pickled, monkeypatch):
 
     fid.inception.forward = remembered
     kid = library("torchmetrics.image.kid").KernelInceptionDistance(
-        feature=fid.inception, subsets=1, subset_size=IMAGES, input_img_size=(3, SIZE[1], SIZE[0])
+        feature=fid.inception, subsets=1, subset_size=IMAGES
     )
     for real, path in ((False, sets[0]), (True, sets[1])):
         files = sorted(path.glob("*.png"))
