@@ -13,7 +13,7 @@ from jaxtyping import Int, UInt8
 
 from ecdit.data import DataError, images
 from ecdit.data.columns import ColumnMaker, column_fingerprint, make_column, read_column, records_left
-from ecdit.data.config import DataConfig, rate_of
+from ecdit.data.config import DataConfig, field_group, rate_of
 from ecdit.data.generated import GENERATED, Split
 from ecdit.data.manifest import (
     Column,
@@ -88,8 +88,7 @@ def prepare_captions(
     composition = prepare_records(config, workers, say, same_source)
     for component in composition.components:
         if not component.generated:
-            fields = read_records_manifest(config, component.task).caption_fields
-            _check_captions(config, component.task, fields)
+            _check_captions(config, component.task, read_records_manifest(config, component.task))
     tokenizer = make_tokenizer(config, composition)
     for component in composition.components:
         if not component.generated:
@@ -141,7 +140,7 @@ def open_prepared(config: DataConfig) -> Prepared:
             continue
         directory, manifest = task_directory(config, component.task), read_records_manifest(config, component.task)
         _same(component, manifest.fingerprint, "its records")
-        _check_captions(config, component.task, manifest.caption_fields)
+        _check_captions(config, component.task, manifest)
         tokens = read_column(directory, manifest, column.name, column.made_by)
         latents = read_column(directory, manifest, f"latents-{config.latents}", "") if config.latent_channels else None
         text = read_column(directory, manifest, f"text-{config.text_states}", "") if config.text_states else None
@@ -166,10 +165,16 @@ def _same(component: Component, found: str, name: str) -> None:
         )
 
 
-def _check_captions(config: DataConfig, task: str, fields: Mapping[str, int]) -> None:
+def _check_captions(config: DataConfig, task: str, manifest: Manifest) -> None:
     """Raises DataError unless every record has a caption field with a rate."""
-    found = [(json.loads(names), count) for names, count in fields.items()]
-    without = [(names, count) for names, count in found if not any(rate_of(config.captions, one) for one in names)]
+    found = [(json.loads(names), count) for names, count in manifest.caption_fields.items()]
+    rated = {name for names, _ in found for name in names if rate_of(config.captions, name)}
+    for field, lengths in manifest.caption_characters.items():
+        group = field_group(field)
+        # One caption of a list, such as captions.0, stands for the list if as many records have it as have the list.
+        if rate_of(config.captions, field) and sum(lengths.values()) == sum(n for names, n in found if group in names):
+            rated.add(group)
+    without = [(names, count) for names, count in found if rated.isdisjoint(names)]
     if without:
         have = ", ".join(f"{count} with {' and '.join(names)} alone" for names, count in without)
         rates = ", ".join(f"{name} {rate}" for name, rate in config.captions.items())

@@ -17,8 +17,8 @@ import numpy as np
 from ecdit.config import require
 from ecdit.data import DataError
 from ecdit.data.config import DataConfig
-from ecdit.data.generated import GENERATED
-from ecdit.data.sources.protocol import Pair, Rejected, Source
+from ecdit.data.generated import GENERATED, Split
+from ecdit.data.sources.protocol import Columns, Pair, Rejected, Source, Texts, with_captions
 from ecdit.data.tensorflow import preparing
 
 if TYPE_CHECKING:
@@ -189,13 +189,14 @@ def _pair(example: dict[str, Any], name: str) -> Pair | Rejected:
     are columns.
     """
     try:
-        key = example.pop("key", name.encode()).decode()
+        key = _key(example.pop("key", name.encode()))
         image = example.pop("image")
         if "fields" in example:
             fields = zip(example.pop("fields"), example.pop("captions"), strict=True)
             columns = json.loads(example.pop("columns", b"{}"))
-            split = example.pop("split", b"").decode() or None
-            return Pair(key, image, {field.decode(): text.decode() for field, text in fields}, columns, split)
+            split: Any = example.pop("split", b"").decode() or None
+            captions = {field.decode(): text.decode() for field, text in fields}
+            return _with_captions(key, image, captions, columns, name, split)
         captions, columns = {}, {}
         for field, value in example.items():
             if isinstance(value, bytes):
@@ -204,8 +205,25 @@ def _pair(example: dict[str, Any], name: str) -> Pair | Rejected:
                 captions |= {f"{field}.{i}": text.decode() for i, text in enumerate(value)}
             elif np.ndim(value) == 0:
                 columns[field] = value.item()
-        return Pair(key, image, captions, columns)
+        return _with_captions(key, image, captions, columns, name)
     except UnicodeDecodeError as error:
         return Rejected(name, "not UTF-8", str(error))
     except KeyError as error:
         raise DataError(f"an example of a task has no feature {error}: it has {', '.join(sorted(example))}") from None
+
+
+def _key(value: Any) -> str:
+    if isinstance(value, bytes):
+        return value.decode()
+    if np.ndim(value) == 0 and np.issubdtype(np.asarray(value).dtype, np.integer):
+        return str(int(value))
+    raise DataError(f"the feature key is {value}: it must be text or an integer")
+
+
+def _with_captions(
+    key: str, image: bytes | np.ndarray, captions: Texts, columns: Columns, name: str, split: Split | None = None
+) -> Pair | Rejected:
+    """Returns the pair with its captions that are not blank, or a Rejected if all are."""
+    stripped = {field: text.strip() for field, text in captions.items()}
+    pair = with_captions(key, image, stripped, columns, name if key == name else f"{name}:{key}")
+    return dataclasses.replace(pair, split=split) if isinstance(pair, Pair) else pair

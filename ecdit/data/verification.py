@@ -1,13 +1,15 @@
 """Verifies prepared data: every checksum, every record, every image."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 from tqdm import tqdm
 
 from ecdit.data import DataError
+from ecdit.data.columns import read_column
 from ecdit.data.config import DataConfig
 from ecdit.data.images import decode_stored
-from ecdit.data.manifest import SPLITS, shards_of
+from ecdit.data.manifest import COLUMN, SPLITS, Column, shards_of
 from ecdit.data.prepared import Prepared, StoredPart, open_prepared, read_empty
 from ecdit.data.record import decode_record
 from ecdit.data.shards import Shard, ShardReader, file_sha256
@@ -22,7 +24,8 @@ def verify(config: DataConfig, say: Callable[[str], None] = print) -> Prepared:
     """
     prepared, damaged, records, shards = open_prepared(config), [], 0, 0
     for part in filter(None, prepared.stored):
-        columns = [column for column in (part.tokens, part.latents, part.text) if column]
+        columns, unreadable = _columns(part)
+        damaged += unreadable
         if part.text:
             try:
                 read_empty(part)
@@ -36,8 +39,8 @@ def verify(config: DataConfig, say: Callable[[str], None] = print) -> Prepared:
             for column in columns:
                 directory = part.directory / "columns" / column.name
                 for shard in shards_of(column, split):
-                    if file_sha256(directory / shard.name) != shard.sha256:
-                        damaged.append(f"{directory / shard.name}: its sha256 differs from the manifest's")
+                    problem = _changed(directory / shard.name, shard)
+                    damaged += [f"{directory / shard.name}: {problem}"] if problem else []
                     shards += 1
     if damaged:
         raise DataError(f"{len(damaged)} of {shards} shards are damaged:\n  " + "\n  ".join(damaged))
@@ -45,10 +48,29 @@ def verify(config: DataConfig, say: Callable[[str], None] = print) -> Prepared:
     return prepared
 
 
+def _columns(part: StoredPart) -> tuple[list[Column], list[str]]:
+    """Returns all columns of a part, also those that the config does not name, and why others cannot be read."""
+    columns, unreadable = [], []
+    for path in sorted((part.directory / "columns").glob(f"[!.]*/{COLUMN}")):
+        try:
+            columns.append(read_column(part.directory, part.manifest, path.parent.name, ""))
+        except DataError as error:
+            unreadable.append(str(error))
+    return columns, unreadable
+
+
+def _changed(path: Path, shard: Shard) -> str | None:
+    """Returns how a shard's file differs from the manifest's entry, or None."""
+    try:
+        return None if file_sha256(path) == shard.sha256 else "its sha256 differs from the manifest's"
+    except OSError as error:
+        return f"cannot be read: {error}"
+
+
 def _problem(part: StoredPart, shard: Shard, side: int) -> str | None:
     """Returns why a shard of records is damaged, or None."""
-    if file_sha256(part.directory / shard.name) != shard.sha256:
-        return "its sha256 differs from the manifest's"
+    if problem := _changed(part.directory / shard.name, shard):
+        return problem
     try:
         reader = ShardReader(part.directory, [shard])
         for index in range(len(reader)):

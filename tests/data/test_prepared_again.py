@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from ecdit.data import DataError
+from ecdit.data.columns import make_column
 from ecdit.data.manifest import read_records_manifest, task_directory
 from ecdit.data.preparation import prepare_records
 from ecdit.data.prepared import open_prepared, prepare, stored_records
+from ecdit.data.verification import verify
 from tests.data.example import make_config, module
 from tests.runs import tiny
 
@@ -133,3 +135,40 @@ def test_a_deleted_part_of_a_mixture_is_prepared_again(tmp_path):
     before = prepare(config, say=quiet)
     shutil.rmtree(task_directory(config, "one"))
     assert prepare(config, say=quiet).fingerprint == before.fingerprint
+
+
+@dataclasses.dataclass(frozen=True)
+class Lengths:
+    """A column that no config names."""
+
+    name: str = "latents-lengths"
+    made_by: str = ""
+
+    def values(self, records):
+        yield from ((str(len(record.image)).encode(), {}) for record in records)
+
+
+def test_verify_reads_every_column_and_names_all_that_is_damaged(tmp_path):
+    config = make_config(tmp_path / "data", module=module(tmp_path, "seen", "20"), task="seen", vocab_size=300)
+    prepare(config, say=quiet)
+    task = task_directory(config)
+    make_column(task, read_records_manifest(config, "seen"), Lengths(), 1, quiet)
+    verify(config, quiet)
+    shards = [task / "columns/latents-lengths" / part / "train.array_record" for part in ("000000", "000001")]
+    shards[0].write_bytes(shards[0].read_bytes()[:-1])
+    shards[1].unlink()
+    with pytest.raises(DataError, match="2 of 6 shards are damaged") as error:
+        verify(config, quiet)
+    assert all(str(shard) in str(error.value) for shard in shards)
+
+
+def test_verify_names_missing_records_that_a_run_of_latents_would_not_read(tmp_path):
+    where = module(tmp_path, "unread", "20")
+    images = make_config(tmp_path / "data", module=where, task="unread", vocab_size=300, **PLAIN)
+    prepare(images, say=quiet)
+    task = task_directory(images)
+    make_column(task, read_records_manifest(images, "unread"), Lengths(), 1, quiet)
+    config = dataclasses.replace(images, latent_channels=4, latents="lengths")
+    (task / "000000/train.array_record").unlink()
+    with pytest.raises(DataError, match=r"1 of 6 shards are damaged:\n  .*000000/train\.array_record: cannot be read"):
+        verify(config, quiet)
