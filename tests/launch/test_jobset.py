@@ -144,8 +144,9 @@ def test_a_slice_is_a_job_and_a_host_a_pod(chip):
 
 
 def test_it_restarts_on_the_codes_of_preemption_hangs_and_signals_alone():
+    """Not after 130, by which a run ends that a person has interrupted."""
     found = manifest()
-    assert {code for code in range(256) if after(found, code) == "restart"} == {42, 43, 44, *range(127, 256)}
+    assert {code for code in range(256) if after(found, code) == "restart"} == {42, 43, 44, *range(127, 256)} - {130}
     assert {code for code in range(256) if after(found, code) == "done"} == {0}
     assert found["spec"]["failurePolicy"]["maxRestarts"] == 5 > 0
     assert replicated(found)["template"]["spec"]["backoffLimit"] == 0  # a Job whose pod failed is over

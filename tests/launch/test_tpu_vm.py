@@ -487,14 +487,15 @@ def test_workers_and_the_image_install_the_locked_packages_which_are_all_that_se
     script, dockerfile = tpu_vm.script(placed("v5p-16"), OPTIONS), (ROOT / "launch/Dockerfile").read_text()
     assert f"--require-hashes -r {tpu_vm.LOCK}" in script
     assert f"--require-hashes --requirement {tpu_vm.LOCK}" in dockerfile
-    assert "--no-deps -e ." in script
-    assert "--no-deps --editable ." in dockerfile
+    assert "--no-deps --no-build-isolation -e ." in script
+    assert "--no-deps --no-build-isolation --editable ." in dockerfile
 
 
 def test_the_image_has_the_python_and_the_code_that_workers_get():
     lines = (ROOT / "launch/Dockerfile").read_text().splitlines()
     assert lines[lines.index("FROM ${BASE}") - 1] == f"ARG BASE=python:{tpu_vm.PYTHON}-slim"
-    copied = {file for line in lines if line.startswith("COPY") for file in line.split()[1:-1]} - {tpu_vm.LOCK}
+    copied = {file for line in lines if line.startswith("COPY") for file in line.split()[1:-1]}
+    copied -= {tpu_vm.LOCK, tpu_vm.BUILD_LOCK}
     assert copied == set(tpu_vm.CODE)
     kept = (ROOT / "launch/Dockerfile.dockerignore").read_text().splitlines()
     assert {line[1:] for line in kept if line.startswith("!")} == copied
