@@ -262,7 +262,7 @@ def check_tokenizers(experiment: Experiment) -> None:
 def check_mesh(experiment: Experiment, mesh: Mesh | AbstractMesh) -> None:
     """Raises ConfigError when batch, microbatches, groups or heads of any phase do not fit the mesh.
 
-    Also if a learning-rate factor belongs to no trained part.
+    It raises one, too, if a learning-rate factor belongs to no trained part.
     """
     for phase in experiment.resolved_phases():
         _check_phase(phase.experiment, mesh)

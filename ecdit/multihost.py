@@ -17,8 +17,8 @@ T = TypeVar("T")
 def anywhere(error: Exception | None) -> Exception | None:
     """Returns `error`; or one that names another process with an error; or None if no process has one. Collective.
 
-    What names another process is an OutageError if all errors come from outages. So the exit codes of all processes
-    are ones that restart, or one of them is not.
+    The error that names another process is an OutageError if all errors are outages, otherwise a UserError. So all
+    processes end with codes that restart, or one of them with a code that does not.
     """
     if jax.process_count() == 1:
         return error

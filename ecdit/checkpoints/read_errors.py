@@ -6,6 +6,7 @@ A damaged checkpoint is set aside, so a mistake here would move a valid one away
 """
 
 import errno
+import os
 import re
 import time
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from ecdit.errors import UserError, chain
+from ecdit.files import is_remote
 from ecdit.storage import STATUSES, is_outage
 
 T = TypeVar("T")
@@ -56,7 +58,8 @@ def read(directory: Path, action: Callable[[], T]) -> T:
             return action()
         except CheckpointError:
             raise
-        except Exception as error:
+        except Exception as raised:
+            error = _hidden(directory) or raised
             text = f"{directory} cannot be read: {first_line(error)}"
             if is_damage(error) and _exists(directory):
                 raise DamagedError(text) from error
@@ -64,6 +67,26 @@ def read(directory: Path, action: Callable[[], T]) -> T:
                 raise UnreadableError(f"{text}. This is no sign of damage: nothing was moved.") from error
         time.sleep(pause)
     raise AssertionError("the last try returns or raises")
+
+
+def _hidden(directory: Path) -> OSError | None:
+    """Returns the error that hides a checkpoint's file on a disk from `stat`, or None.
+
+    Orbax calls a file missing whatever `stat` reports of it.
+    """
+    if is_remote(directory):
+        return None
+    try:
+        for folder, _, names in os.walk(directory, onerror=_reraise):
+            for name in names:
+                os.stat(os.path.join(folder, name))
+    except OSError as error:
+        return None if error.errno in _MISSING else error
+    return None
+
+
+def _reraise(error: OSError) -> None:
+    raise error
 
 
 def is_damage(error: BaseException) -> bool:

@@ -8,7 +8,7 @@ import orbax.checkpoint as ocp
 from ecdit.errors import OutageError
 from ecdit.storage import is_temporary
 
-OUTAGE = "outage"  # what a process tells the others of its failure
+OUTAGE = "outage"  # a process that failed tells the others so if it met an outage
 
 
 class SaveBarrier:

@@ -82,7 +82,9 @@ class FeatureSet:
 
     def moments(self) -> Moments:
         """Returns the moments. Raises UserError if there are none, or a value is not finite."""
-        return moments(self._shards()) if self.images else read_moments_or_features(self.text, self.name)
+        if self.extractor is None or not self.images:
+            return read_moments_or_features(self.text, self.name)
+        return dataclasses.replace(moments(self._shards()), extractor=self.extractor.name)
 
     def _shards(self) -> Iterator[np.ndarray]:
         from ecdit.evaluation.image_features import image_features  # here: files of features need no JAX

@@ -31,17 +31,20 @@ def run(values: flags.FlagValues) -> None:
     if not values.allow_few_samples:
         check_samples(generated, sets[0].flag)
         check_samples(real, sets[1].flag)
-    check_extractors(said["extractor"] or generated.extractor, real.extractor, sets[1].name)
+    check_extractors(values.extractor, generated.extractor, sets[0].name)
+    ours = generated.extractor or values.extractor
+    check_extractors(ours, real.extractor, sets[1].name)
     result = {
         "frechet": distance_of_moments(generated, real),
         **said,
+        "extractor": ours or real.extractor,
         "dimensions": len(generated.mean),
         "samples": generated.count,
         "reference_samples": real.count,
     }
     if save:
         save.parent.mkdir(parents=True, exist_ok=True)
-        write_moments(save, dataclasses.replace(generated, extractor=said["extractor"] or generated.extractor))
+        write_moments(save, dataclasses.replace(generated, extractor=ours))
     if out:
         write_results(out, json_text(result))
     print(

@@ -15,7 +15,7 @@ OVERFLOW = 0.001  # share of batches whose captions may fail to fit
 def length_shares(prepared: Prepared) -> np.ndarray | None:
     """Returns the share of each length, from 0 tokens on, among the captions that training reads.
 
-    None if some of them are generated, so that nobody has counted them, or if two tokenizers share a row.
+    It returns None if some of them are generated, so that nobody has counted them, or if two tokenizers share a row.
     """
     config, tokenizer = prepared.config, load_tokenizer(prepared.tokenizer)
     if len(tokenizer.parts) > 1:

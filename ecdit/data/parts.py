@@ -52,7 +52,7 @@ def record_of(pair: Pair, config: DataConfig, part: str) -> Record | Rejected:
             image = images.decode(pair.image, prepare.background, prepare.max_pixels)
         else:
             image = pair.image
-        if (image.dtype, image.ndim, image.shape[-1]) != (np.uint8, 3, 3):
+        if (image.dtype, image.ndim, image.shape[2:]) != (np.uint8, 3, (3,)):
             raise ImageRejected("colour mode", f"{image.dtype}{list(image.shape)}, not uint8[height, width, 3]")
         if reason := size_reason(prepare.filters, image.shape[0], image.shape[1]):
             return Rejected(name, reason, f"{image.shape[1]} x {image.shape[0]} px")

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -14,7 +15,7 @@ SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
 def image_files(folder: Path, name: str) -> list[Path]:
-    """Returns the image files in a folder and below it, sorted by path.
+    """Returns the image files in a folder and below it, sorted by path; of one that ecdit.sample filled, its samples.
 
     Raises:
       UserError: there are none, or ecdit.sample has not finished the folder; `name` is what the message calls it.
@@ -22,6 +23,8 @@ def image_files(folder: Path, name: str) -> list[Path]:
     if not folder.is_dir():
         raise UserError(f"{name}={folder}: is no directory")
     check_finished(folder, name)
+    if manifest := _manifest(folder):  # grids and maps of experts stand beside the samples
+        return sorted(folder / row["file"] for row in manifest["images"])
     found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
     if not found:
         raise UserError(f"{name}={folder}: has no images; their names end in {', '.join(SUFFIXES)}")
@@ -29,13 +32,19 @@ def image_files(folder: Path, name: str) -> list[Path]:
 
 
 def check_finished(folder: Path, name: str) -> None:
-    """Raises UserError if the folder has a manifest of ecdit.sample that says that images are missing."""
-    try:
-        finished = json.loads((folder / "manifest.json").read_text()).get("finished", True)
-    except (OSError, ValueError, AttributeError):
-        return  # another program's images
-    if not finished:
+    """Raises UserError if a manifest of ecdit.sample, in the folder or above it, says that images are missing."""
+    manifest = _manifest(folder) or _manifest(folder.absolute().parent)
+    if manifest and not manifest["finished"]:
         raise UserError(f"{name}={folder}: is not finished; run the same ecdit.sample again")
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    """Returns ecdit.sample's manifest of a folder; {} if there is none, or only another program's."""
+    try:
+        found = json.loads((folder / "manifest.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) and {"images", "finished"} <= set(found) else {}
 
 
 def read_image(path: Path) -> UInt8[np.ndarray, "h w 3"]:
@@ -72,7 +81,7 @@ def check_sizes(files: Sequence[Path], name: str) -> None:
         try:
             with Image.open(path) as image:
                 size = image.size
-        except (OSError, ValueError, SyntaxError) as error:
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise UserError(f"{path}: cannot be read as an image: {error}") from None
         first = first or (path, size)
         if size != first[1]:

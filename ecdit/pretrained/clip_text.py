@@ -98,7 +98,7 @@ class ClipAttention(nnx.Module):
         self.out_proj = Linear(width, width, ("joined_kv", "embed"), rngs, dtype)
 
     def __call__(
-        self, x: Float[Array, "B L t"], bias: Float[Array, "B|1 1 L M"] | None, chunks: Chunks | None = None
+        self, x: Float[Array, "B L t"], bias: Float[Array, "#B 1 L M"] | None, chunks: Chunks | None = None
     ) -> Float[Array, "B L t"]:
         """Returns the attention's output; `bias` is added to the scores. `chunks` says where packed captions are."""
         query, key, value = (
@@ -134,7 +134,7 @@ class ClipBlock(nnx.Module):
         self.mlp = ClipMlp(width, mlp_width, activation, rngs, dtype)
 
     def __call__(
-        self, x: Float[Array, "B L t"], bias: Float[Array, "B|1 1 L M"] | None, chunks: Chunks | None = None
+        self, x: Float[Array, "B L t"], bias: Float[Array, "#B 1 L M"] | None, chunks: Chunks | None = None
     ) -> Float[Array, "B L t"]:
         """Returns the block's output; `bias` and `chunks` are the attention's."""
         x = x + self.self_attn(self.layer_norm1(x), bias, chunks)

@@ -4,7 +4,7 @@ On a disk the first process holds a lock of the kernel (flock) on `trainer.lock`
 ends. In a bucket it holds a lease: the object `trainer.lock`, written on the condition that nobody else has written it,
 and renewed every minute. A lease that was not renewed for five minutes has ended. While the bucket cannot be reached,
 its holder cannot know whether another trainer has taken it over. So the holder counts the time by its own clock, and
-writes nothing from the last of the five minutes on, until it has renewed the lease.
+from the last of the five minutes on commits no checkpoint and writes no metrics, until it has renewed the lease.
 """
 
 import contextlib
@@ -191,7 +191,8 @@ class Lease:
         while not self.closed.wait(pause) and not self.lost:
             try:
                 self._renew()
-                pause = RENEW_SECONDS
+                # In an outage a renewal may take minutes, and what counts is when it was sent.
+                pause = 0.0 if time.monotonic() - self.renewed > RENEW_SECONDS else RENEW_SECONDS
             except Exception:  # in an outage, the bucket's contents decide when it is back
                 pause = RENEW_SECONDS / 4
 

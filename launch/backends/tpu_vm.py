@@ -41,7 +41,7 @@ RUNTIMES = {  # the VMs' images by `Slice.chip` (cloud.google.com/tpu/docs/runti
 }
 CODE = ("ecdit", "launch", "configs", "setup.py", "pyproject.toml")
 LOCK = "launch/requirements.lock"  # packages of workers and of launch/Dockerfile, with hashes
-BUILD_LOCK = "launch/build.lock"  # the same of the package's build, which would otherwise fetch the newest setuptools
+BUILD_LOCK = "launch/build.lock"  # of the package's build, which would otherwise fetch the newest setuptools
 UV = "uv==0.13.9"
 PYTHON = "3.11"  # the images have an older version
 END_STATES = "FAILED|SUSPENDING|SUSPENDED|DELETING"  # states from which a queued resource never becomes active

@@ -67,6 +67,18 @@ def test_what_is_raised_names_the_checkpoint(tmp_path, monkeypatch):
         read(tmp_path / "gone", lambda: fail(FileNotFoundError(errno.ENOENT, "gone")))
 
 
+def test_a_file_that_cannot_be_looked_at_is_not_missing(toy, monkeypatch):
+    """Orbax asks whether it exists, and hears "no" whatever the system's error is: here a link to itself (ELOOP)."""
+    monkeypatch.setattr(read_errors, "RETRY_SECONDS", (0.0,))
+    toy.train(num_steps=4, every=2)
+    metadata = toy.workdir / "checkpoints/4/state/_METADATA"
+    metadata.unlink()
+    metadata.symlink_to(metadata)
+    with pytest.raises(UnreadableError, match=r"checkpoints/4 cannot be read: .*levels of symbolic links"):
+        toy.train(num_steps=6, every=2)
+    assert (steps(toy), aside(toy)) == ([2, 4], [])
+
+
 def test_a_disk_that_cannot_be_read_moves_no_checkpoint(toy, monkeypatch):
     """The kernel answers a read of the address 0 of this process with EIO, as a failing disk does."""
     monkeypatch.setattr(read_errors, "RETRY_SECONDS", (0.0,))

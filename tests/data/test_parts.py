@@ -15,6 +15,7 @@ from tests.data.example import make_config
         (np.zeros((5, 0, 3), np.uint8), "zero-sized"),
         (np.zeros((5, 5, 1), np.uint8), "colour mode"),
         (np.zeros((5, 5), np.uint8), "colour mode"),
+        (np.array(7, np.uint8), "colour mode"),
         (np.zeros((5, 5, 3), np.float32), "colour mode"),
     ],
 )

@@ -137,11 +137,20 @@ def test_folders_without_whole_sets_of_images_are_refused(folder, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"--images=.*/empty: has no images; their names end in .*\.png"):
         image_files(tmp_path / "empty", "--images")
-    (folder / "manifest.json").write_text(json.dumps({"finished": False}))
-    with pytest.raises(UserError, match="is not finished"):
-        image_files(folder, "--images")
-    (folder / "manifest.json").write_text(json.dumps({"finished": True}))
+    (folder / "manifest.json").write_text(json.dumps({"finished": False, "images": []}))
+    for place in (folder, folder / "below"):
+        with pytest.raises(UserError, match="is not finished"):
+            image_files(place, "--images")
+    (folder / "manifest.json").write_text(json.dumps({"other": "program"}))
     assert len(image_files(folder, "--images")) == 7
+
+
+def test_of_a_folder_of_samples_only_the_samples_are_taken(folder):
+    """`ecdit.sample` draws a grid and maps of experts beside them."""
+    rows = [{"file": "below/5.png"}, {"file": "3.png"}]
+    (folder / "manifest.json").write_text(json.dumps({"finished": True, "images": rows}))
+    assert image_files(folder, "--images") == [folder / "3.png", folder / "below/5.png"]
+    assert len(image_files(folder / "below", "--images")) == 2
 
 
 def test_mixed_sizes_are_refused_with_two_examples(folder):
@@ -184,6 +193,10 @@ def test_distances_of_images_name_their_preparation(commands, tmp_path):
     assert commands("frechet", reference=tmp_path / "a.npz")["frechet"] == pytest.approx(0, abs=1e-9)
     with pytest.raises(UserError, match=r"--reference: its features are of 'means, clean-fid', .*'means, pytorch-fid'"):
         commands("frechet", "--preprocessing=pytorch-fid", reference=tmp_path / "a.npz")
+    saved = (f"--features={tmp_path}/a.npz", f"--reference={tmp_path}/real", "--inception=x")
+    run("frechet", *saved)
+    with pytest.raises(UserError, match=r"--reference: .*'means, pytorch-fid', .* of 'means, clean-fid'"):
+        run("frechet", *saved, "--preprocessing=pytorch-fid")
     found = commands("kid", "--subset_size=7", "--subsets=2")
     assert (found["std"], found["preprocessing"]) == (pytest.approx(0, abs=1e-6), "clean-fid")
     assert commands("precision-recall")["samples"] == 7

@@ -1,7 +1,4 @@
-"""Compares the denoiser and the text tower with PyTorch models that were written from the paper's notes.
-
-`ecdit/interop/pytorch/` was written without reading `ecdit/models/`; docs/weights.md lists where the two differed.
-"""
+"""Compares the denoiser and the text tower with their PyTorch models, which share no code with them."""
 
 import dataclasses
 import importlib

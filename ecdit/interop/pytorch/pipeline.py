@@ -157,7 +157,8 @@ class EcDitPipeline(DiffusionPipeline):
     def guide(self, conditional, unconditional, scale, time):
         """Returns u + s (c - u), with the norm of c if guidance is renormalised; outside the interval of times c."""
         config = self.config
-        if not config.guidance_low <= time <= config.guidance_high:
+        low, now, high = torch.tensor([config.guidance_low, time, config.guidance_high], dtype=torch.float32)
+        if not low <= now <= high:  # in float32, as in training and sampling with JAX
             return conditional
         v = unconditional + scale * (conditional - unconditional)
         if config.guidance_mode == "renormalized":
