@@ -294,7 +294,7 @@ def test_lines_of_another_detector_are_not_continued(folder, tmp_path):
             lambda folder: [path.unlink() for path in (folder / "00001/samples").iterdir()],
             "00001/samples has no images",
         ),
-        (lambda folder: (folder / "manifest.json").write_text('{"finished": false}'), "is not finished"),
+        (lambda folder: (folder / "manifest.json").write_text('{"finished": false, "images": []}'), "is not finished"),
     ],
 )
 def test_folders_that_are_not_genevals_are_refused(folder, change, said):
