@@ -51,6 +51,7 @@ FOUNDATION = {
     "partitioning",
     "patches",
     "functions",
+    "json_lines",
 }
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 80
 # Heavy, or in an extra that training does not install.

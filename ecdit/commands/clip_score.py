@@ -7,7 +7,7 @@ from absl import flags
 
 from ecdit.errors import UserError
 from ecdit.evaluation.clip_score import clip_scores, read_clip
-from ecdit.evaluation.json_lines import at_line, check_results, json_text, read_lines, take, write_results
+from ecdit.json_lines import at_line, check_results, json_text, read_lines, take, write_results
 from ecdit.pretrained.weights import fingerprint
 
 

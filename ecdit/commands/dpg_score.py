@@ -6,8 +6,8 @@ from absl import flags
 
 from ecdit.commands.dsg_score import print_overall
 from ecdit.evaluation.dpg import score, summarize
-from ecdit.evaluation.json_lines import at_line, check_results, json_text, write_results
 from ecdit.evaluation.questions import read_items
+from ecdit.json_lines import at_line, check_results, json_text, write_results
 
 
 def define_flags(values: flags.FlagValues) -> None:

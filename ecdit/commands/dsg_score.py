@@ -5,8 +5,8 @@ from pathlib import Path
 from absl import flags
 
 from ecdit.evaluation.dsg import share, summarize
-from ecdit.evaluation.json_lines import check_results, json_text, write_results
 from ecdit.evaluation.questions import read_items
+from ecdit.json_lines import check_results, json_text, write_results
 
 
 def define_flags(values: flags.FlagValues) -> None:

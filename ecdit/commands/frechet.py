@@ -8,8 +8,8 @@ from absl import flags
 from ecdit.commands.feature_flags import define_feature_flags, feature_sets
 from ecdit.errors import UserError
 from ecdit.evaluation.frechet import distance_of_moments
-from ecdit.evaluation.json_lines import check_results, json_text, write_results
 from ecdit.evaluation.moments import Moments, write_moments
+from ecdit.json_lines import check_results, json_text, write_results
 
 
 def define_flags(values: flags.FlagValues) -> None:

@@ -6,8 +6,8 @@ from absl import flags
 from tqdm import tqdm
 
 from ecdit.errors import UserError
-from ecdit.evaluation.geneval_images import look, samples
-from ecdit.evaluation.json_lines import check_results
+from ecdit.evaluation.geneval_images import look, samples, state_of
+from ecdit.json_lines import check_results
 
 DOWNLOAD = """needs a detector, and a CLIP where prompts name colours. Download them once:
   hf download facebook/mask2former-swin-small-coco-instance \\
@@ -47,7 +47,7 @@ def run(values: flags.FlagValues) -> None:
     from ecdit.pretrained.weights import fingerprint
 
     network = read_detector(Path(values.detector), values.device)
-    made_by = {"images": str(Path(values.images).absolute()), "detector": fingerprint(Path(values.detector))}
+    made_by = {"images": state_of(wanted), "detector": fingerprint(Path(values.detector))}
     classify = None
     if coloured:
         classify = colour_classifier(read_clip(Path(values.clip)))

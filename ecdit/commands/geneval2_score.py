@@ -5,7 +5,7 @@ from pathlib import Path
 from absl import flags
 
 from ecdit.evaluation.geneval2 import read_answers, read_benchmark, summarize
-from ecdit.evaluation.json_lines import check_results, json_text, write_results
+from ecdit.json_lines import check_results, json_text, write_results
 
 
 def define_flags(values: flags.FlagValues) -> None:

@@ -8,7 +8,7 @@ from absl import flags
 
 from ecdit.evaluation.geneval import TASKS, summarize
 from ecdit.evaluation.geneval_lines import judge_lines
-from ecdit.evaluation.json_lines import check_results, json_text, write_results
+from ecdit.json_lines import check_results, json_text, write_results
 
 
 def define_flags(values: flags.FlagValues) -> None:

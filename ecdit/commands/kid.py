@@ -5,8 +5,8 @@ from pathlib import Path
 from absl import flags
 
 from ecdit.commands.feature_flags import define_feature_flags, feature_sets
-from ecdit.evaluation.json_lines import check_results, json_text, write_results
 from ecdit.evaluation.kernel_distance import kernel_inception_distance
+from ecdit.json_lines import check_results, json_text, write_results
 
 
 def define_flags(values: flags.FlagValues) -> None:

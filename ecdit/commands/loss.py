@@ -11,7 +11,7 @@ from ecdit.components import Mode
 from ecdit.data.generated import Split
 from ecdit.data.manifest import SPLITS
 from ecdit.evaluation.flow_loss import BINS, SEED, fixed_rows, losses_by_time, make_loss_program
-from ecdit.evaluation.json_lines import check_results, json_text, write_results
+from ecdit.json_lines import check_results, json_text, write_results
 from ecdit.runs.trained_run import open_data, open_run
 from ecdit.storage import as_path
 from ecdit.system import System

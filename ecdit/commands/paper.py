@@ -19,8 +19,8 @@ from ecdit.commands.shapes import shapes
 from ecdit.data.generated import GENERATED, Shapes
 from ecdit.errors import UserError
 from ecdit.evaluation.clip_score import clip_scores, read_clip
-from ecdit.evaluation.json_lines import check_results, json_text, write_results
 from ecdit.files import is_remote
+from ecdit.json_lines import check_results, json_text, write_results
 from ecdit.runs.sample_folder import describe_source, draw_folder
 from ecdit.runs.trained_run import open_run, saved_experiment
 from ecdit.sampling.image_folder import check_folder, is_done

@@ -11,7 +11,6 @@ from ecdit.config import to_dict
 from ecdit.data.emoji_styles import style_and_name
 from ecdit.data.generated import Split
 from ecdit.data.manifest import SPLITS
-from ecdit.evaluation.json_lines import check_results, json_text, write_results
 from ecdit.evaluation.retrieval import (
     NUM_CAPTIONS,
     chance,
@@ -21,6 +20,7 @@ from ecdit.evaluation.retrieval import (
     target_ranks,
 )
 from ecdit.evaluation.run_scores import load_retrieval
+from ecdit.json_lines import check_results, json_text, write_results
 from ecdit.runs.trained_run import each_image_alone, open_data, open_run, sample_run
 from ecdit.sampling.grids import save_grid
 from ecdit.sampling.sampler import SamplingConfig

@@ -9,9 +9,9 @@ from absl import flags
 from ecdit.config import to_dict
 from ecdit.data.generated import Split
 from ecdit.data.manifest import SPLITS
-from ecdit.evaluation.json_lines import check_results, json_text, write_results
 from ecdit.evaluation.retrieval import protocol
 from ecdit.evaluation.run_scores import score_shapes
+from ecdit.json_lines import check_results, json_text, write_results
 from ecdit.runs.trained_run import each_image_alone, open_run, sample_run
 from ecdit.storage import as_path
 

@@ -15,7 +15,8 @@ OVERFLOW = 0.001  # share of batches whose captions may fail to fit
 def length_shares(prepared: Prepared) -> np.ndarray | None:
     """Returns the share of each length, from 0 tokens on, among the captions that training reads.
 
-    It returns None if some of them are generated, so that nobody has counted them, or if two tokenizers share a row.
+    Where some records lack a field that others have, it is an estimate. It returns None if some captions are generated,
+    so that nobody has counted them, or if two tokenizers share a row.
     """
     config, tokenizer = prepared.config, load_tokenizer(prepared.tokenizer)
     if len(tokenizer.parts) > 1:
@@ -24,12 +25,14 @@ def length_shares(prepared: Prepared) -> np.ndarray | None:
     for component, part in zip(prepared.composition.components, prepared.stored, strict=True):
         if part is None:
             return None
-        found = np.zeros_like(shares)
+        by_rate: dict[str, np.ndarray] = {}  # counts of each list of captions, which is drawn as one
         for field, counts in part.tokens.histograms.items():
             if (rate := rate_of(config.captions, field)) is not None:
+                found = by_rate.setdefault(rate, np.zeros_like(shares))
                 for length, count in counts.items():
-                    found[min(int(length), config.caption_length)] += config.captions[rate] * count
-        shares += float(Fraction(component.rate)) * found / found.sum()
+                    found[min(int(length), config.caption_length)] += count
+        drawn = sum(config.captions[rate] * found / found.sum() for rate, found in by_rate.items() if found.any())
+        shares += float(Fraction(component.rate)) * drawn / np.sum(drawn)
     shares *= (1 - config.caption_dropout) / shares.sum()
     shares[min(len(tokenizer.empty), config.caption_length)] += config.caption_dropout
     return shares
@@ -65,6 +68,8 @@ def packing_line(prepared: Prepared, packed_length: int, captions: int, parts: i
     shares = length_shares(prepared)
     if shares is None:
         return ""
+    if stream_tokens(packed_length, captions, len(shares) - 1) >= captions * (len(shares) - 1):
+        return f"text.packed_length = {packed_length} packs nothing: {captions} padded captions a device take no more"
     mean, least = float(shares @ np.arange(len(shares))), least_packed_length(shares, captions, parts)
     return (
         f"captions have {mean:.1f} tokens on average; with text.packed_length = {packed_length} they do not fit in "

@@ -65,7 +65,8 @@ def record_of(pair: Pair, config: DataConfig, part: str) -> Record | Rejected:
 
 def _kept_captions(captions: Mapping[str, str], filters: Filters) -> tuple[dict[str, str], str | None]:
     """Returns the captions that pass the filters; if none does, also the reason for the first one."""
-    reasons = {field: caption_reason(filters, text) for field, text in captions.items()}
+    # A source of the user may not have come through `with_captions`, which drops blank ones.
+    reasons = {f: caption_reason(filters, text) if text.strip() else "empty caption" for f, text in captions.items()}
     kept = {field: text for field, text in captions.items() if not reasons[field]}
     return kept, None if kept else next(iter(reasons.values()), "no caption")
 

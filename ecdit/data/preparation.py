@@ -182,8 +182,8 @@ def _write_parts(config: DataConfig, task: Task, working: Path, workers: int) ->
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(min(workers, len(left)), context, ends_with_its_parent, (os.getpid(),)) as pool:
             source = task.portable_source()
-            jobs = [(config, task.name, source, index, task.shards[index], places[index]) for index in left]
-            futures = [pool.submit(_write_one, *job) for job in jobs]
+            jobs = [(source, index, task.shards[index], places[index]) for index in left]
+            futures = [pool.submit(_write_one, config, task.name, task.module, *job) for job in jobs]
             try:
                 for future in progress(as_completed(futures)):
                     future.result()
@@ -193,12 +193,16 @@ def _write_parts(config: DataConfig, task: Task, working: Path, workers: int) ->
     return [_summary_of(place) for place in places]
 
 
-def _write_one(config: DataConfig, task: str, source: Source | None, index: int, shard: str, place: Path) -> None:
+def _write_one(
+    config: DataConfig, task: str, module: str, source: Source | None, index: int, shard: str, place: Path
+) -> None:
     """Writes a part in a worker process. Loads seqio only if needed, because that takes ten seconds."""
     if source is not None:
         write_part(config, source.read(shard), shard, source.stamp(shard), place)
         return
     found = find_task(config, task)
+    if found.module != module:
+        raise DataError(f"data.module = {config.module!r} was edited while its data was prepared: start again")
     write_part(config, found.read(index), shard, found.stamp(index), place)
 
 

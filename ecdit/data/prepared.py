@@ -336,21 +336,25 @@ def check_text(prepared: Prepared, made_by: str) -> None:
 
 def empty_caption(prepared: Prepared) -> Mapping[str, Any]:
     """Returns the prepared states of the empty caption. Raises DataError if there are none, or they are damaged."""
-    part = next((one for one in prepared.stored if one and one.text), None)
-    if part is None:
-        raise DataError(f"{task_directory(prepared.config)} has no prepared states of captions")
-    return read_empty(part)
+    for part in prepared.stored:
+        if part and part.text:
+            return read_empty(part.directory, part.text)
+    raise DataError(f"{task_directory(prepared.config)} has no prepared states of captions")
 
 
-def read_empty(part: StoredPart) -> Mapping[str, Any]:
-    """Returns the states of the empty caption beside a part's column `text`. Raises DataError if they are damaged."""
-    assert part.text is not None
-    path = part.directory / "columns" / part.text.name / EMPTY
+def read_empty(directory: Path, column: Column) -> Mapping[str, Any]:
+    """Returns the states of the empty caption beside a column of text states. Raises DataError if they are damaged.
+
+    Args:
+      directory: of the records that the column belongs to.
+      column: its manifest.
+    """
+    path = directory / "columns" / column.name / EMPTY
     try:
         data = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error}; delete {path.parent} and prepare it again") from None
-    if column_fingerprint((*part.text.train, *part.text.held_out), {EMPTY: data}) != part.text.fingerprint:
+    if column_fingerprint((*column.train, *column.held_out), {EMPTY: data}) != column.fingerprint:
         raise DataError(f"{path} is damaged: delete {path.parent} and prepare it again")
     return unpack(data)
 

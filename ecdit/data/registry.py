@@ -17,8 +17,8 @@ import numpy as np
 from ecdit.config import require
 from ecdit.data import DataError
 from ecdit.data.config import DataConfig
-from ecdit.data.generated import GENERATED, Split
-from ecdit.data.sources.protocol import Columns, Pair, Rejected, Source, Texts, with_captions
+from ecdit.data.generated import GENERATED
+from ecdit.data.sources.protocol import Pair, Rejected, Source, with_captions
 from ecdit.data.tensorflow import preparing
 
 if TYPE_CHECKING:
@@ -196,7 +196,8 @@ def _pair(example: dict[str, Any], name: str) -> Pair | Rejected:
             columns = json.loads(example.pop("columns", b"{}"))
             split: Any = example.pop("split", b"").decode() or None
             captions = {field.decode(): text.decode() for field, text in fields}
-            return _with_captions(key, image, captions, columns, name, split)
+            pair = with_captions(key, image, captions, columns, _place(key, name))
+            return dataclasses.replace(pair, split=split) if isinstance(pair, Pair) else pair
         captions, columns = {}, {}
         for field, value in example.items():
             if isinstance(value, bytes):
@@ -205,7 +206,7 @@ def _pair(example: dict[str, Any], name: str) -> Pair | Rejected:
                 captions |= {f"{field}.{i}": text.decode() for i, text in enumerate(value)}
             elif np.ndim(value) == 0:
                 columns[field] = value.item()
-        return _with_captions(key, image, captions, columns, name)
+        return with_captions(key, image, captions, columns, _place(key, name))
     except UnicodeDecodeError as error:
         return Rejected(name, "not UTF-8", str(error))
     except KeyError as error:
@@ -220,10 +221,6 @@ def _key(value: Any) -> str:
     raise DataError(f"the feature key is {value}: it must be text or an integer")
 
 
-def _with_captions(
-    key: str, image: bytes | np.ndarray, captions: Texts, columns: Columns, name: str, split: Split | None = None
-) -> Pair | Rejected:
-    """Returns the pair with its captions that are not blank, or a Rejected if all are."""
-    stripped = {field: text.strip() for field, text in captions.items()}
-    pair = with_captions(key, image, stripped, columns, name if key == name else f"{name}:{key}")
-    return dataclasses.replace(pair, split=split) if isinstance(pair, Pair) else pair
+def _place(key: str, name: str) -> str:
+    """Returns how the quarantine names an example, by its place and its key."""
+    return name if key == name else f"{name}:{key}"

@@ -36,10 +36,14 @@ def _register(name: str, source: Any, preprocessors: Sequence[Callable[..., Any]
     seqio.TaskRegistry.add(name, source=source, preprocessors=list(preprocessors), output_features={})
 
 
-add_task("emoji", Emoji())
-add_task("emoji_styles", EmojiStyles())
-# Keeps all five captions of an image; training draws each equally often.
-add_task("coco", TfdsBuilder("coco_captions", image="image", captions=("captions/text",), key="image/filename"))
+_SOURCES = {
+    "emoji": Emoji(),
+    "emoji_styles": EmojiStyles(),
+    # Keeps all five captions of an image; training draws each equally often.
+    "coco": TfdsBuilder("coco_captions", image="image", captions=("captions/text",), key="image/filename"),
+}
+for _name, _source in _SOURCES.items():
+    add_task(_name, _source)
 for _name in GENERATED:
     _register(_name, MadeWhenRead())
-PACKAGED = frozenset(("emoji", "emoji_styles", "coco", *GENERATED))  # tasks that no file of a user registers
+PACKAGED = frozenset((*_SOURCES, *GENERATED))  # tasks that no file of a user registers

@@ -27,6 +27,7 @@ from ecdit.partitioning import MeshConfig, batch_sharding, make_mesh
 from ecdit.pretrained.text_encoders import load_text, make_text_encoder
 from ecdit.system import fingerprint_once
 
+TEXT = "text-"  # begins the name of a column of states
 EMPTY = "empty_caption"  # the file beside the shards that has the states of the empty caption
 _BATCH = 16  # captions of a device at a time
 Stored = Literal["bfloat16", "int8"]
@@ -53,7 +54,7 @@ class TextColumn:
     @property
     def name(self) -> str:
         """Returns the column's name."""
-        return f"text-{self.label}"
+        return f"{TEXT}{self.label}"
 
     @property
     def made_by(self) -> str:

@@ -13,6 +13,7 @@ from ecdit.data.manifest import COLUMN, SPLITS, Column, shards_of
 from ecdit.data.prepared import Prepared, StoredPart, open_prepared, read_empty
 from ecdit.data.record import decode_record
 from ecdit.data.shards import Shard, ShardReader, file_sha256
+from ecdit.data.text_states import TEXT
 
 
 def verify(config: DataConfig, say: Callable[[str], None] = print) -> Prepared:
@@ -26,11 +27,12 @@ def verify(config: DataConfig, say: Callable[[str], None] = print) -> Prepared:
     for part in filter(None, prepared.stored):
         columns, unreadable = _columns(part)
         damaged += unreadable
-        if part.text:
-            try:
-                read_empty(part)
-            except DataError as error:
-                damaged.append(str(error))
+        for column in columns:
+            if column.name.startswith(TEXT):
+                try:
+                    read_empty(part.directory, column)
+                except DataError as error:
+                    damaged.append(str(error))
         for split in SPLITS:
             for shard in tqdm(shards_of(part.manifest, split), f"{part.component.task}, {split}", disable=None):
                 problem = _problem(part, shard, config.image_size)

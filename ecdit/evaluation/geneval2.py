@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from ecdit.errors import UserError
-from ecdit.evaluation.json_lines import at_line, is_number, read_lines, require, shown, take
+from ecdit.json_lines import at_line, is_number, read_lines, require, shown, take
 
 SKILLS = ("object", "attribute", "count", "position", "verb")
 MAX_SCORE = 6  # probabilities of this many spellings of an answer are summed at most

@@ -1,6 +1,7 @@
 """Makes the lines that GenEval's scorer reads, from a folder with 00000/samples/0000.png and 00000/metadata.jsonl."""
 
 import dataclasses
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -16,8 +17,8 @@ from ecdit.evaluation.geneval import CLASSES, confident
 from ecdit.evaluation.geneval_detector import Instances
 from ecdit.evaluation.geneval_lines import image_of
 from ecdit.evaluation.image_files import check_finished, read_upright
-from ecdit.evaluation.json_lines import at_line, read_lines, write_results
 from ecdit.files import writing
+from ecdit.json_lines import at_line, read_lines, write_results
 
 # (image, boxes, their masks, the class's name) -> a colour for each box
 Classifier = Callable[
@@ -58,6 +59,16 @@ def samples(folder: Path) -> list[Sample]:
     if not found:
         raise UserError(f"--images={folder}: has no folders such as 00000/ with metadata.jsonl and samples/0000.png")
     return found
+
+
+def state_of(wanted: Sequence[Sample]) -> str:
+    """Returns a hash of the images' places, prompts, sizes and times, which change when they are drawn again."""
+    digest = hashlib.sha256()
+    for sample in wanted:
+        found = sample.path.stat()
+        said = (str(sample.path.absolute()), sample.metadata, found.st_size, found.st_mtime_ns)
+        digest.update(json.dumps(said).encode())
+    return digest.hexdigest()
 
 
 def _metadata(path: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from jaxtyping import Float32
 
 from ecdit.errors import UserError
 from ecdit.evaluation.geneval import CLASSES, COLOURS, RELATIONS, Clause, DetectedImage, Verdict, judge
-from ecdit.evaluation.json_lines import at_line, is_number, read_lines, require, take
+from ecdit.json_lines import at_line, is_number, read_lines, require, take
 
 
 def judge_lines(path: Path) -> list[Verdict]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ecdit.errors import UserError
-from ecdit.evaluation.json_lines import at_line, read_lines, require, take
+from ecdit.json_lines import at_line, read_lines, require, take
 
 
 @dataclasses.dataclass(frozen=True)

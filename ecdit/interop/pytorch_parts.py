@@ -14,7 +14,7 @@ from jaxtyping import ArrayLike
 from ecdit.errors import UserError
 from ecdit.system import PAPERS, SystemConfig, make_system
 
-# Fields of the config's group `model` that change what the denoiser computes,
+# Fields of the config's section `model` that change what the denoiser computes,
 _COMPUTED = (
     *("latent_size", "latent_channels", "patch_size", "width", "depth", "extra_blocks", "heads", "kv_heads"),
     *("rope_theta", "absolute_positions", "ffn_multiplier", "ffn", "even_ffn_multiplier", "num_experts"),

@@ -121,7 +121,7 @@ def attention(
     query: Float[Array, "B L H k"],
     key: Float[Array, "B M H k"],
     value: Float[Array, "B M H k"],
-    bias: Float[Array, "B|1 H|1 L|1 M"] | None,
+    bias: Float[Array, "#B #H #L M"] | None,
     scale: float,
 ) -> Float[Array, "B L H*k"]:
     """Returns softmax(scale query key + bias) value with joined heads. Scores and softmax are float32."""

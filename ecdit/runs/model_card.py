@@ -55,7 +55,7 @@ from diffusers import DiffusionPipeline
 device = "cuda" if torch.cuda.is_available() else "cpu"
 pipeline = DiffusionPipeline.from_pretrained(".", trust_remote_code=True{towers}).to(device)
 noise = torch.Generator(device).manual_seed(0)
-pipeline("{prompt}", generator=noise).images[0].save("sample.png")
+{draw}
 """
 
 
@@ -94,7 +94,10 @@ def _sampling(experiment: Experiment, towers: Sequence[Tower]) -> str:
         f"from {library} import {', '.join(dict.fromkeys(kinds))}\n" for library, kinds in classes.items()
     )
     passed = "".join(f', {one.part}={one.kind}.from_pretrained("{one.folder.as_posix()}")' for one in towers)
-    by_pipeline = PIPELINE.format(imports=imports, towers=passed, prompt=PROMPT)
+    draw = f'pipeline("{PROMPT}", generator=noise).images[0].save("sample.png")'
+    if experiment.autoencoder == "latents":  # the run has no autoencoder, which would make an image of them
+        draw = f'latents = pipeline("{PROMPT}", generator=noise, output_type="latent").images'
+    by_pipeline = PIPELINE.format(imports=imports, towers=passed, draw=draw)
     text = f"By diffusers, in this folder:\n\n```python\n{by_pipeline}```"
     plain = (
         sampling.solver == "euler" and sampling.time_shift == 1 and guidance.mode == "plain" and guidance.is_always()

@@ -18,6 +18,7 @@ from typing import Any, Literal, cast, get_args
 import numpy as np
 
 from ecdit.errors import UserError
+from ecdit.json_lines import read_lines
 from ecdit.sampling.prompts import prompt_lines
 
 Kind = Literal["lines", "parti", "coco", "geneval", "geneval2", "dpg"]
@@ -82,7 +83,7 @@ def _kind(path: Path) -> Kind:
         return "coco"
     if ending != ".jsonl":
         return "lines"
-    first = next((values for _, values in _json_lines(path)), {})
+    _, first = next(read_lines(path))
     for kind, keys in _KEYS.items():
         if set(keys) <= set(first):
             return kind
@@ -121,7 +122,7 @@ def _coco(path: Path) -> Iterator[Prompt]:
 
 
 def _benchmark(kind: Kind, path: Path) -> Iterator[Prompt]:
-    for number, values in _json_lines(path):
+    for number, values in read_lines(path):
         for key in _KEYS[kind]:
             if key not in values:
                 raise UserError(f"--prompts={path}, line {number}: {key} is missing; there is {', '.join(values)}")
@@ -147,19 +148,6 @@ def _check_names(path: Path, prompts: Sequence[Prompt]) -> None:
         if prompt.name in seen:
             raise UserError(f"--prompts={path}: item_id = {prompt.name!r} stands there twice")
         seen.add(prompt.name)
-
-
-def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            values = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"--prompts={path}, line {number}: is not JSON: {error}") from None
-        if not isinstance(values, dict):
-            raise UserError(f"--prompts={path}, line {number}: must be a JSON object")
-        yield number, values
 
 
 _READERS = {

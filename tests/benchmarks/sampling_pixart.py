@@ -44,11 +44,13 @@ def experiment(name: str, arguments: argparse.Namespace) -> Experiment:
         model__width=arguments.width,
         model__depth=arguments.depth,
         model__extra_blocks=0,
+        model__mask_ratio=0.0,
         model__heads=heads,
         model__kv_heads=heads,
         model__dtype="float32",
         model__attention="plain",
         model__projections="plain",
+        data__latent_channels=CHANNELS,
         data__image_size=8 * arguments.latent,
         data__vocab_size=300,
         data__caption_length=TEXT_LENGTH,
@@ -83,7 +85,7 @@ def ours(config: Experiment, batches: list[int]) -> tuple[dict[int, Callable[[],
 
 
 def pixart(arguments: argparse.Namespace, batches: list[int]) -> tuple[dict[int, Callable[[], Any]], int]:
-    """The same of diffusers' pipeline."""
+    """Returns the same for the pipeline of diffusers."""
     import diffusers
     import torch
 
@@ -133,7 +135,7 @@ def use_torchvision() -> None:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """One run: all candidates by turns, a case for each batch, ratios of seconds against the pipeline."""
+    """Measures in one process: a case for each batch, ratios of seconds against the pipeline."""
     use_torchvision()
     batches = [int(batch) for batch in arguments.batches.split(",")]
     candidates = {name: ours(experiment(config, arguments), batches) for name, config in OURS.items()}

@@ -1,8 +1,12 @@
 """Tests how much room packed captions are given, by hand and on prepared data."""
 
+from types import SimpleNamespace
+from unittest import mock
+
 import numpy as np
 import pytest
 
+from ecdit.data import caption_lengths
 from ecdit.data.caption_lengths import least_packed_length, length_shares, overflow, packing_line
 from ecdit.data.loader import augmented, row_reader
 from ecdit.data.prepared import open_prepared
@@ -57,6 +61,25 @@ def test_shares_are_those_of_the_captions_that_training_reads(emoji_data):
     np.testing.assert_allclose(shares, np.bincount(lengths, minlength=17) / count, atol=1e-12)
     dropped = length_shares(open_prepared(tiny(data__directory=str(emoji_data), data__caption_dropout=0.25).data))
     np.testing.assert_allclose(dropped, 0.75 * shares + 0.25 * np.eye(17)[1], atol=1e-12)
+
+
+def test_a_list_of_captions_is_drawn_as_one_field():
+    """Half of the draws are the short caption, the other half one of two long ones: not two thirds."""
+    histograms = {"caption": {"2": 10}, "captions.0": {"6": 10}, "captions.1": {"8": 10}}
+    tokenizer = SimpleNamespace(parts=[None], empty=[1])
+    part = SimpleNamespace(tokens=SimpleNamespace(histograms=histograms))
+    config = SimpleNamespace(caption_length=8, captions={"caption": 1.0, "captions": 1.0}, caption_dropout=0.0)
+    composition = SimpleNamespace(components=[SimpleNamespace(rate="1")])
+    prepared = SimpleNamespace(config=config, tokenizer="", composition=composition, stored=[part])
+    with mock.patch.object(caption_lengths, "load_tokenizer", return_value=tokenizer):
+        shares = length_shares(prepared)
+    np.testing.assert_allclose(shares, [0, 0, 0.5, 0, 0, 0, 0.25, 0, 0.25])
+
+
+def test_a_run_whose_streams_are_as_long_as_padding_is_told_so(emoji_data):
+    prepared = open_prepared(tiny(data__directory=str(emoji_data)).data)
+    assert "packs nothing" in packing_line(prepared, 8, 1, 8)  # a chunk of sixteen tokens, as long as a caption
+    assert "packs nothing" not in packing_line(prepared, 8, 2, 8)
 
 
 def test_a_run_says_how_often_its_captions_overflow(emoji_data, capsys):

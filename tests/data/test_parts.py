@@ -23,3 +23,10 @@ def test_an_array_that_is_no_image_is_rejected(image, reason):
     found = record_of(Pair("a", image, {"caption": "cat"}, {}), make_config(), "part")
     assert isinstance(found, Rejected)
     assert (found.name, found.reason) == ("part:a", reason)
+
+
+def test_blank_captions_of_a_source_that_keeps_them_are_left_out():
+    image = np.zeros((5, 5, 3), np.uint8)
+    found = record_of(Pair("a", image, {"a": " ", "b": "cat"}, {}), make_config(), "part")
+    assert found.captions == {"b": "cat"}
+    assert record_of(Pair("a", image, {"a": " "}, {}), make_config(), "part").reason == "empty caption"

@@ -3,7 +3,7 @@
 import pytest
 
 from ecdit.errors import UserError
-from ecdit.evaluation.json_lines import is_number, json_text, read_lines, shown, take, write_results
+from ecdit.json_lines import is_number, json_text, read_lines, shown, take, write_results
 
 
 @pytest.fixture

@@ -281,8 +281,8 @@ MUTANTS = (
     ),
     Mutant(
         "ecdit/data/preparation.py",
-        "if found.module != module:",
-        "if False:",
+        "if found.module != module:\n            told",
+        "if False:\n            told",
         _preparation("test_a_mixture_whose_file_has_changed_is_read_again"),
         "a run trains at rates that its file no longer has",
     ),

@@ -55,7 +55,7 @@ def test_dpg_s_folder_of_texts_is_read_by_name(tmp_path):
         ("a.json", "{}", "annotations"),
         ("a.json", '{"annotations": [{"image_id": 1}]}', "KeyError: 'caption'"),
         ("a.jsonl", '{"text": "a"}', "its first line has text; known are"),
-        ("a.jsonl", "[]", "line 1: must be a JSON object"),
+        ("a.jsonl", "[]", r"line 1: \[\]: must be a JSON object"),
         ("a.jsonl", json.dumps(GENEVAL) + '\n{"prompt": "a"}', "line 2: tag is missing"),
         ("a.jsonl", '{"item_id": "a/b", "prompt": "a"}', "item_id = 'a/b': must be letters"),
         ("a.jsonl", '{"item_id": "1", "prompt": "a"}\n{"item_id": "1", "prompt": "b"}', "'1' stands there twice"),

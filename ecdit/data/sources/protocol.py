@@ -102,17 +102,17 @@ def split_fields(fields: Mapping[str, Any], captions: Callable[[str], bool]) -> 
     texts, columns = {}, {}
     for name, value in fields.items():
         if captions(name) and isinstance(value, str):
-            texts[name] = value.strip()
+            texts[name] = value
         elif captions(name) and isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
-            texts |= {f"{name}.{place}": item.strip() for place, item in enumerate(value)}
+            texts |= {f"{name}.{place}": item for place, item in enumerate(value)}
         elif value is None or isinstance(value, int | float | str | bool):
             columns[name] = value
     return texts, columns
 
 
 def with_captions(key: str, image: bytes | np.ndarray, texts: Texts, columns: Columns, name: str) -> Pair | Rejected:
-    """Returns the pair with its captions that are not empty, or a Rejected called `name` if all are."""
-    kept = {field: text for field, text in texts.items() if text}
+    """Returns the pair with its captions that are not blank, stripped, or a Rejected called `name` if all are."""
+    kept = {field: stripped for field, text in texts.items() if (stripped := text.strip())}
     if not kept:
         reason = "empty caption" if texts else "no caption"
         return Rejected(name, reason, f"fields: {', '.join([*texts, *columns]) or 'none'}")

@@ -92,9 +92,9 @@ class TfdsBuilder:
         for path in self.captions:
             value, field = values[path], path.partition("/")[0]
             if isinstance(value, bytes):
-                texts[field] = value.decode().strip()
+                texts[field] = value.decode()
             else:
-                texts |= {f"{field}.{place}": text.decode().strip() for place, text in enumerate(value)}
+                texts |= {f"{field}.{place}": text.decode() for place, text in enumerate(value)}
         columns: Columns = {}
         for path, value in values.items():
             if path not in (self.image, *self.captions, _ID) and (isinstance(value, bytes) or not np.ndim(value)):

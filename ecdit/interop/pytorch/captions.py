@@ -33,7 +33,7 @@ class Captions:
         return cls(parts, config["length"])
 
     def __call__(self, captions: list[str]) -> torch.Tensor:
-        """Returns int64 ids, [n, parts * length]. What is too long is cut, and ends all the same."""
+        """Returns int64 ids, [n, parts * length]. A caption that is too long is cut, and keeps its end token."""
         rows = []
         for caption in captions:
             row = []

@@ -21,7 +21,6 @@ PAD = 0  # T5's
 class EcDitPipeline(DiffusionPipeline):
     """Encodes prompts, integrates the guided velocity from noise, and decodes."""
 
-    model_cpu_offload_seq = "text_encoder->text_encoder_2->transformer->vae"
     _optional_components = ["text_encoder", "text_encoder_2", "vae"]  # noqa: RUF012
 
     def __init__(
@@ -120,7 +119,6 @@ class EcDitPipeline(DiffusionPipeline):
         images = x if output_type == "latent" else self.decode(x)
         if output_type == "pil":
             images = self.numpy_to_pil(images)
-        self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def encode(self, prompts):
