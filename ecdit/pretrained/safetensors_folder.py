@@ -18,6 +18,8 @@ DTYPES: Mapping[str, Any] = {
     "BF16": ml_dtypes.bfloat16,
     "I64": np.int64,
     "I32": np.int32,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,  # these two are not read, but named in errors
+    "F8_E5M2": ml_dtypes.float8_e5m2,
 }
 # Loading a pickle can run any code. PyTorch's restricted reader (weights_only) loads only tensors.
 CONVERSION = """python - <<'EOF'
@@ -64,8 +66,15 @@ class SafetensorsFolder:
         return np.dtype(DTYPES.get(self._files[name].get_slice(name).get_dtype(), object))
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """Returns a slice of a tensor. Reads only its bytes."""
-        return self._files[name].get_slice(name)[index]
+        """Returns a slice of a tensor. Reads only its bytes.
+
+        Raises:
+          WeightsError: the tensor has numbers of 8 bits or fewer, which NumPy has not.
+        """
+        tensor = self._files[name].get_slice(name)
+        if tensor.get_dtype().startswith(("F8", "F6", "F4")):
+            raise WeightsError(f"{self}: {name} is stored as {tensor.get_dtype()}: must be F16, BF16, F32 or F64")
+        return tensor[index]
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -76,9 +85,8 @@ def weight_files(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise WeightsError(f"{folder}: the folder does not exist")
-    for stem in STEMS:
-        if (folder / f"{stem}.safetensors.index.json").exists():
-            return list(_indexed(folder / f"{stem}.safetensors.index.json"))
+    if (index := index_file(folder)) is not None:
+        return list(_indexed(index))
     for stem in STEMS:
         if (folder / f"{stem}.safetensors").exists():
             return [folder / f"{stem}.safetensors"]
@@ -89,6 +97,26 @@ def weight_files(folder: Path) -> list[Path]:
     if not found:
         raise WeightsError(_no_weights(folder))
     return found
+
+
+def index_file(folder: Path) -> Path | None:
+    """Returns the index of a folder's weights; None if they are in one file.
+
+    A variant's index, such as model.safetensors.index.fp16.json, counts where it is alone.
+
+    Raises:
+      WeightsError: there are indexes of several variants.
+    """
+    for stem in STEMS:
+        if (path := folder / f"{stem}.safetensors.index.json").exists():
+            return path
+    if any((folder / f"{stem}.safetensors").exists() for stem in STEMS):
+        return None
+    variants = sorted(path for stem in STEMS for path in folder.glob(f"{stem}.safetensors.index.*.json"))
+    if len(variants) > 1:
+        names = ", ".join(path.name for path in variants)
+        raise WeightsError(f"{folder} has several variants: {names}. Keep the index of one")
+    return variants[0] if variants else None
 
 
 def _no_weights(folder: Path) -> str:

@@ -51,7 +51,7 @@ class Loaded(NamedTuple):
     """A network's parameters."""
 
     params: dict[str, Any]  # nested, as nnx.State accepts it
-    not_numbers: dict[str, int]  # NaNs that this process read, by tensor, without zeros
+    not_numbers: dict[str, int]  # NaNs and infinities that this process read, by tensor, without zeros
 
 
 class _Parameter(NamedTuple):
@@ -80,8 +80,8 @@ class _Parameter(NamedTuple):
 def load(abstract: nnx.State, layout: Layout, tensors: Tensors, mesh: Mesh | None) -> Loaded:
     """Returns a network's parameters in the network's dtype, sharded over the mesh.
 
-    Besides the parameters, the process holds only one device's part of one tensor in memory. NaNs are counted and
-    logged as a warning.
+    Besides the parameters, the process holds only one device's part of one tensor in memory. NaNs and infinities, as
+    weights have that float16 could not hold, are counted and logged as a warning.
 
     Args:
       abstract: the network's Params with their logical axes; arrays or shapes.
@@ -104,7 +104,7 @@ def load(abstract: nnx.State, layout: Layout, tensors: Tensors, mesh: Mesh | Non
         params[parameter.path] = _read_parameter(parameter, found, tensors, shardings[parameter.path], counts)
     if counts:
         shown = _listed([f"{name} ({count})" for name, count in sorted(counts.items())])
-        logging.warning("%s: %d weights are NaN, in %s", tensors, sum(counts.values()), shown)
+        logging.warning("%s: %d weights are NaN or infinite, in %s", tensors, sum(counts.values()), shown)
     return Loaded(nnx.traversals.unflatten_mapping(params), counts)
 
 
@@ -172,7 +172,7 @@ def _check(parameters: Sequence[_Parameter], layout: Layout, tensors: Tensors) -
         "missing": [name for name in needed if name not in found],
         "unknown": [found[name] for name in found if name not in needed and not layout.is_unused(name)],
         "misshapen": misshapen,
-        "not of floating-point numbers": mistyped,
+        "not of 16, 32 or 64-bit floating-point numbers": mistyped,
     }
     if any(problems.values()):
         lines = [f"  {kind} ({len(names)}): {_listed(names)}" for kind, names in problems.items() if names]
@@ -239,12 +239,15 @@ def _read_tensor(
 
 
 def _fill(values: np.ndarray, tensors: Tensors, name: str, bounds: tuple[slice, ...], axes: tuple[int, ...]) -> int:
-    """Writes a slice of a tensor into `values`, whose axis i is the tensor's axes[i]. Returns its number of NaNs."""
+    """Writes a slice of a tensor into `values`, whose axis i is the tensor's axes[i].
+
+    Returns how many of its numbers are NaN or infinite.
+    """
     inverse = tuple(axes.index(axis) for axis in range(len(axes)))
     as_in_file, wanted, nans = values.transpose(inverse), tuple(bounds[axis] for axis in inverse), 0
     for index in _pieces(wanted, tensors.dtype(name).itemsize) if tensors.in_pieces else [wanted]:
         piece = tensors.read(name, index)
-        nans += int(np.isnan(piece).sum())
+        nans += int((~np.isfinite(piece)).sum())
         first = wanted[0].start
         as_in_file[index[0].start - first : index[0].stop - first] = piece
     return nans

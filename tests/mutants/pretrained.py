@@ -82,9 +82,29 @@ MUTANTS = (
     ),
     Mutant(
         _WEIGHTS,
-        "nans += int(np.isnan(piece).sum())",
-        "nans += int(np.isnan(piece).any())",
+        "nans += int((~np.isfinite(piece)).sum())",
+        "nans += int((~np.isfinite(piece)).any())",
         _tests("weights", "test_nans_are_warned_of_and_counted"),
+    ),
+    Mutant(
+        _WEIGHTS,
+        "nans += int((~np.isfinite(piece)).sum())",
+        "nans += int(np.isnan(piece).sum())",
+        _tests("weights", "test_nans_are_warned_of_and_counted"),
+        "a run begins with weights that float16 could not hold, and nothing says so",
+    ),
+    Mutant(
+        "ecdit/pretrained/config_json.py",
+        "return ConfigJson(self.path, {**older, **values}, defaults)",
+        "return ConfigJson(self.path, values, defaults)",
+        _tests("networks", "test_a_whole_clip_s_older_config_is_read"),
+        "an old CLIP gets the sizes and the activation of the smallest one",
+    ),
+    Mutant(
+        _FOLDER,
+        'if any((folder / f"{stem}.safetensors").exists() for stem in STEMS):',
+        "if False:",
+        _tests("weights", "test_a_variant_s_index_counts_where_it_is_alone"),
     ),
     Mutant(
         _WEIGHTS,

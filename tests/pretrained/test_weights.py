@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from ecdit.partitioning import MeshConfig, make_mesh, param_shardings
 from ecdit.pretrained.config_json import WeightsError
-from ecdit.pretrained.safetensors_folder import SafetensorsFolder
+from ecdit.pretrained.safetensors_folder import SafetensorsFolder, weight_files
 from ecdit.pretrained.t5_encoder import T5Config, T5Encoder
 from ecdit.pretrained.weights import fingerprint, load, load_folder
 from launch.local import _free_port
@@ -223,7 +223,22 @@ def test_all_that_does_not_fit_is_listed_at_once(tmp_path):
     assert "missing (1): encoder.final_layer_norm.weight" in message
     assert "unknown (1): encoder.block.3.layer.0.layer_norm.weight" in message
     assert f"misshapen (1): {q} (32, 16) instead of (16, 32)" in message
-    assert f"not of floating-point numbers (1): {o} int32" in message
+    assert f"not of 16, 32 or 64-bit floating-point numbers (1): {o} int32" in message
+
+
+def test_weights_of_8_bits_are_named(tmp_path):
+    """safetensors' NumPy writer cannot write them, so the header of a file is edited."""
+    model, layout, folder = folder_of("t5", tmp_path)
+    file, name = folder / "model.safetensors", "encoder.final_layer_norm.weight"
+    save_file(load_file(file) | {name: np.ones(8, np.float32)}, file)
+    plain = file.read_bytes()
+    edited = plain.replace(b'{"dtype":"F32","shape":[8]', b'{"dtype":"F8_E4M3","shape":[32]')
+    length = int.from_bytes(plain[:8], "little") + len(edited) - len(plain)  # of the header
+    file.write_bytes(length.to_bytes(8, "little") + edited[8:])
+    with pytest.raises(WeightsError, match=rf"floating-point numbers \(1\): {re.escape(name)} float8_e4m3fn"):
+        load_folder(model.abstract, layout, folder, None)
+    with pytest.raises(WeightsError, match=rf"{re.escape(name)} is stored as F8_E4M3: must be F16, BF16, F32 or F64"):
+        fingerprint(folder)
 
 
 def test_a_long_list_is_cut(tmp_path):
@@ -237,10 +252,11 @@ def test_nans_are_warned_of_and_counted(tmp_path, caplog):
     weights = load_file(folder / "model.safetensors")
     name = "encoder.block.1.layer.1.layer_norm.weight"
     weights["shared.weight"][3, :5] = weights[name][2] = np.nan
+    weights[name][4] = -np.inf  # as float16 stores what it has no room for
     save_file(weights, folder / "model.safetensors")
     loaded = load_folder(model.abstract, layout, folder, make_mesh(CUBE))
-    assert loaded.not_numbers == {"shared.weight": 5, name: 1}
-    assert f"6 weights are NaN, in {name} (1), shared.weight (5)" in caplog.text
+    assert loaded.not_numbers == {"shared.weight": 5, name: 2}
+    assert f"7 weights are NaN or infinite, in {name} (2), shared.weight (5)" in caplog.text
     assert np.isnan(np.asarray(loaded.params["shared"])).sum() == 5
 
 
@@ -294,6 +310,21 @@ def test_folders_without_a_clear_choice_are_refused(tmp_path):
         save_file({"w": np.ones(1, np.float32)}, tmp_path / name)
     with pytest.raises(WeightsError, match=r"several files and no index: a.safetensors, b.safetensors"):
         SafetensorsFolder(tmp_path)
+
+
+@pytest.mark.parametrize("stem", ["model", "diffusion_pytorch_model"])
+def test_a_variant_s_index_counts_where_it_is_alone(stem, tmp_path):
+    """transformers and diffusers write model.safetensors.index.fp16.json for variant="fp16"."""
+    model, layout, folder = folder_of("t5", tmp_path, files=3)
+    plain = folder / "model.safetensors.index.json"
+    variant = plain.rename(folder / f"{stem}.safetensors.index.fp16.json")
+    same(load_folder(model.abstract, layout, folder, None).params, model.params)
+    other = folder / f"{stem}.safetensors.index.bf16.json"
+    other.write_text(variant.read_text())
+    with pytest.raises(WeightsError, match=rf"several variants: {other.name}, {variant.name}\. Keep the index of one"):
+        SafetensorsFolder(folder)
+    save_file(tensors(model, layout), folder / "model.safetensors")  # the default goes before variants
+    assert weight_files(folder) == [folder / "model.safetensors"]
 
 
 def test_a_fingerprint_is_of_values_and_config_however_they_are_split(tmp_path, monkeypatch):
