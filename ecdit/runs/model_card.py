@@ -93,7 +93,7 @@ def _sampling(experiment: Experiment, towers: Sequence[Tower]) -> str:
     imports = "".join(
         f"from {library} import {', '.join(dict.fromkeys(kinds))}\n" for library, kinds in classes.items()
     )
-    passed = "".join(f', {one.part}={one.kind}.from_pretrained("{one.folder.as_posix()}")' for one in towers)
+    passed = "".join(f", {one.part}={one.kind}.from_pretrained({_arguments(one)})" for one in towers)
     draw = f'pipeline("{PROMPT}", generator=noise).images[0].save("sample.png")'
     if experiment.autoencoder == "latents":  # the run has no autoencoder, which would make an image of them
         draw = f'latents = pipeline("{PROMPT}", generator=noise, output_type="latent").images'
@@ -115,6 +115,12 @@ def _sampling(experiment: Experiment, towers: Sequence[Tower]) -> str:
     return (
         f"By torch and safetensors, with sentencepiece and pillow, in this folder:\n\n```python\n{alone}```\n\n{text}"
     )
+
+
+def _arguments(tower: Tower) -> str:
+    """Returns what a public tower's library is passed to read its folder."""
+    width = "" if tower.projection is None else f", projection_dim={tower.projection}"
+    return f'"{tower.folder.as_posix()}"{width}'
 
 
 def _model(run: Run) -> dict[str, Any]:

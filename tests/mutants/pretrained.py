@@ -280,4 +280,21 @@ MUTANTS = (
         (f"{_TEXT}::test_prepared_states_are_those_of_online_encoding",),
         "prepared captions are never dropped, and guidance has nothing to go by",
     ),
+    Mutant(
+        "ecdit/runs/diffusers_folder.py",
+        'values["text_config"] |= {"projection_dim": tower.projection}',
+        'values |= {"projection_dim": tower.projection}',
+        (
+            "tests/ecdit_runs/test_diffusers_folder.py::test_a_whole_clip_s_projection_is_told_where_its_text_config_has_another",
+        ),
+        "transformers refuses the folder's text encoder",
+    ),
+    Mutant(
+        "ecdit/runs/diffusers_folder.py",
+        'shutil.copyfile(index, target / f"{tower.stem}{INDEX}")',
+        "shutil.copyfile(index, target / index.name)",
+        (
+            "tests/ecdit_runs/test_diffusers_folder.py::test_a_variant_in_several_files_is_copied_under_the_name_that_is_looked_for",
+        ),
+    ),
 )
