@@ -297,4 +297,11 @@ MUTANTS = (
             "tests/ecdit_runs/test_diffusers_folder.py::test_a_variant_in_several_files_is_copied_under_the_name_that_is_looked_for",
         ),
     ),
+    Mutant(
+        "ecdit/data/tokens.py",
+        "{field: max(map(len, tokenizer.split(row))) for field, row in tokens.items()}",
+        "{field: len(row) for field, row in tokens.items()}",
+        (f"{_TEXT}::test_a_caption_counts_as_cut_where_one_of_two_encoders_cuts_it",),
+        "a run with two text encoders says that captions are cut which are not",
+    ),
 )

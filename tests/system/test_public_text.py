@@ -19,11 +19,18 @@ from ecdit.components import TextWidths
 from ecdit.config import ConfigError
 from ecdit.data import DataError
 from ecdit.data.loader import make_loader
-from ecdit.data.prepared import check_text, empty_caption, open_prepared, prepare_captions, prepare_column
+from ecdit.data.prepared import (
+    check_text,
+    empty_caption,
+    open_prepared,
+    prepare_captions,
+    prepare_column,
+    stored_records,
+)
 from ecdit.data.text_states import restore as restore_row
 from ecdit.data.text_states import store
 from ecdit.data.tokenizer import load_tokenizer
-from ecdit.data.tokens import tokenizer_path
+from ecdit.data.tokens import tokenizer_path, truncated_captions
 from ecdit.data.verification import verify
 from ecdit.evaluation.flow_loss import fixed_rows, losses_by_time, make_loss_program
 from ecdit.experiment import check_tokenizers, check_trainable, make_experiment
@@ -111,6 +118,10 @@ def test_a_pair_of_tokenizers_is_stored_in_one_row_and_told_apart(folders, tmp_p
         for length in (2, 5, 40):
             expected = [*clip.fit(clip.encode(caption), length), *t5.fit(t5.encode(caption), length)]
             assert both.fit(ids, length).tolist() == expected
+        assert [part.tolist() for part in both.split(ids)] == [
+            clip.encode(caption).tolist(),
+            t5.encode(caption).tolist(),
+        ]
     assert clip.fit(clip.encode("ab"), 6).tolist()[-3:] == [CLIP_TOKENS - 1] * 3  # it pads with its end
 
 
@@ -206,6 +217,26 @@ def grey(tmp_path_factory):
     place = tmp_path_factory.mktemp("grey_text")
     task = {"data__module": module(place, "grey_text", "36"), "data__task": "grey_text"}
     return {**task, "data__directory": str(place / "data"), "data__vocab_size": 300}
+
+
+def test_a_caption_counts_as_cut_where_one_of_two_encoders_cuts_it(folders, grey, tmp_path):
+    """Not where both parts together are longer than the room of one."""
+    both = public(folders["clip"], folders["t5"], **{**grey, "data__directory": str(tmp_path)})
+    prepare_captions(both.data, 1, QUIET)
+    prepared = open_prepared(both.data)
+    (part,) = filter(None, prepared.stored)
+    tokenizer = load_tokenizer(prepared.tokenizer)
+    captions = [
+        text
+        for split in ("train", "held_out")
+        for record in stored_records(prepared, split)
+        for text in record.captions.values()
+    ]
+    longest = [max(len(one.rows([text])[0]) for one in tokenizer.parts) for text in captions]
+    together = [len(tokenizer.encode(text)) for text in captions]
+    assert max(longest) < min(together)
+    for length in (min(longest) - 1, max(longest) - 1, max(longest)):
+        assert truncated_captions(part.tokens.histograms, length) == sum(one > length for one in longest)
 
 
 @pytest.mark.parametrize(("stored", "tolerance"), [("bfloat16", 2**-8), ("int8", 1 / 127)])
