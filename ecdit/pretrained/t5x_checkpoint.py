@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from ecdit.pretrained.config_json import WeightsError
+from ecdit.pretrained.config_json import CONFIG, WeightsError
 from ecdit.pretrained.layers import Dtype
 from ecdit.pretrained.t5_encoder import T5Config
 
@@ -33,6 +33,11 @@ NAMES = (
     (r"^encoder\.layers_(\d+)\.attention\.out\.kernel$", r"encoder.block.\1.layer.0.SelfAttention.o.weight"),
 )
 TRANSPOSED = (".kernel", ".rel_embedding")
+
+
+def is_t5x(folder: Path) -> bool:
+    """Returns whether a folder is a checkpoint of T5X, which has no config.json."""
+    return (folder / FILE).is_file() and not (folder / CONFIG).is_file()
 
 
 class T5xCheckpoint:

@@ -19,6 +19,7 @@ from ecdit.partitioning import param_shardings
 from ecdit.pretrained.config_json import CONFIG, WeightsError, read_json
 from ecdit.pretrained.layout import Layout, tensor_axes
 from ecdit.pretrained.safetensors_folder import SafetensorsFolder
+from ecdit.pretrained.t5x_checkpoint import T5xCheckpoint, is_t5x
 
 PIECE_BYTES = 4 * 2**20  # bytes per read: much less than a tensor, much more than a disk's block
 SHOWN = 10  # names of each kind shown in an error
@@ -109,18 +110,20 @@ def load(abstract: nnx.State, layout: Layout, tensors: Tensors, mesh: Mesh | Non
 
 
 def load_folder(abstract: nnx.State, layout: Layout, folder: Path, mesh: Mesh | None) -> Loaded:
-    """Returns a network's parameters from a folder of safetensors files (see `load`)."""
-    return load(abstract, layout, SafetensorsFolder(folder), mesh)
+    """Returns a network's parameters from a folder of safetensors files or a checkpoint of T5X (see `load`)."""
+    return load(abstract, layout, T5xCheckpoint(folder) if is_t5x(folder) else SafetensorsFolder(folder), mesh)
 
 
 def fingerprint(folder: Path) -> str:
     """Returns the sha256 over a folder's config and its tensors' names, dtypes, shapes and bytes.
 
-    It does not depend on how tensors are split over files.
+    It does not depend on how tensors are split over files. A checkpoint of T5X has no config.
 
     Raises:
       WeightsError: the folder cannot be read.
     """
+    if is_t5x(folder):
+        return tensors_fingerprint(T5xCheckpoint(folder), {})
     return tensors_fingerprint(SafetensorsFolder(folder), read_json(Path(folder) / CONFIG))
 
 

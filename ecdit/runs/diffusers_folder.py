@@ -23,8 +23,9 @@ from ecdit.experiment import Experiment
 from ecdit.interop.pytorch_parts import denoiser_values, torch_weights, tower_values
 from ecdit.interop.weights import flat_names, new_folder, write_arrays, write_files
 from ecdit.pretrained.clip_text import DEFAULTS as CLIP_DEFAULTS
-from ecdit.pretrained.config_json import CONFIG, read_json
+from ecdit.pretrained.config_json import CONFIG, WeightsError, read_json
 from ecdit.pretrained.safetensors_folder import STEMS, index_file, weight_files
+from ecdit.pretrained.t5x_checkpoint import is_t5x
 from ecdit.pretrained.text_encoders import T5_TYPES
 from ecdit.runs.kept_tokenizer import FOLDER
 from ecdit.runs.trained_run import Run
@@ -97,10 +98,12 @@ def public_towers(experiment: Experiment) -> tuple[Tower, ...]:
     """Returns the public weights that a run has, with their fingerprints, for which all of them are read.
 
     Raises:
-      WeightsError: a folder cannot be read.
+      WeightsError: a folder cannot be read, or is a checkpoint of T5X.
     """
     system, towers = experiment.system, []
     for folder, part in zip(system.text.folders, ("text_encoder", "text_encoder_2"), strict=False):
+        if is_t5x(folder):
+            raise WeightsError(f"{folder} is a checkpoint of T5X, which PyTorch's libraries do not read")
         projected = system.text.clip_projection
         kind = "CLIPTextModelWithProjection" if projected else "CLIPTextModel"
         values = read_json(folder / CONFIG)

@@ -36,6 +36,7 @@ from ecdit.evaluation.flow_loss import fixed_rows, losses_by_time, make_loss_pro
 from ecdit.experiment import check_tokenizers, check_trainable, make_experiment
 from ecdit.partitioning import MeshConfig, make_mesh
 from ecdit.pretrained.config_json import WeightsError
+from ecdit.runs.diffusers_folder import public_towers
 from ecdit.runs.trained_run import open_run
 from ecdit.runs.training_run import train
 from ecdit.system import make_system
@@ -44,7 +45,8 @@ from ecdit.training.state import abstract_state, state_shardings
 from ecdit.training.step import abstract_batch
 from tests.data.example import module
 from tests.models.helpers import jit
-from tests.pretrained.towers import CAPTIONS, CLIP_TOKENS, write_clip, write_t5
+from tests.pretrained.test_t5x import t5x_arrays, write_checkpoint
+from tests.pretrained.towers import CAPTIONS, CLIP_TOKENS, t5_params, write_clip, write_t5
 from tests.runs import ROOT, command, random_params, tiny, tiny_values
 
 LENGTH = 12
@@ -106,6 +108,27 @@ def test_two_encoders_follow_each_other(folders):
     np.testing.assert_array_equal(found.mask, np.concatenate([one.mask for one in alone], axis=1))
     for n, one in enumerate(alone):
         np.testing.assert_allclose(found.states[:, n * LENGTH : (n + 1) * LENGTH], one.states, atol=1e-5)
+
+
+def test_a_checkpoint_of_t5x_is_an_encoder_as_its_folder_is(folders, tmp_path):
+    """Its shapes do not say the largest distance, which is 128 in all published networks."""
+    folder, params = write_t5(tmp_path / "t5"), t5_params()
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | {"relative_attention_max_distance": 128}))
+    checkpoint = write_checkpoint(tmp_path / "checkpoint_7", t5x_arrays(params))
+    plain, t5x = (public(one, data__tokenizer=str(folder)) for one in (folder, checkpoint))
+    check_tokenizers(t5x)
+    tokens = load_tokenizer(folder).tokenize(CAPTIONS, LENGTH)
+    jax.tree.map(np.testing.assert_array_equal, states(t5x, tokens), states(plain, tokens))
+    with pytest.raises(WeightsError, match="the tokenizer has 514 tokens, the text encoder's embedding 400 rows"):
+        check_tokenizers(public(checkpoint, data__tokenizer=str(folders["clip"])))
+    before = t5x.fingerprints()["text"]
+    arrays = t5x_arrays(params)
+    arrays["encoder.encoder_norm.scale"] = arrays["encoder.encoder_norm.scale"] + 1
+    other = write_checkpoint(tmp_path / "other", arrays)
+    assert public(other, data__tokenizer=str(folder)).fingerprints()["text"] != before
+    with pytest.raises(WeightsError, match="is a checkpoint of T5X, which PyTorch's libraries do not read"):
+        public_towers(t5x)
 
 
 def test_a_pair_of_tokenizers_is_stored_in_one_row_and_told_apart(folders, tmp_path):
