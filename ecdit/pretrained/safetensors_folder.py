@@ -1,5 +1,6 @@
 """Reads slices of tensors from a folder of safetensors files, as diffusers and transformers write it."""
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -10,6 +11,7 @@ import numpy as np
 from ecdit.pretrained.config_json import WeightsError, read_json
 
 STEMS = ("model", "diffusion_pytorch_model")  # file names of transformers and of diffusers
+LFS = b"version https://git-lfs"  # begins a file that `git clone` leaves without LFS
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 DTYPES: Mapping[str, Any] = {
     "F64": np.float64,
@@ -119,6 +121,14 @@ def index_file(folder: Path) -> Path | None:
     return variants[0] if variants else None
 
 
+def variant_of(folder: Path) -> str:
+    """Returns the variant, such as fp16, by which diffusers and transformers must ask for a folder's weights, or ""."""
+    name = (index_file(folder) or weight_files(folder)[0]).name
+    stems = "|".join(STEMS)
+    found = re.fullmatch(rf"(?:{stems})\.(?:safetensors\.index\.(.+)\.json|(.+)\.safetensors)", name)
+    return (found[1] or found[2]) if found else ""
+
+
 def _no_weights(folder: Path) -> str:
     pickles = sorted(path for path in folder.iterdir() if path.suffix in PICKLES)
     if not pickles:
@@ -157,4 +167,14 @@ def _open(path: Path) -> Any:
     try:
         return safe_open(path, framework="numpy")
     except (SafetensorError, OSError) as error:
+        if _is_pointer(path):
+            raise WeightsError(f"{path} is a pointer of Git LFS, not the file itself: run git lfs pull") from None
         raise WeightsError(f"{path} is no complete safetensors file: {error}") from None
+
+
+def _is_pointer(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(len(LFS)) == LFS
+    except OSError:
+        return False

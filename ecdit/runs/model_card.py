@@ -17,6 +17,7 @@ from ecdit.data.generated import GENERATED
 from ecdit.data.prepared import open_prepared
 from ecdit.experiment import Experiment
 from ecdit.interop.pytorch_parts import denoiser_values
+from ecdit.pretrained.safetensors_folder import variant_of
 from ecdit.runs.diffusers_folder import Tower, public_towers
 from ecdit.runs.evaluator import EVALUATIONS, scalars
 from ecdit.runs.trained_run import Run
@@ -120,7 +121,8 @@ def _sampling(experiment: Experiment, towers: Sequence[Tower]) -> str:
 def _arguments(tower: Tower) -> str:
     """Returns what a public tower's library is passed to read its folder."""
     width = "" if tower.projection is None else f", projection_dim={tower.projection}"
-    return f'"{tower.folder.as_posix()}"{width}'
+    variant = variant_of(tower.folder)
+    return f'"{tower.folder.as_posix()}"{width}' + (f', variant="{variant}"' if variant else "")
 
 
 def _model(run: Run) -> dict[str, Any]:

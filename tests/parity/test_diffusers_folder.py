@@ -230,7 +230,9 @@ def test_a_whole_clip_in_float16(torch, transformers, diffusers, tmp_path, with_
         vision_config={"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32},
         projection_dim=16,
     )
-    draw_weights(torch, transformers.CLIPModel(config)).half().save_pretrained(clip)
+    (clip / "model.safetensors").unlink()
+    variant = None if with_towers else "fp16"
+    draw_weights(torch, transformers.CLIPModel(config)).half().save_pretrained(clip, variant=variant)
     changes = PUBLIC | {"text__weights": str(clip), "data__tokenizer": str(clip), "vae__weights": str(vae)}
     changes |= {"text__clip_states": "penultimate", "text__clip_projection": True}
     (vae / "model.safetensors").rename(vae / "diffusion_pytorch_model.safetensors")

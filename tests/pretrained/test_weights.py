@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from ecdit.partitioning import MeshConfig, make_mesh, param_shardings
 from ecdit.pretrained.config_json import WeightsError
-from ecdit.pretrained.safetensors_folder import SafetensorsFolder, weight_files
+from ecdit.pretrained.safetensors_folder import SafetensorsFolder, variant_of, weight_files
 from ecdit.pretrained.t5_encoder import T5Config, T5Encoder
 from ecdit.pretrained.weights import fingerprint, load, load_folder
 from launch.local import _free_port
@@ -269,6 +269,12 @@ def test_a_truncated_file_is_refused(cut, tmp_path):
         SafetensorsFolder(folder)
 
 
+def test_a_pointer_of_git_lfs_is_named(tmp_path):
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
+    with pytest.raises(WeightsError, match=r"model.safetensors is a pointer of Git LFS.*: run git lfs pull"):
+        SafetensorsFolder(tmp_path)
+
+
 def test_an_index_must_name_what_is_there(tmp_path):
     _, _, folder = folder_of("t5", tmp_path, files=3)
     index = folder / "model.safetensors.index.json"
@@ -319,12 +325,20 @@ def test_a_variant_s_index_counts_where_it_is_alone(stem, tmp_path):
     plain = folder / "model.safetensors.index.json"
     variant = plain.rename(folder / f"{stem}.safetensors.index.fp16.json")
     same(load_folder(model.abstract, layout, folder, None).params, model.params)
+    assert variant_of(folder) == "fp16"
     other = folder / f"{stem}.safetensors.index.bf16.json"
     other.write_text(variant.read_text())
     with pytest.raises(WeightsError, match=rf"several variants: {other.name}, {variant.name}\. Keep the index of one"):
         SafetensorsFolder(folder)
     save_file(tensors(model, layout), folder / "model.safetensors")  # the default goes before variants
     assert weight_files(folder) == [folder / "model.safetensors"]
+    assert variant_of(folder) == ""
+    one = tmp_path / "one"
+    one.mkdir()
+    for name, expected in ((f"{stem}.bf16.safetensors", "bf16"), ("odd-name.safetensors", "")):
+        save_file({"w": np.ones(1, np.float32)}, one / name)
+        assert variant_of(one) == expected
+        (one / name).unlink()
 
 
 def test_a_fingerprint_is_of_values_and_config_however_they_are_split(tmp_path, monkeypatch):
