@@ -25,8 +25,8 @@ from ecdit.runs.model_card import PROMPT, model_card
 from ecdit.runs.trained_run import open_run
 from ecdit.sampling.sampler import guided_velocity, solve
 from ecdit.system import make_system
+from tests.parity.networks import ORDER, report
 from tests.parity.networks import draw as draw_weights
-from tests.parity.networks import report
 from tests.pretrained.folders import CLIP_JSON
 from tests.pretrained.towers import CLIP_TOKENS, POSITIONS, write_clip, write_t5, write_vae
 from tests.runs import keep_small_tokenizer, random_params, save_ema, tiny
@@ -216,7 +216,7 @@ def passed_in(script):
     return towers, "".join(line + "\n" for line in script.splitlines() if line.startswith("from "))
 
 
-@pytest.mark.parametrize("with_towers", [True, False])
+@pytest.mark.parametrize("with_towers", [True, False], ids=ORDER[:2])
 def test_a_whole_clip_in_float16(torch, transformers, diffusers, tmp_path, with_towers, record_property):
     """As laion's: the text_config of a whole CLIP has another projection_dim, which is not that of the weights.
 

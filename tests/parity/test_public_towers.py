@@ -16,7 +16,7 @@ from ecdit.partitioning import MeshConfig, make_mesh
 from ecdit.system import make_system
 from tests.data.example import png
 from tests.models.helpers import jit
-from tests.parity.networks import draw, relative_error, report
+from tests.parity.networks import ORDER, draw, relative_error, report
 from tests.parity.test_tokenizers import write_clip_vocabulary
 from tests.runs import config_file
 
@@ -108,7 +108,7 @@ def latents_of(experiment, images):
     return np.stack([unpack(data)["latents"] for data, _ in experiment.latents_column().values(records)])
 
 
-@pytest.mark.parametrize("name", ["64px", "64px-t5-sdxl"])
+@pytest.mark.parametrize("name", ["64px", "64px-t5-sdxl"], ids=ORDER[:2])
 def test_the_config_reads_what_the_libraries_write(
     torch, transformers, diffusers, open_clip, name, tmp_path, monkeypatch, record_property
 ):
