@@ -86,7 +86,8 @@ def read_autoencoder(folder: Path, posterior: Literal["sample", "mode"], dtype: 
     quant_convs = config.choose("use_quant_conv", (True, False))
     config.choose("use_post_quant_conv", (quant_convs,))
     shifted = config.values["shift_factor"] is not None
-    return AutoencoderConfig(
+    return config.make(
+        AutoencoderConfig,
         widths=widths,
         resnets=config.number("layers_per_block"),
         latent_channels=config.number("latent_channels"),

@@ -1,13 +1,15 @@
 """Reads the config.json of a folder of public weights, and refuses those of another architecture."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from ecdit.config import ConfigError
 from ecdit.errors import UserError
 
 CONFIG = "config.json"
+T = TypeVar("T")
 
 
 class WeightsError(UserError):
@@ -87,6 +89,17 @@ class ConfigJson:
                 differ = f"{key} has {name} = {values[name]!r} and {key}_dict has {older[name]!r}"
                 raise WeightsError(f"{self.path}: {differ}: must be equal")
         return ConfigJson(self.path, {**older, **values}, defaults)
+
+    def make(self, kind: Callable[..., T], **fields: Any) -> T:
+        """Returns a config dataclass of these fields.
+
+        Raises:
+          WeightsError: they do not fit each other. It names this file, as no key of the run's config is wrong.
+        """
+        try:
+            return kind(**fields)
+        except ConfigError as error:
+            raise WeightsError(f"{self.path}: {error.key} = {error.value!r}: {error.allowed}") from None
 
 
 def read_config(folder: Path, model_types: Iterable[str], key: str, defaults: Mapping[str, Any]) -> ConfigJson:

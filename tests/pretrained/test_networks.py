@@ -214,6 +214,13 @@ def test_a_whole_clip_s_older_config_is_read(tmp_path):
         (read_clip, CLIP_JSON, {"hidden_act": "relu"}, "hidden_act = 'relu': must be 'quick_gelu' or 'gelu'"),
         (read_clip, T5_JSON, {}, "model_type = 't5': must be 'clip_text_model' or 'clip'"),
         (read_clip, CLIP_JSON, {"hidden_size": "big"}, "hidden_size = 'big': must be int, at least 1"),
+        (read_clip, CLIP_JSON, {"num_attention_heads": 5}, "json: heads = 5: must divide the width, 32"),
+        (
+            read_vae,
+            VAE_JSON,
+            {"norm_num_groups": 3},
+            r"json: widths = \(4, 8, 8\): must be multiples of norm_groups, 3",
+        ),
         (read_t5_float32, T5_JSON, {"feed_forward_proj": "gated-silu"}, "feed_forward_proj = 'gated-silu'"),
         (read_t5_float32, T5_JSON, {"model_type": "umt5"}, "model_type = 'umt5': must be 't5'"),
         (read_t5_float32, T5_JSON, {"num_layers": 0}, "num_layers = 0: must be int, at least 1"),
