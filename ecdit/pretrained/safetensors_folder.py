@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -40,8 +40,6 @@ class SafetensorsFolder:
       WeightsError: there are no safetensors files, or one is missing, truncated or damaged (on construction).
     """
 
-    in_pieces: ClassVar[bool] = True
-
     def __init__(self, folder: Path):
         self.folder = Path(folder)
         self._files: dict[str, Any] = {}  # open file by tensor
@@ -66,6 +64,11 @@ class SafetensorsFolder:
     def dtype(self, name: str) -> np.dtype:
         """Returns the dtype of a tensor, or object for an unknown dtype."""
         return np.dtype(DTYPES.get(self._files[name].get_slice(name).get_dtype(), object))
+
+    def chunk(self, name: str) -> tuple[int, ...]:
+        """Returns the shape of a row."""
+        shape = self.shape(name)
+        return (1, *shape[1:]) if shape else ()
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """Returns a slice of a tensor. Reads only its bytes.

@@ -7,7 +7,7 @@ ones, which are folders beside it. A checkpoint has no config, so sizes come fro
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -46,8 +46,6 @@ class T5xCheckpoint:
     Raises:
       WeightsError: the folder is no checkpoint of T5X, or an array is missing (on construction).
     """
-
-    in_pieces: ClassVar[bool] = False  # zarr reads and decompresses whole chunks
 
     def __init__(self, folder: Path):
         from flax.serialization import msgpack_restore
@@ -93,6 +91,14 @@ class T5xCheckpoint:
         """Returns the dtype of a tensor."""
         dtype = self._arrays[name].dtype
         return np.dtype(getattr(dtype, "numpy_dtype", dtype))
+
+    def chunk(self, name: str) -> tuple[int, ...]:
+        """Returns the shape of a chunk, which zarr reads and decompresses whole."""
+        array = self._arrays[name]
+        if isinstance(array, np.ndarray):
+            return self.shape(name)
+        shape = tuple(array.chunk_layout.read_chunk.shape)
+        return shape[::-1] if name in self._transposed else shape
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """Returns a slice of a tensor."""

@@ -4,9 +4,10 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +30,6 @@ FLOATS = ("float64", "float32", "float16", "bfloat16")
 class Tensors(Protocol):
     """Reads tensors from files; `str` returns their path."""
 
-    in_pieces: ClassVar[bool]  # whether reading a slice reads only its own bytes and not a whole chunk
-
     def names(self) -> list[str]:
         """Returns the names of all tensors, sorted."""
         ...
@@ -41,6 +40,10 @@ class Tensors(Protocol):
 
     def dtype(self, name: str) -> np.dtype:
         """Returns the dtype of a tensor."""
+        ...
+
+    def chunk(self, name: str) -> tuple[int, ...]:
+        """Returns the shape of the parts of a tensor that are read whole: a row, or a chunk of zarr."""
         ...
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
@@ -133,8 +136,9 @@ def tensors_fingerprint(tensors: Tensors, config: dict[str, Any]) -> str:
     for name in tensors.names():
         shape, dtype = tensors.shape(name), tensors.dtype(name)
         digest.update(json.dumps([name, str(dtype), shape]).encode())
-        whole = tuple(slice(0, size) for size in shape)
-        for index in _pieces(whole, dtype.itemsize) if tensors.in_pieces else [whole]:
+        whole, chunk = tuple(slice(0, size) for size in shape), tensors.chunk(name)
+        rows = chunk[1:] == shape[1:]  # else pieces would not be in the order of the tensor's bytes
+        for index in _pieces(whole, dtype.itemsize, chunk) if rows else [whole]:
             digest.update(np.ascontiguousarray(tensors.read(name, index)).tobytes())
     return digest.hexdigest()
 
@@ -248,22 +252,24 @@ def _fill(values: np.ndarray, tensors: Tensors, name: str, bounds: tuple[slice, 
     """
     inverse = tuple(axes.index(axis) for axis in range(len(axes)))
     as_in_file, wanted, nans = values.transpose(inverse), tuple(bounds[axis] for axis in inverse), 0
-    for index in _pieces(wanted, tensors.dtype(name).itemsize) if tensors.in_pieces else [wanted]:
+    for index in _pieces(wanted, tensors.dtype(name).itemsize, tensors.chunk(name)):
         piece = tensors.read(name, index)
         nans += int((~np.isfinite(piece)).sum())
-        first = wanted[0].start
-        as_in_file[index[0].start - first : index[0].stop - first] = piece
+        place = (slice(i.start - w.start, i.stop - w.start) for i, w in zip(index, wanted, strict=True))
+        as_in_file[tuple(place)] = piece
     return nans
 
 
-def _pieces(index: tuple[slice, ...], itemsize: int) -> Iterator[tuple[slice, ...]]:
-    """Yields the slice of a tensor, split by rows into pieces of about PIECE_BYTES."""
+def _pieces(index: tuple[slice, ...], itemsize: int, chunk: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
+    """Yields the slice of a tensor in pieces of about PIECE_BYTES, cut between chunks on the axis with the most."""
     if not index:
         yield index
         return
-    row = itemsize
-    for bound in index[1:]:
-        row *= bound.stop - bound.start
-    step = max(PIECE_BYTES // max(row, 1), 1)
-    for first, last in itertools.pairwise([*range(index[0].start, index[0].stop, step), index[0].stop]):
-        yield slice(first, last), *index[1:]
+    counts = [math.ceil(part.stop / size) - part.start // size for part, size in zip(index, chunk, strict=True)]
+    axis = int(np.argmax(counts))
+    part, size = index[axis], chunk[axis]
+    layer = itemsize * size * math.prod(i.stop - i.start for i in (*index[:axis], *index[axis + 1 :]))
+    step = max(PIECE_BYTES // max(layer, 1), 1) * size
+    begin = part.start // size * size
+    for first, last in itertools.pairwise([part.start, *range(begin + step, part.stop, step), part.stop]):
+        yield (*index[:axis], slice(first, last), *index[axis + 1 :])

@@ -75,8 +75,8 @@ MUTANTS = (
     ),
     Mutant(
         _WEIGHTS,
-        "step = max(PIECE_BYTES // max(row, 1), 1)",
-        "step = max(index[0].stop, 1)",
+        "step = max(PIECE_BYTES // max(layer, 1), 1) * size",
+        "step = max(part.stop, 1)",
         _tests("weights", "test_every_value_is_read_once_in_small_pieces"),
         "a second copy of a whole tensor is in memory",
     ),
@@ -303,5 +303,12 @@ MUTANTS = (
         "{field: len(row) for field, row in tokens.items()}",
         (f"{_TEXT}::test_a_caption_counts_as_cut_where_one_of_two_encoders_cuts_it",),
         "a run with two text encoders says that captions are cut which are not",
+    ),
+    Mutant(
+        _T5X,
+        "shape = tuple(array.chunk_layout.read_chunk.shape)",
+        "shape = tuple(array.shape)",
+        _tests("t5x", "test_every_chunk_is_read_once_and_few_at_a_time"),
+        "a second copy of a whole matrix is in memory",
     ),
 )

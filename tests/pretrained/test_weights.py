@@ -27,16 +27,16 @@ CUBE = MeshConfig(slices=1, data=2, fsdp=2, expert=1, tensor=2)
 class Counting:
     """Counts what is read of a folder: values, and the largest piece."""
 
-    in_pieces = True
-
-    def __init__(self, folder):
-        self.inner, self.values, self.bytes = SafetensorsFolder(folder), {}, []
+    def __init__(self, tensors):
+        self.inner, self.values, self.bytes, self.read_at = tensors, {}, [], []
         self.names, self.shape, self.dtype = self.inner.names, self.inner.shape, self.inner.dtype
+        self.chunk = self.inner.chunk
 
     def read(self, name, index):
         piece = self.inner.read(name, index)
         self.values[name] = self.values.get(name, 0) + piece.size
         self.bytes.append(piece.nbytes)
+        self.read_at.append((name, index))
         return piece
 
 
@@ -77,7 +77,7 @@ def test_every_value_is_read_once_in_small_pieces(network, tmp_path, monkeypatch
     """Also values that several devices hold."""
     monkeypatch.setattr("ecdit.pretrained.weights.PIECE_BYTES", 256)
     model, layout, folder = folder_of(network, tmp_path)
-    counting = Counting(folder)
+    counting = Counting(SafetensorsFolder(folder))
     same(load(model.abstract, layout, counting, make_mesh(CUBE)).params, model.params)
     assert counting.values == {name: value.size for name, value in tensors(model, layout).items()}
     longest_row = max(value[0].nbytes for value in tensors(model, layout).values())
@@ -89,6 +89,7 @@ import sys
 
 import jax
 
+from ecdit.pretrained.safetensors_folder import SafetensorsFolder
 from ecdit.pretrained.weights import load
 from ecdit.partitioning import MeshConfig, make_mesh
 from tests.pretrained.folders import NETWORKS
@@ -96,7 +97,7 @@ from tests.pretrained.test_weights import Counting
 
 jax.distributed.initialize(f"127.0.0.1:{sys.argv[1]}", num_processes=2, process_id=int(sys.argv[2]))
 make, layout, _ = NETWORKS["t5"]
-model, counting = make(), Counting(sys.argv[3])
+model, counting = make(), Counting(SafetensorsFolder(sys.argv[3]))
 mesh = make_mesh(MeshConfig(slices=1, data=1, fsdp=2, expert=1, tensor=1))
 load(model.abstract, layout, counting, mesh)
 print("READ", counting.values["shared.weight"], counting.values["encoder.block.1.layer.1.DenseReluDense.wo.weight"])
