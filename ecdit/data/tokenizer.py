@@ -85,13 +85,17 @@ class Tokenizer:
 
     def fit(self, ids: Int[np.ndarray, " l"], length: int) -> Int[np.ndarray, " L"]:
         """Returns a caption's ids as int32[parts * length]: each part's padded, or cut with its end token kept."""
+        rows = [fit(row, length, part.end, part.pad) for row, part in zip(self.split(ids), self.parts, strict=True)]
+        return np.concatenate(rows)
+
+    def split(self, ids: Int[np.ndarray, " l"]) -> list[Int[np.ndarray, " k"]]:
+        """Returns a caption's ids of each part."""
         rows = []
         for part in self.parts[:-1]:
             end = int(np.argmax(np.asarray(ids) == part.end)) + 1
-            rows.append(fit(ids[:end], length, part.end, part.pad))
+            rows.append(ids[:end])
             ids = ids[end:]
-        rows.append(fit(ids, length, self.parts[-1].end, self.parts[-1].pad))
-        return np.concatenate(rows)
+        return [*rows, ids]
 
     def tokenize(self, captions: Sequence[str], length: int) -> Int[np.ndarray, "n L"]:
         """Returns the ids of captions, each as `fit` gives them."""

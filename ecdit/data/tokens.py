@@ -169,11 +169,11 @@ class TokensColumn:
         return tokenizer_sha256(self.tokenizer)
 
     def values(self, records: Iterable[Record]) -> Iterator[tuple[bytes, Mapping[str, int]]]:
-        """Yields each record's tokens, and their lengths by field."""
-        encode = load_tokenizer(self.tokenizer).encode
+        """Yields each record's tokens, and their lengths by field: of two tokenizers the longer part's."""
+        tokenizer = load_tokenizer(self.tokenizer)
         for record in records:
-            tokens = {field: encode(text) for field, text in record.captions.items()}
-            yield pack(tokens), {field: len(row) for field, row in tokens.items()}
+            tokens = {field: tokenizer.encode(text) for field, text in record.captions.items()}
+            yield pack(tokens), {field: max(map(len, tokenizer.split(row))) for field, row in tokens.items()}
 
 
 def truncated_captions(histograms: Mapping[str, Mapping[str, int]], caption_length: int) -> int:

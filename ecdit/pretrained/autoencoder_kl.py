@@ -74,7 +74,7 @@ def read_autoencoder(folder: Path, posterior: Literal["sample", "mode"], dtype: 
       WeightsError: the config cannot be read, or is for another architecture.
     """
     config = read_config(folder, ("AutoencoderKL",), "_class_name", DEFAULTS)
-    widths = config.values["block_out_channels"]
+    widths = config.numbers("block_out_channels")
     for key, block in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
         config.choose(key, [[block] * len(widths)])
     for key in ("in_channels", "out_channels"):
@@ -86,8 +86,9 @@ def read_autoencoder(folder: Path, posterior: Literal["sample", "mode"], dtype: 
     quant_convs = config.choose("use_quant_conv", (True, False))
     config.choose("use_post_quant_conv", (quant_convs,))
     shifted = config.values["shift_factor"] is not None
-    return AutoencoderConfig(
-        widths=tuple(widths),
+    return config.make(
+        AutoencoderConfig,
+        widths=widths,
         resnets=config.number("layers_per_block"),
         latent_channels=config.number("latent_channels"),
         norm_groups=config.number("norm_num_groups"),

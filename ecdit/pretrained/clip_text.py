@@ -72,7 +72,8 @@ def read_clip_text(
     """
     config = read_config(folder, ("clip_text_model", "clip"), "model_type", DEFAULTS)
     text = config.group("text_config", DEFAULTS) if config.values["model_type"] == "clip" else config
-    return ClipTextConfig(
+    return config.make(
+        ClipTextConfig,
         vocab_size=text.number("vocab_size"),
         width=text.number("hidden_size"),
         mlp_width=text.number("intermediate_size"),

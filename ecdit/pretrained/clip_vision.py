@@ -71,7 +71,8 @@ def read_clip_vision(folder: Path, dtype: Dtype) -> ClipVisionConfig:
     whole = config.values["model_type"] == "clip"
     vision = config.group("vision_config", DEFAULTS) if whole else config
     vision.choose("num_channels", (3,))
-    return ClipVisionConfig(
+    return config.make(
+        ClipVisionConfig,
         image_size=vision.number("image_size"),
         patch_size=vision.number("patch_size"),
         width=vision.number("hidden_size"),

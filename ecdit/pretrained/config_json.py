@@ -1,13 +1,15 @@
 """Reads the config.json of a folder of public weights, and refuses those of another architecture."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from ecdit.config import ConfigError
 from ecdit.errors import UserError
 
 CONFIG = "config.json"
+T = TypeVar("T")
 
 
 class WeightsError(UserError):
@@ -56,20 +58,48 @@ class ConfigJson:
         """
         value: Any = self.values.get(key)
         fits = isinstance(value, int if kind is int else int | float) and not isinstance(value, bool)
-        if not fits or value < least:
+        if not fits or not value >= least or value == float("inf"):  # a NaN is above nothing
             raise WeightsError(f"{self.path}: {key} = {value!r}: must be {kind.__name__}, at least {least}")
         return kind(value)
 
-    def group(self, key: str, defaults: Mapping[str, Any]) -> "ConfigJson":
-        """Returns the values under `key`, or only the defaults if the key is missing.
+    def numbers(self, key: str) -> tuple[int, ...]:
+        """Returns the value of `key`, a list of ints of 1 or more.
 
         Raises:
-          WeightsError: the value is no object.
+          WeightsError: the value is no such list, or is empty.
         """
-        values = self.values.get(key) or {}
-        if not isinstance(values, dict):
-            raise WeightsError(f"{self.path}: {key} = {values!r}: must be an object")
-        return ConfigJson(self.path, values, defaults)
+        value = self.values.get(key)
+        if not (isinstance(value, list) and value and all(type(one) is int and one >= 1 for one in value)):
+            raise WeightsError(f"{self.path}: {key} = {value!r}: must be a list of int, each at least 1")
+        return tuple(value)
+
+    def group(self, key: str, defaults: Mapping[str, Any]) -> "ConfigJson":
+        """Returns the values under `key` and, of older versions of transformers, `key`_dict; else the defaults.
+
+        Raises:
+          WeightsError: a value is no object, or both have a value of `defaults` and differ: transformers takes either,
+            depending on the class that reads them.
+        """
+        values, older = ({} if self.values.get(name) is None else self.values[name] for name in (key, f"{key}_dict"))
+        for name, found in ((key, values), (f"{key}_dict", older)):
+            if not isinstance(found, dict):
+                raise WeightsError(f"{self.path}: {name} = {found!r}: must be an object")
+        for name in defaults.keys() - {"projection_dim"}:  # of which a whole CLIP has one beside both parts
+            if name in values and name in older and values[name] != older[name]:
+                differ = f"{key} has {name} = {values[name]!r} and {key}_dict has {older[name]!r}"
+                raise WeightsError(f"{self.path}: {differ}: must be equal")
+        return ConfigJson(self.path, {**older, **values}, defaults)
+
+    def make(self, kind: Callable[..., T], **fields: Any) -> T:
+        """Returns a config dataclass of these fields.
+
+        Raises:
+          WeightsError: they do not fit each other. It names this file, as no key of the run's config is wrong.
+        """
+        try:
+            return kind(**fields)
+        except ConfigError as error:
+            raise WeightsError(f"{self.path}: {error.key} = {error.value!r}: {error.allowed}") from None
 
 
 def read_config(folder: Path, model_types: Iterable[str], key: str, defaults: Mapping[str, Any]) -> ConfigJson:

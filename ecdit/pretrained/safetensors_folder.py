@@ -1,8 +1,9 @@
 """Reads slices of tensors from a folder of safetensors files, as diffusers and transformers write it."""
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -10,6 +11,7 @@ import numpy as np
 from ecdit.pretrained.config_json import WeightsError, read_json
 
 STEMS = ("model", "diffusion_pytorch_model")  # file names of transformers and of diffusers
+LFS = b"version https://git-lfs"  # begins a file that `git clone` leaves without LFS
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 DTYPES: Mapping[str, Any] = {
     "F64": np.float64,
@@ -18,6 +20,8 @@ DTYPES: Mapping[str, Any] = {
     "BF16": ml_dtypes.bfloat16,
     "I64": np.int64,
     "I32": np.int32,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,  # these two are not read, but named in errors
+    "F8_E5M2": ml_dtypes.float8_e5m2,
 }
 # Loading a pickle can run any code. PyTorch's restricted reader (weights_only) loads only tensors.
 CONVERSION = """python - <<'EOF'
@@ -35,8 +39,6 @@ class SafetensorsFolder:
     Raises:
       WeightsError: there are no safetensors files, or one is missing, truncated or damaged (on construction).
     """
-
-    in_pieces: ClassVar[bool] = True
 
     def __init__(self, folder: Path):
         self.folder = Path(folder)
@@ -63,9 +65,21 @@ class SafetensorsFolder:
         """Returns the dtype of a tensor, or object for an unknown dtype."""
         return np.dtype(DTYPES.get(self._files[name].get_slice(name).get_dtype(), object))
 
+    def chunk(self, name: str) -> tuple[int, ...]:
+        """Returns the shape of a row."""
+        shape = self.shape(name)
+        return (1, *shape[1:]) if shape else ()
+
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """Returns a slice of a tensor. Reads only its bytes."""
-        return self._files[name].get_slice(name)[index]
+        """Returns a slice of a tensor. Reads only its bytes.
+
+        Raises:
+          WeightsError: the tensor has numbers of 8 bits or fewer, which NumPy has not.
+        """
+        tensor = self._files[name].get_slice(name)
+        if tensor.get_dtype().startswith(("F8", "F6", "F4")):
+            raise WeightsError(f"{self}: {name} is stored as {tensor.get_dtype()}: must be F16, BF16, F32 or F64")
+        return tensor[index]
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -76,9 +90,8 @@ def weight_files(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise WeightsError(f"{folder}: the folder does not exist")
-    for stem in STEMS:
-        if (folder / f"{stem}.safetensors.index.json").exists():
-            return list(_indexed(folder / f"{stem}.safetensors.index.json"))
+    if (index := index_file(folder)) is not None:
+        return list(_indexed(index))
     for stem in STEMS:
         if (folder / f"{stem}.safetensors").exists():
             return [folder / f"{stem}.safetensors"]
@@ -89,6 +102,34 @@ def weight_files(folder: Path) -> list[Path]:
     if not found:
         raise WeightsError(_no_weights(folder))
     return found
+
+
+def index_file(folder: Path) -> Path | None:
+    """Returns the index of a folder's weights; None if they are in one file.
+
+    A variant's index, such as model.safetensors.index.fp16.json, counts where it is alone.
+
+    Raises:
+      WeightsError: there are indexes of several variants.
+    """
+    for stem in STEMS:
+        if (path := folder / f"{stem}.safetensors.index.json").exists():
+            return path
+    if any((folder / f"{stem}.safetensors").exists() for stem in STEMS):
+        return None
+    variants = sorted(path for stem in STEMS for path in folder.glob(f"{stem}.safetensors.index.*.json"))
+    if len(variants) > 1:
+        names = ", ".join(path.name for path in variants)
+        raise WeightsError(f"{folder} has several variants: {names}. Keep the index of one")
+    return variants[0] if variants else None
+
+
+def variant_of(folder: Path) -> str:
+    """Returns the variant, such as fp16, by which diffusers and transformers must ask for a folder's weights, or ""."""
+    name = (index_file(folder) or weight_files(folder)[0]).name
+    stems = "|".join(STEMS)
+    found = re.fullmatch(rf"(?:{stems})\.(?:safetensors\.index\.(.+)\.json|(.+)\.safetensors)", name)
+    return (found[1] or found[2]) if found else ""
 
 
 def _no_weights(folder: Path) -> str:
@@ -129,4 +170,14 @@ def _open(path: Path) -> Any:
     try:
         return safe_open(path, framework="numpy")
     except (SafetensorError, OSError) as error:
+        if _is_pointer(path):
+            raise WeightsError(f"{path} is a pointer of Git LFS, not the file itself: run git lfs pull") from None
         raise WeightsError(f"{path} is no complete safetensors file: {error}") from None
+
+
+def _is_pointer(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(len(LFS)) == LFS
+    except OSError:
+        return False

@@ -7,11 +7,11 @@ ones, which are folders beside it. A checkpoint has no config, so sizes come fro
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
-from ecdit.pretrained.config_json import WeightsError
+from ecdit.pretrained.config_json import CONFIG, WeightsError
 from ecdit.pretrained.layers import Dtype
 from ecdit.pretrained.t5_encoder import T5Config
 
@@ -35,14 +35,17 @@ NAMES = (
 TRANSPOSED = (".kernel", ".rel_embedding")
 
 
+def is_t5x(folder: Path) -> bool:
+    """Returns whether a folder is a checkpoint of T5X, which has no config.json."""
+    return (folder / FILE).is_file() and not (folder / CONFIG).is_file()
+
+
 class T5xCheckpoint:
     """Reads tensors by transformers' names, or by T5X's names for the decoder. Reads large arrays slice by slice.
 
     Raises:
       WeightsError: the folder is no checkpoint of T5X, or an array is missing (on construction).
     """
-
-    in_pieces: ClassVar[bool] = False  # zarr reads and decompresses whole chunks
 
     def __init__(self, folder: Path):
         from flax.serialization import msgpack_restore
@@ -88,6 +91,14 @@ class T5xCheckpoint:
         """Returns the dtype of a tensor."""
         dtype = self._arrays[name].dtype
         return np.dtype(getattr(dtype, "numpy_dtype", dtype))
+
+    def chunk(self, name: str) -> tuple[int, ...]:
+        """Returns the shape of a chunk, which zarr reads and decompresses whole."""
+        array = self._arrays[name]
+        if isinstance(array, np.ndarray):
+            return self.shape(name)
+        shape = tuple(array.chunk_layout.read_chunk.shape)
+        return shape[::-1] if name in self._transposed else shape
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """Returns a slice of a tensor."""

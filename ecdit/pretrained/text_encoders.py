@@ -22,6 +22,7 @@ from ecdit.pretrained.clip_text import CLIP_TEXT_LAYOUT, ClipText, ClipTextConfi
 from ecdit.pretrained.config_json import CONFIG, ConfigJson, read_json
 from ecdit.pretrained.layout import Layout
 from ecdit.pretrained.t5_encoder import T5_LAYOUT, T5Config, T5Encoder, read_t5
+from ecdit.pretrained.t5x_checkpoint import T5xCheckpoint, is_t5x
 from ecdit.pretrained.weights import load_folder
 
 CLIP_TYPES, T5_TYPES = ("clip_text_model", "clip"), ("t5",)
@@ -48,7 +49,7 @@ class PublicEncoder:
 
 
 def read_encoders(config: TextConfig) -> tuple[PublicEncoder, ...]:
-    """Returns the encoders in the config's folders; none if the tower is drawn. Reads config.json alone.
+    """Returns the encoders in the config's folders; none if the tower is drawn. Reads no weights.
 
     Raises:
       ConfigError: a folder is not there, or its encoder cannot pack captions.
@@ -61,12 +62,14 @@ def _read_encoder(folder: Path, config: TextConfig) -> PublicEncoder:
     path = folder / CONFIG
     key = "text.weights" if str(folder) == str(Path(config.weights)) else "text.second_weights"
     allowed = f"there is no {path}: must be a folder of CLIP's or T5's weights, or \"{RANDOM}\""
-    require(path.is_file(), key, str(folder), allowed)
-    kind = ConfigJson(path, read_json(path), {}).choose("model_type", (*CLIP_TYPES, *T5_TYPES))
+    t5x = is_t5x(folder)
+    require(path.is_file() or t5x, key, str(folder), allowed)
+    kind = "t5" if t5x else ConfigJson(path, read_json(path), {}).choose("model_type", (*CLIP_TYPES, *T5_TYPES))
     room = config.packed_length
     if kind in T5_TYPES:
         require(room == 0, "text.packed_length", room, f"must be 0: {folder} is a T5, whose tokens attend both ways")
-        return PublicEncoder(folder, read_t5(folder, config.dtype), 0)
+        t5 = T5xCheckpoint(folder).config(config.dtype) if t5x else read_t5(folder, config.dtype)
+        return PublicEncoder(folder, t5, 0)
     clip = read_clip_text(folder, config.clip_projection, config.clip_states, config.dtype)
     return PublicEncoder(folder, clip, room)
 

@@ -173,7 +173,13 @@ def _vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
     else:
         if not (folder / BOTH).exists():
             raise WeightsError(f"{folder} has neither {VOCABULARY} and {MERGES} nor {BOTH}")
-        model = read_json(folder / BOTH).get("model") or {}
+        model = read_json(folder / BOTH).get("model")
+        model = model if isinstance(model, dict) else {}
+        if model.get("type", "BPE") != "BPE":
+            raise WeightsError(
+                f"{folder / BOTH} is no CLIP's: its type is {model['type']}. T5's tokenizer is read from {SPIECE}: "
+                "copy it from where the weights are from, as transformers 5 does not write it"
+            )
         vocabulary = model.get("vocab") or {}
         pairs = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model.get("merges") or []]
     if (

@@ -4,9 +4,10 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from ecdit.partitioning import param_shardings
 from ecdit.pretrained.config_json import CONFIG, WeightsError, read_json
 from ecdit.pretrained.layout import Layout, tensor_axes
 from ecdit.pretrained.safetensors_folder import SafetensorsFolder
+from ecdit.pretrained.t5x_checkpoint import T5xCheckpoint, is_t5x
 
 PIECE_BYTES = 4 * 2**20  # bytes per read: much less than a tensor, much more than a disk's block
 SHOWN = 10  # names of each kind shown in an error
@@ -27,8 +29,6 @@ FLOATS = ("float64", "float32", "float16", "bfloat16")
 
 class Tensors(Protocol):
     """Reads tensors from files; `str` returns their path."""
-
-    in_pieces: ClassVar[bool]  # whether reading a slice reads only its own bytes and not a whole chunk
 
     def names(self) -> list[str]:
         """Returns the names of all tensors, sorted."""
@@ -42,6 +42,10 @@ class Tensors(Protocol):
         """Returns the dtype of a tensor."""
         ...
 
+    def chunk(self, name: str) -> tuple[int, ...]:
+        """Returns the shape of the parts of a tensor that are read whole: a row, or a chunk of zarr."""
+        ...
+
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """Returns a slice of a tensor."""
         ...
@@ -51,7 +55,7 @@ class Loaded(NamedTuple):
     """A network's parameters."""
 
     params: dict[str, Any]  # nested, as nnx.State accepts it
-    not_numbers: dict[str, int]  # NaNs that this process read, by tensor, without zeros
+    not_numbers: dict[str, int]  # NaNs and infinities that this process read, by tensor, without zeros
 
 
 class _Parameter(NamedTuple):
@@ -80,8 +84,8 @@ class _Parameter(NamedTuple):
 def load(abstract: nnx.State, layout: Layout, tensors: Tensors, mesh: Mesh | None) -> Loaded:
     """Returns a network's parameters in the network's dtype, sharded over the mesh.
 
-    Besides the parameters, the process holds only one device's part of one tensor in memory. NaNs are counted and
-    logged as a warning.
+    Besides the parameters, the process holds only one device's part of one tensor in memory. NaNs and infinities, as
+    weights have that float16 could not hold, are counted and logged as a warning.
 
     Args:
       abstract: the network's Params with their logical axes; arrays or shapes.
@@ -104,23 +108,25 @@ def load(abstract: nnx.State, layout: Layout, tensors: Tensors, mesh: Mesh | Non
         params[parameter.path] = _read_parameter(parameter, found, tensors, shardings[parameter.path], counts)
     if counts:
         shown = _listed([f"{name} ({count})" for name, count in sorted(counts.items())])
-        logging.warning("%s: %d weights are NaN, in %s", tensors, sum(counts.values()), shown)
+        logging.warning("%s: %d weights are NaN or infinite, in %s", tensors, sum(counts.values()), shown)
     return Loaded(nnx.traversals.unflatten_mapping(params), counts)
 
 
 def load_folder(abstract: nnx.State, layout: Layout, folder: Path, mesh: Mesh | None) -> Loaded:
-    """Returns a network's parameters from a folder of safetensors files (see `load`)."""
-    return load(abstract, layout, SafetensorsFolder(folder), mesh)
+    """Returns a network's parameters from a folder of safetensors files or a checkpoint of T5X (see `load`)."""
+    return load(abstract, layout, T5xCheckpoint(folder) if is_t5x(folder) else SafetensorsFolder(folder), mesh)
 
 
 def fingerprint(folder: Path) -> str:
     """Returns the sha256 over a folder's config and its tensors' names, dtypes, shapes and bytes.
 
-    It does not depend on how tensors are split over files.
+    It does not depend on how tensors are split over files. A checkpoint of T5X has no config.
 
     Raises:
       WeightsError: the folder cannot be read.
     """
+    if is_t5x(folder):
+        return tensors_fingerprint(T5xCheckpoint(folder), {})
     return tensors_fingerprint(SafetensorsFolder(folder), read_json(Path(folder) / CONFIG))
 
 
@@ -130,8 +136,9 @@ def tensors_fingerprint(tensors: Tensors, config: dict[str, Any]) -> str:
     for name in tensors.names():
         shape, dtype = tensors.shape(name), tensors.dtype(name)
         digest.update(json.dumps([name, str(dtype), shape]).encode())
-        whole = tuple(slice(0, size) for size in shape)
-        for index in _pieces(whole, dtype.itemsize) if tensors.in_pieces else [whole]:
+        whole, chunk = tuple(slice(0, size) for size in shape), tensors.chunk(name)
+        rows = chunk[1:] == shape[1:]  # else pieces would not be in the order of the tensor's bytes
+        for index in _pieces(whole, dtype.itemsize, chunk) if rows else [whole]:
             digest.update(np.ascontiguousarray(tensors.read(name, index)).tobytes())
     return digest.hexdigest()
 
@@ -172,7 +179,7 @@ def _check(parameters: Sequence[_Parameter], layout: Layout, tensors: Tensors) -
         "missing": [name for name in needed if name not in found],
         "unknown": [found[name] for name in found if name not in needed and not layout.is_unused(name)],
         "misshapen": misshapen,
-        "not of floating-point numbers": mistyped,
+        "not of 16, 32 or 64-bit floating-point numbers": mistyped,
     }
     if any(problems.values()):
         lines = [f"  {kind} ({len(names)}): {_listed(names)}" for kind, names in problems.items() if names]
@@ -239,25 +246,30 @@ def _read_tensor(
 
 
 def _fill(values: np.ndarray, tensors: Tensors, name: str, bounds: tuple[slice, ...], axes: tuple[int, ...]) -> int:
-    """Writes a slice of a tensor into `values`, whose axis i is the tensor's axes[i]. Returns its number of NaNs."""
+    """Writes a slice of a tensor into `values`, whose axis i is the tensor's axes[i].
+
+    Returns how many of its numbers are NaN or infinite.
+    """
     inverse = tuple(axes.index(axis) for axis in range(len(axes)))
     as_in_file, wanted, nans = values.transpose(inverse), tuple(bounds[axis] for axis in inverse), 0
-    for index in _pieces(wanted, tensors.dtype(name).itemsize) if tensors.in_pieces else [wanted]:
+    for index in _pieces(wanted, tensors.dtype(name).itemsize, tensors.chunk(name)):
         piece = tensors.read(name, index)
-        nans += int(np.isnan(piece).sum())
-        first = wanted[0].start
-        as_in_file[index[0].start - first : index[0].stop - first] = piece
+        nans += int((~np.isfinite(piece)).sum())
+        place = (slice(i.start - w.start, i.stop - w.start) for i, w in zip(index, wanted, strict=True))
+        as_in_file[tuple(place)] = piece
     return nans
 
 
-def _pieces(index: tuple[slice, ...], itemsize: int) -> Iterator[tuple[slice, ...]]:
-    """Yields the slice of a tensor, split by rows into pieces of about PIECE_BYTES."""
+def _pieces(index: tuple[slice, ...], itemsize: int, chunk: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:
+    """Yields the slice of a tensor in pieces of about PIECE_BYTES, cut between chunks on the axis with the most."""
     if not index:
         yield index
         return
-    row = itemsize
-    for bound in index[1:]:
-        row *= bound.stop - bound.start
-    step = max(PIECE_BYTES // max(row, 1), 1)
-    for first, last in itertools.pairwise([*range(index[0].start, index[0].stop, step), index[0].stop]):
-        yield slice(first, last), *index[1:]
+    counts = [math.ceil(part.stop / size) - part.start // size for part, size in zip(index, chunk, strict=True)]
+    axis = int(np.argmax(counts))
+    part, size = index[axis], chunk[axis]
+    layer = itemsize * size * math.prod(i.stop - i.start for i in (*index[:axis], *index[axis + 1 :]))
+    step = max(PIECE_BYTES // max(layer, 1), 1) * size
+    begin = part.start // size * size
+    for first, last in itertools.pairwise([part.start, *range(begin + step, part.stop, step), part.stop]):
+        yield (*index[:axis], slice(first, last), *index[axis + 1 :])

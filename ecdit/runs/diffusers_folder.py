@@ -22,8 +22,10 @@ import ecdit
 from ecdit.experiment import Experiment
 from ecdit.interop.pytorch_parts import denoiser_values, torch_weights, tower_values
 from ecdit.interop.weights import flat_names, new_folder, write_arrays, write_files
-from ecdit.pretrained.config_json import CONFIG, read_json
-from ecdit.pretrained.safetensors_folder import STEMS, weight_files
+from ecdit.pretrained.clip_text import DEFAULTS as CLIP_DEFAULTS
+from ecdit.pretrained.config_json import CONFIG, WeightsError, read_json
+from ecdit.pretrained.safetensors_folder import STEMS, index_file, weight_files
+from ecdit.pretrained.t5x_checkpoint import is_t5x
 from ecdit.pretrained.text_encoders import T5_TYPES
 from ecdit.runs.kept_tokenizer import FOLDER
 from ecdit.runs.trained_run import Run
@@ -42,6 +44,9 @@ class Tower:
     library: str
     kind: str  # its class there
     fingerprint: str
+    # Width of the projected pooled state where transformers has to be told it: its text encoder takes that of a whole
+    # CLIP's text_config, a whole CLIP the one beside it, and files may have both.
+    projection: int | None = None
 
     @property
     def stem(self) -> str:
@@ -93,15 +98,19 @@ def public_towers(experiment: Experiment) -> tuple[Tower, ...]:
     """Returns the public weights that a run has, with their fingerprints, for which all of them are read.
 
     Raises:
-      WeightsError: a folder cannot be read.
+      WeightsError: a folder cannot be read, or is a checkpoint of T5X.
     """
     system, towers = experiment.system, []
     for folder, part in zip(system.text.folders, ("text_encoder", "text_encoder_2"), strict=False):
+        if is_t5x(folder):
+            raise WeightsError(f"{folder} is a checkpoint of T5X, which PyTorch's libraries do not read")
         projected = system.text.clip_projection
         kind = "CLIPTextModelWithProjection" if projected else "CLIPTextModel"
-        if read_json(folder / CONFIG)["model_type"] in T5_TYPES:
+        values = read_json(folder / CONFIG)
+        if values["model_type"] in T5_TYPES:
             kind = "T5EncoderModel"
-        towers.append(Tower(part, folder, "transformers", kind, fingerprint_once(folder)))
+        width = _other_projection(values) if projected else None
+        towers.append(Tower(part, folder, "transformers", kind, fingerprint_once(folder), width))
     if system.autoencoder == "vae":
         folder = Path(system.vae.weights)
         towers.append(Tower("vae", folder, "diffusers", "AutoencoderKL", fingerprint_once(folder)))
@@ -155,12 +164,25 @@ def scheduler_config(experiment: Experiment) -> dict[str, Any]:
     }
 
 
+def _other_projection(values: Mapping[str, Any]) -> int | None:
+    """Returns the width of a whole CLIP's projection if its text_config has another one, else None."""
+    if "projection_dim" not in values or not isinstance(values.get("text_config"), dict):
+        return None
+    width = values["projection_dim"]
+    return None if values["text_config"].get("projection_dim", CLIP_DEFAULTS["projection_dim"]) == width else width
+
+
 def _copy(tower: Tower, target: Path) -> None:
     """Copies config and weights, the latter under the names by which the tower's library finds them."""
     target.mkdir()
-    shutil.copyfile(tower.folder / CONFIG, target / CONFIG)
+    if tower.projection is None:
+        shutil.copyfile(tower.folder / CONFIG, target / CONFIG)
+    else:
+        values = read_json(tower.folder / CONFIG)
+        values["text_config"] |= {"projection_dim": tower.projection}
+        (target / CONFIG).write_bytes(_json(values))
     files = weight_files(tower.folder)
-    index = next((path for stem in STEMS if (path := tower.folder / f"{stem}{INDEX}").exists()), None)
+    index = index_file(tower.folder)
     if index is None:
         shutil.copyfile(files[0], target / f"{tower.stem}.safetensors")
         return

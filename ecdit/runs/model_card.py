@@ -17,6 +17,7 @@ from ecdit.data.generated import GENERATED
 from ecdit.data.prepared import open_prepared
 from ecdit.experiment import Experiment
 from ecdit.interop.pytorch_parts import denoiser_values
+from ecdit.pretrained.safetensors_folder import variant_of
 from ecdit.runs.diffusers_folder import Tower, public_towers
 from ecdit.runs.evaluator import EVALUATIONS, scalars
 from ecdit.runs.trained_run import Run
@@ -93,7 +94,7 @@ def _sampling(experiment: Experiment, towers: Sequence[Tower]) -> str:
     imports = "".join(
         f"from {library} import {', '.join(dict.fromkeys(kinds))}\n" for library, kinds in classes.items()
     )
-    passed = "".join(f', {one.part}={one.kind}.from_pretrained("{one.folder.as_posix()}")' for one in towers)
+    passed = "".join(f", {one.part}={one.kind}.from_pretrained({_arguments(one)})" for one in towers)
     draw = f'pipeline("{PROMPT}", generator=noise).images[0].save("sample.png")'
     if experiment.autoencoder == "latents":  # the run has no autoencoder, which would make an image of them
         draw = f'latents = pipeline("{PROMPT}", generator=noise, output_type="latent").images'
@@ -115,6 +116,13 @@ def _sampling(experiment: Experiment, towers: Sequence[Tower]) -> str:
     return (
         f"By torch and safetensors, with sentencepiece and pillow, in this folder:\n\n```python\n{alone}```\n\n{text}"
     )
+
+
+def _arguments(tower: Tower) -> str:
+    """Returns what a public tower's library is passed to read its folder."""
+    width = "" if tower.projection is None else f", projection_dim={tower.projection}"
+    variant = variant_of(tower.folder)
+    return f'"{tower.folder.as_posix()}"{width}' + (f', variant="{variant}"' if variant else "")
 
 
 def _model(run: Run) -> dict[str, Any]:

@@ -16,9 +16,11 @@ from ecdit.models.config import DiTConfig
 from ecdit.pretrained.safetensors_folder import SafetensorsFolder
 from ecdit.runs import diffusers_folder
 from ecdit.runs.diffusers_folder import Tower, export_diffusers, model_index
+from ecdit.runs.model_card import _sampling as model_card_sampling
 from ecdit.runs.model_card import model_card
 from ecdit.runs.trained_run import open_run
 from ecdit.system import make_system
+from tests.pretrained.towers import write_clip
 from tests.runs import keep_small_tokenizer, save_ema, tiny
 
 FILES = {
@@ -187,6 +189,41 @@ def test_public_weights_in_several_files_are_copied_with_their_index(tmp_path):
     diffusers_folder._copy(Tower("text_encoder", folder, "transformers", "T5EncoderModel", ""), tmp_path / "copy")
     expected = ["config.json", *names, "model.safetensors.index.json"]
     assert sorted(path.name for path in (tmp_path / "copy").iterdir()) == sorted(expected)
+
+
+def test_a_variant_in_several_files_is_copied_under_the_name_that_is_looked_for(tmp_path):
+    folder = tmp_path / "t5"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    names = [f"model.fp16-0000{n}-of-00002.safetensors" for n in (1, 2)]
+    for name, tensor in zip(names, ("a", "b"), strict=True):
+        save_file({tensor: np.float32([1])}, folder / name)
+    places = {"weight_map": {"a": names[0], "b": names[1]}}
+    (folder / "model.safetensors.index.fp16.json").write_text(json.dumps(places))
+    diffusers_folder._copy(Tower("text_encoder", folder, "transformers", "T5EncoderModel", ""), tmp_path / "copy")
+    expected = ["config.json", *names, "model.safetensors.index.json"]
+    assert sorted(path.name for path in (tmp_path / "copy").iterdir()) == sorted(expected)
+
+
+@pytest.mark.parametrize(("beside", "told"), [(16, None), (512, 16), (None, 16)])
+def test_a_whole_clip_s_projection_is_told_where_its_text_config_has_another(tmp_path, beside, told):
+    """transformers' text encoder takes that of text_config, 512 by default; the weights have the other one."""
+    clip = write_clip(tmp_path / "clip")
+    values = json.loads((clip / "config.json").read_text())
+    text = {key: value for key, value in values.items() if key not in ("model_type", "projection_dim")}
+    text |= {} if beside is None else {"projection_dim": beside}
+    (clip / "config.json").write_text(json.dumps({"model_type": "clip", "projection_dim": 16, "text_config": text}))
+    named = {"text__weights": str(clip), "data__tokenizer": str(clip), "data__caption_length": 12}
+    experiment = tiny(text__frozen=True, text__clip_projection=True, **named)
+    (tower,) = diffusers_folder.public_towers(experiment)
+    assert tower.projection == told
+    script = model_card_sampling(experiment, [tower])
+    assert f'from_pretrained("{clip}"{"" if told is None else ", projection_dim=16"})' in script
+    diffusers_folder._copy(tower, tmp_path / "copy")
+    found = json.loads((tmp_path / "copy/config.json").read_text())
+    assert found["text_config"]["projection_dim"] == found["projection_dim"] == 16
+    plain = tiny(text__frozen=True, **named)
+    assert diffusers_folder.public_towers(plain)[0].projection is None
 
 
 def test_the_card_has_the_run_s_scores_and_says_what_is_not_at_hand(opened, workdir):

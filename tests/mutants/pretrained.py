@@ -75,16 +75,36 @@ MUTANTS = (
     ),
     Mutant(
         _WEIGHTS,
-        "step = max(PIECE_BYTES // max(row, 1), 1)",
-        "step = max(index[0].stop, 1)",
+        "step = max(PIECE_BYTES // max(layer, 1), 1) * size",
+        "step = max(part.stop, 1)",
         _tests("weights", "test_every_value_is_read_once_in_small_pieces"),
         "a second copy of a whole tensor is in memory",
     ),
     Mutant(
         _WEIGHTS,
-        "nans += int(np.isnan(piece).sum())",
-        "nans += int(np.isnan(piece).any())",
+        "nans += int((~np.isfinite(piece)).sum())",
+        "nans += int((~np.isfinite(piece)).any())",
         _tests("weights", "test_nans_are_warned_of_and_counted"),
+    ),
+    Mutant(
+        _WEIGHTS,
+        "nans += int((~np.isfinite(piece)).sum())",
+        "nans += int(np.isnan(piece).sum())",
+        _tests("weights", "test_nans_are_warned_of_and_counted"),
+        "a run begins with weights that float16 could not hold, and nothing says so",
+    ),
+    Mutant(
+        "ecdit/pretrained/config_json.py",
+        "return ConfigJson(self.path, {**older, **values}, defaults)",
+        "return ConfigJson(self.path, values, defaults)",
+        _tests("networks", "test_a_whole_clip_s_older_config_is_read"),
+        "an old CLIP gets the sizes and the activation of the smallest one",
+    ),
+    Mutant(
+        _FOLDER,
+        'if any((folder / f"{stem}.safetensors").exists() for stem in STEMS):',
+        "if False:",
+        _tests("weights", "test_a_variant_s_index_counts_where_it_is_alone"),
     ),
     Mutant(
         _WEIGHTS,
@@ -259,5 +279,36 @@ MUTANTS = (
         "caption = text(tokenizer.empty if empty is None else next(iter(found.tokens.values())))",
         (f"{_TEXT}::test_prepared_states_are_those_of_online_encoding",),
         "prepared captions are never dropped, and guidance has nothing to go by",
+    ),
+    Mutant(
+        "ecdit/runs/diffusers_folder.py",
+        'values["text_config"] |= {"projection_dim": tower.projection}',
+        'values |= {"projection_dim": tower.projection}',
+        (
+            "tests/ecdit_runs/test_diffusers_folder.py::test_a_whole_clip_s_projection_is_told_where_its_text_config_has_another",
+        ),
+        "transformers refuses the folder's text encoder",
+    ),
+    Mutant(
+        "ecdit/runs/diffusers_folder.py",
+        'shutil.copyfile(index, target / f"{tower.stem}{INDEX}")',
+        "shutil.copyfile(index, target / index.name)",
+        (
+            "tests/ecdit_runs/test_diffusers_folder.py::test_a_variant_in_several_files_is_copied_under_the_name_that_is_looked_for",
+        ),
+    ),
+    Mutant(
+        "ecdit/data/tokens.py",
+        "{field: max(map(len, tokenizer.split(row))) for field, row in tokens.items()}",
+        "{field: len(row) for field, row in tokens.items()}",
+        (f"{_TEXT}::test_a_caption_counts_as_cut_where_one_of_two_encoders_cuts_it",),
+        "a run with two text encoders says that captions are cut which are not",
+    ),
+    Mutant(
+        _T5X,
+        "shape = tuple(array.chunk_layout.read_chunk.shape)",
+        "shape = tuple(array.shape)",
+        _tests("t5x", "test_every_chunk_is_read_once_and_few_at_a_time"),
+        "a second copy of a whole matrix is in memory",
     ),
 )

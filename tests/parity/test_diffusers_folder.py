@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 
 from ecdit.config import to_dict
 from ecdit.data.tokenizer import files_of
@@ -24,8 +25,10 @@ from ecdit.runs.model_card import PROMPT, model_card
 from ecdit.runs.trained_run import open_run
 from ecdit.sampling.sampler import guided_velocity, solve
 from ecdit.system import make_system
-from tests.parity.networks import report
-from tests.pretrained.towers import write_clip, write_t5, write_vae
+from tests.parity.networks import ORDER, report
+from tests.parity.networks import draw as draw_weights
+from tests.pretrained.folders import CLIP_JSON
+from tests.pretrained.towers import CLIP_TOKENS, POSITIONS, write_clip, write_t5, write_vae
 from tests.runs import keep_small_tokenizer, random_params, save_ema, tiny
 
 TOLERANCE = 1e-3  # of the range of an image's values, [-1, 1]
@@ -86,6 +89,8 @@ from diffusers import DiffusionPipeline
 {imports}
 pipeline = DiffusionPipeline.from_pretrained(".", custom_pipeline="./pipeline.py", trust_remote_code=True{towers})
 pipeline.set_progress_bar_config(disable=True)
+networks = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+assert {{part.dtype for part in networks}} == {{torch.float32}}
 noise = torch.tensor(np.load("../noise.npy")).permute(0, 3, 1, 2)
 found = [pipeline({prompts!r}, latents=noise, output_type=kind).images for kind in ("latent", "np")]
 np.savez("../found.npz", latents=found[0].permute(0, 2, 3, 1), images=found[1])
@@ -205,6 +210,61 @@ def test_public_towers_in_the_folder(torch, diffusers, tmp_path, record_property
     check_pipeline(record_property, "CLIP, T5 and autoencoder in the folder", folder, latents, images)
 
 
+def passed_in(script):
+    """The arguments by which a README's script passes the towers, and its imports."""
+    towers = re.search(r"trust_remote_code=True(.*)\)\.to\(device\)", script)[1]
+    return towers, "".join(line + "\n" for line in script.splitlines() if line.startswith("from "))
+
+
+@pytest.mark.parametrize("with_towers", [True, False], ids=ORDER[:2])
+def test_a_whole_clip_in_float16(torch, transformers, diffusers, tmp_path, with_towers, record_property):
+    """As laion's: the text_config of a whole CLIP has another projection_dim, which is not that of the weights.
+
+    transformers loads the files' dtype, in which the run did not compute.
+    """
+    clip, vae = write_clip(tmp_path / "clip"), write_vae(tmp_path / "vae")
+    text = {name: value for name, value in CLIP_JSON.items() if name not in ("model_type", "projection_dim")}
+    text |= {"vocab_size": CLIP_TOKENS, "max_position_embeddings": POSITIONS}
+    config = transformers.CLIPConfig(
+        text_config=text | {"projection_dim": 512},
+        vision_config={"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 32},
+        projection_dim=16,
+    )
+    (clip / "model.safetensors").unlink()
+    variant = None if with_towers else "fp16"
+    draw_weights(torch, transformers.CLIPModel(config)).half().save_pretrained(clip, variant=variant)
+    changes = PUBLIC | {"text__weights": str(clip), "data__tokenizer": str(clip), "vae__weights": str(vae)}
+    changes |= {"text__clip_states": "penultimate", "text__clip_projection": True}
+    (vae / "model.safetensors").rename(vae / "diffusion_pytorch_model.safetensors")
+    folder, latents, images = export(tmp_path, changes, with_towers)
+    towers, imports = ("", "") if with_towers else passed_in(scripts(folder)[0])
+    name = f"a whole CLIP in float16, {'in the folder' if with_towers else 'passed'}"
+    check_pipeline(record_property, name, folder, latents, images, imports, towers)
+
+
+IN_FLOAT16 = """
+import sys
+import numpy as np, torch
+from diffusers import DiffusionPipeline
+more = {"custom_pipeline": "./pipeline.py", "trust_remote_code": True, "torch_dtype": torch.float16}
+pipeline = DiffusionPipeline.from_pretrained(".", **more)
+assert pipeline.vae.dtype == pipeline.transformer.dtype == pipeline.text_encoder.dtype == torch.float16
+assert np.isfinite(pipeline("tiger", output_type="np").images).all()
+"""
+
+
+def test_an_autoencoder_that_float16_has_no_room_for(torch, diffusers, tmp_path):
+    """As SDXL's, whose config says force_upcast: in float16 its activations are infinite, and images black."""
+    t5, vae = write_t5(tmp_path / "t5"), write_vae(tmp_path / "vae")
+    weights, name = load_file(vae / "model.safetensors"), "decoder.conv_in.weight"
+    large = weights[name] * (3e4 / np.abs(weights[name]).max())  # float16 ends at 65504
+    save_file(weights | {name: large}, vae / "model.safetensors")
+    changes = PUBLIC | {"text__weights": str(t5), "data__tokenizer": str(t5), "vae__weights": str(vae)}
+    folder, _, images = export(tmp_path, changes, with_towers=True)
+    assert np.isfinite(images).all()
+    run_script(IN_FLOAT16, folder)
+
+
 def test_public_towers_that_are_passed(torch, diffusers, tmp_path, record_property):
     t5, vae = write_t5(tmp_path / "t5"), write_vae(tmp_path / "vae")
     (vae / "model.safetensors").rename(vae / "diffusion_pytorch_model.safetensors")  # as downloads are named
@@ -213,8 +273,7 @@ def test_public_towers_that_are_passed(torch, diffusers, tmp_path, record_proper
     assert not (folder / "vae").exists()
     (script,) = scripts(folder)
     assert f'vae=AutoencoderKL.from_pretrained("{vae}")' in script
-    towers = re.search(r"trust_remote_code=True(.*)\)\.to\(device\)", script)[1]
-    imports = "".join(line + "\n" for line in script.splitlines() if line.startswith("from "))
+    towers, imports = passed_in(script)
     check_pipeline(record_property, "T5 and autoencoder passed", folder, latents, images, imports, towers)
     with pytest.raises(
         AssertionError, match=r"this folder has no text_encoder: pass text_encoder=transformers\.T5Encoder"

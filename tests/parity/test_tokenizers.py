@@ -61,6 +61,13 @@ def captions():
 def clip_folder(open_clip, tmp_path_factory):
     """CLIP's vocabulary, which open_clip ships, in the form in which folders have it."""
     folder = tmp_path_factory.mktemp("clip")
+    write_clip_vocabulary(open_clip, folder)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"pad_token": "!", "tokenizer_class": "CLIPTokenizer"}))
+    return folder
+
+
+def write_clip_vocabulary(open_clip, folder):
+    """Writes vocab.json and merges.txt."""
     path = Path(open_clip.__file__).with_name("bpe_simple_vocab_16e6.txt.gz")
     merges = gzip.decompress(path.read_bytes()).decode().split("\n")[1 : 49152 - 256 - 2 + 1]
     theirs = open_clip.tokenizer.SimpleTokenizer()
@@ -68,8 +75,6 @@ def clip_folder(open_clip, tmp_path_factory):
     vocabulary = {names.get(token, token): number for token, number in theirs.encoder.items()}
     (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
-    (folder / "tokenizer_config.json").write_text(json.dumps({"pad_token": "!", "tokenizer_class": "CLIPTokenizer"}))
-    return folder
 
 
 def different(ours, theirs, captions):

@@ -192,12 +192,35 @@ def test_a_whole_clip_s_config_is_read(tmp_path):
     assert read_clip(folder_with(tmp_path, whole)) == CLIP
 
 
+def test_a_whole_clip_s_older_config_is_read(tmp_path):
+    """Older versions of transformers wrote text_config_dict, alone or beside text_config."""
+    text = {key: value for key, value in CLIP_JSON.items() if key not in ("model_type", "projection_dim")}
+    whole = {"model_type": "clip", "projection_dim": 16}
+    alone = whole | {"text_config": None, "text_config_dict": text}
+    assert read_clip(folder_with(tmp_path, alone)) == CLIP
+    sizes = {"hidden_size": 32, "projection_dim": 7}  # the projection is the one beside both
+    assert read_clip(folder_with(tmp_path, whole | {"text_config": text, "text_config_dict": sizes})) == CLIP
+    other = whole | {"text_config": text, "text_config_dict": {"hidden_act": "quick_gelu"}}
+    message = "text_config has hidden_act = 'gelu' and text_config_dict has 'quick_gelu': must be equal"
+    with pytest.raises(WeightsError, match=message):
+        read_clip(folder_with(tmp_path, other))
+    with pytest.raises(WeightsError, match=r"text_config_dict = \[1\]: must be an object"):
+        read_clip(folder_with(tmp_path, whole | {"text_config_dict": [1]}))
+
+
 @pytest.mark.parametrize(
     ("read", "values", "change", "message"),
     [
         (read_clip, CLIP_JSON, {"hidden_act": "relu"}, "hidden_act = 'relu': must be 'quick_gelu' or 'gelu'"),
         (read_clip, T5_JSON, {}, "model_type = 't5': must be 'clip_text_model' or 'clip'"),
         (read_clip, CLIP_JSON, {"hidden_size": "big"}, "hidden_size = 'big': must be int, at least 1"),
+        (read_clip, CLIP_JSON, {"num_attention_heads": 5}, "json: heads = 5: must divide the width, 32"),
+        (
+            read_vae,
+            VAE_JSON,
+            {"norm_num_groups": 3},
+            r"json: widths = \(4, 8, 8\): must be multiples of norm_groups, 3",
+        ),
         (read_t5_float32, T5_JSON, {"feed_forward_proj": "gated-silu"}, "feed_forward_proj = 'gated-silu'"),
         (read_t5_float32, T5_JSON, {"model_type": "umt5"}, "model_type = 'umt5': must be 't5'"),
         (read_t5_float32, T5_JSON, {"num_layers": 0}, "num_layers = 0: must be int, at least 1"),
@@ -206,6 +229,10 @@ def test_a_whole_clip_s_config_is_read(tmp_path):
         (read_vae, VAE_JSON, {"mid_block_add_attention": False}, "mid_block_add_attention = False"),
         (read_vae, VAE_JSON, {"use_post_quant_conv": False}, "use_post_quant_conv = False: must be True"),
         (read_vae, VAE_JSON, {"latents_mean": [0.1]}, r"latents_mean = \[0.1\]"),
+        (read_vae, VAE_JSON, {"scaling_factor": float("nan")}, "scaling_factor = nan: must be float"),
+        (read_vae, VAE_JSON, {"shift_factor": float("inf")}, "shift_factor = inf: must be float"),
+        (read_vae, VAE_JSON, {"block_out_channels": 8}, "block_out_channels = 8: must be a list of int, each at least"),
+        (read_vae, VAE_JSON, {"block_out_channels": [4, 8, -8]}, r"block_out_channels = \[4, 8, -8\]: must be a list"),
     ],
 )
 def test_other_architectures_are_refused_by_name(read, values, change, message, tmp_path):

@@ -11,8 +11,8 @@ from ecdit.pretrained.config_json import WeightsError
 from ecdit.pretrained.t5_encoder import T5_LAYOUT
 from ecdit.pretrained.t5x_checkpoint import T5xCheckpoint
 from ecdit.pretrained.weights import load
-from tests.pretrained.folders import T5, t5
-from tests.pretrained.test_weights import same
+from tests.pretrained.folders import T5, t5, tensors
+from tests.pretrained.test_weights import Counting, same
 
 KERNELS = {"q": "attention.query", "k": "attention.key", "v": "attention.value", "o": "attention.out"}
 
@@ -64,6 +64,20 @@ def test_a_checkpoint_of_t5x_is_read(mesh, tmp_path):
     assert checkpoint.config("float32", max_distance=16) == T5
     loaded = load(model.abstract, T5_LAYOUT, checkpoint, mesh and make_mesh(mesh))
     same(loaded.params, model.params)
+
+
+@pytest.mark.parametrize("mesh", [None, MeshConfig(slices=1, data=2, fsdp=2, expert=1, tensor=2)])
+def test_every_chunk_is_read_once_and_few_at_a_time(mesh, tmp_path, monkeypatch):
+    """zarr reads whole chunks, here of 8 x 8, and a piece has room for four."""
+    monkeypatch.setattr("ecdit.pretrained.weights.PIECE_BYTES", 4 * 4 * 8 * 8)
+    model = t5()
+    counting = Counting(T5xCheckpoint(write_checkpoint(tmp_path / "checkpoint_7", t5x_arrays(model.params))))
+    same(load(model.abstract, T5_LAYOUT, counting, mesh and make_mesh(mesh)).params, model.params)
+    # Two devices share the one chunk of the relative bias.
+    matrices = [one for one in counting.read_at if len(one[1]) == 2 and "relative" not in one[0]]
+    assert all(part.start % 8 == 0 for _, index in matrices for part in index)
+    assert counting.values == {name: value.size for name, value in tensors(model, T5_LAYOUT).items()}
+    assert max(counting.bytes) == 4 * 4 * 8 * 8
 
 
 def test_what_is_missing_is_named(tmp_path):

@@ -95,6 +95,17 @@ def test_broken_folders_are_refused(tmp_path):
         ClipTokenizer(clip_folder(tmp_path, pad="<pad>"), "open_clip")
     with pytest.raises(WeightsError, match=r"no pairs of the vocabulary: \[\('x', 'y'\)\]"):
         ClipTokenizer(clip_folder(tmp_path, merges="a b\nx y\n"), "open_clip")
+    for model, message in (
+        (
+            {"type": "Unigram", "vocab": [["<pad>", 0.0]]},
+            r"its type is Unigram. T5's tokenizer is read from spiece.model",
+        ),
+        (3, "the vocabulary must be an object from tokens to ids"),
+    ):
+        (tmp_path / "vocab.json").unlink(missing_ok=True)
+        (tmp_path / "tokenizer.json").write_text(json.dumps({"model": model}))
+        with pytest.raises(WeightsError, match=message):
+            ClipTokenizer(tmp_path, "open_clip")
     clip_folder(tmp_path)
     (tmp_path / "merges.txt").unlink()
     with pytest.raises(WeightsError, match=r"merges.txt cannot be read"):

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from ecdit.partitioning import MeshConfig, make_mesh, param_shardings
 from ecdit.pretrained.config_json import WeightsError
-from ecdit.pretrained.safetensors_folder import SafetensorsFolder
+from ecdit.pretrained.safetensors_folder import SafetensorsFolder, variant_of, weight_files
 from ecdit.pretrained.t5_encoder import T5Config, T5Encoder
 from ecdit.pretrained.weights import fingerprint, load, load_folder
 from launch.local import _free_port
@@ -27,16 +27,16 @@ CUBE = MeshConfig(slices=1, data=2, fsdp=2, expert=1, tensor=2)
 class Counting:
     """Counts what is read of a folder: values, and the largest piece."""
 
-    in_pieces = True
-
-    def __init__(self, folder):
-        self.inner, self.values, self.bytes = SafetensorsFolder(folder), {}, []
+    def __init__(self, tensors):
+        self.inner, self.values, self.bytes, self.read_at = tensors, {}, [], []
         self.names, self.shape, self.dtype = self.inner.names, self.inner.shape, self.inner.dtype
+        self.chunk = self.inner.chunk
 
     def read(self, name, index):
         piece = self.inner.read(name, index)
         self.values[name] = self.values.get(name, 0) + piece.size
         self.bytes.append(piece.nbytes)
+        self.read_at.append((name, index))
         return piece
 
 
@@ -77,7 +77,7 @@ def test_every_value_is_read_once_in_small_pieces(network, tmp_path, monkeypatch
     """Also values that several devices hold."""
     monkeypatch.setattr("ecdit.pretrained.weights.PIECE_BYTES", 256)
     model, layout, folder = folder_of(network, tmp_path)
-    counting = Counting(folder)
+    counting = Counting(SafetensorsFolder(folder))
     same(load(model.abstract, layout, counting, make_mesh(CUBE)).params, model.params)
     assert counting.values == {name: value.size for name, value in tensors(model, layout).items()}
     longest_row = max(value[0].nbytes for value in tensors(model, layout).values())
@@ -89,6 +89,7 @@ import sys
 
 import jax
 
+from ecdit.pretrained.safetensors_folder import SafetensorsFolder
 from ecdit.pretrained.weights import load
 from ecdit.partitioning import MeshConfig, make_mesh
 from tests.pretrained.folders import NETWORKS
@@ -96,7 +97,7 @@ from tests.pretrained.test_weights import Counting
 
 jax.distributed.initialize(f"127.0.0.1:{sys.argv[1]}", num_processes=2, process_id=int(sys.argv[2]))
 make, layout, _ = NETWORKS["t5"]
-model, counting = make(), Counting(sys.argv[3])
+model, counting = make(), Counting(SafetensorsFolder(sys.argv[3]))
 mesh = make_mesh(MeshConfig(slices=1, data=1, fsdp=2, expert=1, tensor=1))
 load(model.abstract, layout, counting, mesh)
 print("READ", counting.values["shared.weight"], counting.values["encoder.block.1.layer.1.DenseReluDense.wo.weight"])
@@ -223,7 +224,22 @@ def test_all_that_does_not_fit_is_listed_at_once(tmp_path):
     assert "missing (1): encoder.final_layer_norm.weight" in message
     assert "unknown (1): encoder.block.3.layer.0.layer_norm.weight" in message
     assert f"misshapen (1): {q} (32, 16) instead of (16, 32)" in message
-    assert f"not of floating-point numbers (1): {o} int32" in message
+    assert f"not of 16, 32 or 64-bit floating-point numbers (1): {o} int32" in message
+
+
+def test_weights_of_8_bits_are_named(tmp_path):
+    """safetensors' NumPy writer cannot write them, so the header of a file is edited."""
+    model, layout, folder = folder_of("t5", tmp_path)
+    file, name = folder / "model.safetensors", "encoder.final_layer_norm.weight"
+    save_file(load_file(file) | {name: np.ones(8, np.float32)}, file)
+    plain = file.read_bytes()
+    edited = plain.replace(b'{"dtype":"F32","shape":[8]', b'{"dtype":"F8_E4M3","shape":[32]')
+    length = int.from_bytes(plain[:8], "little") + len(edited) - len(plain)  # of the header
+    file.write_bytes(length.to_bytes(8, "little") + edited[8:])
+    with pytest.raises(WeightsError, match=rf"floating-point numbers \(1\): {re.escape(name)} float8_e4m3fn"):
+        load_folder(model.abstract, layout, folder, None)
+    with pytest.raises(WeightsError, match=rf"{re.escape(name)} is stored as F8_E4M3: must be F16, BF16, F32 or F64"):
+        fingerprint(folder)
 
 
 def test_a_long_list_is_cut(tmp_path):
@@ -237,10 +253,11 @@ def test_nans_are_warned_of_and_counted(tmp_path, caplog):
     weights = load_file(folder / "model.safetensors")
     name = "encoder.block.1.layer.1.layer_norm.weight"
     weights["shared.weight"][3, :5] = weights[name][2] = np.nan
+    weights[name][4] = -np.inf  # as float16 stores what it has no room for
     save_file(weights, folder / "model.safetensors")
     loaded = load_folder(model.abstract, layout, folder, make_mesh(CUBE))
-    assert loaded.not_numbers == {"shared.weight": 5, name: 1}
-    assert f"6 weights are NaN, in {name} (1), shared.weight (5)" in caplog.text
+    assert loaded.not_numbers == {"shared.weight": 5, name: 2}
+    assert f"7 weights are NaN or infinite, in {name} (2), shared.weight (5)" in caplog.text
     assert np.isnan(np.asarray(loaded.params["shared"])).sum() == 5
 
 
@@ -251,6 +268,12 @@ def test_a_truncated_file_is_refused(cut, tmp_path):
     file.write_bytes(file.read_bytes()[:cut])
     with pytest.raises(WeightsError, match=re.escape(f"{file} is no complete safetensors file")):
         SafetensorsFolder(folder)
+
+
+def test_a_pointer_of_git_lfs_is_named(tmp_path):
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n")
+    with pytest.raises(WeightsError, match=r"model.safetensors is a pointer of Git LFS.*: run git lfs pull"):
+        SafetensorsFolder(tmp_path)
 
 
 def test_an_index_must_name_what_is_there(tmp_path):
@@ -294,6 +317,29 @@ def test_folders_without_a_clear_choice_are_refused(tmp_path):
         save_file({"w": np.ones(1, np.float32)}, tmp_path / name)
     with pytest.raises(WeightsError, match=r"several files and no index: a.safetensors, b.safetensors"):
         SafetensorsFolder(tmp_path)
+
+
+@pytest.mark.parametrize("stem", ["model", "diffusion_pytorch_model"])
+def test_a_variant_s_index_counts_where_it_is_alone(stem, tmp_path):
+    """transformers and diffusers write model.safetensors.index.fp16.json for variant="fp16"."""
+    model, layout, folder = folder_of("t5", tmp_path, files=3)
+    plain = folder / "model.safetensors.index.json"
+    variant = plain.rename(folder / f"{stem}.safetensors.index.fp16.json")
+    same(load_folder(model.abstract, layout, folder, None).params, model.params)
+    assert variant_of(folder) == "fp16"
+    other = folder / f"{stem}.safetensors.index.bf16.json"
+    other.write_text(variant.read_text())
+    with pytest.raises(WeightsError, match=rf"several variants: {other.name}, {variant.name}\. Keep the index of one"):
+        SafetensorsFolder(folder)
+    save_file(tensors(model, layout), folder / "model.safetensors")  # the default goes before variants
+    assert weight_files(folder) == [folder / "model.safetensors"]
+    assert variant_of(folder) == ""
+    one = tmp_path / "one"
+    one.mkdir()
+    for name, expected in ((f"{stem}.bf16.safetensors", "bf16"), ("odd-name.safetensors", "")):
+        save_file({"w": np.ones(1, np.float32)}, one / name)
+        assert variant_of(one) == expected
+        (one / name).unlink()
 
 
 def test_a_fingerprint_is_of_values_and_config_however_they_are_split(tmp_path, monkeypatch):

@@ -33,14 +33,19 @@ def write_clip(folder, seed=0):
     return folder
 
 
+def _t5(seed):
+    config = dataclasses.replace(T5, vocab_size=T5_ROWS)
+    return Model(lambda rngs: T5Encoder(config, 8, rngs), seed)
+
+
+def t5_params(seed=0):
+    """The parameters that `write_t5` writes."""
+    return _t5(seed).params
+
+
 def write_t5(folder, seed=0):
     """T5's encoder, with a SentencePiece tokenizer that has fewer pieces than the embedding has rows."""
-    config = dataclasses.replace(T5, vocab_size=T5_ROWS)
-    write_folder(
-        folder,
-        tensors(Model(lambda rngs: T5Encoder(config, 8, rngs), seed), T5_LAYOUT),
-        T5_JSON | {"vocab_size": T5_ROWS},
-    )
+    write_folder(folder, tensors(_t5(seed), T5_LAYOUT), T5_JSON | {"vocab_size": T5_ROWS})
     train_vocabulary(CAPTIONS, 300, folder / "spiece.model")
     return folder
 

@@ -19,16 +19,24 @@ from ecdit.components import TextWidths
 from ecdit.config import ConfigError
 from ecdit.data import DataError
 from ecdit.data.loader import make_loader
-from ecdit.data.prepared import check_text, empty_caption, open_prepared, prepare_captions, prepare_column
+from ecdit.data.prepared import (
+    check_text,
+    empty_caption,
+    open_prepared,
+    prepare_captions,
+    prepare_column,
+    stored_records,
+)
 from ecdit.data.text_states import restore as restore_row
 from ecdit.data.text_states import store
 from ecdit.data.tokenizer import load_tokenizer
-from ecdit.data.tokens import tokenizer_path
+from ecdit.data.tokens import tokenizer_path, truncated_captions
 from ecdit.data.verification import verify
 from ecdit.evaluation.flow_loss import fixed_rows, losses_by_time, make_loss_program
 from ecdit.experiment import check_tokenizers, check_trainable, make_experiment
 from ecdit.partitioning import MeshConfig, make_mesh
 from ecdit.pretrained.config_json import WeightsError
+from ecdit.runs.diffusers_folder import public_towers
 from ecdit.runs.trained_run import open_run
 from ecdit.runs.training_run import train
 from ecdit.system import make_system
@@ -37,7 +45,8 @@ from ecdit.training.state import abstract_state, state_shardings
 from ecdit.training.step import abstract_batch
 from tests.data.example import module
 from tests.models.helpers import jit
-from tests.pretrained.towers import CAPTIONS, CLIP_TOKENS, write_clip, write_t5
+from tests.pretrained.test_t5x import t5x_arrays, write_checkpoint
+from tests.pretrained.towers import CAPTIONS, CLIP_TOKENS, t5_params, write_clip, write_t5
 from tests.runs import ROOT, command, random_params, tiny, tiny_values
 
 LENGTH = 12
@@ -101,6 +110,27 @@ def test_two_encoders_follow_each_other(folders):
         np.testing.assert_allclose(found.states[:, n * LENGTH : (n + 1) * LENGTH], one.states, atol=1e-5)
 
 
+def test_a_checkpoint_of_t5x_is_an_encoder_as_its_folder_is(folders, tmp_path):
+    """Its shapes do not say the largest distance, which is 128 in all published networks."""
+    folder, params = write_t5(tmp_path / "t5"), t5_params()
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | {"relative_attention_max_distance": 128}))
+    checkpoint = write_checkpoint(tmp_path / "checkpoint_7", t5x_arrays(params))
+    plain, t5x = (public(one, data__tokenizer=str(folder)) for one in (folder, checkpoint))
+    check_tokenizers(t5x)
+    tokens = load_tokenizer(folder).tokenize(CAPTIONS, LENGTH)
+    jax.tree.map(np.testing.assert_array_equal, states(t5x, tokens), states(plain, tokens))
+    with pytest.raises(WeightsError, match="the tokenizer has 514 tokens, the text encoder's embedding 400 rows"):
+        check_tokenizers(public(checkpoint, data__tokenizer=str(folders["clip"])))
+    before = t5x.fingerprints()["text"]
+    arrays = t5x_arrays(params)
+    arrays["encoder.encoder_norm.scale"] = arrays["encoder.encoder_norm.scale"] + 1
+    other = write_checkpoint(tmp_path / "other", arrays)
+    assert public(other, data__tokenizer=str(folder)).fingerprints()["text"] != before
+    with pytest.raises(WeightsError, match="is a checkpoint of T5X, which PyTorch's libraries do not read"):
+        public_towers(t5x)
+
+
 def test_a_pair_of_tokenizers_is_stored_in_one_row_and_told_apart(folders, tmp_path):
     for name in ("clip", "t5"):
         (tmp_path / {"clip": "first", "t5": "second"}[name]).symlink_to(folders[name])
@@ -111,6 +141,10 @@ def test_a_pair_of_tokenizers_is_stored_in_one_row_and_told_apart(folders, tmp_p
         for length in (2, 5, 40):
             expected = [*clip.fit(clip.encode(caption), length), *t5.fit(t5.encode(caption), length)]
             assert both.fit(ids, length).tolist() == expected
+        assert [part.tolist() for part in both.split(ids)] == [
+            clip.encode(caption).tolist(),
+            t5.encode(caption).tolist(),
+        ]
     assert clip.fit(clip.encode("ab"), 6).tolist()[-3:] == [CLIP_TOKENS - 1] * 3  # it pads with its end
 
 
@@ -206,6 +240,26 @@ def grey(tmp_path_factory):
     place = tmp_path_factory.mktemp("grey_text")
     task = {"data__module": module(place, "grey_text", "36"), "data__task": "grey_text"}
     return {**task, "data__directory": str(place / "data"), "data__vocab_size": 300}
+
+
+def test_a_caption_counts_as_cut_where_one_of_two_encoders_cuts_it(folders, grey, tmp_path):
+    """Not where both parts together are longer than the room of one."""
+    both = public(folders["clip"], folders["t5"], **{**grey, "data__directory": str(tmp_path)})
+    prepare_captions(both.data, 1, QUIET)
+    prepared = open_prepared(both.data)
+    (part,) = filter(None, prepared.stored)
+    tokenizer = load_tokenizer(prepared.tokenizer)
+    captions = [
+        text
+        for split in ("train", "held_out")
+        for record in stored_records(prepared, split)
+        for text in record.captions.values()
+    ]
+    longest = [max(len(one.rows([text])[0]) for one in tokenizer.parts) for text in captions]
+    together = [len(tokenizer.encode(text)) for text in captions]
+    assert max(longest) < min(together)
+    for length in (min(longest) - 1, max(longest) - 1, max(longest)):
+        assert truncated_captions(part.tokens.histograms, length) == sum(one > length for one in longest)
 
 
 @pytest.mark.parametrize(("stored", "tolerance"), [("bfloat16", 2**-8), ("int8", 1 / 127)])

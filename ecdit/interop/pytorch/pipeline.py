@@ -53,6 +53,10 @@ class EcDitPipeline(DiffusionPipeline):
                     f"this folder has no {name}: pass {name}={tower['class']}.from_pretrained(...) with the weights of "
                     f"{tower['name']}, whose fingerprint is {tower['fingerprint']}"
                 )
+        for encoder in (text_encoder, text_encoder_2):
+            if encoder is None or getattr(encoder, "is_quantized", False) or encoder.dtype == transformer.dtype:
+                continue
+            encoder.to(transformer.dtype)  # transformers takes the dtype of the files, which is often float16
         self.register_modules(transformer=transformer, tokenizer=tokenizer, scheduler=scheduler, **parts)
         self.register_to_config(
             autoencoder=autoencoder,
@@ -142,8 +146,8 @@ class EcDitPipeline(DiffusionPipeline):
         if kind == "t5":  # which has no pooled state: the mean takes its place
             mask = ids != PAD
             states = encoder(ids, attention_mask=mask).last_hidden_state
-            pooled = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
-            return states, mask, pooled
+            pooled = (states.float() * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+            return states, mask, pooled.to(states.dtype)
         found = encoder(ids, output_hidden_states=True)
         end = ids.argmax(1, keepdim=True)  # the largest id ends a caption
         pooled = found.last_hidden_state.take_along_dim(end[..., None], 1)[:, 0]
@@ -192,6 +196,8 @@ class EcDitPipeline(DiffusionPipeline):
             raise ValueError('the run had latents alone, and no autoencoder: only output_type="latent" can be drawn')
         images = latents
         if self.vae is not None:
+            if self.vae.dtype == torch.float16 and getattr(self.vae.config, "force_upcast", False):
+                self.vae.float()  # SDXL's activations exceed float16: images would be black
             shift = getattr(self.vae.config, "shift_factor", None) or 0.0
             z = latents / self.vae.config.scaling_factor + shift
             images = self.vae.decode(z.to(self.vae.dtype)).sample.float()
