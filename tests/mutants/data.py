@@ -18,6 +18,10 @@ def _mixing(*names: str) -> tuple[str, ...]:
     return tuple(f"tests/data/test_mixing.py::{name}" for name in names)
 
 
+def _fuzz(name: str) -> tuple[str, ...]:
+    return (f"tests/data/test_fuzz_sources.py::{name}",)
+
+
 MUTANTS = (
     Mutant(
         _LOADER,
@@ -298,5 +302,26 @@ MUTANTS = (
         "if not (working / COLUMN).exists():  # else an earlier call was killed just before the rename",
         "if True:",
         _preparation("test_a_column_that_stops_at_its_end_computes_nothing_again"),
+    ),
+    Mutant(
+        "ecdit/data/sources/tars.py",
+        "        fields = {}",
+        '        fields = self.__dict__.setdefault("last", {})',
+        _fuzz("test_a_thousand_damaged_tars"),
+        "an image without a text gets the text of the one before",
+    ),
+    Mutant(
+        "ecdit/data/images.py",
+        "except Exception as error:  # for example a palette that is missing",
+        "except ValueError as error:",
+        _fuzz("test_a_thousand_damaged_images[png]"),
+        "one PNG without its palette ends a preparation of a billion pairs",
+    ),
+    Mutant(
+        _PARTS,
+        "captions, reason = _kept_captions(pair.captions, prepare.filters)",
+        'captions, reason = _kept_captions(config.__dict__.setdefault("first", pair.captions), prepare.filters)',
+        _fuzz("test_a_thousand_damaged_tars"),
+        "every image of a part has the first one's captions",
     ),
 )
