@@ -42,6 +42,7 @@ from ecdit.data.parts import HASHES, SUMMARY, PartSummary, part_name, read_summa
 from ecdit.data.quarantine import merge
 from ecdit.data.registry import Part, Task, find_parts, find_task, module_of, module_sha256
 from ecdit.data.shards import combined
+from ecdit.data.shares import Share, beginning, check_count, forget_count, sharing
 from ecdit.data.sources.protocol import Source
 from ecdit.files import replace_text
 
@@ -84,6 +85,19 @@ def prepare_records(config: DataConfig, workers: int, say: Say, same_source: boo
     return made
 
 
+def prepare_share(config: DataConfig, share: Share, workers: int, say: Say) -> None:
+    """Prepares a share of the missing records of every part of `data.task`, and joins nothing.
+
+    Several shares may run at once. `prepare_records` then finds their parts done.
+
+    Raises:
+      DataError: as `prepare_records`; or shares of another number have begun.
+    """
+    for part in find_parts(config):
+        if part.task not in GENERATED:
+            _share_of_records(config, part.task, share, workers, say)
+
+
 def read_composition(config: DataConfig) -> Composition:
     """Returns the parts that a run reads. Raises DataError if they are not prepared."""
     return read_json(_composition_path(config), Composition)
@@ -110,19 +124,17 @@ def _component(config: DataConfig, part: Part, workers: int, say: Say, same_sour
 def _records(config: DataConfig, task: str, workers: int, say: Say) -> Manifest:
     """Returns the manifest of a task's records and prepares them if they are missing."""
     target = task_directory(config, task)
-    if (target / MANIFEST).exists():
+    if _is_prepared(target):
         return read_records_manifest(config, task)
-    if target.exists():
-        raise DataError(f"{target} is in the way: it is no prepared data; move it, or set data.directory")
     found = find_task(config, task)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with locked(target.with_name(f".{task}.lock"), say):
+    with locked(_lock_of(target), say):
         if (target / MANIFEST).exists():  # another process was first
             return read_records_manifest(config, task)
         working = _working_directory(config, task, found)
         if not (working / MANIFEST).exists():
             say(f"preparing {target}, which is done once")
-            summaries = _write_parts(config, found, working, workers)
+            _write_parts(config, found, working, workers, range(len(found.shards)))
+            summaries = [_summary_of(working / part_name(index)) for index in range(len(found.shards))]
             manifest = _joined(config, found, working, summaries)
             if manifest.num_records == 0:
                 shutil.rmtree(working)
@@ -133,11 +145,49 @@ def _records(config: DataConfig, task: str, workers: int, say: Say) -> Manifest:
             for name in (HASHES, SUMMARY, QUARANTINE):
                 (working / part_name(index) / name).unlink(missing_ok=True)
         (working / _SETTINGS).unlink(missing_ok=True)
+        forget_count(working)
         remove_scratch(working)
         working.rename(target)
         manifest = read_records_manifest(config, task)
     say(f"prepared {target}: {summary(manifest)}")
     return manifest
+
+
+def _share_of_records(config: DataConfig, task: str, share: Share, workers: int, say: Say) -> None:
+    """Prepares a share of a task's parts, unless the task is prepared."""
+    target = task_directory(config, task)
+    found, lock = None if _is_prepared(target) else find_task(config, task), _lock_of(target)
+    if found is None:
+        read_records_manifest(config, task)
+        say(f"{target} is prepared, with its parts joined")
+        return
+    with sharing(lock, share, say):
+        with beginning(lock, say):
+            joined = (target / MANIFEST).exists()  # by another process, while this one waited
+            working = target if joined else _working_directory(config, task, found)
+            if not (working / MANIFEST).exists():
+                check_count(working, share)
+        mine = [index for index in range(len(found.shards)) if index in share]
+        if not (working / MANIFEST).exists():
+            _write_parts(config, found, working, workers, mine)
+        left = sum(not (working / part_name(index)).exists() for index in range(len(found.shards)))
+    say(
+        f"share {share} of {target}: its {len(mine)} parts are done, and {left} of all {len(found.shards)} are left; "
+        "the command without --share prepares what is left when shares have ended, and joins the parts"
+    )
+
+
+def _is_prepared(target: Path) -> bool:
+    """Returns whether a task's records are prepared. Raises DataError if something else has their directory."""
+    prepared = (target / MANIFEST).exists()
+    if not prepared and target.exists():
+        raise DataError(f"{target} is in the way: it is no prepared data; move it, or set data.directory")
+    return prepared
+
+
+def _lock_of(target: Path) -> Path:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return target.with_name(f".{target.name}.lock")
 
 
 def _nothing_left(task: str, manifest: Manifest) -> str:
@@ -162,11 +212,11 @@ def _working_directory(config: DataConfig, task: str, found: Task) -> Path:
     return working
 
 
-def _write_parts(config: DataConfig, task: Task, working: Path, workers: int) -> list[PartSummary]:
-    """Writes the missing parts and returns the summaries of all parts."""
-    places = [working / part_name(index) for index in range(len(task.shards))]
+def _write_parts(config: DataConfig, task: Task, working: Path, workers: int, parts: Sequence[int]) -> None:
+    """Writes those of `parts` that are missing."""
+    places = {index: working / part_name(index) for index in parts}
     left = []
-    for index, place in enumerate(places):
+    for index, place in places.items():
         done = read_summary(place)
         if done is not None and done.stamp != task.stamp(index):
             raise DataError(f"{task.shards[index]} has changed since {working} was begun: delete it and start again")
@@ -190,7 +240,6 @@ def _write_parts(config: DataConfig, task: Task, working: Path, workers: int) ->
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
-    return [_summary_of(place) for place in places]
 
 
 def _write_one(

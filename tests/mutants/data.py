@@ -18,6 +18,10 @@ def _mixing(*names: str) -> tuple[str, ...]:
     return tuple(f"tests/data/test_mixing.py::{name}" for name in names)
 
 
+def _shares(name: str) -> tuple[str, ...]:
+    return (f"tests/data/test_shares.py::{name}",)
+
+
 def _fuzz(name: str) -> tuple[str, ...]:
     return (f"tests/data/test_fuzz_sources.py::{name}",)
 
@@ -323,5 +327,46 @@ MUTANTS = (
         'captions, reason = _kept_captions(config.__dict__.setdefault("first", pair.captions), prepare.filters)',
         _fuzz("test_a_thousand_damaged_tars"),
         "every image of a part has the first one's captions",
+    ),
+    Mutant(
+        "ecdit/data/shares.py",
+        "with locked(lock, say, together=True), locked(own, say):",
+        "with locked(lock, say), locked(own, say):",
+        _shares("test_shares_run_together_but_not_with_themselves_or_with_a_call_that_joins"),
+        "of all hosts one prepares at a time",
+    ),
+    Mutant(
+        "ecdit/data/shares.py",
+        "with locked(lock, say, together=True), locked(own, say):",
+        "with locked(lock, say, together=True):",
+        _shares("test_shares_run_together_but_not_with_themselves_or_with_a_call_that_joins"),
+        "a share that is started twice removes the parts that it is writing",
+    ),
+    Mutant(
+        "ecdit/data/shares.py",
+        "if path.exists() and path.read_text() != str(share.count):",
+        "if False:",
+        _shares("test_shares_of_other_settings_or_another_number_are_refused"),
+        "two processes write one part at once",
+    ),
+    Mutant(
+        "ecdit/data/preparation.py",
+        "        forget_count(working)",
+        "        pass",
+        _shares("test_shares_that_are_joined_have_the_bytes_of_one_process"),
+    ),
+    Mutant(
+        _COLUMNS,
+        'if _made_of(working) not in ("", key):',
+        "if False:",
+        _shares("test_a_column_begun_by_other_weights_or_in_other_shares_is_not_gone_on_with"),
+        "a column has latents of two autoencoders",
+    ),
+    Mutant(
+        _COLUMNS,
+        "return int(Path(shard.name).parent.name)",
+        "return shard.records",
+        _shares("test_a_column_in_shares_has_the_bytes_of_one_process"),
+        "shares of a column do not keep to their parts",
     ),
 )
