@@ -22,6 +22,10 @@ def _shares(name: str) -> tuple[str, ...]:
     return (f"tests/data/test_shares.py::{name}",)
 
 
+def _preprocessors(name: str) -> tuple[str, ...]:
+    return (f"tests/data/test_preprocessors.py::{name}",)
+
+
 def _fuzz(name: str) -> tuple[str, ...]:
     return (f"tests/data/test_fuzz_sources.py::{name}",)
 
@@ -368,5 +372,32 @@ MUTANTS = (
         "return shard.records",
         _shares("test_a_column_in_shares_has_the_bytes_of_one_process"),
         "shares of a column do not keep to their parts",
+    ),
+    Mutant(
+        "ecdit/data/registry.py",
+        "tf.random.set_seed(index)",
+        "tf.random.set_seed(0)",
+        _preprocessors("test_random_preprocessors_draw_the_same_each_time_and_another_number_in_each_part[1]"),
+        "every part draws the same",
+    ),
+    Mutant(
+        "ecdit/data/registry.py",
+        "tf.random.set_seed(index)",
+        "pass",
+        _preprocessors("test_random_preprocessors_draw_the_same_each_time_and_another_number_in_each_part[1]"),
+        "a preparation that was killed ends with other bytes",
+    ),
+    Mutant(
+        "ecdit/data/registry.py",
+        "            if at_once:\n",
+        "            if True:\n",
+        _preprocessors("test_the_quarantine_has_the_order_of_the_source_however_far_tensorflow_reads_ahead"),
+    ),
+    Mutant(
+        _LOADER,
+        "np.array([top, left]) - padding",
+        "np.array([top, left])",
+        _loader("test_crop_offsets_are_those_of_the_pixels_beside_the_stored_crop"),
+        "sampling asks for images that are moved, with white above and at the left",
     ),
 )
