@@ -400,4 +400,18 @@ MUTANTS = (
         _loader("test_crop_offsets_are_those_of_the_pixels_beside_the_stored_crop"),
         "sampling asks for images that are moved, with white above and at the left",
     ),
+    Mutant(
+        "ecdit/data/images.py",
+        '{"L;2": 3, "L;4": 15}',
+        '{"L;4": 15}',
+        ("tests/data/test_images.py::test_a_transparent_grey_of_few_bits_is_that_of_its_pixels",),
+        "the transparent grey stays, and another one turns white",
+    ),
+    Mutant(
+        "ecdit/data/images.py",
+        'if raw_mode == "RGB;16B":',
+        "if False:",
+        ("tests/data/test_images.py::test_a_transparent_colour_of_16_bits_is_rejected_because_8_bits_cannot_tell_it",),
+        "an opaque colour turns white",
+    ),
 )
