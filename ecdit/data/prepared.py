@@ -90,7 +90,7 @@ def prepare_captions(
     for component in composition.components:
         if not component.generated:
             _check_captions(config, component.task, read_records_manifest(config, component.task))
-    tokenizer = make_tokenizer(config, composition)
+    tokenizer = make_tokenizer(config, composition, say)
     for component in composition.components:
         if not component.generated:
             manifest = read_records_manifest(config, component.task)

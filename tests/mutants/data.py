@@ -414,4 +414,25 @@ MUTANTS = (
         ("tests/data/test_images.py::test_a_transparent_colour_of_16_bits_is_rejected_because_8_bits_cannot_tell_it",),
         "an opaque colour turns white",
     ),
+    Mutant(
+        "ecdit/data/tokens.py",
+        "parts = [(one.rate, one.fingerprint) for one in composition.components]",
+        "parts = [one.fingerprint for one in composition.components]",
+        ("tests/data/test_prepared_again.py::test_a_trained_tokenizer_that_stays_after_its_captions_changed_is_named",),
+        "nobody learns that the pieces are those of other captions",
+    ),
+    Mutant(
+        "ecdit/data/tokens.py",
+        "rates = mixing([Fraction(one.rate) for one in composition.components])",
+        "rates = mixing([Fraction(1) for one in composition.components])",
+        ("tests/data/test_tokens.py::test_a_tokenizer_of_a_mixture_is_trained_on_its_captions_by_their_rates",),
+        "a rare part of a mixture takes half of the pieces",
+    ),
+    Mutant(
+        "ecdit/data/tokens.py",
+        "reader[place * len(reader) // max(count, 1) % len(reader)]",
+        "reader[place // 2 % len(reader)]",
+        ("tests/data/test_tokens.py::test_a_tokenizer_of_a_mixture_is_trained_on_its_captions_by_their_rates",),
+        "a large part is represented by its beginning",
+    ),
 )
