@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -41,7 +42,7 @@ from ecdit.data.manifest import (
 from ecdit.data.parts import HASHES, SUMMARY, PartSummary, part_name, read_summary, write_part
 from ecdit.data.quarantine import merge
 from ecdit.data.registry import Part, Task, find_parts, find_task, module_of, module_sha256
-from ecdit.data.shards import combined
+from ecdit.data.shards import Shard, combined
 from ecdit.data.shares import Share, beginning, check_count, forget_count, sharing
 from ecdit.data.sources.protocol import Source
 from ecdit.files import replace_text
@@ -269,11 +270,9 @@ def _joined(config: DataConfig, task: Task, working: Path, summaries: Sequence[P
         fields.update(done.caption_fields)
         for field, counts in done.caption_characters.items():
             characters[field].update(counts)
-    train, held_out = (
-        tuple(shard for done in summaries for shard in done.shards if Path(shard.name).stem == split)
-        for split in SPLITS
-    )
-    images, captions, counted = _identical([working / part_name(index) / HASHES for index in range(len(summaries))])
+    train, held_out = (tuple(shard for done in summaries for shard in _shards_of(done, split)) for split in SPLITS)
+    trained = [sum(shard.records for shard in _shards_of(done, "train")) for done in summaries]
+    copies = _copies([(working / part_name(index) / HASHES, count) for index, count in enumerate(trained)])
     return Manifest(
         format=FORMAT,
         settings=settings_of(config, task.name),
@@ -286,33 +285,61 @@ def _joined(config: DataConfig, task: Task, working: Path, summaries: Sequence[P
         rejected=dict(sorted(rejected.items())),
         caption_characters={field: by_number(counts) for field, counts in sorted(characters.items())},
         caption_fields=dict(sorted(fields.items())),
-        identical_images=images,
-        identical_captions=captions,
-        counted=counted,
+        identical_images=copies.images,
+        identical_captions=copies.captions,
+        held_out_in_train=copies.held_out_in_train,
+        counted=copies.counted,
         attribution=task.attribution,
     )
 
 
-def _identical(paths: Sequence[Path]) -> tuple[int, int, float]:
-    """Returns how many records share their image, how many their captions, and the share of records counted.
+def _shards_of(done: PartSummary, split: str) -> list[Shard]:
+    return [shard for shard in done.shards if Path(shard.name).stem == split]
+
+
+class _Copies(NamedTuple):
+    images: int  # records that share their image
+    captions: int  # records that share their captions
+    held_out_in_train: int  # held-out records whose image training reads
+    counted: float  # share of the records from which these were scaled up
+
+
+def _copies(parts: Sequence[tuple[Path, int]]) -> _Copies:
+    """Counts copies by the file of each part's hashes, of which the first so many are of records for training.
 
     Above `_COUNTED_RECORDS` it counts only the lowest hashes, which either have all copies of a record or none.
     """
-    total = sum(np.load(path, mmap_mode="r").shape[0] for path in paths)
+    total = sum(np.load(path, mmap_mode="r").shape[0] for path, _ in parts)
     share = min(1.0, _COUNTED_RECORDS / max(total, 1))
     limit = np.uint64(min(int(share * 2**64), 2**64 - 1))
-    found = []
+
+    def kept(hashes: np.ndarray) -> np.ndarray:
+        return hashes[hashes <= limit]
+
+    def scaled(count: np.integer) -> int:
+        return round(int(count) / share)
+
+    shared, across = [], 0
     for column in range(2):
-        hashes = np.concatenate([one[one <= limit] for path in paths for one in [np.load(path)[:, column]]])
-        _, counts = np.unique(hashes, return_counts=True)
-        found.append(round(int(counts[counts > 1].sum()) / share))
-    return found[0], found[1], share
+        loaded = ((np.load(path)[:, column], trained) for path, trained in parts)
+        found = [(kept(rows[:trained]), kept(rows[trained:])) for rows, trained in loaded]
+        train, held_out = (np.concatenate(each) for each in zip(*found, strict=True))
+        _, counts = np.unique(np.concatenate([train, held_out]), return_counts=True)
+        shared.append(scaled(counts[counts > 1].sum()))
+        across = across if column else scaled(np.isin(held_out, train).sum())
+    return _Copies(shared[0], shared[1], across, share)
 
 
 def summary(manifest: Manifest) -> str:
     """Returns a line that summarizes prepared records."""
     left_out = ", ".join(f"{count} for {reason}" for reason, count in manifest.rejected.items())
+    shared = (
+        f" ({manifest.held_out_in_train} of them with an image that training reads)"
+        if manifest.held_out_in_train
+        else ""
+    )
     return (
-        f"{manifest.num_records} records of {manifest.settings['image_size']} px, {manifest.num_held_out} held out, "
+        f"{manifest.num_records} records of {manifest.settings['image_size']} px, "
+        f"{manifest.num_held_out} held out{shared}, "
         f"{sum(manifest.rejected.values())} pairs left out" + (f" ({left_out}; see {QUARANTINE})" if left_out else "")
     )

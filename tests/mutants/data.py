@@ -220,7 +220,7 @@ MUTANTS = (
     ),
     Mutant(
         _PARTS,
-        "writers[split or split_of(record.key, config.prepare)].write(encode_record(record))",
+        "writers[split].write(encode_record(record))",
         'writers["train"].write(encode_record(record))',
         _preparation("test_held_out_keys_stay_held_out_as_the_data_grows"),
         "training reads what it should be measured on",
@@ -434,5 +434,18 @@ MUTANTS = (
         "reader[place // 2 % len(reader)]",
         ("tests/data/test_tokens.py::test_a_tokenizer_of_a_mixture_is_trained_on_its_captions_by_their_rates",),
         "a large part is represented by its beginning",
+    ),
+    Mutant(
+        "ecdit/data/preparation.py",
+        "found = [(kept(rows[:trained]), kept(rows[trained:]))",
+        "found = [(kept(rows), kept(rows[trained:]))",
+        _preparation("test_images_that_are_held_out_and_trained_on_are_counted"),
+        "every held-out image counts as trained on",
+    ),
+    Mutant(
+        _PARTS,
+        "[row for rows in hashes.values() for row in rows]",
+        "[row for rows in reversed(hashes.values()) for row in rows]",
+        _preparation("test_images_that_are_held_out_and_trained_on_are_counted"),
     ),
 )
