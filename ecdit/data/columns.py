@@ -133,6 +133,7 @@ def make_column(
             replace_text(working / COLUMN, to_json(_described(manifest, maker, working, files)))
         for shard in shards:  # what only this call needed
             summary_path(working / shard.name).unlink(missing_ok=True)
+            _scratch_of(working / shard.name).unlink(missing_ok=True)  # of a share that was killed
         forget_count(working)
         remove_scratch(working)
         working.rename(directory)
@@ -223,10 +224,14 @@ def _written(task: Path, working: Path, shards: list[Shard], maker: ColumnMaker,
             raise
 
 
+def _scratch_of(place: Path) -> Path:
+    return place.with_name(f".{place.name}")
+
+
 def _write_one(task: Path, working: Path, shard: Shard, maker: ColumnMaker) -> None:
     """Writes the column's shard for one shard of records."""
     place = working / shard.name
-    scratch = place.with_name(f".{place.name}")
+    scratch = _scratch_of(place)
     place.parent.mkdir(exist_ok=True)
     scratch.unlink(missing_ok=True)
     reader, histograms = ShardReader(task, [shard]), collections.defaultdict(Counter)

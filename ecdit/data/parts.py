@@ -74,7 +74,7 @@ def _kept_captions(captions: Mapping[str, str], filters: Filters) -> tuple[dict[
 
 def write_part(config: DataConfig, pairs: Iterable[Pair | Rejected], part: str, stamp: str, place: Path) -> None:
     """Writes a part's shards and summary to the directory `place`, which appears only when it is complete."""
-    scratch = place.with_name(f".{place.name}")
+    scratch = scratch_of(place)
     shutil.rmtree(scratch, ignore_errors=True)  # left by a killed process
     scratch.mkdir(parents=True)
     fields, hashes = Counter[tuple[str, ...]](), {split: [] for split in SPLITS}
@@ -130,6 +130,11 @@ def read_summary(place: Path) -> PartSummary | None:
         return None
     shards = tuple(Shard(**shard) for shard in stored.pop("shards"))
     return PartSummary(shards=shards, **stored)
+
+
+def scratch_of(place: Path) -> Path:
+    """Returns the directory of a part that is being written, or was when its process was killed."""
+    return place.with_name(f".{place.name}")
 
 
 def part_name(index: int) -> str:

@@ -39,7 +39,7 @@ from ecdit.data.manifest import (
     task_directory,
     to_json,
 )
-from ecdit.data.parts import HASHES, SUMMARY, PartSummary, part_name, read_summary, write_part
+from ecdit.data.parts import HASHES, SUMMARY, PartSummary, part_name, read_summary, scratch_of, write_part
 from ecdit.data.quarantine import merge
 from ecdit.data.registry import Part, Task, find_parts, find_task, module_of, module_sha256
 from ecdit.data.shards import Shard, combined
@@ -94,9 +94,11 @@ def prepare_share(config: DataConfig, share: Share, workers: int, say: Say) -> N
     Raises:
       DataError: as `prepare_records`; or shares of another number have begun.
     """
-    for part in find_parts(config):
-        if part.task not in GENERATED:
-            _share_of_records(config, part.task, share, workers, say)
+    stored = [part.task for part in find_parts(config) if part.task not in GENERATED]
+    if not stored:
+        raise DataError(f"--share={share}: {config.task} is made when it is read, and has no records to prepare")
+    for task in stored:
+        _share_of_records(config, task, share, workers, say)
 
 
 def read_composition(config: DataConfig) -> Composition:
@@ -143,6 +145,7 @@ def _records(config: DataConfig, task: str, workers: int, say: Say) -> Manifest:
             merge([working / part_name(index) / QUARANTINE for index in range(len(summaries))], working / QUARANTINE)
             replace_text(working / MANIFEST, to_json(manifest))
         for index in range(len(found.shards)):  # training does not read these
+            shutil.rmtree(scratch_of(working / part_name(index)), ignore_errors=True)  # of a share that was killed
             for name in (HASHES, SUMMARY, QUARANTINE):
                 (working / part_name(index) / name).unlink(missing_ok=True)
         (working / _SETTINGS).unlink(missing_ok=True)
@@ -180,8 +183,9 @@ def _share_of_records(config: DataConfig, task: str, share: Share, workers: int,
 
 def _is_prepared(target: Path) -> bool:
     """Returns whether a task's records are prepared. Raises DataError if something else has their directory."""
+    exists = target.exists()  # first: another process may rename it into place, with its manifest, between these lines
     prepared = (target / MANIFEST).exists()
-    if not prepared and target.exists():
+    if exists and not prepared:
         raise DataError(f"{target} is in the way: it is no prepared data; move it, or set data.directory")
     return prepared
 

@@ -96,6 +96,17 @@ def test_shares_on_disks_of_their_own_are_copied_together(whole, tmp_path):
     assert files(tmp_path / "all") == files(Path(whole.directory))
 
 
+def test_what_a_killed_share_has_begun_is_not_in_the_result(whole, tmp_path):
+    """Share 1 is killed in part 4, and another host, on its own disk, prepares that part."""
+    config = elsewhere(whole, tmp_path)
+    for index in range(3):
+        prepare_share(config, Share(index, 3), 1, quiet)
+    (working(config) / ".000004").mkdir()
+    (working(config) / ".000004/train.array_record").write_bytes(b"begun")
+    prepare(config, say=quiet)
+    assert files(tmp_path) == files(Path(whole.directory))
+
+
 def test_shares_of_other_settings_or_another_number_are_refused(whole, tmp_path):
     config = elsewhere(whole, tmp_path)
     prepare_share(config, Share(1, 3), 1, quiet)
@@ -176,12 +187,19 @@ def test_a_column_in_shares_has_the_bytes_of_one_process(records, tmp_path):
     begun = [path for path in column_directory(task, ".latents-keys.preparing").iterdir() if path.is_dir()]
     assert sorted(path.name for path in begun) == ["000001", "000002", "000004", "000005"]
     assert "column latents-keys, share 1/3: 20 images" in said[0]
+    begun = column_directory(task, ".latents-keys.preparing") / "000001/.train.array_record"
+    begun.write_bytes(b"a share that was killed, of a shard that another host has made")
     left = sum(shard.name[:6] in ("000000", "000003", "000006") for shard in (*manifest.train, *manifest.held_out))
     assert f"{left} of all {len(manifest.train) + len(manifest.held_out)} shards are left" in said[3]
     prepare_column(records, Keys(), 1, said.append)
     assert files(task) == files(tmp_path / "alone")
     prepare_column(records, Keys(), 1, said.append, share=Share(0, 3))
     assert "share 0/3: is there" in said[-2]
+
+
+def test_data_that_is_made_when_it_is_read_has_no_shares(tmp_path):
+    with pytest.raises(DataError, match="--share=0/2: shapes is made when it is read"):
+        prepare_share(make_config(tmp_path, task="shapes"), Share(0, 2), 1, quiet)
 
 
 def test_a_column_begun_by_other_weights_or_in_other_shares_is_not_gone_on_with(records):

@@ -448,4 +448,17 @@ MUTANTS = (
         "[row for rows in reversed(hashes.values()) for row in rows]",
         _preparation("test_images_that_are_held_out_and_trained_on_are_counted"),
     ),
+    Mutant(
+        "ecdit/data/preparation.py",
+        "shutil.rmtree(scratch_of(working / part_name(index)), ignore_errors=True)",
+        "pass",
+        _shares("test_what_a_killed_share_has_begun_is_not_in_the_result"),
+        "prepared data keeps half a part beside the whole one",
+    ),
+    Mutant(
+        _COLUMNS,
+        "_scratch_of(working / shard.name).unlink(missing_ok=True)",
+        "pass",
+        _shares("test_a_column_in_shares_has_the_bytes_of_one_process"),
+    ),
 )
