@@ -152,12 +152,16 @@ def test_a_trained_tokenizer_that_stays_after_its_captions_changed_is_named(tmp_
 
 
 def test_a_deleted_part_of_a_mixture_is_prepared_again(tmp_path):
-    more = 'add_mixture("one_and_shapes", [("one", 0.5), ("shapes", 0.5)])'
+    more = 'add_mixture("deleted_and_shapes", [("deleted_part", 0.5), ("shapes", 0.5)])'
     config = make_config(
-        tmp_path / "data", module=module(tmp_path, "one", "20", more), task="one_and_shapes", vocab_size=512, **PLAIN
+        tmp_path / "data",
+        module=module(tmp_path, "deleted_part", "20", more),
+        task="deleted_and_shapes",
+        vocab_size=512,
+        **PLAIN,
     )
     before = prepare(config, say=quiet)
-    shutil.rmtree(task_directory(config, "one"))
+    shutil.rmtree(task_directory(config, "deleted_part"))
     assert prepare(config, say=quiet).fingerprint == before.fingerprint
 
 

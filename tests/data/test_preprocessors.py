@@ -39,10 +39,11 @@ add_task("random", Picky(80, 40), [numbered, loud])
 
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_random_preprocessors_draw_the_same_each_time_and_another_number_in_each_part(tmp_path, workers):
-    where = module(tmp_path, "unused_random", "1", RANDOM)
+    task = f"random_{workers}"
+    where = module(tmp_path, f"unused_{task}", "1", RANDOM.replace('"random"', f'"{task}"'))
     found = []
     for name, processes in (("once", 1), ("again", workers)):
-        config = make_config(tmp_path / name, module=where, task="random", vocab_size=300)
+        config = make_config(tmp_path / name, module=where, task=task, vocab_size=300)
         prepare(config, processes, say=lambda _: None)
         found.append(files(task_directory(config)))
     assert found[0] == found[1]
