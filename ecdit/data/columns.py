@@ -18,6 +18,7 @@ from ecdit.data.locks import ends_with_its_parent, locked, remove_scratch
 from ecdit.data.manifest import COLUMN, FORMAT, Column, Manifest, by_number, read_json, to_json
 from ecdit.data.record import Record, decode_record
 from ecdit.data.shards import Shard, ShardReader, combined, read_summary, summary_path, write_shard, write_summary
+from ecdit.data.shares import Share, beginning, check_count, forget_count, sharing
 from ecdit.files import replace_bytes, replace_text
 
 _MADE_OF = "made_of"  # file with the fingerprints of the records and of the tokenizer or weights
@@ -86,13 +87,14 @@ def read_column(task: Path, manifest: Manifest, name: str, made_by: str) -> Colu
     return column
 
 
-def records_left(task: Path, manifest: Manifest, name: str) -> int:
-    """Returns of how many records a column is still to be computed: not those of an earlier call that was killed."""
+def shards_left(task: Path, manifest: Manifest, name: str, share: Share | None = None) -> list[Shard]:
+    """Returns the shards of records, or a share's, of which a column is still to be computed, after earlier calls."""
     directory = column_directory(task, name)
-    if (directory / COLUMN).exists():
-        return 0
-    shards = (*manifest.train, *manifest.held_out)
-    return sum(shard.records for shard in shards if read_summary(_working(directory) / shard.name) is None)
+    working = _working(directory)
+    if (directory / COLUMN).exists() or (working / COLUMN).exists():
+        return []
+    shards = [shard for shard in (*manifest.train, *manifest.held_out) if share is None or _part(shard) in share]
+    return [shard for shard in shards if read_summary(working / shard.name) is None]
 
 
 def make_column(
@@ -114,30 +116,70 @@ def make_column(
     if (directory / COLUMN).exists():
         return read_column(task, manifest, maker.name, maker.made_by)
     directory.parent.mkdir(exist_ok=True)
-    with locked(directory.with_name(f".{maker.name}.lock"), say):
+    with locked(_lock_of(directory), say):
         if (directory / COLUMN).exists():  # another process was first
             return read_column(task, manifest, maker.name, maker.made_by)
         working, shards = _working(directory), (*manifest.train, *manifest.held_out)
-        key = f"{manifest.fingerprint} {maker.made_by}"
-        if working.exists() and (not (working / _MADE_OF).exists() or (working / _MADE_OF).read_text() != key):
+        key = _key(manifest, maker)
+        if working.exists() and _made_of(working) != key:
             shutil.rmtree(working)
         working.mkdir(exist_ok=True)
         replace_text(working / _MADE_OF, key)
         if not (working / COLUMN).exists():  # else an earlier call was killed just before the rename
-            left = [shard for shard in shards if read_summary(working / shard.name) is None]
-            written = _written(task, working, left, maker, workers)
-            with tqdm(None, maker.name, sum(shard.records for shard in left), unit="record", disable=None) as bar:
-                for records in written:
-                    bar.update(records)
+            _write(task, manifest, maker, workers)
             files = constants()
             for name, data in files.items():
                 replace_bytes(working / name, data)
             replace_text(working / COLUMN, to_json(_described(manifest, maker, working, files)))
         for shard in shards:  # what only this call needed
             summary_path(working / shard.name).unlink(missing_ok=True)
+            _scratch_of(working / shard.name).unlink(missing_ok=True)  # of a share that was killed
+        forget_count(working)
         remove_scratch(working)
         working.rename(directory)
     return read_column(task, manifest, maker.name, maker.made_by)
+
+
+def make_share(task: Path, manifest: Manifest, maker: ColumnMaker, workers: int, say: Say, share: Share) -> None:
+    """Computes a share's shards of a column. Several shares may run at once; `make_column` finds their shards done.
+
+    Raises:
+      DataError: the column, or what other shares have begun, was made from other records, or by another tokenizer or
+        other weights; or shares of another number have begun it.
+    """
+    directory = column_directory(task, maker.name)
+    directory.parent.mkdir(exist_ok=True)
+    lock, working, key = _lock_of(directory), _working(directory), _key(manifest, maker)
+    with sharing(lock, share, say):
+        with beginning(lock, say):
+            if (directory / COLUMN).exists():
+                read_column(task, manifest, maker.name, maker.made_by)
+                return
+            if _made_of(working) not in ("", key):
+                raise DataError(
+                    f"{working} was begun from other records, or by another tokenizer or other weights: delete it when "
+                    "no process computes it"
+                )
+            working.mkdir(exist_ok=True)
+            replace_text(working / _MADE_OF, key)
+            check_count(working, share)
+        _write(task, manifest, maker, workers, share)
+
+
+def _key(manifest: Manifest, maker: ColumnMaker) -> str:
+    """Returns what a column is made of, by fingerprints."""
+    return f"{manifest.fingerprint} {maker.made_by}"
+
+
+def _made_of(working: Path) -> str:
+    """Returns what an unfinished column is made of, or "" if it has hardly begun."""
+    path = working / _MADE_OF
+    return path.read_text() if path.exists() else ""
+
+
+def _part(shard: Shard) -> int:
+    """Returns the index of the part that a shard belongs to."""
+    return int(Path(shard.name).parent.name)
 
 
 def _what(name: str) -> str:
@@ -146,8 +188,21 @@ def _what(name: str) -> str:
     return "" if kind == "tokens" else f" --what={kind}"
 
 
+def _lock_of(directory: Path) -> Path:
+    return directory.with_name(f".{directory.name}.lock")
+
+
 def _working(directory: Path) -> Path:
     return directory.with_name(f".{directory.name}.preparing")
+
+
+def _write(task: Path, manifest: Manifest, maker: ColumnMaker, workers: int, share: Share | None = None) -> None:
+    """Writes the shards that are left, of all or of a share's."""
+    left = shards_left(task, manifest, maker.name, share)
+    written = _written(task, _working(column_directory(task, maker.name)), left, maker, workers)
+    with tqdm(None, maker.name, sum(shard.records for shard in left), unit="record", disable=None) as bar:
+        for records in written:
+            bar.update(records)
 
 
 def _written(task: Path, working: Path, shards: list[Shard], maker: ColumnMaker, workers: int) -> Iterator[int]:
@@ -169,10 +224,14 @@ def _written(task: Path, working: Path, shards: list[Shard], maker: ColumnMaker,
             raise
 
 
+def _scratch_of(place: Path) -> Path:
+    return place.with_name(f".{place.name}")
+
+
 def _write_one(task: Path, working: Path, shard: Shard, maker: ColumnMaker) -> None:
     """Writes the column's shard for one shard of records."""
     place = working / shard.name
-    scratch = place.with_name(f".{place.name}")
+    scratch = _scratch_of(place)
     place.parent.mkdir(exist_ok=True)
     scratch.unlink(missing_ok=True)
     reader, histograms = ShardReader(task, [shard]), collections.defaultdict(Counter)

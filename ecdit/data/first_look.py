@@ -67,4 +67,4 @@ def first_look(config: DataConfig, limit: int, draw: Draw, say: Callable[[str], 
 
 
 def _pairs(task: Task) -> Iterator[tuple[str, Pair | Rejected]]:
-    return ((shard, pair) for index, shard in enumerate(task.shards) for pair in task.read(index))
+    return ((shard, pair) for index, shard in enumerate(task.shards) for pair in task.read(index, at_once=True))

@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 from jaxtyping import Int32, UInt8
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from ecdit.data import DataError
 from ecdit.data.reasons import entry
@@ -59,11 +59,13 @@ def decode(data: bytes, background: str, max_pixels: int) -> Pixels:
             _check_png(data)
         with _open(data) as file:
             _check_header(file, max_pixels)
+            raw_mode = file.tile[0][3] if file.format == "PNG" and file.tile else ""
             try:
                 file.load()
             except Exception as error:  # Pillow's parsers raise whatever damaged bytes lead them to
                 raise _undecodable(error) from error
             _check_orientation(file)
+            _scale_transparent_grey(file, raw_mode)
             try:
                 return _flat(file, background)
             except ImageRejected:
@@ -134,7 +136,7 @@ def decode_stored(data: bytes) -> Pixels:
             raise _undecodable(error) from error
 
 
-def _open(data: bytes) -> Image.Image:
+def _open(data: bytes) -> ImageFile.ImageFile:
     try:
         return Image.open(io.BytesIO(data), formats=_FORMATS)
     except UnidentifiedImageError:
@@ -180,6 +182,24 @@ def _check_orientation(file: Image.Image) -> None:
         raise ImageRejected("orientation", f"EXIF cannot be read: {_described(error)}") from None
     if orientation != 1:
         raise ImageRejected("orientation", f"EXIF orientation {orientation}")
+
+
+def _scale_transparent_grey(file: Image.Image, raw_mode: object) -> None:
+    """Scales the transparent grey of a PNG of 2 or 4 bits to 8, as Pillow scales the pixels, but not this grey.
+
+    Args:
+      file: the image, loaded.
+      raw_mode: how Pillow names the pixels of a PNG's file.
+
+    Raises:
+      ImageRejected: colours of 16 bits of which one is transparent. Pillow compares it with 8 bits of the pixels.
+    """
+    if "transparency" not in file.info:
+        return
+    if raw_mode == "RGB;16B":
+        raise ImageRejected("colour mode", "RGB of 16 bits with a transparent colour")
+    if largest := {"L;2": 3, "L;4": 15}.get(str(raw_mode)):
+        file.info["transparency"] = (file.info["transparency"] & largest) * (255 // largest)
 
 
 def _flat(file: Image.Image, background: str) -> Pixels:

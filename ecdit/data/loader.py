@@ -44,7 +44,8 @@ def make_loader(
     Yields:
       image uint8[b, H, W, 3] or latents float16[b, h, w, 2c] (mean and log variance), tokens int32[b, L], where L is
       the caption length of one tokenizer or of both, size_crop float32[b, 4] in px: the original's height and width,
-      then top and left of the crop.
+      then top and left of the crop,
+      negative where `data.crop_padding` shows.
 
     Raises:
       DataError: the data is not prepared, prepared with other settings or incomplete, or start_row is inside a batch.
@@ -173,10 +174,15 @@ def draw_field(captions: Mapping[str, Any], fields: Sequence[str], chance: float
 
 
 def _crop(image: np.ndarray, padding: int, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Pads `image` with `padding` px of white and crops it back at random; returns it with the crop's (top, left)."""
+    """Pads `image` with `padding` px of white and crops it back at random.
+
+    Returns:
+      The crop, and its (top, left) in px of `image`. Both are 0 where it is the image itself, as in sampling and in the
+      held-out loss; negative ones have white above or at the left.
+    """
     top, left = random.integers(0, 2 * padding, size=2, endpoint=True)
     padded = np.pad(image, ((padding, padding), (padding, padding), (0, 0)), constant_values=255)
-    return padded[top : top + image.shape[0], left : left + image.shape[1]], np.array([top, left])
+    return padded[top : top + image.shape[0], left : left + image.shape[1]], np.array([top, left]) - padding
 
 
 def _random(seed: int, row: int, purpose: str) -> np.random.Generator:

@@ -1,4 +1,4 @@
-"""Keeps several preparing processes apart: one holds the lock at a time, and workers end with their parent."""
+"""Keeps several preparing processes apart by lock files, and lets workers end with their parent."""
 
 import contextlib
 import ctypes
@@ -10,14 +10,18 @@ from pathlib import Path
 
 
 @contextlib.contextmanager
-def locked(path: Path, say: Callable[[str], None]) -> Iterator[None]:
-    """Holds a lock file. The kernel frees the lock when the process ends, even if it is killed. The file stays."""
+def locked(path: Path, say: Callable[[str], None], together: bool = False) -> Iterator[None]:
+    """Holds a lock file alone, or `together` with others that hold it so.
+
+    The kernel frees the lock when the process ends, even if it is killed. The file stays.
+    """
+    kind = fcntl.LOCK_SH if together else fcntl.LOCK_EX
     with path.open("w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
         except OSError:
             say(f"another process is preparing: waiting for it ({path})")
-            fcntl.flock(file, fcntl.LOCK_EX)
+            fcntl.flock(file, kind)
         yield
 
 

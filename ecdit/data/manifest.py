@@ -54,7 +54,8 @@ class Manifest:
     caption_fields: Mapping[str, Any]  # counts of records by their caption fields: {'["caption"]': 1913}
     identical_images: int  # records that share their stored image with another record
     identical_captions: int  # records that share their captions with another record
-    counted: float  # share of the records from which the last two were scaled up
+    held_out_in_train: int | None  # held-out records whose stored image training reads; None: not counted then
+    counted: float  # share of the records from which the last three were scaled up
     attribution: str
 
 
@@ -120,6 +121,8 @@ def read_json(path: Path, cls: type[T]) -> T:
     try:
         stored = json.loads(path.read_text())
         if stored["format"] == FORMAT:
+            if cls is Manifest:
+                stored.setdefault("held_out_in_train", None)  # records that were prepared before it was counted
             return build(cls, stored)
         found = stored["format"]
     except FileNotFoundError:

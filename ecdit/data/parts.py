@@ -24,6 +24,7 @@ from ecdit.data.shards import Shard, ShardWriter
 from ecdit.data.sources.protocol import Pair, Rejected
 from ecdit.data.splits import split_of
 
+# The hashes of images and captions of a part's records, those for training first, are only read to count copies.
 SUMMARY, HASHES = "part.json", "hashes.npy"
 
 
@@ -73,10 +74,10 @@ def _kept_captions(captions: Mapping[str, str], filters: Filters) -> tuple[dict[
 
 def write_part(config: DataConfig, pairs: Iterable[Pair | Rejected], part: str, stamp: str, place: Path) -> None:
     """Writes a part's shards and summary to the directory `place`, which appears only when it is complete."""
-    scratch = place.with_name(f".{place.name}")
+    scratch = scratch_of(place)
     shutil.rmtree(scratch, ignore_errors=True)  # left by a killed process
     scratch.mkdir(parents=True)
-    fields, hashes = Counter[tuple[str, ...]](), []
+    fields, hashes = Counter[tuple[str, ...]](), {split: [] for split in SPLITS}
     lengths: dict[str, Counter[int]] = collections.defaultdict(Counter)
     writers = {split: ShardWriter(scratch / f"{split}.array_record") for split in SPLITS}
     with Quarantine(scratch / QUARANTINE) as quarantine:
@@ -85,9 +86,9 @@ def write_part(config: DataConfig, pairs: Iterable[Pair | Rejected], part: str, 
             if isinstance(record, Rejected):
                 quarantine.add(record)
                 continue
-            split = pair.split if isinstance(pair, Pair) else None
-            writers[split or split_of(record.key, config.prepare)].write(encode_record(record))
-            hashes.append((_hash(record.image), _hash(repr(sorted(record.captions.items())).encode())))
+            split = (pair.split if isinstance(pair, Pair) else None) or split_of(record.key, config.prepare)
+            writers[split].write(encode_record(record))
+            hashes[split].append((_hash(record.image), _hash(repr(sorted(record.captions.items())).encode())))
             fields[tuple(record.captions)] += 1
             for field, text in record.captions.items():
                 lengths[field][histogram_bin(len(text))] += 1
@@ -103,7 +104,7 @@ def write_part(config: DataConfig, pairs: Iterable[Pair | Rejected], part: str, 
     for writer in writers.values():
         if not writer.count:
             writer.discard()
-    np.save(scratch / HASHES, np.array(hashes, np.uint64).reshape(-1, 2))
+    np.save(scratch / HASHES, np.array([row for rows in hashes.values() for row in rows], np.uint64).reshape(-1, 2))
     (scratch / SUMMARY).write_text(json.dumps(to_dict(summary)) + "\n")
     scratch.rename(place)
 
@@ -129,6 +130,11 @@ def read_summary(place: Path) -> PartSummary | None:
         return None
     shards = tuple(Shard(**shard) for shard in stored.pop("shards"))
     return PartSummary(shards=shards, **stored)
+
+
+def scratch_of(place: Path) -> Path:
+    """Returns the directory of a part that is being written, or was when its process was killed."""
+    return place.with_name(f".{place.name}")
 
 
 def part_name(index: int) -> str:

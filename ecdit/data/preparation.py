@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -38,10 +39,11 @@ from ecdit.data.manifest import (
     task_directory,
     to_json,
 )
-from ecdit.data.parts import HASHES, SUMMARY, PartSummary, part_name, read_summary, write_part
+from ecdit.data.parts import HASHES, SUMMARY, PartSummary, part_name, read_summary, scratch_of, write_part
 from ecdit.data.quarantine import merge
 from ecdit.data.registry import Part, Task, find_parts, find_task, module_of, module_sha256
-from ecdit.data.shards import combined
+from ecdit.data.shards import Shard, combined
+from ecdit.data.shares import Share, beginning, check_count, forget_count, sharing
 from ecdit.data.sources.protocol import Source
 from ecdit.files import replace_text
 
@@ -84,6 +86,21 @@ def prepare_records(config: DataConfig, workers: int, say: Say, same_source: boo
     return made
 
 
+def prepare_share(config: DataConfig, share: Share, workers: int, say: Say) -> None:
+    """Prepares a share of the missing records of every part of `data.task`, and joins nothing.
+
+    Several shares may run at once. `prepare_records` then finds their parts done.
+
+    Raises:
+      DataError: as `prepare_records`; or shares of another number have begun.
+    """
+    stored = [part.task for part in find_parts(config) if part.task not in GENERATED]
+    if not stored:
+        raise DataError(f"--share={share}: {config.task} is made when it is read, and has no records to prepare")
+    for task in stored:
+        _share_of_records(config, task, share, workers, say)
+
+
 def read_composition(config: DataConfig) -> Composition:
     """Returns the parts that a run reads. Raises DataError if they are not prepared."""
     return read_json(_composition_path(config), Composition)
@@ -110,19 +127,17 @@ def _component(config: DataConfig, part: Part, workers: int, say: Say, same_sour
 def _records(config: DataConfig, task: str, workers: int, say: Say) -> Manifest:
     """Returns the manifest of a task's records and prepares them if they are missing."""
     target = task_directory(config, task)
-    if (target / MANIFEST).exists():
+    if _is_prepared(target):
         return read_records_manifest(config, task)
-    if target.exists():
-        raise DataError(f"{target} is in the way: it is no prepared data; move it, or set data.directory")
     found = find_task(config, task)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with locked(target.with_name(f".{task}.lock"), say):
+    with locked(_lock_of(target), say):
         if (target / MANIFEST).exists():  # another process was first
             return read_records_manifest(config, task)
         working = _working_directory(config, task, found)
         if not (working / MANIFEST).exists():
             say(f"preparing {target}, which is done once")
-            summaries = _write_parts(config, found, working, workers)
+            _write_parts(config, found, working, workers, range(len(found.shards)))
+            summaries = [_summary_of(working / part_name(index)) for index in range(len(found.shards))]
             manifest = _joined(config, found, working, summaries)
             if manifest.num_records == 0:
                 shutil.rmtree(working)
@@ -130,14 +145,54 @@ def _records(config: DataConfig, task: str, workers: int, say: Say) -> Manifest:
             merge([working / part_name(index) / QUARANTINE for index in range(len(summaries))], working / QUARANTINE)
             replace_text(working / MANIFEST, to_json(manifest))
         for index in range(len(found.shards)):  # training does not read these
+            shutil.rmtree(scratch_of(working / part_name(index)), ignore_errors=True)  # of a share that was killed
             for name in (HASHES, SUMMARY, QUARANTINE):
                 (working / part_name(index) / name).unlink(missing_ok=True)
         (working / _SETTINGS).unlink(missing_ok=True)
+        forget_count(working)
         remove_scratch(working)
         working.rename(target)
         manifest = read_records_manifest(config, task)
     say(f"prepared {target}: {summary(manifest)}")
     return manifest
+
+
+def _share_of_records(config: DataConfig, task: str, share: Share, workers: int, say: Say) -> None:
+    """Prepares a share of a task's parts, unless the task is prepared."""
+    target = task_directory(config, task)
+    found, lock = None if _is_prepared(target) else find_task(config, task), _lock_of(target)
+    if found is None:
+        read_records_manifest(config, task)
+        say(f"{target} is prepared, with its parts joined")
+        return
+    with sharing(lock, share, say):
+        with beginning(lock, say):
+            joined = (target / MANIFEST).exists()  # by another process, while this one waited
+            working = target if joined else _working_directory(config, task, found)
+            if not (working / MANIFEST).exists():
+                check_count(working, share)
+        mine = [index for index in range(len(found.shards)) if index in share]
+        if not (working / MANIFEST).exists():
+            _write_parts(config, found, working, workers, mine)
+        left = sum(not (working / part_name(index)).exists() for index in range(len(found.shards)))
+    say(
+        f"share {share} of {target}: its {len(mine)} parts are done, and {left} of all {len(found.shards)} are left; "
+        "the command without --share prepares what is left when shares have ended, and joins the parts"
+    )
+
+
+def _is_prepared(target: Path) -> bool:
+    """Returns whether a task's records are prepared. Raises DataError if something else has their directory."""
+    exists = target.exists()  # first: another process may rename it into place, with its manifest, between these lines
+    prepared = (target / MANIFEST).exists()
+    if exists and not prepared:
+        raise DataError(f"{target} is in the way: it is no prepared data; move it, or set data.directory")
+    return prepared
+
+
+def _lock_of(target: Path) -> Path:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return target.with_name(f".{target.name}.lock")
 
 
 def _nothing_left(task: str, manifest: Manifest) -> str:
@@ -162,11 +217,11 @@ def _working_directory(config: DataConfig, task: str, found: Task) -> Path:
     return working
 
 
-def _write_parts(config: DataConfig, task: Task, working: Path, workers: int) -> list[PartSummary]:
-    """Writes the missing parts and returns the summaries of all parts."""
-    places = [working / part_name(index) for index in range(len(task.shards))]
+def _write_parts(config: DataConfig, task: Task, working: Path, workers: int, parts: Sequence[int]) -> None:
+    """Writes those of `parts` that are missing."""
+    places = {index: working / part_name(index) for index in parts}
     left = []
-    for index, place in enumerate(places):
+    for index, place in places.items():
         done = read_summary(place)
         if done is not None and done.stamp != task.stamp(index):
             raise DataError(f"{task.shards[index]} has changed since {working} was begun: delete it and start again")
@@ -190,7 +245,6 @@ def _write_parts(config: DataConfig, task: Task, working: Path, workers: int) ->
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
-    return [_summary_of(place) for place in places]
 
 
 def _write_one(
@@ -220,11 +274,9 @@ def _joined(config: DataConfig, task: Task, working: Path, summaries: Sequence[P
         fields.update(done.caption_fields)
         for field, counts in done.caption_characters.items():
             characters[field].update(counts)
-    train, held_out = (
-        tuple(shard for done in summaries for shard in done.shards if Path(shard.name).stem == split)
-        for split in SPLITS
-    )
-    images, captions, counted = _identical([working / part_name(index) / HASHES for index in range(len(summaries))])
+    train, held_out = (tuple(shard for done in summaries for shard in _shards_of(done, split)) for split in SPLITS)
+    trained = [sum(shard.records for shard in _shards_of(done, "train")) for done in summaries]
+    copies = _copies([(working / part_name(index) / HASHES, count) for index, count in enumerate(trained)])
     return Manifest(
         format=FORMAT,
         settings=settings_of(config, task.name),
@@ -237,33 +289,61 @@ def _joined(config: DataConfig, task: Task, working: Path, summaries: Sequence[P
         rejected=dict(sorted(rejected.items())),
         caption_characters={field: by_number(counts) for field, counts in sorted(characters.items())},
         caption_fields=dict(sorted(fields.items())),
-        identical_images=images,
-        identical_captions=captions,
-        counted=counted,
+        identical_images=copies.images,
+        identical_captions=copies.captions,
+        held_out_in_train=copies.held_out_in_train,
+        counted=copies.counted,
         attribution=task.attribution,
     )
 
 
-def _identical(paths: Sequence[Path]) -> tuple[int, int, float]:
-    """Returns how many records share their image, how many their captions, and the share of records counted.
+def _shards_of(done: PartSummary, split: str) -> list[Shard]:
+    return [shard for shard in done.shards if Path(shard.name).stem == split]
+
+
+class _Copies(NamedTuple):
+    images: int  # records that share their image
+    captions: int  # records that share their captions
+    held_out_in_train: int  # held-out records whose image training reads
+    counted: float  # share of the records from which these were scaled up
+
+
+def _copies(parts: Sequence[tuple[Path, int]]) -> _Copies:
+    """Counts copies by the file of each part's hashes, of which the first so many are of records for training.
 
     Above `_COUNTED_RECORDS` it counts only the lowest hashes, which either have all copies of a record or none.
     """
-    total = sum(np.load(path, mmap_mode="r").shape[0] for path in paths)
+    total = sum(np.load(path, mmap_mode="r").shape[0] for path, _ in parts)
     share = min(1.0, _COUNTED_RECORDS / max(total, 1))
     limit = np.uint64(min(int(share * 2**64), 2**64 - 1))
-    found = []
+
+    def kept(hashes: np.ndarray) -> np.ndarray:
+        return hashes[hashes <= limit]
+
+    def scaled(count: np.integer) -> int:
+        return round(int(count) / share)
+
+    shared, across = [], 0
     for column in range(2):
-        hashes = np.concatenate([one[one <= limit] for path in paths for one in [np.load(path)[:, column]]])
-        _, counts = np.unique(hashes, return_counts=True)
-        found.append(round(int(counts[counts > 1].sum()) / share))
-    return found[0], found[1], share
+        loaded = ((np.load(path)[:, column], trained) for path, trained in parts)
+        found = [(kept(rows[:trained]), kept(rows[trained:])) for rows, trained in loaded]
+        train, held_out = (np.concatenate(each) for each in zip(*found, strict=True))
+        _, counts = np.unique(np.concatenate([train, held_out]), return_counts=True)
+        shared.append(scaled(counts[counts > 1].sum()))
+        across = across if column else scaled(np.isin(held_out, train).sum())
+    return _Copies(shared[0], shared[1], across, share)
 
 
 def summary(manifest: Manifest) -> str:
     """Returns a line that summarizes prepared records."""
     left_out = ", ".join(f"{count} for {reason}" for reason, count in manifest.rejected.items())
+    shared = (
+        f" ({manifest.held_out_in_train} of them with an image that training reads)"
+        if manifest.held_out_in_train
+        else ""
+    )
     return (
-        f"{manifest.num_records} records of {manifest.settings['image_size']} px, {manifest.num_held_out} held out, "
+        f"{manifest.num_records} records of {manifest.settings['image_size']} px, "
+        f"{manifest.num_held_out} held out{shared}, "
         f"{sum(manifest.rejected.values())} pairs left out" + (f" ({left_out}; see {QUARANTINE})" if left_out else "")
     )

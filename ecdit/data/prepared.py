@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Int, UInt8
 
 from ecdit.data import DataError, images
-from ecdit.data.columns import ColumnMaker, column_fingerprint, make_column, read_column, records_left
+from ecdit.data.columns import ColumnMaker, column_fingerprint, make_column, make_share, read_column, shards_left
 from ecdit.data.config import DataConfig, field_group, rate_of
 from ecdit.data.generated import GENERATED, Split
 from ecdit.data.manifest import (
@@ -28,6 +28,7 @@ from ecdit.data.mixing import mixing
 from ecdit.data.preparation import prepare_records, read_composition, summary
 from ecdit.data.record import Record, decode_record, unpack
 from ecdit.data.shards import ShardReader, check_shards, combined
+from ecdit.data.shares import Share
 from ecdit.data.text_states import EMPTY
 from ecdit.data.tokenizer import PromptTokens, load_tokenizer, tokenizer_sha256
 from ecdit.data.tokens import TokensColumn, check_size, make_tokenizer, tokenizer_path, truncated_captions
@@ -89,7 +90,7 @@ def prepare_captions(
     for component in composition.components:
         if not component.generated:
             _check_captions(config, component.task, read_records_manifest(config, component.task))
-    tokenizer = make_tokenizer(config, composition)
+    tokenizer = make_tokenizer(config, composition, say)
     for component in composition.components:
         if not component.generated:
             manifest = read_records_manifest(config, component.task)
@@ -103,8 +104,9 @@ def prepare_column(
     workers: int,
     say: Callable[[str], None],
     constants: Callable[[], Mapping[str, bytes]] = dict,
+    share: Share | None = None,
 ) -> None:
-    """Computes a column of every stored part, whose records are prepared; says how fast.
+    """Computes a column, or a share of its shards, of every stored part, whose records are prepared; says how fast.
 
     Raises:
       DataError: as `prepare`; or there is one of that name that something else has made.
@@ -113,11 +115,18 @@ def prepare_column(
         if component.generated:
             raise DataError(f"{component.task} is made when it is read: it has no records to compute {maker.name} of")
         directory, manifest = task_directory(config, component.task), read_records_manifest(config, component.task)
-        left, start = records_left(directory, manifest, maker.name), time.monotonic()
-        make_column(directory, manifest, maker, workers, say, constants)
-        seconds = time.monotonic() - start
+        mine, start = shards_left(directory, manifest, maker.name, share), time.monotonic()
+        if share is None:
+            make_column(directory, manifest, maker, workers, say, constants)
+        else:
+            make_share(directory, manifest, maker, workers, say, share)
+        left, seconds = sum(shard.records for shard in mine), time.monotonic() - start
         rate = f"{left} images in {seconds:.1f} s, {left / seconds:.1f} images/s" if left else "is there"
-        say(f"{directory}, column {maker.name}: {rate}")
+        say(f"{directory}, column {maker.name}{f', share {share}' if share else ''}: {rate}")
+        if share:
+            others = len(shards_left(directory, manifest, maker.name))
+            of_all = f"{others} of all {len(manifest.train) + len(manifest.held_out)} shards are left"
+            say(f"{of_all}; the command without --share computes what is left when shares have ended, and joins them")
 
 
 def open_prepared(config: DataConfig) -> Prepared:

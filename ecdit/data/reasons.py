@@ -25,7 +25,8 @@ REASONS: dict[str, str] = {
     "truncated": "an image that ends early",
     "zero-sized": "an image without pixels",
     "too many pixels": "an image of more pixels than allowed, by its header; it is not decoded",
-    "colour mode": "CMYK, 16-bit greyscale and others that are not converted; an array that is no uint8[H, W, 3]",
+    "colour mode": "CMYK, 16-bit greyscale, 16-bit RGB with a transparent colour, and others that are not converted; "
+    "an array that is no uint8[H, W, 3]",
     "transparency": "transparent pixels, and no background to put them on",
     "animated": "several frames",
     "orientation": "an EXIF orientation other than upright, or EXIF that cannot be read",

@@ -111,9 +111,14 @@ class Task:
         # Objects of the user's file belong to a module that exists only in this process.
         return None if _MODULE.encode() in pickled else source.pairs
 
-    def read(self, index: int) -> Iterator[Pair | Rejected]:
-        """Yields the pairs of a shard in order, and the records that its source rejects."""
+    def read(self, index: int, at_once: bool = False) -> Iterator[Pair | Rejected]:
+        """Yields the pairs of a shard in order, and the records that its source rejects.
+
+        With preprocessors the rejected ones come last, unless they are wanted `at_once`: then their places depend on
+        how far TensorFlow reads ahead. Random preprocessors draw the same for a shard each time.
+        """
         import seqio
+        import tensorflow as tf
 
         source = _pairs(self._task)
         if source and not self._task.preprocessors:  # without preprocessors, TensorFlow is not needed
@@ -121,10 +126,12 @@ class Task:
             return
         rejected = source.rejected if source else []
         rejected.clear()
+        tf.random.set_seed(index)  # not get_dataset's `seed`, which a FunctionDataSource need not take
         info = seqio.ShardInfo(index, len(self.shards))
         dataset = self._task.get_dataset(sequence_length=None, split="train", shuffle=False, shard_info=info)
         for number, example in enumerate(dataset.as_numpy_iterator()):
-            yield from _drained(rejected)
+            if at_once:
+                yield from _drained(rejected)
             yield _pair(example, f"{self.shards[index]}-{number}")
         yield from _drained(rejected)
 

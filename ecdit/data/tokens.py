@@ -2,8 +2,9 @@
 
 import dataclasses
 import hashlib
+import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from ecdit.data.tokenizer import (
     load_tokenizer,
     tokenizer_sha256,
 )
+from ecdit.files import replace_text
 
 _CAPTIONS = 1_000_000  # more hardly improve a vocabulary and would have to fit in memory
 _GENERATED_CAPTIONS = 4096
@@ -77,8 +79,10 @@ def hash_files(files: Mapping[str, bytes]) -> str:
     return hash_digests({name: hashlib.sha256(data).hexdigest() for name, data in files.items()})
 
 
-def make_tokenizer(config: DataConfig, composition: Composition) -> Path:
+def make_tokenizer(config: DataConfig, composition: Composition, say: Callable[[str], None] = print) -> Path:
     """Trains the tokenizer on the captions of all parts by their rates, or copies `data.tokenizer`. Returns its path.
+
+    One that was trained before stays, because models know its tokens; a line says so if the captions have changed.
 
     Raises:
       DataError: the captions have more distinct characters than vocab_size has room for, or the file does not exist.
@@ -86,9 +90,15 @@ def make_tokenizer(config: DataConfig, composition: Composition) -> Path:
     path = tokenizer_path(config)
     if path.exists():
         check_size(config, path)
+        beside = _trained_on_path(path)
+        if not config.tokenizer and beside.exists() and beside.read_text() != _trained_on(config, composition):
+            say(
+                f"{path} was trained on other records, rates or caption fields, and stays, because models know its "
+                f"tokens; to train another for new runs, delete it and the column {TokensColumn(path).name}"
+            )
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    with locked(path.with_name(f".{path.name}.lock"), print):
+    with locked(path.with_name(f".{path.name}.lock"), say):
         if not path.exists():  # else another process was first
             _write_tokenizer(config, composition, path)
     return path
@@ -107,7 +117,20 @@ def _write_tokenizer(config: DataConfig, composition: Composition, path: Path) -
         names = [one.task for one in composition.components if one.generated]
         words = dict.fromkeys(word for name in names for word in GENERATED[name].words)
         train_vocabulary(_captions(config, composition), config.vocab_size, scratch, list(words))
+        replace_text(_trained_on_path(path), _trained_on(config, composition))
     scratch.rename(path)
+
+
+def _trained_on_path(tokenizer: Path) -> Path:
+    """Returns the file beside a trained tokenizer that keeps `_trained_on`."""
+    return tokenizer.with_name(f"{tokenizer.name}.trained_on")
+
+
+def _trained_on(config: DataConfig, composition: Composition) -> str:
+    """Returns the sha256 of what a tokenizer is trained on: the parts' records, their rates, and the caption fields."""
+    parts = [(one.rate, one.fingerprint) for one in composition.components]
+    fields = sorted(field for field, rate in config.captions.items() if rate)
+    return hashlib.sha256(json.dumps([parts, fields]).encode()).hexdigest() + "\n"
 
 
 def check_size(config: DataConfig, tokenizer: Path) -> None:

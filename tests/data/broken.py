@@ -33,6 +33,22 @@ def animated(kind="webp"):
     return encoded(frames[0], kind, save_all=True, append_images=frames[1:], duration=50)
 
 
+def chunks_of(png):
+    """The chunks of a PNG, (type, data)."""
+    place, chunks = 8, []
+    while place < len(png):
+        (size,) = struct.unpack(">I", png[place : place + 4])
+        chunks.append((png[place + 4 : place + 8], png[place + 8 : place + 8 + size]))
+        place += 12 + size
+    return chunks
+
+
+def png_of(chunks):
+    """A PNG of chunks, with their checksums."""
+    sealed = [struct.pack(">I", len(data)) + kind + data for kind, data in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(one + struct.pack(">I", zlib.crc32(one[4:])) for one in sealed)
+
+
 def with_size(png, width, height):
     """A PNG whose header, with the right checksum, says another size."""
     header = b"IHDR" + struct.pack(">II", width, height) + png[24:29]

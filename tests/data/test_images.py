@@ -13,7 +13,7 @@ from PIL import Image
 
 from ecdit.data import images
 from ecdit.data.images import ImageRejected, decode, decode_stored, encode, fit_square
-from tests.data.broken import animated, encoded, noise, rotated, with_size
+from tests.data.broken import animated, encoded, noise, png_of, rotated, with_size
 
 MANY = 1 << 20
 
@@ -69,6 +69,38 @@ def test_a_colour_that_means_transparent_is_transparent(mode, transparent):
     data = encoded(colours().convert(mode), "png", transparency=transparent)
     assert decode(data, "lime", MANY)[0, 1].tolist() == [0, 255, 0]
     assert reason(data) == "transparency"
+
+
+def small_png(width, depth, colour, row, *more):
+    """A PNG of one row, of any bit depth and colour type."""
+    header = struct.pack(">IIBBBBB", width, 1, depth, colour, 0, 0, 0)
+    return png_of([(b"IHDR", header), *more, (b"IDAT", zlib.compress(b"\0" + row)), (b"IEND", b"")])
+
+
+@pytest.mark.parametrize(
+    ("depth", "row", "transparent", "expected"),
+    [
+        (1, b"\x40", 1, [0, 255, 0]),  # 0 1 0, and 1 would be white anyway
+        (1, b"\x40", 0, [255, 255, 255]),
+        (2, b"\x18", 2, [0, 85, 255]),  # 0 1 2: a step is 85
+        (2, b"\x18", 1, [0, 255, 170]),
+        (2, b"\x18", 0x0102, [0, 85, 255]),  # only the lowest two bits count
+        (4, b"\x1e\xf0", 14, [17, 255, 255]),  # 1 14 15: a step is 17
+        (4, b"\x1e\xf0", 1, [255, 238, 255]),
+        (8, b"\x01\x02\x03", 2, [1, 255, 3]),
+    ],
+)
+def test_a_transparent_grey_of_few_bits_is_that_of_its_pixels(depth, row, transparent, expected):
+    data = small_png(3, depth, 0, row, (b"tRNS", struct.pack(">H", transparent)))
+    assert decode(data, "white", MANY)[0, :, 0].tolist() == expected
+    assert reason(data) == "transparency"
+
+
+def test_a_transparent_colour_of_16_bits_is_rejected_because_8_bits_cannot_tell_it():
+    row = struct.pack(">6H", 0x1234, 0x5678, 0x9ABC, 0x1299, 0x5699, 0x9A99)  # the same colours in 8 bits
+    assert decode(small_png(2, 16, 2, row), "", MANY).tolist() == [[[0x12, 0x56, 0x9A]] * 2]
+    coloured = small_png(2, 16, 2, row, (b"tRNS", row[:6]))
+    assert reason(coloured, "white") == reason(coloured) == "colour mode"
 
 
 def test_an_alpha_channel_without_transparent_pixels_needs_no_background():

@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from ecdit.config import ConfigError
-from ecdit.data import DataError, parts, prepared
+from ecdit.data import DataError, parts, preparation, prepared
 from ecdit.data.columns import make_column
 from ecdit.data.config import rate_of
 from ecdit.data.emoji import Emoji, names
@@ -158,6 +158,61 @@ def test_held_out_keys_stay_held_out_as_the_data_grows(tmp_path):
     assert 40 <= len(found["many"]) <= 80  # 60 expected, three standard deviations
     none = dataclasses.replace(config.prepare, held_out=0.0)
     assert all(split_of(f"key{i}", none) == "train" for i in range(1000))
+
+
+COPIES = """
+import dataclasses
+
+@dataclasses.dataclass(frozen=True)
+class Halves(Counted):
+    def read(self, part):
+        for number, pair in enumerate(super().read(part)):
+            yield dataclasses.replace(pair, split="held_out" if pair.columns["number"] in {held_out} else "train")
+
+add_task("{name}", Halves({count}, per_part={per_part}))
+"""
+
+
+def test_images_that_are_held_out_and_trained_on_are_counted(tmp_path):
+    """Pair i has the grey i % 256: of the pairs held out, 3 and 300 have one that another pair has too."""
+    found = []
+    for per_part in (300, 10):
+        name = f"copies_{per_part}"
+        more = COPIES.format(held_out="(3, 300, 200)", name=name, count=302, per_part=per_part)
+        where = module(tmp_path, f"unused_{name}", "1", more)
+        config, said = make_config(tmp_path / "data", module=where, task=name, vocab_size=300), []
+        prepare(config, say=said.append)
+        assert any("3 held out (2 of them with an image that training reads)" in line for line in said)
+        found.append(read_records_manifest(config, name))
+    assert [(one.identical_images, one.held_out_in_train, one.counted) for one in found] == [(92, 2, 1.0)] * 2
+
+
+def test_copies_in_very_much_data_are_counted_in_a_share_of_it(tmp_path, monkeypatch):
+    """4000 hashes twice and 2000 once; half of the second copies are held out. A fifth of the hashes is counted."""
+    hashes = np.random.default_rng(0).integers(0, 2**64, 6000, np.uint64)
+    rows = [np.concatenate([hashes, hashes[:2000]]), hashes[2000:4000]]
+    paths = [(tmp_path / f"{i}.npy", (8000, 0)[i]) for i in range(2)]
+    for (path, _), column in zip(paths, rows, strict=True):
+        np.save(path, np.stack([column, column], axis=1))
+    exact = preparation._copies(paths)
+    assert (exact.images, exact.captions, exact.held_out_in_train, exact.counted) == (8000, 8000, 2000, 1.0)
+    monkeypatch.setattr(preparation, "_COUNTED_RECORDS", 2000)
+    found = preparation._copies(paths)
+    assert found.counted == 0.2
+    assert abs(found.images / 8000 - 1) < 0.1
+    assert abs(found.held_out_in_train / 2000 - 1) < 0.1
+
+
+def test_records_from_before_copies_between_splits_were_counted_can_be_read(counted, tmp_path):
+    def older(data):
+        stored = json.loads(data)
+        del stored["held_out_in_train"]
+        return json.dumps(stored).encode()
+
+    copy = damaged(counted, tmp_path, "dataset.json", older)
+    assert read_records_manifest(copy, "counted").held_out_in_train is None
+    assert read_records_manifest(counted, "counted").held_out_in_train == 0
+    open_prepared(copy)
 
 
 def test_tokens_of_every_field_end_in_eos_at_their_true_length(counted):

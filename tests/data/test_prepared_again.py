@@ -127,13 +127,41 @@ def test_two_preparations_at_once_train_one_tokenizer(tmp_path, monkeypatch):
     assert (made, len(trained)) == ([first], 1)
 
 
+def test_a_trained_tokenizer_that_stays_after_its_captions_changed_is_named(tmp_path):
+    """By other caption fields, other rates of a mixture, or other records; not by other rates of the same fields."""
+    more = 'add_mixture("kept_and_shapes", [("kept_tokens", 0.5), ("shapes", 0.5)])'
+    where = module(tmp_path, "kept_tokens", "20", more)
+    config = make_config(tmp_path / "data", module=where, task="kept_and_shapes", vocab_size=512, **PLAIN)
+    first = prepare(config, say=quiet).tokenizer.read_bytes()
+
+    def lines(config):
+        said = []
+        assert prepare(config, say=said.append, same_source=True).tokenizer.read_bytes() == first
+        return sum("was trained on other records, rates or caption fields, and stays" in line for line in said)
+
+    assert lines(config) == 0
+    assert lines(dataclasses.replace(config, captions={"caption": 3.0, "other": 0.0})) == 0
+    assert lines(dataclasses.replace(config, captions={"caption": 1.0, "other": 1.0})) == 1
+    rewrite(where, '"kept_tokens", 0.5', '"kept_tokens", 0.25', ["kept_tokens"], ["kept_and_shapes"])
+    assert lines(config) == 1
+    rewrite(where, '"kept_tokens", 0.25', '"kept_tokens", 0.50', ["kept_tokens"], ["kept_and_shapes"])
+    assert lines(config) == 0
+    rewrite(where, "Counted(20)", "Counted(21)", ["kept_tokens"], ["kept_and_shapes"])
+    shutil.rmtree(task_directory(config, "kept_tokens"))
+    assert lines(config) == 1
+
+
 def test_a_deleted_part_of_a_mixture_is_prepared_again(tmp_path):
-    more = 'add_mixture("one_and_shapes", [("one", 0.5), ("shapes", 0.5)])'
+    more = 'add_mixture("deleted_and_shapes", [("deleted_part", 0.5), ("shapes", 0.5)])'
     config = make_config(
-        tmp_path / "data", module=module(tmp_path, "one", "20", more), task="one_and_shapes", vocab_size=512, **PLAIN
+        tmp_path / "data",
+        module=module(tmp_path, "deleted_part", "20", more),
+        task="deleted_and_shapes",
+        vocab_size=512,
+        **PLAIN,
     )
     before = prepare(config, say=quiet)
-    shutil.rmtree(task_directory(config, "one"))
+    shutil.rmtree(task_directory(config, "deleted_part"))
     assert prepare(config, say=quiet).fingerprint == before.fingerprint
 
 

@@ -18,6 +18,18 @@ def _mixing(*names: str) -> tuple[str, ...]:
     return tuple(f"tests/data/test_mixing.py::{name}" for name in names)
 
 
+def _shares(name: str) -> tuple[str, ...]:
+    return (f"tests/data/test_shares.py::{name}",)
+
+
+def _preprocessors(name: str) -> tuple[str, ...]:
+    return (f"tests/data/test_preprocessors.py::{name}",)
+
+
+def _fuzz(name: str) -> tuple[str, ...]:
+    return (f"tests/data/test_fuzz_sources.py::{name}",)
+
+
 MUTANTS = (
     Mutant(
         _LOADER,
@@ -208,7 +220,7 @@ MUTANTS = (
     ),
     Mutant(
         _PARTS,
-        "writers[split or split_of(record.key, config.prepare)].write(encode_record(record))",
+        "writers[split].write(encode_record(record))",
         'writers["train"].write(encode_record(record))',
         _preparation("test_held_out_keys_stay_held_out_as_the_data_grows"),
         "training reads what it should be measured on",
@@ -298,5 +310,155 @@ MUTANTS = (
         "if not (working / COLUMN).exists():  # else an earlier call was killed just before the rename",
         "if True:",
         _preparation("test_a_column_that_stops_at_its_end_computes_nothing_again"),
+    ),
+    Mutant(
+        "ecdit/data/sources/tars.py",
+        "        fields = {}",
+        '        fields = self.__dict__.setdefault("last", {})',
+        _fuzz("test_a_thousand_damaged_tars"),
+        "an image without a text gets the text of the one before",
+    ),
+    Mutant(
+        "ecdit/data/images.py",
+        "except Exception as error:  # for example a palette that is missing",
+        "except ValueError as error:",
+        _fuzz("test_a_thousand_damaged_images[png]"),
+        "one PNG without its palette ends a preparation of a billion pairs",
+    ),
+    Mutant(
+        _PARTS,
+        "captions, reason = _kept_captions(pair.captions, prepare.filters)",
+        'captions, reason = _kept_captions(config.__dict__.setdefault("first", pair.captions), prepare.filters)',
+        _fuzz("test_a_thousand_damaged_tars"),
+        "every image of a part has the first one's captions",
+    ),
+    Mutant(
+        "ecdit/data/shares.py",
+        "with locked(lock, say, together=True), locked(own, say):",
+        "with locked(lock, say), locked(own, say):",
+        _shares("test_shares_run_together_but_not_with_themselves_or_with_a_call_that_joins"),
+        "of all hosts one prepares at a time",
+    ),
+    Mutant(
+        "ecdit/data/shares.py",
+        "with locked(lock, say, together=True), locked(own, say):",
+        "with locked(lock, say, together=True):",
+        _shares("test_shares_run_together_but_not_with_themselves_or_with_a_call_that_joins"),
+        "a share that is started twice removes the parts that it is writing",
+    ),
+    Mutant(
+        "ecdit/data/shares.py",
+        "if path.exists() and path.read_text() != str(share.count):",
+        "if False:",
+        _shares("test_shares_of_other_settings_or_another_number_are_refused"),
+        "two processes write one part at once",
+    ),
+    Mutant(
+        "ecdit/data/preparation.py",
+        "        forget_count(working)",
+        "        pass",
+        _shares("test_shares_that_are_joined_have_the_bytes_of_one_process"),
+    ),
+    Mutant(
+        _COLUMNS,
+        'if _made_of(working) not in ("", key):',
+        "if False:",
+        _shares("test_a_column_begun_by_other_weights_or_in_other_shares_is_not_gone_on_with"),
+        "a column has latents of two autoencoders",
+    ),
+    Mutant(
+        _COLUMNS,
+        "return int(Path(shard.name).parent.name)",
+        "return shard.records",
+        _shares("test_a_column_in_shares_has_the_bytes_of_one_process"),
+        "shares of a column do not keep to their parts",
+    ),
+    Mutant(
+        "ecdit/data/registry.py",
+        "tf.random.set_seed(index)",
+        "tf.random.set_seed(0)",
+        _preprocessors("test_random_preprocessors_draw_the_same_each_time_and_another_number_in_each_part[1]"),
+        "every part draws the same",
+    ),
+    Mutant(
+        "ecdit/data/registry.py",
+        "tf.random.set_seed(index)",
+        "pass",
+        _preprocessors("test_random_preprocessors_draw_the_same_each_time_and_another_number_in_each_part[1]"),
+        "a preparation that was killed ends with other bytes",
+    ),
+    Mutant(
+        "ecdit/data/registry.py",
+        "            if at_once:\n",
+        "            if True:\n",
+        _preprocessors("test_the_quarantine_has_the_order_of_the_source_however_far_tensorflow_reads_ahead"),
+    ),
+    Mutant(
+        _LOADER,
+        "np.array([top, left]) - padding",
+        "np.array([top, left])",
+        _loader("test_crop_offsets_are_those_of_the_pixels_beside_the_stored_crop"),
+        "sampling asks for images that are moved, with white above and at the left",
+    ),
+    Mutant(
+        "ecdit/data/images.py",
+        '{"L;2": 3, "L;4": 15}',
+        '{"L;4": 15}',
+        ("tests/data/test_images.py::test_a_transparent_grey_of_few_bits_is_that_of_its_pixels",),
+        "the transparent grey stays, and another one turns white",
+    ),
+    Mutant(
+        "ecdit/data/images.py",
+        'if raw_mode == "RGB;16B":',
+        "if False:",
+        ("tests/data/test_images.py::test_a_transparent_colour_of_16_bits_is_rejected_because_8_bits_cannot_tell_it",),
+        "an opaque colour turns white",
+    ),
+    Mutant(
+        "ecdit/data/tokens.py",
+        "parts = [(one.rate, one.fingerprint) for one in composition.components]",
+        "parts = [one.fingerprint for one in composition.components]",
+        ("tests/data/test_prepared_again.py::test_a_trained_tokenizer_that_stays_after_its_captions_changed_is_named",),
+        "nobody learns that the pieces are those of other captions",
+    ),
+    Mutant(
+        "ecdit/data/tokens.py",
+        "rates = mixing([Fraction(one.rate) for one in composition.components])",
+        "rates = mixing([Fraction(1) for one in composition.components])",
+        ("tests/data/test_tokens.py::test_a_tokenizer_of_a_mixture_is_trained_on_its_captions_by_their_rates",),
+        "a rare part of a mixture takes half of the pieces",
+    ),
+    Mutant(
+        "ecdit/data/tokens.py",
+        "reader[place * len(reader) // max(count, 1) % len(reader)]",
+        "reader[place // 2 % len(reader)]",
+        ("tests/data/test_tokens.py::test_a_tokenizer_of_a_mixture_is_trained_on_its_captions_by_their_rates",),
+        "a large part is represented by its beginning",
+    ),
+    Mutant(
+        "ecdit/data/preparation.py",
+        "found = [(kept(rows[:trained]), kept(rows[trained:]))",
+        "found = [(kept(rows), kept(rows[trained:]))",
+        _preparation("test_images_that_are_held_out_and_trained_on_are_counted"),
+        "every held-out image counts as trained on",
+    ),
+    Mutant(
+        _PARTS,
+        "[row for rows in hashes.values() for row in rows]",
+        "[row for rows in reversed(hashes.values()) for row in rows]",
+        _preparation("test_images_that_are_held_out_and_trained_on_are_counted"),
+    ),
+    Mutant(
+        "ecdit/data/preparation.py",
+        "shutil.rmtree(scratch_of(working / part_name(index)), ignore_errors=True)",
+        "pass",
+        _shares("test_what_a_killed_share_has_begun_is_not_in_the_result"),
+        "prepared data keeps half a part beside the whole one",
+    ),
+    Mutant(
+        _COLUMNS,
+        "_scratch_of(working / shard.name).unlink(missing_ok=True)",
+        "pass",
+        _shares("test_a_column_in_shares_has_the_bytes_of_one_process"),
     ),
 )

@@ -20,6 +20,7 @@ from ecdit.data.loader import make_loader
 from ecdit.data.manifest import task_directory
 from ecdit.data.prepared import open_prepared, prepare, prepare_captions, prepare_column
 from ecdit.data.record import Record
+from ecdit.data.shares import Share
 from ecdit.encoders.autoencoder import to_unit
 from ecdit.encoders.vae_flops import VaeSizes, vae_params
 from ecdit.evaluation.flow_loss import fixed_rows, losses_by_time, make_loss_program
@@ -30,6 +31,7 @@ from ecdit.training.optimizer import make_optimizer
 from ecdit.training.state import abstract_state, state_shardings
 from ecdit.training.step import abstract_batch, make_train_step
 from tests.data.example import module, png
+from tests.data.test_preparation import files
 from tests.models.helpers import jit
 from tests.pretrained.folders import NETWORKS, tensors, write_folder
 from tests.pretrained.towers import write_vae
@@ -73,6 +75,20 @@ def data(tmp_path_factory, vae):
     prepare_column(experiment.data, experiment.latents_column(), 1, said.append)
     assert said[-1].endswith("column latents-small: is there")
     return named
+
+
+def test_latents_in_shares_are_those_of_one_process(vae, data, tmp_path):
+    """Batches lie within a shard, so it does not matter which process encodes it."""
+    shutil.copytree(data["data__directory"], tmp_path / "data")
+    experiment = public(vae, {**data, "data__directory": str(tmp_path / "data")})
+    column = task_directory(experiment.data) / "columns/latents-small"
+    shutil.rmtree(column)
+    for index in (1, 0):
+        prepare_column(experiment.data, experiment.latents_column(), 1, QUIET, share=Share(index, 2))
+        assert not column.exists()
+    prepare_column(experiment.data, experiment.latents_column(), 1, QUIET)
+    alone = task_directory(public(vae, data).data) / "columns/latents-small"
+    assert files(column) == files(alone)
 
 
 def first_batch(experiment):

@@ -105,6 +105,23 @@ def run(arguments, env):
 
 
 @pytest.mark.slow
+def test_latents_are_prepared_in_shares_once_records_and_tokens_are_there(flags, env, tmp_path):
+    prepare = [*command("prepare", *flags), f"--config.data.directory={tmp_path}/data"]
+    share = [*prepare, "--what=latents", "--share=0/1"]
+    for arguments, code, said in (
+        (share, 2, "is not prepared: run python -m ecdit.prepare"),
+        ([*prepare, "--share=0/1"], 0, "its 1 parts are done, and 0 of all 1 are left"),
+        (share, 2, "is not prepared: run python -m ecdit.prepare"),
+        (prepare, 0, "--what=latents prepares the latents"),
+        (share, 0, "column latents-sd-vae, share 0/1: 48 images in"),
+        ([*prepare, "--what=latents"], 0, "column latents-sd-vae: is there"),
+    ):
+        ended = run(arguments, env)
+        assert ended.returncode == code, ended.stderr
+        assert said in ended.stdout + ended.stderr
+
+
+@pytest.mark.slow
 def test_from_image_files_to_samples_through_a_kill(flags, env, tmp_path):
     refused = run(command("train", *flags, f"--workdir={tmp_path}/early"), env)
     assert refused.returncode == 2
