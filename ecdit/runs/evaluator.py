@@ -19,7 +19,7 @@ from ecdit.files import replace_text, writing
 from ecdit.multihost import from_first
 from ecdit.sampling.grids import save_grid
 from ecdit.sampling.prompts import check_prompts, prompt_lines
-from ecdit.sampling.sampler import make_sampler, sample_images
+from ecdit.sampling.sampler import make_sampler, sample_images, warn
 from ecdit.storage import children, make_directory, reading
 from ecdit.system import Params, image_groups, make_system
 
@@ -48,8 +48,9 @@ class Evaluator:
             self.loss_program = make_loss_program(system, mesh, experiment.sampling.batch_size)
         if config.prompts:
             self.prompts = prompt_lines(config.prompts)
-            check_prompts(self.tokenize, self.prompts)
-            self.prompt_sampler = make_sampler(system, self.sampling, mesh)
+            for problem in check_prompts(self.tokenize, self.prompts):
+                warn(f"evaluation.prompts={config.prompts}: {problem}")
+            self.prompt_sampler = make_sampler(system, self.sampling, mesh, not_finite=warn)
         if config.score != "none":
             # What is missing is said before the first step, and not at the first evaluation.
             if config.score == "shapes":
@@ -59,7 +60,7 @@ class Evaluator:
                 loaded = load_retrieval(data, config.captions, config.split)
                 self.score = functools.partial(score_retrieval, loaded)
             self.protocol = protocol(experiment.sampling)
-            self.score_sampler = make_sampler(image_groups(system), self.protocol, mesh)
+            self.score_sampler = make_sampler(image_groups(system), self.protocol, mesh, not_finite=warn)
 
     def is_recorded(self, step: int) -> bool:
         """Returns whether the step was evaluated by an earlier start. The first process says it for all."""

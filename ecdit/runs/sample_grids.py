@@ -14,7 +14,7 @@ from ecdit.data.prepared import open_prepared, prompt_tokens, sample_captions, s
 from ecdit.files import writing
 from ecdit.sampling.grids import save_grid, write_png
 from ecdit.sampling.routing_maps import draw_maps
-from ecdit.sampling.sampler import SamplingConfig, make_sampler, sample_images
+from ecdit.sampling.sampler import SamplingConfig, make_sampler, sample_images, warn
 from ecdit.storage import make_directory
 from ecdit.system import Params, System
 
@@ -27,7 +27,7 @@ class SampleWriter:
     def __init__(self, data: DataConfig, sampling: SamplingConfig, system: System, mesh: Mesh, workdir: Path):
         self.data, self.sampling, self.directory = data, sampling, workdir / "samples"
         self.with_experts = system.parts.denoiser.counts_experts()
-        self.sampler = make_sampler(system, sampling, mesh, self.with_experts)
+        self.sampler = make_sampler(system, sampling, mesh, self.with_experts, not_finite=warn)  # training goes on
         prepared, self.tokenize = open_prepared(data), prompt_tokens(data)
         self.prompts = sample_captions(prepared, sampling.num_grid)
         self.targets = sample_targets(prepared, sampling.num_grid)

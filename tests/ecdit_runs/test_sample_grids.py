@@ -9,6 +9,7 @@ from PIL import Image
 
 from ecdit.runs import sample_grids as samples
 from ecdit.runs.sample_grids import SampleWriter, beside_targets
+from ecdit.sampling.sampler import warn
 from ecdit.system import make_system
 from tests.runs import tiny
 
@@ -50,7 +51,7 @@ def test_each_caption_stands_under_the_image_that_was_drawn_of_it(ffn, tmp_path,
     monkeypatch.setattr(samples, "sample_captions", lambda _, count: [CAPTIONS[i] for i in chosen[:count]])
     targets = {i: None if i == 3 else np.full((2, 2, 3), 100 + i, np.uint8) for i in chosen}
     monkeypatch.setattr(samples, "sample_targets", lambda _, count: [targets[i] for i in chosen[:count]])
-    monkeypatch.setattr(samples, "make_sampler", lambda *_: sampler)
+    monkeypatch.setattr(samples, "make_sampler", lambda *_, not_finite: sampler if not_finite is warn else None)
     experiment = tiny(model__ffn=ffn, sampling__num_grid=7, sampling__batch_size=4)
     system = make_system(experiment.system)
     files = SampleWriter(experiment.data, experiment.sampling, system, SimpleNamespace(), tmp_path).write("ema", 12)

@@ -114,8 +114,8 @@ MUTANTS = (
     ),
     Mutant(
         _MANY,
-        "images += [(begin + row, data[i])",
-        "images += [(begin + i, data[i])",
+        "images += [(batch.begin + row, data[i])",
+        "images += [(batch.begin + i, data[i])",
         _many("test_two_processes_write_the_files_of_one"),
         "a process writes its images under the names of another's",
     ),
@@ -125,6 +125,27 @@ MUTANTS = (
         "place_rows(programs.mesh, (states, key_data[: len(rows)]))",
         _many("test_the_images_are_those_of_the_one_program"),
         "all batches draw the noise of the first",
+    ),
+    Mutant(
+        _MANY,
+        "place = batch.begin + int(wrong[0])",
+        "place = int(wrong[0])",
+        _many("test_an_image_that_is_not_finite_is_named_and_not_drawn_black"),
+        "the error names another image",
+    ),
+    Mutant(
+        _MANY,
+        "    if len(wrong):\n",
+        "    if False:\n",
+        _many("test_an_image_that_is_not_finite_is_named_and_not_drawn_black"),
+        "a NaN is a black image in a folder that counts as finished",
+    ),
+    Mutant(
+        _SAMPLING,
+        "if wrong := int((~np.asarray(finite)).sum()):",
+        "if wrong := 0:",
+        _many("test_weights_that_are_not_finite_are_no_black_images"),
+        "a score counts black images",
     ),
     Mutant(
         _DRAWN,

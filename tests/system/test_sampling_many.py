@@ -13,6 +13,7 @@ import pytest
 from ecdit.config import to_dict
 from ecdit.data.prepared import prompt_tokens
 from ecdit.data.tokens import hash_files, tokenizer_files
+from ecdit.errors import UserError
 from ecdit.partitioning import make_mesh
 from ecdit.runs import sample_folder
 from ecdit.runs.sample_folder import draw_folder, whole_batches
@@ -98,6 +99,27 @@ def test_an_image_is_bitwise_the_same_in_any_list(drawing, images):
     order = [8, 3, 1, 9, 0]
     np.testing.assert_array_equal(drawing([PROMPTS[i] for i in order], [REPEATS[i] for i in order]), images[order])
     assert len({image.tobytes() for image in images}) == len(PROMPTS)
+
+
+def test_an_image_that_is_not_finite_is_named_and_not_drawn_black(drawing):
+    """The state of one caption is NaN, as an encoder whose numbers overflow makes it."""
+
+    def overflowing(params, tokens):
+        states = drawing.programs.encode(params, tokens)
+        return jax.tree.map(lambda x: x.at[1].set(np.nan) if x.dtype.kind == "f" else x, states)
+
+    programs = drawing.programs._replace(encode=overflowing)
+    prompts, repeats = [*["red heart"] * 5, "tiger", "owl"], [*range(5), 7, 0]
+    batches = draw_images(programs, drawing.params, drawing.tokenize, prompts, repeats)
+    assert [place for place, _ in next(batches).images] == [0, 1, 2, 3]
+    with pytest.raises(UserError, match="the image of 'tiger', repeat 7, is not finite"):
+        next(batches)
+
+
+def test_weights_that_are_not_finite_are_no_black_images(drawing):
+    broken = jax.tree.map(lambda x: x * np.float32(np.nan), drawing.params)
+    with pytest.raises(UserError, match="4 of 4 images are not finite"):
+        sample_images(drawing.one_program, broken, drawing.tokenize, ["owl"], [0], drawing.sampling)
 
 
 @pytest.fixture(scope="module")
