@@ -1,22 +1,23 @@
 """Evaluates the EMA weights of a run while it trains, as the config's group `evaluation` says."""
 
 import functools
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from ecdit.data.prepared import open_prepared, prompt_tokens
+from ecdit.evaluation.config import EvaluationConfig
 from ecdit.evaluation.flow_loss import BINS, fixed_rows, losses_by_time, make_loss_program
 from ecdit.evaluation.retrieval import protocol
 from ecdit.evaluation.run_scores import load_retrieval, score_retrieval, score_shapes, shapes_of
 from ecdit.experiment import Experiment
 from ecdit.files import replace_text, writing
-from ecdit.multihost import from_first
+from ecdit.multihost import from_first, on_first
 from ecdit.sampling.grids import save_grid
 from ecdit.sampling.prompts import check_prompts, prompt_lines
 from ecdit.sampling.sampler import make_sampler, sample_images, warn
@@ -24,6 +25,17 @@ from ecdit.storage import children, make_directory, reading
 from ecdit.system import Params, image_groups, make_system
 
 EVALUATIONS = "evaluations"  # of a workdir
+
+
+def host_facts(config: EvaluationConfig) -> dict[str, str]:
+    """Returns what all hosts of a run must have in common for its evaluations: the prompts, which each reads itself."""
+    if not (config.every and config.prompts):
+        return {}
+    try:
+        found = hashlib.sha256(Path(config.prompts).read_bytes()).hexdigest()[:12]
+    except OSError as error:
+        found = f"no file that can be read: {error.strerror}"
+    return {f"evaluation.prompts={config.prompts}": found}
 
 
 class Evaluated(NamedTuple):
@@ -82,13 +94,16 @@ class Evaluator:
             found[self.config.score] = self.score(functools.partial(self._draw, params))
         images = self._draw_prompts(params)
         files = {} if images is None else {"prompts": self.workdir / EVALUATIONS / f"step_{step:08d}.png"}
-        if jax.process_index() == 0:
+
+        def write() -> None:
             with writing(self.workdir / EVALUATIONS):
                 make_directory(self.workdir / EVALUATIONS)
                 if images is not None:
                     save_grid(images, self.prompts, files["prompts"])
             # Last: a step with a record has been evaluated whole.
             replace_text(_record(self.workdir, step), json.dumps({"step": step, **found}, indent=2) + "\n")
+
+        on_first(write)
         return Evaluated(scalars(found), files)
 
     def _draw(self, params: Params, captions: Sequence[str]) -> np.ndarray:

@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import UInt8
@@ -12,6 +11,7 @@ from jaxtyping import UInt8
 from ecdit.data.config import DataConfig
 from ecdit.data.prepared import open_prepared, prompt_tokens, sample_captions, sample_targets
 from ecdit.files import writing
+from ecdit.multihost import on_first
 from ecdit.sampling.grids import save_grid, write_png
 from ecdit.sampling.routing_maps import draw_maps
 from ecdit.sampling.sampler import SamplingConfig, make_sampler, sample_images, warn
@@ -53,13 +53,16 @@ class SampleWriter:
         files = {"samples": self.directory / f"step_{step:08d}.png"}
         if counts is not None:
             files["experts"] = self.directory / f"step_{step:08d}_experts.png"
-        if jax.process_index() == 0:
+
+        def save() -> None:
             with writing(self.directory):
                 make_directory(self.directory)
                 cells, captions, columns = beside_targets(images, prompts, self.targets)
                 save_grid(cells, captions, files["samples"], columns)
                 if counts is not None:
                     write_png(draw_maps(images, prompts, counts, self.sampling.time_shift), files["experts"])
+
+        on_first(save)
         return files
 
 

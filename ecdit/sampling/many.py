@@ -111,7 +111,7 @@ class _Pending(NamedTuple):
     """A batch that the devices are drawing."""
 
     begin: int  # place of its first image
-    count: int  # of images that are asked for
+    wanted: int  # images that are asked for
     drawn: Array
     finite: Array
 
@@ -151,7 +151,7 @@ class _Texts:
 
 def _finished(batch: _Pending, prompts: Sequence[str], repeats: Sequence[int]) -> Drawn:
     """Fetches the rows of this process's devices: those of the batch that are asked for, each row once."""
-    wrong = np.flatnonzero(~np.asarray(batch.finite)[: batch.count])
+    wrong = np.flatnonzero(~np.asarray(batch.finite)[: batch.wanted])
     if len(wrong):
         place = batch.begin + int(wrong[0])
         raise UserError(f"the image of {prompts[place]!r}, repeat {repeats[place]}, is not finite; {WHY_NOT_FINITE}")
@@ -160,5 +160,5 @@ def _finished(batch: _Pending, prompts: Sequence[str], repeats: Sequence[int]) -
         if shard.replica_id == 0:
             rows = range(batch.drawn.shape[0])[shard.index[0]]
             data = np.asarray(shard.data)
-            images += [(batch.begin + row, data[i]) for i, row in enumerate(rows) if row < batch.count]
-    return Drawn(images, batch.count)
+            images += [(batch.begin + row, data[i]) for i, row in enumerate(rows) if row < batch.wanted]
+    return Drawn(images, batch.wanted)
