@@ -248,7 +248,9 @@ MUTANTS = (
         _RUN,
         "    if differences := host_differences(facts):",
         "    if (differences := host_differences(facts)) and not facts:",
-        _tests("ecdit_runs/test_hosts", "test_hosts_with_different_data_end_before_the_first_step_and_say_so[data-said0]"),
+        _tests(
+            "ecdit_runs/test_hosts", "test_hosts_with_different_data_end_before_the_first_step_and_say_so[data-said0]"
+        ),
         "hosts train on different data",
     ),
     Mutant(

@@ -156,10 +156,30 @@ MUTANTS = (
     ),
     Mutant(
         _FOLDER,
-        "return data.read() == _PNG_END",
-        "return True",
+        "            return end == len(data)\n",
+        "            return True\n",
         _folder("test_an_image_is_finished_if_it_is_whole"),
         "half an image is kept for ever",
+    ),
+    Mutant(
+        _FOLDER,
+        "        if zlib.crc32(data[start + 4 : end - 4]) != ",
+        "        if 0 * zlib.crc32(data[start + 4 : end - 4]) > ",
+        _folder("test_an_image_is_finished_if_it_is_whole"),
+        "a damaged image is kept for ever",
+    ),
+    Mutant(
+        _FOLDER,
+        '_FREE = ("finished", "machines", "set", "workdir", "folder")',
+        '_FREE = ("finished", "machines", "set", "workdir")',
+        _folder("test_a_run_that_has_moved_is_the_same_run"),
+    ),
+    Mutant(
+        _FOLDER,
+        "fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)",
+        "fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)",
+        _folder("test_two_calls_do_not_draw_into_one_folder_at_once"),
+        "two calls remove what the other is writing",
     ),
     Mutant(
         _LAYOUTS,
