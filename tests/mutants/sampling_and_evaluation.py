@@ -162,6 +162,19 @@ MUTANTS = (
         "half an image is kept for ever",
     ),
     Mutant(
+        "ecdit/commands/paper.py",
+        'return f"does not compare: there are no images of {\', \'.join(missing)}" if missing else ""',
+        'return ""',
+        ("tests/evaluation/test_paper.py::test_what_a_result_lacks_is_said_and_the_rest_of_it_read",),
+        "a GenEval score of one task stands beside the paper's",
+    ),
+    Mutant(
+        _CLIP,
+        "wrong = np.flatnonzero(~np.isfinite(cosine).all(axis=1))",
+        "wrong = []",
+        ("tests/evaluation/test_clip_score.py::test_a_cosine_that_is_not_finite_is_named_by_its_image",),
+    ),
+    Mutant(
         _FOLDER,
         "        if zlib.crc32(data[start + 4 : end - 4]) != ",
         "        if 0 * zlib.crc32(data[start + 4 : end - 4]) > ",
