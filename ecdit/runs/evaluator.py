@@ -59,7 +59,7 @@ class Evaluator:
             self.rows = fixed_rows(open_prepared(data), config.loss_images, config.split)
             self.loss_program = make_loss_program(system, mesh, experiment.sampling.batch_size)
         if config.prompts:
-            self.prompts = prompt_lines(config.prompts)
+            self.prompts = prompt_lines(config.prompts, "evaluation.prompts")
             for problem in check_prompts(self.tokenize, self.prompts):
                 warn(f"evaluation.prompts={config.prompts}: {problem}")
             self.prompt_sampler = make_sampler(system, self.sampling, mesh, not_finite=warn)
