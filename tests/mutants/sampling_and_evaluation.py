@@ -169,6 +169,13 @@ MUTANTS = (
         "a GenEval score of one task stands beside the paper's",
     ),
     Mutant(
+        _FILES,
+        'path.read_text(encoding="utf-8-sig").removesuffix("\\n").split("\\n")',
+        'path.read_text(encoding="utf-8-sig").splitlines()',
+        _prompts("test_a_row_of_parti_s_columns_is_a_line_to_every_editor"),
+        "a prompt with a line separator is cut in two",
+    ),
+    Mutant(
         _CLIP,
         "wrong = np.flatnonzero(~np.isfinite(cosine).all(axis=1))",
         "wrong = []",
@@ -209,8 +216,8 @@ MUTANTS = (
     ),
     Mutant(
         _FILES,
-        "first.setdefault(image, str(caption))",
-        "first[image] = str(caption)",
+        "first.setdefault(image, caption)",
+        "first[image] = caption",
         _prompts("test_each_kind_is_told_by_its_file"),
         "the last caption of a COCO image is drawn and not the first",
     ),
