@@ -200,7 +200,7 @@ def commands(folder, tmp_path, monkeypatch):
     return measure
 
 
-def test_distances_of_images_name_their_preparation(commands, tmp_path):
+def test_distances_of_images_name_their_preparation(commands, tmp_path, capsys):
     found = commands("frechet", f"--save={tmp_path}/a.npz")
     assert found.pop("frechet") > 0
     expected = {"extractor": "means, clean-fid", "preprocessing": "clean-fid", "dimensions": 3}
@@ -209,6 +209,10 @@ def test_distances_of_images_name_their_preparation(commands, tmp_path):
     assert commands("frechet", reference=tmp_path / "a.npz")["frechet"] == pytest.approx(0, abs=1e-9)
     with pytest.raises(UserError, match=r"--reference: its features are of 'means, clean-fid', .*'means, pytorch-fid'"):
         commands("frechet", "--preprocessing=pytorch-fid", reference=tmp_path / "a.npz")
+    assert "does not say" not in capsys.readouterr().out
+    np.savez(tmp_path / "theirs.npz", mu=np.zeros(3), sigma=np.eye(3))
+    commands("frechet", reference=tmp_path / "theirs.npz")
+    assert "--reference does not say what its features are of" in capsys.readouterr().out
     saved = (f"--features={tmp_path}/a.npz", f"--reference={tmp_path}/real", "--inception=x")
     run("frechet", *saved)
     with pytest.raises(UserError, match=r"--reference: .*'means, pytorch-fid', .* of 'means, clean-fid'"):
