@@ -1,6 +1,7 @@
 """Draws a folder of images with a run's weights, on all processes together, and goes on with one that was left."""
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -12,14 +13,14 @@ from jaxtyping import Bool
 
 import ecdit
 from ecdit.config import to_dict
-from ecdit.multihost import from_first, on_first, wait_for_all
+from ecdit.multihost import from_first, on_first, together, wait_for_all
 from ecdit.partitioning import batch_shards
 from ecdit.runs.provenance import code_state, config_hash, library_versions
 from ecdit.runs.trained_run import Run
 from ecdit.sampling.grids import save_png
 from ecdit.sampling.image_folder import alone_in, begin_folder, finish_folder, is_finished
 from ecdit.sampling.layouts import Planned
-from ecdit.sampling.many import draw_images, make_programs
+from ecdit.sampling.many import Drawn, draw_images, make_programs
 from ecdit.sampling.prompt_files import Kind
 from ecdit.system import user_files
 
@@ -86,12 +87,16 @@ def _draw_left(run: Run, out: Path, planned: Sequence[Planned]) -> int:
     hidden = None if first else True  # None: shown on a terminal
     with tqdm(None, "sampling", len(planned), unit="image", initial=len(planned) - len(todo), disable=hidden) as bar:
         for batch in batches:
-            for place, image in batch.images:
-                (out / todo[place].file).parent.mkdir(parents=True, exist_ok=True)
-                save_png(image, out / todo[place].file)
+            together(functools.partial(_write, out, todo, batch))
             bar.update(batch.done)
     wait_for_all("images are written")
     return len(todo)
+
+
+def _write(out: Path, todo: Sequence[Planned], batch: Drawn) -> None:
+    for place, image in batch.images:
+        (out / todo[place].file).parent.mkdir(parents=True, exist_ok=True)
+        save_png(image, out / todo[place].file)
 
 
 def whole_batches(left: Bool[np.ndarray, " n"], size: int) -> Bool[np.ndarray, " n"]:

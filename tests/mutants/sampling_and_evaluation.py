@@ -195,6 +195,13 @@ MUTANTS = (
         _folder("test_a_run_that_has_moved_is_the_same_run"),
     ),
     Mutant(
+        _DRAWN,
+        "together(functools.partial(_write, out, todo, batch))",
+        "_write(out, todo, batch)",
+        _many("test_where_another_process_cannot_write_its_images_this_one_ends_too"),
+        "a full disk ends one process of a pod, and the others wait for it",
+    ),
+    Mutant(
         _FOLDER,
         "fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)",
         "fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)",
