@@ -115,6 +115,9 @@ def json_text(values: dict[str, Any]) -> str:
     """Returns `values` as the text of an indented JSON file. JSON has no NaN: a missing result is null.
 
     Raises:
-      ValueError: a number is not finite.
+      UserError: a number is not finite.
     """
-    return json.dumps(values, indent=2, allow_nan=False) + "\n"
+    try:
+        return json.dumps(values, indent=2, allow_nan=False) + "\n"
+    except ValueError as error:
+        raise UserError(f"the result is not written, it has a number that is not finite: {error}") from None

@@ -18,6 +18,8 @@ from ecdit.files import check_writable, is_remote, replace_bytes, replace_text
 from ecdit.runs.kept_tokenizer import open_tokenizer
 from ecdit.runs.trained_run import open_run, sample_run, saved_experiment
 from ecdit.sampling.grids import save_png, write_png
+from ecdit.sampling.layouts import plan_images
+from ecdit.sampling.prompt_files import Prompt
 from ecdit.sampling.prompts import check_changes, check_prompts, prompt_lines
 from ecdit.sampling.routing_maps import draw_layers, spread_steps, step_starts
 from ecdit.sampling.routing_page import render_page
@@ -39,8 +41,8 @@ SET = flags.DEFINE_multi_string("set", [], "KEY=VALUE changes the run's sampling
 def main(argv: list[str]) -> None:
     """Samples, and writes the files that docs/routing_maps.md describes."""
     del argv
-    prompts = [prompt for prompt in prompt_lines(PROMPTS.value) for _ in range(REPEATS.value)]
-    repeats = [i % REPEATS.value for i in range(len(prompts))]
+    planned = plan_images("lines", [Prompt(line) for line in prompt_lines(PROMPTS.value)], REPEATS.value)
+    prompts, repeats = [one.prompt for one in planned], [one.repeat for one in planned]
     workdir, out = as_path(WORKDIR.value), Path(OUT.value)
     check_changes(SET.value)
     if is_remote(OUT.value):
@@ -59,7 +61,7 @@ def main(argv: list[str]) -> None:
     if jax.process_index() == 0:
         out.mkdir(parents=True, exist_ok=True)
         about = f"Step {run.step} of {WORKDIR.value}, EMA weights, seed {run.experiment.sampling.seed}."
-        named = [f"{p} ({r})" for p, r in zip(prompts, repeats, strict=True)] if REPEATS.value > 1 else prompts
+        named = [f"{p} ({r})" for p, r in zip(prompts, repeats, strict=True)] if max(repeats) else prompts
         print(write_all(out, named, images, gates, about, run.experiment.sampling.time_shift))
 
 

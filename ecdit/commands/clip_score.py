@@ -7,7 +7,7 @@ from absl import flags
 
 from ecdit.errors import UserError
 from ecdit.evaluation.clip_score import clip_scores, read_clip
-from ecdit.json_lines import at_line, check_results, json_text, read_lines, take, write_results
+from ecdit.json_lines import at_line, check_results, json_text, read_lines, require, take, write_results
 from ecdit.pretrained.weights import fingerprint
 
 
@@ -43,13 +43,15 @@ def captioned(folder: Path, items: Path | None) -> list[tuple[Path, str]]:
     """Returns the images of a folder with their captions.
 
     Raises:
-      UserError: there is no manifest, or none of a folder that is finished; a line without file or caption.
+      UserError: there is no manifest, or none of a folder that is finished; a line without file or caption, or whose
+        file is missing.
     """
     if items is not None:
         found = []
         for number, line in read_lines(items):
             with at_line(items, number):
                 found.append((folder / take(line, "file", str), take(line, "caption", str)))
+                require(found[-1][0].is_file(), "file", line["file"], f"must be an image under --images={folder}")
         return found
     try:
         manifest = json.loads((folder / "manifest.json").read_text())

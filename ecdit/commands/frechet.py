@@ -52,6 +52,11 @@ def run(values: flags.FlagValues) -> None:
         f"{result['samples'] or 'unknown'} samples against {result['reference_samples'] or 'unknown'}; "
         f"extractor: {result['extractor'] or 'not named'}"
     )
+    for each, name in ((generated.extractor or values.extractor, sets[0].name), (real.extractor, sets[1].name)):
+        if result["extractor"] and not each:  # such as an npz file of another program
+            print(
+                f"{name} does not say what its features are of; of another extractor or preparation, no distance counts"
+            )
 
 
 def check_extractors(ours: str | None, theirs: str | None, name: str) -> None:

@@ -7,6 +7,7 @@ by a third party. What other programs must judge (detectors, question answerers)
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from ecdit.commands.shapes import shapes
 from ecdit.data.generated import GENERATED, Shapes
 from ecdit.errors import UserError
 from ecdit.evaluation.clip_score import clip_scores, read_clip
+from ecdit.evaluation.geneval import TASKS
 from ecdit.files import is_remote
 from ecdit.json_lines import check_results, json_text, write_results
 from ecdit.runs.sample_folder import describe_source, draw_folder
@@ -46,10 +48,19 @@ class Read:
 
     name: str
     file: str  # of --results
-    value: Callable[[Mapping[str, Any]], float]
+    value: Callable[[Mapping[str, Any]], float | None]  # None where the result has none, such as a task without images
     how: str  # to make the file
-    note: str = ""  # why numbers do not compare
+    note: Callable[[Mapping[str, Any]], str] = lambda found: ""  # why numbers do not compare
     in_paper: bool = True
+
+
+def _share(name: str) -> Callable[[Mapping[str, Any]], float | None]:
+    return lambda found: found["tasks"].get(name)
+
+
+def _missing_tasks(found: Mapping[str, Any]) -> str:
+    missing = [task for task in TASKS if task not in found["tasks"]]
+    return f"does not compare: there are no images of {', '.join(missing)}" if missing else ""
 
 
 READ = (
@@ -59,34 +70,38 @@ READ = (
             "geneval.json",
             value,
             f"{_SAMPLE}evaluation_metadata.jsonl, {_SCORE}geneval, {_SCORE}geneval-score --json=geneval.json",
+            note,
         )
-        for name, value in (
-            ("GenEval, overall, %", lambda found: 100 * found["overall"]),
-            ("GenEval, two objects, %", lambda found: 100 * found["tasks"]["two_object"]),
-            ("GenEval, colour attribution, %", lambda found: 100 * found["tasks"]["color_attr"]),
-            ("GenEval, position, %", lambda found: 100 * found["tasks"]["position"]),
+        for name, value, note in (
+            ("GenEval, overall, %", lambda found: found["overall"], _missing_tasks),
+            ("GenEval, two objects, %", _share("two_object"), lambda found: ""),
+            ("GenEval, colour attribution, %", _share("color_attr"), lambda found: ""),
+            ("GenEval, position, %", _share("position"), lambda found: ""),
         )
     ),
     Read(
         "DSG, %",
         "dsg.json",
-        lambda found: 100 * found["overall"],
+        lambda found: found["overall"],
         f"images of DSG's prompts, a judge's answers, {_SCORE}dsg-score --json=dsg.json",
-        "the paper's judge is not public: compare runs of one judge alone",
+        lambda found: "the paper's judge is not public: compare runs of one judge alone",
     ),
     Read(
         "FID, COCO-30K",
         "fid.json",
         lambda found: found["frechet"],
         f"{_SAMPLE}captions_val2014.json --num_prompts=30000, {_SCORE}frechet --images=... --json=fid.json",
-        "the paper reports it; its number, crop and implementation are not known to us",
+        lambda found: (
+            f"{found['samples']} samples, {found['extractor']}; the paper's number, crop and implementation "
+            "are not known to us"
+        ),
     ),
     Read(
         "GenEval 2, Soft-TIFA AM",
         "geneval2.json",
         lambda found: found["am"],
         f"{_SAMPLE}geneval2_data.jsonl, a judge's answers, {_SCORE}geneval2-score --json=geneval2.json",
-        "later than the paper",
+        lambda found: "later than the paper",
         in_paper=False,
     ),
     Read(
@@ -94,7 +109,7 @@ READ = (
         "dpg.json",
         lambda found: found["overall"],
         f"{_SAMPLE}DPG's prompts, a judge's answers, {_SCORE}dpg-score --json=dpg.json",
-        "not in the paper",
+        lambda found: "not in the paper",
         in_paper=False,
     ),
 )
@@ -152,11 +167,22 @@ def read_results(folder: Path) -> list[Row]:
         file, ours, missing = folder / one.file, None, f"{one.how} in {folder}"
         if file.exists():
             try:
-                ours, missing = float(one.value(json.loads(file.read_text()))), one.note
-            except (ValueError, LookupError, TypeError) as error:
+                found = json.loads(file.read_text())
+                ours, missing = one.value(found), one.note(found)
+                if ours is None:
+                    missing = f"{file} has none"
+                else:
+                    ours = _finite(100 * ours if one.name.endswith("%") else ours)
+            except (ValueError, LookupError, TypeError, AttributeError) as error:
                 raise UserError(f"{file}: is no result for {one.name}: {type(error).__name__}: {error}") from None
         rows.append(Row(one.name, paper, ours, missing))
     return rows
+
+
+def _finite(number: float) -> float:
+    if not math.isfinite(number):
+        raise ValueError(f"{number}: must be finite")
+    return float(number)
 
 
 def coco(workdir: Path, results: Path, captions: str | None, clip: str | None, count: int) -> Row:
@@ -192,8 +218,12 @@ def own(workdir: Path, captions: int) -> list[Row]:
     except UserError as error:
         rows.append(Row("flow loss, held out, EMA", "none", None, str(error)))
     if isinstance(GENERATED.get(data.task), Shapes):
-        result = shapes(workdir, None, captions, "train", 0)
-        rows.append(Row("shapes, overall, %", "none", 100 * result["overall"], "in GenEval's kinds, by an exact judge"))
+        try:
+            result = shapes(workdir, None, captions, "train", 0)
+            ours = 100 * result["overall"]
+            rows.append(Row("shapes, overall, %", "none", ours, "in GenEval's kinds, by an exact judge"))
+        except UserError as error:
+            rows.append(Row("shapes, overall, %", "none", None, str(error)))
     else:
         try:
             found = retrieval(workdir, None, captions)

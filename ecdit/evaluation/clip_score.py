@@ -97,7 +97,7 @@ def clip_scores(clip: Clip, pairs: Iterable[tuple[Path, str]], batch_size: int) 
     """Returns the three forms over all pairs of an image file and its caption, and how many there are.
 
     Raises:
-      UserError: there are none, or an image cannot be read.
+      UserError: there are none, an image cannot be read, or a cosine is not finite.
     """
     found = []
     for batch in _batches(pairs, batch_size):
@@ -108,7 +108,12 @@ def clip_scores(clip: Clip, pairs: Iterable[tuple[Path, str]], batch_size: int) 
         tokens = [clip.tokenizer.encode(some, clip.caption_length).ids for some in both]
         seen = clip.see(images[filled])
         cosine = np.stack([cosines(seen, clip.read(some[filled])) for some in tokens], axis=1)
-        found.append(cosine.astype(np.float64)[: len(batch)])
+        cosine = cosine.astype(np.float64)[: len(batch)]
+        wrong = np.flatnonzero(~np.isfinite(cosine).all(axis=1))
+        if len(wrong):
+            path, caption = batch[wrong[0]]
+            raise UserError(f"{path}: its cosine with {caption!r} is not finite; CLIP's weights may be damaged")
+        found.append(cosine)
     if not found:
         raise UserError("there is no image to score")
     plain, prefixed = np.concatenate(found).T

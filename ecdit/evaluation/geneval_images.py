@@ -147,6 +147,9 @@ def _resumed(part: Path, made_by: dict[str, Any]) -> dict[str, str]:
     lines = part.read_text(encoding="utf-8").split("\n")[:-1] if part.exists() else []  # the last one is not whole
     if lines and lines[0] != header:
         raise UserError(f"{part}: is of another detector, CLIP or folder; remove it to begin again")
-    found = {json.loads(line)["filename"]: line for line in lines[1:]}
+    try:
+        found = {json.loads(line)["filename"]: line for line in lines[1:]}
+    except (ValueError, LookupError, TypeError) as error:
+        raise UserError(f"{part}: is damaged ({error}); remove it to begin again") from None
     write_results(part, "".join(f"{line}\n" for line in [header, *found.values()]))
     return found

@@ -12,6 +12,8 @@ from PIL import Image, ImageOps
 from ecdit.errors import UserError
 
 SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+# Modes of 16 or 32 bits, which Pillow would clip at 255: a 16-bit grey image would be white, one of 0..1 black.
+_CLIPPED_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 
 
 def image_files(folder: Path, name: str) -> list[Path]:
@@ -51,17 +53,13 @@ def read_image(path: Path) -> UInt8[np.ndarray, "h w 3"]:
     """Returns an image as it is stored, in RGB; transparency is dropped.
 
     Raises:
-      UserError: it cannot be read.
+      UserError: it cannot be read, or has more than eight bits a channel.
     """
     return np.asarray(_opened(path).convert("RGB"))
 
 
 def read_upright(path: Path) -> Image.Image:
-    """Returns an image in RGB, turned as its EXIF data says.
-
-    Raises:
-      UserError: it cannot be read.
-    """
+    """Returns an image in RGB, turned as its EXIF data says. Raises as `read_image`."""
     return ImageOps.exif_transpose(_opened(path)).convert("RGB")
 
 
@@ -69,18 +67,25 @@ def _opened(path: Path) -> Image.Image:
     try:
         with Image.open(path) as image:
             image.load()
-            return image
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: a broken PNG
         raise UserError(f"{path}: cannot be read as an image: {error}") from None
+    _check_mode(path, image)
+    return image
+
+
+def _check_mode(path: Path, image: Image.Image) -> None:
+    if image.mode in _CLIPPED_MODES:
+        raise UserError(f"{path}: has mode {image.mode}, of more than 8 bits; convert it to 8 bits a channel before")
 
 
 def check_sizes(files: Sequence[Path], name: str) -> None:
-    """Raises UserError unless all images have the same size. Reads only headers."""
+    """Raises UserError unless all images have the same size and 8 bits a channel. Reads only headers."""
     first = None
     for path in files:
         try:
             with Image.open(path) as image:
                 size = image.size
+                _check_mode(path, image)
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise UserError(f"{path}: cannot be read as an image: {error}") from None
         first = first or (path, size)

@@ -4,7 +4,7 @@ import dataclasses
 import io
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from ecdit.files import replace_bytes
 
 # Rows that are taken at once: 64 MB in float64 for 2048 dimensions.
 BLOCK = 4096
+LARGEST = 1e50  # of a feature: KID takes sixth powers, which overflow in float64 from about there on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +60,7 @@ def blocks(shards: Iterable[Float[np.ndarray, "n D"]], size: int) -> Iterator[Fl
     """Yields the shards' rows in order, as new float64 arrays of `size` rows; the last one is shorter.
 
     Raises:
-      UserError: a shard is no matrix of real numbers, has other dimensions, or a value is not finite.
+      UserError: a shard is no matrix of real numbers, has other dimensions, or a value is not finite or above LARGEST.
     """
     pending: list[np.ndarray] = []
     row = dimensions = 0
@@ -87,10 +88,11 @@ def _joined(parts: list[np.ndarray]) -> np.ndarray:
 
 
 def _check_finite(part: Float[np.ndarray, "m D"], first_row: int) -> None:
-    finite = np.isfinite(part)
-    if not finite.all():
-        row, column = np.argwhere(~finite)[0]
-        raise UserError(f"features[{first_row + row}, {column}] = {part[row, column]}: must be finite")
+    usable = np.abs(part) <= LARGEST  # false for NaN
+    if not usable.all():
+        row, column = np.argwhere(~usable)[0]
+        allowed = f"must be finite, at most {LARGEST:g}"
+        raise UserError(f"features[{first_row + row}, {column}] = {part[row, column]}: {allowed}")
 
 
 def read_moments(path: Path) -> Moments:
@@ -99,32 +101,37 @@ def read_moments(path: Path) -> Moments:
     Raises:
       UserError: it is no such file, or its arrays have the wrong shape, are not finite or not symmetric.
     """
-    found = _read_arrays(path)
+    found = _read_arrays(path, ("mu", "sigma", "count", "extractor"))
     for key in ("mu", "sigma"):
         if key not in found:
             raise UserError(f"{path}: {key} is missing; there is {', '.join(found) or 'nothing'}")
         if found[key].dtype.kind not in "fiu":
             raise UserError(f"{path}: {key} has dtype {found[key].dtype}; it must be real numbers")
     mean, covariance = (found[key].astype(np.float64) for key in ("mu", "sigma"))
-    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+    if mean.ndim != 1 or not mean.size or covariance.shape != (len(mean), len(mean)):
         shapes = f"{list(mean.shape)} and {list(covariance.shape)}"
         raise UserError(f"{path}: mu and sigma have shapes {shapes}; they must be [D] and [D, D]")
-    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-        raise UserError(f"{path}: mu and sigma must be finite")
+    if not ((np.abs(mean) <= LARGEST).all() and (np.abs(covariance) <= LARGEST**2).all()):
+        raise UserError(f"{path}: mu and sigma must be finite, at most {LARGEST:g} and {LARGEST**2:g}")
     if not np.allclose(covariance, covariance.T, rtol=1e-5, atol=1e-8 * np.abs(covariance).max(initial=0)):
         raise UserError(f"{path}: sigma is not symmetric; it must be a covariance")
+    if np.diagonal(covariance).min() < 0:
+        raise UserError(f"{path}: sigma has a variance below 0; it must be a covariance")
     count, extractor = found.get("count"), found.get("extractor")
+    if count is not None and (count.shape or count.dtype.kind not in "iu" or count < 2):
+        raise UserError(f"{path}: count = {count}: must be a whole number, 2 or more")
     symmetric = (covariance + covariance.T) / 2
     return Moments(
         mean, symmetric, None if count is None else int(count), None if extractor is None else str(extractor)
     )
 
 
-def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+def _read_arrays(path: Path, keys: Sequence[str]) -> dict[str, np.ndarray]:
+    """Returns those of the arrays that are there; others are not read, as some files have all images in them."""
     with path.open("rb") as stream:  # opened here, as np.load leaves a damaged file open
         try:
             file = np.load(stream, allow_pickle=False)
-            return {key: file[key] for key in file.files}
+            return {key: file[key] for key in keys if key in file.files}
         except (ValueError, OSError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
             raise UserError(f"{path} is no npz file with mu and sigma: {error}") from None
 

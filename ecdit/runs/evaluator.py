@@ -1,29 +1,41 @@
 """Evaluates the EMA weights of a run while it trains, as the config's group `evaluation` says."""
 
 import functools
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from ecdit.data.prepared import open_prepared, prompt_tokens
+from ecdit.evaluation.config import EvaluationConfig
 from ecdit.evaluation.flow_loss import BINS, fixed_rows, losses_by_time, make_loss_program
 from ecdit.evaluation.retrieval import protocol
 from ecdit.evaluation.run_scores import load_retrieval, score_retrieval, score_shapes, shapes_of
 from ecdit.experiment import Experiment
 from ecdit.files import replace_text, writing
-from ecdit.multihost import from_first
+from ecdit.multihost import from_first, on_first
 from ecdit.sampling.grids import save_grid
 from ecdit.sampling.prompts import check_prompts, prompt_lines
-from ecdit.sampling.sampler import make_sampler, sample_images
+from ecdit.sampling.sampler import make_sampler, sample_images, warn
 from ecdit.storage import children, make_directory, reading
 from ecdit.system import Params, image_groups, make_system
 
 EVALUATIONS = "evaluations"  # of a workdir
+
+
+def host_facts(config: EvaluationConfig) -> dict[str, str]:
+    """Returns what all hosts of a run must have in common for its evaluations: the prompts, which each reads itself."""
+    if not (config.every and config.prompts):
+        return {}
+    try:
+        found = hashlib.sha256(Path(config.prompts).read_bytes()).hexdigest()[:12]
+    except OSError as error:
+        found = f"no file that can be read: {error.strerror}"
+    return {f"evaluation.prompts={config.prompts}": found}
 
 
 class Evaluated(NamedTuple):
@@ -47,9 +59,10 @@ class Evaluator:
             self.rows = fixed_rows(open_prepared(data), config.loss_images, config.split)
             self.loss_program = make_loss_program(system, mesh, experiment.sampling.batch_size)
         if config.prompts:
-            self.prompts = prompt_lines(config.prompts)
-            check_prompts(self.tokenize, self.prompts)
-            self.prompt_sampler = make_sampler(system, self.sampling, mesh)
+            self.prompts = prompt_lines(config.prompts, "evaluation.prompts")
+            for problem in check_prompts(self.tokenize, self.prompts):
+                warn(f"evaluation.prompts={config.prompts}: {problem}")
+            self.prompt_sampler = make_sampler(system, self.sampling, mesh, not_finite=warn)
         if config.score != "none":
             # What is missing is said before the first step, and not at the first evaluation.
             if config.score == "shapes":
@@ -59,7 +72,7 @@ class Evaluator:
                 loaded = load_retrieval(data, config.captions, config.split)
                 self.score = functools.partial(score_retrieval, loaded)
             self.protocol = protocol(experiment.sampling)
-            self.score_sampler = make_sampler(image_groups(system), self.protocol, mesh)
+            self.score_sampler = make_sampler(image_groups(system), self.protocol, mesh, not_finite=warn)
 
     def is_recorded(self, step: int) -> bool:
         """Returns whether the step was evaluated by an earlier start. The first process says it for all."""
@@ -81,13 +94,16 @@ class Evaluator:
             found[self.config.score] = self.score(functools.partial(self._draw, params))
         images = self._draw_prompts(params)
         files = {} if images is None else {"prompts": self.workdir / EVALUATIONS / f"step_{step:08d}.png"}
-        if jax.process_index() == 0:
+
+        def write() -> None:
             with writing(self.workdir / EVALUATIONS):
                 make_directory(self.workdir / EVALUATIONS)
                 if images is not None:
                     save_grid(images, self.prompts, files["prompts"])
             # Last: a step with a record has been evaluated whole.
             replace_text(_record(self.workdir, step), json.dumps({"step": step, **found}, indent=2) + "\n")
+
+        on_first(write)
         return Evaluated(scalars(found), files)
 
     def _draw(self, params: Params, captions: Sequence[str]) -> np.ndarray:

@@ -1,5 +1,7 @@
 """Draws a folder of images with a run's weights, on all processes together, and goes on with one that was left."""
 
+import contextlib
+import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,14 +13,14 @@ from jaxtyping import Bool
 
 import ecdit
 from ecdit.config import to_dict
-from ecdit.multihost import from_first, on_first, wait_for_all
+from ecdit.multihost import from_first, on_first, together, wait_for_all
 from ecdit.partitioning import batch_shards
 from ecdit.runs.provenance import code_state, config_hash, library_versions
 from ecdit.runs.trained_run import Run
 from ecdit.sampling.grids import save_png
-from ecdit.sampling.image_folder import begin_folder, finish_folder, is_finished
+from ecdit.sampling.image_folder import alone_in, begin_folder, finish_folder, is_finished
 from ecdit.sampling.layouts import Planned
-from ecdit.sampling.many import draw_images, make_programs
+from ecdit.sampling.many import Drawn, draw_images, make_programs
 from ecdit.sampling.prompt_files import Kind
 from ecdit.system import user_files
 
@@ -45,16 +47,29 @@ def draw_folder(
       draw_after: what all processes do once the images are there, before the folder counts as finished.
 
     Raises:
-      UserError: `out` holds something else, or a file cannot be written.
+      UserError: `out` holds something else, another process draws into it, or a file cannot be written.
     """
-    from tqdm import tqdm
+    held = contextlib.ExitStack()
 
     def begin() -> None:
+        out.mkdir(parents=True, exist_ok=True)
+        held.enter_context(alone_in(out))
         begin_folder(out, planned, source, machine(run))
         write_before()
 
+    with held:
+        on_first(begin)
+        count = _draw_left(run, out, planned)
+        draw_after()
+        on_first(lambda: finish_folder(out, planned))
+    return count
+
+
+def _draw_left(run: Run, out: Path, planned: Sequence[Planned]) -> int:
+    """Draws the images that are not in `out` yet, and returns how many. Collective."""
+    from tqdm import tqdm
+
     first = jax.process_index() == 0
-    on_first(begin)
     # The first process says which are left: others may not see the same at once.
     left = np.array([not is_finished(out / one.file) for one in planned] if first else [False] * len(planned))
     left = from_first(left)
@@ -72,14 +87,16 @@ def draw_folder(
     hidden = None if first else True  # None: shown on a terminal
     with tqdm(None, "sampling", len(planned), unit="image", initial=len(planned) - len(todo), disable=hidden) as bar:
         for batch in batches:
-            for place, image in batch.images:
-                (out / todo[place].file).parent.mkdir(parents=True, exist_ok=True)
-                save_png(image, out / todo[place].file)
+            together(functools.partial(_write, out, todo, batch))
             bar.update(batch.done)
     wait_for_all("images are written")
-    draw_after()
-    on_first(lambda: finish_folder(out, planned))
     return len(todo)
+
+
+def _write(out: Path, todo: Sequence[Planned], batch: Drawn) -> None:
+    for place, image in batch.images:
+        (out / todo[place].file).parent.mkdir(parents=True, exist_ok=True)
+        save_png(image, out / todo[place].file)
 
 
 def whole_batches(left: Bool[np.ndarray, " n"], size: int) -> Bool[np.ndarray, " n"]:

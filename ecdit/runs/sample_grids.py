@@ -4,7 +4,6 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import UInt8
@@ -12,9 +11,10 @@ from jaxtyping import UInt8
 from ecdit.data.config import DataConfig
 from ecdit.data.prepared import open_prepared, prompt_tokens, sample_captions, sample_targets
 from ecdit.files import writing
+from ecdit.multihost import on_first
 from ecdit.sampling.grids import save_grid, write_png
 from ecdit.sampling.routing_maps import draw_maps
-from ecdit.sampling.sampler import SamplingConfig, make_sampler, sample_images
+from ecdit.sampling.sampler import SamplingConfig, make_sampler, sample_images, warn
 from ecdit.storage import make_directory
 from ecdit.system import Params, System
 
@@ -27,7 +27,7 @@ class SampleWriter:
     def __init__(self, data: DataConfig, sampling: SamplingConfig, system: System, mesh: Mesh, workdir: Path):
         self.data, self.sampling, self.directory = data, sampling, workdir / "samples"
         self.with_experts = system.parts.denoiser.counts_experts()
-        self.sampler = make_sampler(system, sampling, mesh, self.with_experts)
+        self.sampler = make_sampler(system, sampling, mesh, self.with_experts, not_finite=warn)  # training goes on
         prepared, self.tokenize = open_prepared(data), prompt_tokens(data)
         self.prompts = sample_captions(prepared, sampling.num_grid)
         self.targets = sample_targets(prepared, sampling.num_grid)
@@ -53,13 +53,16 @@ class SampleWriter:
         files = {"samples": self.directory / f"step_{step:08d}.png"}
         if counts is not None:
             files["experts"] = self.directory / f"step_{step:08d}_experts.png"
-        if jax.process_index() == 0:
+
+        def save() -> None:
             with writing(self.directory):
                 make_directory(self.directory)
                 cells, captions, columns = beside_targets(images, prompts, self.targets)
                 save_grid(cells, captions, files["samples"], columns)
                 if counts is not None:
                     write_png(draw_maps(images, prompts, counts, self.sampling.time_shift), files["experts"])
+
+        on_first(save)
         return files
 
 

@@ -29,7 +29,7 @@ from ecdit.reporting.reporter import Reporter, first_line, forecast, images_due
 from ecdit.reporting.speed import Stopwatch, stopwatch
 from ecdit.reporting.writers import check_writers, open_writers
 from ecdit.runs.activity import Activity
-from ecdit.runs.evaluator import drop_later
+from ecdit.runs.evaluator import drop_later, host_facts
 from ecdit.runs.host_times import HostTimes
 from ecdit.runs.inputs import check_placeholder, inputs_line
 from ecdit.runs.kept_tokenizer import keep_tokenizer
@@ -117,7 +117,7 @@ def run_workload(
     activity.enter("start", "comparing the processes and locking the workdir")
     full = config_of_run(experiment)  # once: the user's files may change while the run goes on
     tokenizer = workload.tokenizer()
-    facts = facts_of_a_host(full, fingerprints, hash_files(tokenizer))
+    facts = facts_of_a_host(full, fingerprints, hash_files(tokenizer)) | host_facts(experiment.evaluation)
     if differences := host_differences(facts):
         raise UserError("the hosts would not train the same:\n  " + "\n  ".join(differences))
     make_directory(workdir)
@@ -155,13 +155,13 @@ def run_workload(
         for phase, fingerprint in zip(phases, fingerprints, strict=True):
             if int(state.step) > phase.last and phase is not phases[-1]:
                 continue
-            evaluator = workload.evaluator(phase, workdir)
+            evaluator = together(functools.partial(workload.evaluator, phase, workdir))
             run.evaluate_missed(phase, evaluator, state)
             if int(state.step) == phase.last and phase is not phases[-1]:
                 continue
             if phase.after:
                 say(f"phase from step {phase.after + 1} to {phase.last}")
-            images = workload.images(phase, workdir)
+            images = together(functools.partial(workload.images, phase, workdir))
             state, stopped = run.steps_of(phase, fingerprint, images, evaluator, state)
             if stopped and int(state.step) < experiment.train.num_steps:
                 # All get one exit code.

@@ -2,16 +2,21 @@
 
 The manifest comes first and says what all images follow from; a call of something else is refused. Images are written
 whole or not at all, so one that is there is kept, and a folder that was left in the middle is finished by the same
-command. Several processes write into one folder, which all of them must see.
+command. Several processes of one call write into one folder, which all of them must see.
 """
 
+import contextlib
+import fcntl
 import json
-from collections.abc import Mapping, Sequence
+import os
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ecdit.config import flatten
 from ecdit.errors import UserError
 from ecdit.files import replace_text
 from ecdit.sampling.grids import save_grid
@@ -19,9 +24,11 @@ from ecdit.sampling.layouts import Planned, read_image
 
 MANIFEST = "manifest.json"
 GRID_IMAGES = 64  # in grid.png, the first ones
-# Of a manifest: what does not decide the images (but for rounding).
-_FREE = ("finished", "machines", "set")  # what --set changed stands among the others, with its outcome
-_PNG_START, _PNG_END = b"\x89PNG\r\n\x1a\n", b"\x00\x00\x00\x00IEND\xaeB`\x82"
+_SHORT = 60  # characters of two values that a message shows
+# Of a manifest: what does not decide the images (but for rounding). What --set changed stands among the others, with
+# its outcome; a run may have moved, the checkpoint's hash says which one it is.
+_FREE = ("finished", "machines", "set", "workdir", "folder")
+_PNG_START = b"\x89PNG\r\n\x1a\n"
 
 
 def check_folder(out: Path) -> dict[str, Any] | None:
@@ -40,6 +47,26 @@ def check_folder(out: Path) -> dict[str, Any] | None:
     if finished:
         raise UserError(f"--out={out}: holds finished images; take an empty directory")
     return manifest
+
+
+@contextlib.contextmanager
+def alone_in(out: Path) -> Iterator[None]:
+    """Keeps other calls out of a folder, where the file system can lock a directory. The lock ends with the process.
+
+    Raises:
+      UserError: another call is drawing into it.
+    """
+    descriptor = os.open(out, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"--out={out}: another process is drawing into it; wait for it") from None
+        except OSError:  # network file systems may have no such locks
+            pass
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def is_done(out: Path, planned: Sequence[Planned], source: Mapping[str, Any]) -> bool:
@@ -82,15 +109,22 @@ def begin_folder(out: Path, planned: Sequence[Planned], source: Mapping[str, Any
 
 
 def is_finished(file: Path) -> bool:
-    """Returns whether a file is a PNG from its first to its last bytes; a copy that was cut short is not."""
+    """Returns whether a file is a whole PNG, by the checksums of its parts; a copy that was cut or damaged is not."""
     try:
-        with file.open("rb") as data:
-            if data.read(len(_PNG_START)) != _PNG_START:
-                return False
-            data.seek(-len(_PNG_END), 2)
-            return data.read() == _PNG_END
-    except OSError:  # it is missing, or too short to seek
+        data = file.read_bytes()
+    except OSError:  # it is missing
         return False
+    if not data.startswith(_PNG_START):
+        return False
+    start, end = len(_PNG_START), 0
+    while start + 12 <= len(data):  # of a chunk: length of the data, name, data, checksum of both
+        end = start + 12 + int.from_bytes(data[start : start + 4], "big")
+        if zlib.crc32(data[start + 4 : end - 4]) != int.from_bytes(data[end - 4 : end], "big"):
+            return False
+        if data[start + 4 : start + 8] == b"IEND":
+            return end == len(data)
+        start = end
+    return False
 
 
 def finish_folder(out: Path, planned: Sequence[Planned]) -> None:
@@ -108,8 +142,11 @@ def finish_folder(out: Path, planned: Sequence[Planned]) -> None:
 
 
 def _differing(found: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[str]:
-    """Returns the keys in which two manifests are of different images."""
-    return [key for key in {**found, **manifest} if key not in _FREE and found.get(key) != manifest.get(key)]
+    """Returns the keys in which two manifests are of different images, with both values where they are short."""
+    there, here = (flatten({key: value for key, value in one.items() if key not in _FREE}) for one in (found, manifest))
+    keys = [key for key in {**there, **here} if there.get(key) != here.get(key)]
+    values = {key: f"{there.get(key)!r} there, {here.get(key)!r} here" for key in keys}
+    return [f"{key} ({values[key]})" if len(values[key]) <= _SHORT else key for key in keys]
 
 
 def _manifest(planned: Sequence[Planned], source: Mapping[str, Any]) -> dict[str, Any]:

@@ -98,6 +98,9 @@ def _two_by_two(files: Sequence[Path]) -> UInt8[np.ndarray, "h w 3"]:
 
 
 def read_image(file: Path) -> np.ndarray:
-    """Returns an image as uint8[h, w, 3]."""
-    with Image.open(file) as image:
-        return np.asarray(image.convert("RGB"))
+    """Returns an image as uint8[h, w, 3]. Raises UserError if it cannot be read."""
+    try:
+        with Image.open(file) as image:
+            return np.asarray(image.convert("RGB"))
+    except (OSError, ValueError, SyntaxError) as error:  # SyntaxError: a broken PNG
+        raise UserError(f"{file}: cannot be read as an image: {error}") from None

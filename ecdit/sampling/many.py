@@ -17,8 +17,16 @@ from jaxtyping import Array, Int, UInt8
 from ecdit.components import TextStates
 from ecdit.diffusion.flow import SAMPLE_KEY_IMPL, sample_keys, sample_noise
 from ecdit.encoders.autoencoder import to_bytes
+from ecdit.errors import UserError
 from ecdit.partitioning import batch_sharding, place_rows, replicated
-from ecdit.sampling.sampler import SamplingConfig, check_sampling, guided_velocity, solve
+from ecdit.sampling.sampler import (
+    WHY_NOT_FINITE,
+    SamplingConfig,
+    are_finite,
+    check_sampling,
+    guided_velocity,
+    solve,
+)
 from ecdit.system import Params, System
 
 Tokenize = Callable[[Sequence[str]], Int[np.ndarray, "n L"]]
@@ -28,7 +36,8 @@ class Programs(NamedTuple):
     """The two compiled programs, and the mesh they run on."""
 
     encode: jax.stages.Wrapped  # (params, tokens[B, L]) -> TextStates, whole on every device
-    draw: jax.stages.Wrapped  # (params, TextStates of B, TextStates of 1, key data[B, K]) -> uint8[B, H, W, 3]
+    # (params, TextStates of B, TextStates of 1, key data[B, K]) -> uint8[B, H, W, 3], and bool[B]: whether it is finite
+    draw: jax.stages.Wrapped
     config: SamplingConfig
     mesh: Mesh
 
@@ -52,16 +61,17 @@ def make_programs(system: System, config: SamplingConfig, mesh: Mesh) -> Program
     def encode(params: Params, tokens: Array) -> TextStates:
         return system.bind(params).text(tokens)
 
-    def draw(params: Params, text: TextStates, null: TextStates, key_data: Array) -> Array:
+    def draw(params: Params, text: TextStates, null: TextStates, key_data: Array) -> tuple[Array, Array]:
         model = system.bind(params)
         keys = jax.random.wrap_key_data(key_data, impl=SAMPLE_KEY_IMPL)
         noise = sample_noise(keys, system.config.latent_shape)
         latents, _ = solve(config, guided_velocity(model, config, text, null), noise, keys)
-        return to_bytes(model.autoencoder.decode(latents))
+        images = model.autoencoder.decode(latents)
+        return to_bytes(images), are_finite(images)
 
     return Programs(
         encode=jax.jit(encode, in_shardings=(shardings, rows), out_shardings=whole),
-        draw=jax.jit(draw, in_shardings=(shardings, rows, whole, rows), out_shardings=rows),
+        draw=jax.jit(draw, in_shardings=(shardings, rows, whole, rows), out_shardings=(rows, whole)),
         config=config,
         mesh=mesh,
     )
@@ -73,6 +83,9 @@ def draw_images(
     """Yields the images of all (prompt, repeat) in order, batch by batch. Collective.
 
     A prompt is encoded once if its repeats stand together.
+
+    Raises:
+      UserError: an image has values that are not finite; as bytes they would be black. All processes raise it.
     """
     if not prompts:
         return
@@ -86,12 +99,21 @@ def draw_images(
         states = texts.of(rows)
         with jax.set_mesh(programs.mesh):
             states, keys = place_rows(programs.mesh, (states, key_data[rows]))
-            drawn = programs.draw(params, states, null, keys)
+            drawn, finite = programs.draw(params, states, null, keys)
         if pending is not None:
-            yield _local(*pending)
-        pending = begin, min(size, len(prompts) - begin), drawn
+            yield _finished(pending, prompts, repeats)
+        pending = _Pending(begin, min(size, len(prompts) - begin), drawn, finite)
     assert pending is not None  # there is a prompt
-    yield _local(*pending)
+    yield _finished(pending, prompts, repeats)
+
+
+class _Pending(NamedTuple):
+    """A batch that the devices are drawing."""
+
+    begin: int  # place of its first image
+    wanted: int  # images that are asked for
+    drawn: Array
+    finite: Array
 
 
 class _Texts:
@@ -127,12 +149,16 @@ class _Texts:
             return jax.tree.map(np.asarray, self._programs.encode(self._params, tokens))
 
 
-def _local(begin: int, count: int, drawn: Array) -> Drawn:
-    """Fetches the rows of this process's devices: those of the first `count` that are asked for, each row once."""
+def _finished(batch: _Pending, prompts: Sequence[str], repeats: Sequence[int]) -> Drawn:
+    """Fetches the rows of this process's devices: those of the batch that are asked for, each row once."""
+    wrong = np.flatnonzero(~np.asarray(batch.finite)[: batch.wanted])
+    if len(wrong):
+        place = batch.begin + int(wrong[0])
+        raise UserError(f"the image of {prompts[place]!r}, repeat {repeats[place]}, is not finite; {WHY_NOT_FINITE}")
     images = []
-    for shard in drawn.addressable_shards:
+    for shard in batch.drawn.addressable_shards:
         if shard.replica_id == 0:
-            rows = range(drawn.shape[0])[shard.index[0]]
+            rows = range(batch.drawn.shape[0])[shard.index[0]]
             data = np.asarray(shard.data)
-            images += [(begin + row, data[i]) for i, row in enumerate(rows) if row < count]
-    return Drawn(images, count)
+            images += [(batch.begin + row, data[i]) for i, row in enumerate(rows) if row < batch.wanted]
+    return Drawn(images, batch.wanted)

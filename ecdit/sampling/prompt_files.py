@@ -60,6 +60,8 @@ def read_prompt_file(path: Path, kind: str = "auto") -> tuple[Kind, list[Prompt]
     for number, prompt in enumerate(prompts, 1):
         if not prompt.text.strip():
             raise UserError(f"--prompts={path}: prompt {number} is empty")
+        if any("\ud800" <= character <= "\udfff" for character in prompt.text):  # JSON can have halves of characters
+            raise UserError(f"--prompts={path}: prompt {number} = {prompt.text!r}: is no Unicode text")
     if found == "dpg":
         _check_names(path, prompts)
     return found, prompts
@@ -97,8 +99,9 @@ def _lines(path: Path) -> Iterator[Prompt]:
 
 def _parti(path: Path) -> Iterator[Prompt]:
     """Reads columns without any quoting: one of the prompts has double quotes in it, which are its own."""
-    rows = [line.split("\t") for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    if not rows or "Prompt" not in rows[0]:
+    lines = path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")  # splitlines knows more ends of lines
+    rows = [line.split("\t") for line in lines]
+    if "Prompt" not in rows[0]:
         raise UserError(f"--prompts={path}: must have a header with the column Prompt, separated by tabs")
     column = rows[0].index("Prompt")
     for number, row in enumerate(rows[1:], 2):
@@ -116,7 +119,9 @@ def _coco(path: Path) -> Iterator[Prompt]:
         raise UserError(f"--prompts={path}: {wanted}; {type(error).__name__}: {error}") from None
     first: dict[Any, str] = {}
     for image, caption in rows:
-        first.setdefault(image, str(caption))
+        if not isinstance(caption, str):
+            raise UserError(f"--prompts={path}: a caption of image {image} = {caption!r}: must be a string")
+        first.setdefault(image, caption)
     for image, caption in first.items():
         yield Prompt(" ".join(caption.split()), str(image))
 

@@ -22,8 +22,8 @@ def check_changes(changes: Sequence[str]) -> None:
             raise UserError(f"--set={change}: {allowed}: other values are as the run was trained")
 
 
-def prompt_lines(file: str) -> list[str]:
-    """Returns the lines of a UTF-8 file, each a prompt.
+def prompt_lines(file: str, name: str = "--prompts") -> list[str]:
+    """Returns the lines of a UTF-8 file, each a prompt; `name` is what a message calls the file.
 
     Raises:
       UserError: it cannot be read, is empty, or has an empty line (the null caption is no prompt).
@@ -31,13 +31,13 @@ def prompt_lines(file: str) -> list[str]:
     try:
         text = Path(file).read_text(encoding="utf-8-sig")  # an editor's byte order mark is no part of a prompt
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompts={file}: {error}") from None
+        raise UserError(f"{name}={file}: {error}") from None
     lines = text.removesuffix("\n").split("\n") if text else []
     for number, line in enumerate(lines, 1):
         if not line.strip():
-            raise UserError(f"--prompts={file}: line {number} is empty")
+            raise UserError(f"{name}={file}: line {number} is empty")
     if not lines:
-        raise UserError(f"--prompts={file}: no prompts")
+        raise UserError(f"{name}={file}: no prompts")
     return lines
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
-from jaxtyping import Array, ArrayLike, Float, Int, Key
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key
 
 from ecdit.components import Denoiser, TextStates
 from ecdit.config import PHASE, require
@@ -18,11 +18,13 @@ from ecdit.diffusion.flow import SAMPLE_KEY_IMPL, sample_keys, sample_noise
 from ecdit.diffusion.guidance import GuidanceConfig, combine
 from ecdit.diffusion.solvers import SOLVERS
 from ecdit.encoders.autoencoder import to_bytes
-from ecdit.partitioning import batch_sharding, batch_shards, place_rows
+from ecdit.errors import UserError
+from ecdit.partitioning import batch_sharding, batch_shards, place_rows, replicated
 from ecdit.system import Params, System, TextToImage
 
 # (params, tokens[B, L], null tokens[1, L], keys[B]) -> images uint8[B, H, W, 3], or images and routing: `make_sampler`.
 Sampler = Callable[[Params, Int[ArrayLike, "B L"], Int[ArrayLike, "1 L"], Key[Array, " B"]], Any]
+WHY_NOT_FINITE = "the weights are damaged, or the network's numbers overflow (as with a large guidance scale)"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +63,24 @@ def check_sampling(config: SamplingConfig, denoiser: Denoiser, mesh: Mesh | Abst
     denoiser.check_layout(mesh, rows, "sample")
 
 
+def refuse(problem: str) -> None:
+    """Raises a UserError."""
+    raise UserError(problem)
+
+
+def warn(problem: str) -> None:
+    """Prints a warning on the first process."""
+    if jax.process_index() == 0:
+        print(f"warning: {problem}", flush=True)
+
+
 def make_sampler(
-    system: System, config: SamplingConfig, mesh: Mesh, with_experts: bool = False, with_gates: bool = False
+    system: System,
+    config: SamplingConfig,
+    mesh: Mesh,
+    with_experts: bool = False,
+    with_gates: bool = False,
+    not_finite: Callable[[str], None] = refuse,
 ) -> Sampler:
     """Returns a compiled function (params, tokens[B, L], null tokens[1, L], keys[B]) -> uint8 images [B, H, W, 3].
 
@@ -71,12 +89,18 @@ def make_sampler(
     each token, int32[B, steps, P, N] over solver steps (the first call of each) and sparse layers, in the pass with the
     caption. With `with_gates` it returns (images, gates): each expert's gate for each token, float32[B, steps, P, N,
     E], 0 where the expert did not take the token. The images are the same.
+
+    As bytes, a NaN is black. So `not_finite` is called with what to say where an image has a value that is not finite.
     """
     jitted = make_sample_step(system, config, mesh, with_experts, with_gates)
 
     def run(params: Params, tokens: ArrayLike, null_tokens: ArrayLike, keys: Array) -> Any:
         with jax.set_mesh(mesh):
-            return jitted(params, place_rows(mesh, tokens), null_tokens, place_rows(mesh, jax.random.key_data(keys)))
+            placed, key_data = place_rows(mesh, tokens), place_rows(mesh, jax.random.key_data(keys))
+            drawn, finite = jitted(params, placed, null_tokens, key_data)
+        if wrong := int((~np.asarray(finite)).sum()):
+            not_finite(f"{wrong} of {config.batch_size} images are not finite; {WHY_NOT_FINITE}")
+        return drawn
 
     return run
 
@@ -84,7 +108,10 @@ def make_sampler(
 def make_sample_step(
     system: System, config: SamplingConfig, mesh: Mesh, with_experts: bool = False, with_gates: bool = False
 ) -> jax.stages.Wrapped:
-    """Returns the jitted function of `make_sampler`. It takes arrays on the mesh, and the data of the keys, [B, K]."""
+    """Returns the jitted function of `make_sampler`. It takes arrays on the mesh, and the data of the keys, [B, K].
+
+    It returns what the sampler returns, and bool[B]: whether all values of an image are finite.
+    """
     check_sampling(config, system.parts.denoiser, mesh)
     if with_experts and with_gates:
         raise ValueError("with_experts and with_gates: ask for one, gates say how many experts took a token")
@@ -98,10 +125,18 @@ def make_sample_step(
         noise = sample_noise(keys, system.config.latent_shape)
         velocity = _velocity(model, config, tokens, null_tokens, with_experts, with_gates)
         latents, routing = solve(config, velocity, noise, keys)
-        images = to_bytes(model.autoencoder.decode(latents)) if system.config.has_images else latents
-        return images if routing is None else (images, jnp.moveaxis(routing, 2, 0))
+        images = model.autoencoder.decode(latents) if system.config.has_images else latents
+        finite = are_finite(images)
+        images = to_bytes(images) if system.config.has_images else images
+        return images if routing is None else (images, jnp.moveaxis(routing, 2, 0)), finite
 
-    return jax.jit(sample, in_shardings=(system.shardings(mesh), rows, None, rows), out_shardings=rows)
+    shardings = (system.shardings(mesh), rows, None, rows)
+    return jax.jit(sample, in_shardings=shardings, out_shardings=(rows, replicated(mesh)))
+
+
+def are_finite(images: Float[Array, "B h w c"]) -> Bool[Array, " B"]:
+    """Returns whether all values of each image are finite."""
+    return jnp.isfinite(images).all(axis=(1, 2, 3))
 
 
 def solve(

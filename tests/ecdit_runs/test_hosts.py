@@ -11,8 +11,9 @@ from launch.local import launch
 from tests.runs import tiny
 
 SOURCES = "ecdit's sources"
-# A run of the toy; its data differs between the processes.
+# A run of the toy; its data, or the file of prompts to evaluate, differs between the processes.
 DIFFERENT = """
+import os
 import sys
 from pathlib import Path
 import jax
@@ -23,30 +24,46 @@ from tests.checkpoints.toy import Toy
 class Different(Toy):
     def workload(self, experiment):
         import dataclasses
-        prepared = lambda: [f"data of {jax.process_index() * int(sys.argv[2])}"]
+        prepared = lambda: [f"data of {jax.process_index() * ('data' in sys.argv[2:])}"]
         return dataclasses.replace(super().workload(experiment), prepare_data=prepared)
 
 def main(argv):
     runtime.configure(runtime.RuntimeConfig((), (), False, "", distributed=False, heartbeat_seconds=100))
-    code = Different(Path(sys.argv[1])).train(num_steps=2, every=2, mesh__data=2)
+    here = Path(sys.argv[1] + f".{jax.process_index()}")  # the working directory of this host
+    here.mkdir()
+    if "prompts" not in sys.argv[2:] or jax.process_index() == 0:
+        (here / "prompts.txt").write_text("tiger")
+    os.chdir(here)
+    evaluation = {"evaluation__prompts": "prompts.txt", "evaluation__every": 9, "evaluation__loss_images": 0}
+    code = Different(Path(sys.argv[1])).train(num_steps=2, every=2, mesh__data=2, **evaluation)
     print("ENDED", code, flush=True)
 
 run_command(main, words=True)
 """
 
 
-@pytest.mark.parametrize("differ", [1, 0])
-def test_hosts_with_different_data_end_before_the_first_step_and_say_so(tmp_path, monkeypatch, differ):
+@pytest.mark.parametrize(
+    ("differ", "said"),
+    [
+        ("data", ["  data of phase 1: process 1 (host ", "has data of 1, most have data of 0 "]),
+        (
+            "prompts",
+            ["  evaluation.prompts=prompts.txt: process 1 (host ", "has no file that can be read"],
+        ),
+        ("nothing", []),
+    ],
+)
+def test_hosts_with_different_data_end_before_the_first_step_and_say_so(tmp_path, monkeypatch, differ, said):
     for name in ("XLA_FLAGS", "JAX_NUMPY_RANK_PROMOTION"):
         monkeypatch.delenv(name, raising=False)
-    command = [sys.executable, "-c", DIFFERENT, str(tmp_path / "run"), str(differ)]
+    command = [sys.executable, "-c", DIFFERENT, str(tmp_path / "run"), differ]
     code = launch(command, processes=2, devices=1, log_dir=tmp_path / "logs")
     logs = [(tmp_path / f"logs/process_{i}.log").read_text() for i in range(2)]
-    assert (code != 0) == bool(differ), logs
-    if differ:
+    assert (code != 0) == bool(said), logs
+    if said:
         for log in logs:
-            assert "error: the hosts would not train the same:\n  data of phase 1: process 1 (host " in log
-            assert "has data of 1, most have data of 0 " in log
+            for text in ("error: the hosts would not train the same:\n" + said[0], said[1]):
+                assert text in log
         assert not (tmp_path / "run").exists()
     else:
         assert "ENDED 0" in logs[0]

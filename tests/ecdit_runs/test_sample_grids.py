@@ -3,12 +3,18 @@
 import functools
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
+from ecdit import multihost
+from ecdit.errors import UserError
+from ecdit.runs import evaluator as evaluations
 from ecdit.runs import sample_grids as samples
+from ecdit.runs.evaluator import Evaluator
 from ecdit.runs.sample_grids import SampleWriter, beside_targets
+from ecdit.sampling.sampler import warn
 from ecdit.system import make_system
 from tests.runs import tiny
 
@@ -50,7 +56,7 @@ def test_each_caption_stands_under_the_image_that_was_drawn_of_it(ffn, tmp_path,
     monkeypatch.setattr(samples, "sample_captions", lambda _, count: [CAPTIONS[i] for i in chosen[:count]])
     targets = {i: None if i == 3 else np.full((2, 2, 3), 100 + i, np.uint8) for i in chosen}
     monkeypatch.setattr(samples, "sample_targets", lambda _, count: [targets[i] for i in chosen[:count]])
-    monkeypatch.setattr(samples, "make_sampler", lambda *_: sampler)
+    monkeypatch.setattr(samples, "make_sampler", lambda *_, not_finite: sampler if not_finite is warn else None)
     experiment = tiny(model__ffn=ffn, sampling__num_grid=7, sampling__batch_size=4)
     system = make_system(experiment.system)
     files = SampleWriter(experiment.data, experiment.sampling, system, SimpleNamespace(), tmp_path).write("ema", 12)
@@ -71,3 +77,22 @@ def test_a_grid_without_targets_of_the_samples_size_has_only_the_samples(targets
     images = np.arange(2 * 2 * 2 * 3, dtype=np.uint8).reshape(2, 2, 2, 3)
     cells, captions, columns = beside_targets(images, ["a", "b"], targets)
     assert (cells.tolist(), captions, columns) == (images.tolist(), ["a", "b"], 0)
+
+
+def test_where_the_first_process_cannot_write_no_other_goes_on(tmp_path, monkeypatch):
+    """It would wait for the first one in the next step until it is aborted, and the exit codes would differ."""
+    writer, evaluator = object.__new__(SampleWriter), object.__new__(Evaluator)
+    images = np.zeros((1, 2, 2, 3), np.uint8)
+    for name, value in {"directory": tmp_path, "prompts": ["owl"], "tokenize": None, "sampling": None}.items():
+        setattr(writer, name, value)
+    writer.sampler, writer.targets, writer.with_experts = None, [None], False
+    evaluator.config, evaluator.workdir, evaluator.rows = tiny().evaluation, tmp_path, None
+    evaluator.prompts, evaluator.tokenize, evaluator.sampling, evaluator.prompt_sampler = ["owl"], None, None, None
+    for module in (samples, evaluations):
+        monkeypatch.setattr(module, "sample_images", lambda *_: images)
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    monkeypatch.setattr(multihost, "anywhere", lambda error: UserError("process 0 cannot"))
+    for act in (writer.write, evaluator.evaluate):
+        with pytest.raises(UserError, match="process 0 cannot"):
+            act({}, 2)
+    assert list(tmp_path.iterdir()) == []

@@ -135,9 +135,26 @@ def test_captions_come_from_the_manifest_or_from_lines(tmp_path):
         captioned(tmp_path, None)
     (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"finished": True}))
     assert captioned(tmp_path, None) == [(tmp_path / "images/0.png", "a cat")]
+    (tmp_path / "x.png").touch()
     (tmp_path / "items.jsonl").write_text('{"file": "x.png", "caption": "b"}\n{"file": "y.png"}\n')
     with pytest.raises(UserError, match="line 2: caption is missing"):
         captioned(tmp_path, tmp_path / "items.jsonl")
+    (tmp_path / "items.jsonl").write_text('{"file": "x.png", "caption": "b"}\n{"file": "y.png", "caption": "c"}\n')
+    with pytest.raises(UserError, match=r"items\.jsonl, line 2: file = 'y\.png': must be an image under --images="):
+        captioned(tmp_path, tmp_path / "items.jsonl")
+
+
+def test_a_cosine_that_is_not_finite_is_named_by_its_image(folder, images):
+    """Embeddings that are 0 have none."""
+    clip, calls = read_clip(folder[0]), []
+
+    def see(pixels):
+        calls.append(pixels)
+        return clip.see(pixels) * (len(calls) < 2)
+
+    pairs = [(images[0] / f"{i}.png", "a") for i in range(4)]
+    with pytest.raises(UserError, match=r"2\.png: its cosine with 'a' is not finite"):
+        clip_scores(dataclasses.replace(clip, see=see), pairs, 2)
 
 
 def test_no_images_are_refused(folder):

@@ -159,6 +159,7 @@ def test_float16_features_are_added_in_float64():
         ([np.zeros((2, 0))], r"shape \[2, 0\]"),
         ([np.zeros((2, 3)), np.array([[0.0, 1, 2], [0, np.nan, 2]])], r"features\[3, 1\] = nan: must be finite"),
         ([np.array([[0.0, np.inf], [0, 1]])], r"features\[0, 1\] = inf"),
+        ([np.array([[0.0, 1], [-1e51, 1]])], r"features\[1, 0\] = -1e\+51: must be finite, at most 1e\+50"),
         ([np.zeros((2, 3), complex)], "dtype complex128: must be real"),
     ],
 )
@@ -170,6 +171,16 @@ def test_features_without_moments_are_refused(shards, said):
 def test_sets_of_two_networks_are_refused():
     with pytest.raises(UserError, match="3 and 4 dimensions"):
         frechet_distance(np.eye(3), np.eye(4))
+
+
+def test_of_another_program_s_file_only_the_moments_are_read(tmp_path):
+    """Reference batches of diffusion models hold gigabytes of images, and labels that only pickle could read."""
+    mean, covariance = np.arange(3, dtype=">f4"), np.eye(3, dtype=np.float16)
+    np.savez(tmp_path / "a.npz", arr_0=np.array([None, {}], object), mu=mean, sigma=covariance)
+    read = read_moments(tmp_path / "a.npz")
+    assert (read.mean.dtype, read.covariance.dtype) == (np.float64, np.float64)
+    np.testing.assert_array_equal(read.mean, [0, 1, 2])
+    np.testing.assert_array_equal(read.covariance, np.eye(3))
 
 
 def test_moments_come_back_from_their_file(tmp_path):
@@ -198,6 +209,12 @@ def test_a_file_of_pytorch_fid_says_no_count(tmp_path):
         ({"mu": np.array([np.nan, 0]), "sigma": np.eye(2)}, "must be finite"),
         ({"mu": np.array(["a", "b"]), "sigma": np.eye(2)}, "mu has dtype <U1; it must be real"),
         ({"mu": np.zeros(2), "sigma": np.array([[1.0, 0.5], [0, 1]])}, "not symmetric"),
+        ({"mu": np.zeros(2), "sigma": -np.eye(2)}, "a variance below 0"),
+        ({"mu": np.zeros(2), "sigma": 1e200 * np.eye(2)}, r"must be finite, at most 1e\+50 and 1e\+100"),
+        ({"mu": np.zeros(0), "sigma": np.zeros((0, 0))}, r"shapes \[0\] and \[0, 0\]"),
+        ({"mu": np.zeros(2), "sigma": np.eye(2), "count": np.array([5, 6])}, "count = .*: must be a whole number"),
+        ({"mu": np.zeros(2), "sigma": np.eye(2), "count": np.nan}, "count = nan: must be a whole number"),
+        ({"mu": np.zeros(2), "sigma": np.eye(2), "count": -5}, "count = -5: must be a whole number"),
     ],
 )
 def test_files_that_hold_no_moments_are_refused(tmp_path, arrays, said):

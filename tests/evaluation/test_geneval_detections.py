@@ -272,6 +272,10 @@ def test_lines_of_another_detector_are_not_continued(folder, tmp_path):
     first.close()
     with pytest.raises(UserError, match=r"detections\.jsonl\.part: is of another detector"):
         next(look(samples(folder), lambda image: EVERYWHERE, None, {"detector": "b"}, out))
+    with (tmp_path / "detections.jsonl.part").open("a") as file:
+        file.write("\0\0\n")  # a power failure
+    with pytest.raises(UserError, match=r"detections\.jsonl\.part: is damaged .* remove it to begin again"):
+        next(look(samples(folder), lambda image: EVERYWHERE, None, {"detector": "a"}, out))
 
 
 @pytest.mark.parametrize(

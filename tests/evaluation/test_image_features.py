@@ -125,6 +125,22 @@ def test_an_unreadable_image_is_named(folder):
         list(image_features(image_files(folder, "--images"), MEANS, 2))
 
 
+@pytest.mark.parametrize("pixel", [np.uint16(40_000), np.int32(40_000), np.float32(0.5)], ids=["I;16", "I", "F"])
+def test_images_that_pillow_would_clip_to_white_or_black_are_refused(tmp_path, pixel):
+    path = tmp_path / "deep.tif"
+    Image.fromarray(np.full((4, 4), pixel)).save(path)
+    for read in (read_image, read_upright, lambda path: check_sizes([path], "--images")):
+        with pytest.raises(UserError, match=r"deep\.tif: has mode .*, of more than 8 bits"):
+            read(path)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK"])
+def test_images_of_eight_bits_are_read_in_rgb(tmp_path, mode):
+    grey = 255 if mode == "1" else 204  # which Pillow's palette has
+    Image.new("RGB", (4, 4), (grey, grey, grey)).convert(mode).save(tmp_path / "a.tif")
+    assert (read_image(tmp_path / "a.tif") == grey).all()
+
+
 def test_features_that_are_not_finite_are_named_by_their_image(folder):
     extractor = MEANS._replace(features=lambda images: np.where(images == 40, np.nan, images).mean(axis=(1, 2)))
     with pytest.raises(UserError, match=r"images/4\.png: its features are not finite; means"):
@@ -184,7 +200,7 @@ def commands(folder, tmp_path, monkeypatch):
     return measure
 
 
-def test_distances_of_images_name_their_preparation(commands, tmp_path):
+def test_distances_of_images_name_their_preparation(commands, tmp_path, capsys):
     found = commands("frechet", f"--save={tmp_path}/a.npz")
     assert found.pop("frechet") > 0
     expected = {"extractor": "means, clean-fid", "preprocessing": "clean-fid", "dimensions": 3}
@@ -193,6 +209,10 @@ def test_distances_of_images_name_their_preparation(commands, tmp_path):
     assert commands("frechet", reference=tmp_path / "a.npz")["frechet"] == pytest.approx(0, abs=1e-9)
     with pytest.raises(UserError, match=r"--reference: its features are of 'means, clean-fid', .*'means, pytorch-fid'"):
         commands("frechet", "--preprocessing=pytorch-fid", reference=tmp_path / "a.npz")
+    assert "does not say" not in capsys.readouterr().out
+    np.savez(tmp_path / "theirs.npz", mu=np.zeros(3), sigma=np.eye(3))
+    commands("frechet", reference=tmp_path / "theirs.npz")
+    assert "--reference does not say what its features are of" in capsys.readouterr().out
     saved = (f"--features={tmp_path}/a.npz", f"--reference={tmp_path}/real", "--inception=x")
     run("frechet", *saved)
     with pytest.raises(UserError, match=r"--reference: .*'means, pytorch-fid', .* of 'means, clean-fid'"):

@@ -66,7 +66,7 @@ def test_long_values_are_cut_in_messages():
 
 
 def test_a_result_that_is_no_number_is_not_written():
-    with pytest.raises(ValueError, match="not JSON compliant"):
+    with pytest.raises(UserError, match=r"a number that is not finite: .*not JSON compliant"):
         json_text({"overall": float("nan")})
 
 

@@ -8,13 +8,14 @@ from ecdit.commands import paper
 from ecdit.commands.paper import Row, coco, read_results, table
 from ecdit.errors import UserError
 
-GENEVAL = {"overall": 0.5, "tasks": {"two_object": 0.25, "color_attr": 0.125, "position": 0.75}}
+TASKS = {"two_object": 0.25, "color_attr": 0.125, "position": 0.75, "single_object": 1, "counting": 0.5, "colors": 0.5}
+GENEVAL = {"overall": 0.5, "tasks": TASKS}
 
 
 def test_results_stand_beside_the_paper_s_numbers(tmp_path):
     (tmp_path / "geneval.json").write_text(json.dumps(GENEVAL))
     (tmp_path / "dsg.json").write_text('{"overall": 0.7, "items": {}}')
-    (tmp_path / "fid.json").write_text('{"frechet": 12.5}')
+    (tmp_path / "fid.json").write_text('{"frechet": 12.5, "samples": 5000, "extractor": "Inception, clean-fid"}')
     rows = {row.name: row for row in read_results(tmp_path)}
     assert rows["GenEval, overall, %"] == Row("GenEval, overall, %", "71.68 (abstract)", 50.0, "")
     ours = [rows[f"GenEval, {name}, %"].ours for name in ("two objects", "colour attribution", "position")]
@@ -22,13 +23,29 @@ def test_results_stand_beside_the_paper_s_numbers(tmp_path):
     assert rows["DSG, %"].ours == pytest.approx(70)
     assert "judge is not public" in rows["DSG, %"].missing
     assert (rows["FID, COCO-30K"].paper, rows["FID, COCO-30K"].ours) == ("not known", 12.5)
+    assert rows["FID, COCO-30K"].missing.startswith("5000 samples, Inception, clean-fid;")
     assert (rows["DPG-Bench"].paper, rows["DPG-Bench"].ours) == ("none", None)
     assert "dpg-score --json=dpg.json" in rows["DPG-Bench"].missing
 
 
-def test_a_file_that_is_another_result_is_refused(tmp_path):
-    (tmp_path / "geneval.json").write_text('{"am": 3}')
-    with pytest.raises(UserError, match=r"geneval\.json: is no result for GenEval, overall, %: KeyError"):
+def test_what_a_result_lacks_is_said_and_the_rest_of_it_read(tmp_path):
+    (tmp_path / "geneval.json").write_text('{"overall": 0.5, "tasks": {"two_object": 0.5}}')
+    (tmp_path / "dsg.json").write_text('{"overall": null, "items": {"a": null}}')
+    rows = {row.name: row for row in read_results(tmp_path)}
+    assert (rows["GenEval, two objects, %"].ours, rows["GenEval, position, %"].ours) == (50.0, None)
+    assert rows["GenEval, position, %"].missing == f"{tmp_path / 'geneval.json'} has none"
+    missing = "single_object, counting, colors, position, color_attr"
+    assert rows["GenEval, overall, %"].missing == f"does not compare: there are no images of {missing}"
+    assert (rows["DSG, %"].ours, rows["DSG, %"].missing) == (None, f"{tmp_path / 'dsg.json'} has none")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [('{"am": 3}', "KeyError"), ("[]", "TypeError"), ('{"overall": NaN, "tasks": {}}', "must be finite")],
+)
+def test_a_file_that_is_another_result_is_refused(tmp_path, text, said):
+    (tmp_path / "geneval.json").write_text(text)
+    with pytest.raises(UserError, match=rf"geneval\.json: is no result for GenEval, overall, %: .*{said}"):
         read_results(tmp_path)
 
 
@@ -49,6 +66,18 @@ def test_the_run_s_own_scores_are_computed_or_said_to_be_missing(monkeypatch, tm
     loss, retrieval = paper.own(tmp_path, 20)
     assert (loss.ours, loss.missing) == (None, "the data has no record in the split held_out")
     assert (retrieval.name, retrieval.ours) == ("retrieval, R@1, %", 20.0)
+
+
+def test_shapes_that_cannot_be_drawn_are_a_row_and_not_the_end_of_the_table(monkeypatch, tmp_path):
+    from tests.runs import tiny
+
+    def refused(*_):
+        raise UserError("no such checkpoint")
+
+    monkeypatch.setattr(paper, "saved_experiment", lambda workdir: tiny(data__task="shapes"))
+    monkeypatch.setattr(paper, "loss", refused)
+    monkeypatch.setattr(paper, "shapes", refused)
+    assert [(row.ours, row.missing) for row in paper.own(tmp_path, 20)] == [(None, "no such checkpoint")] * 2
 
 
 def test_the_table_has_a_row_for_each():

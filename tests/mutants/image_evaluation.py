@@ -109,4 +109,11 @@ MUTANTS = (
         "if size[0] != first[1][0]:",
         _features("test_mixed_sizes_are_refused_with_two_examples"),
     ),
+    Mutant(
+        _FILES,
+        '_CLIPPED_MODES = ("I", "F", "I;16",',
+        '_CLIPPED_MODES = ("I", "F",',
+        _features("test_images_that_pillow_would_clip_to_white_or_black_are_refused"),
+        "a 16-bit grey image is white",
+    ),
 )

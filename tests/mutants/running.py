@@ -248,8 +248,33 @@ MUTANTS = (
         _RUN,
         "    if differences := host_differences(facts):",
         "    if (differences := host_differences(facts)) and not facts:",
-        _tests("ecdit_runs/test_hosts", "test_hosts_with_different_data_end_before_the_first_step_and_say_so"),
+        _tests(
+            "ecdit_runs/test_hosts", "test_hosts_with_different_data_end_before_the_first_step_and_say_so[data-said0]"
+        ),
         "hosts train on different data",
+    ),
+    Mutant(
+        _RUN,
+        " | host_facts(experiment.evaluation)",
+        "",
+        _tests(
+            "ecdit_runs/test_hosts",
+            "test_hosts_with_different_data_end_before_the_first_step_and_say_so[prompts-said1]",
+        ),
+        "a host without the file of prompts ends alone, and the others wait for it",
+    ),
+    Mutant(
+        "ecdit/runs/sample_grids.py",
+        "on_first(save)",
+        "save()",
+        _tests("ecdit_runs/test_sample_grids", "test_where_the_first_process_cannot_write_no_other_goes_on"),
+        "a full disk ends the first process alone",
+    ),
+    Mutant(
+        "ecdit/runs/evaluator.py",
+        "on_first(write)",
+        "write()",
+        _tests("ecdit_runs/test_sample_grids", "test_where_the_first_process_cannot_write_no_other_goes_on"),
     ),
     Mutant(
         _LOOP,

@@ -16,6 +16,20 @@ def _tests(file: str, *names: str) -> tuple[str, ...]:
 
 MUTANTS = (
     Mutant(
+        _MOMENTS,
+        "usable = np.abs(part) <= LARGEST",
+        "usable = np.isfinite(part)",
+        _tests("frechet", "test_features_without_moments_are_refused"),
+        "distances overflow, and all are inside of a ball that is infinite",
+    ),
+    Mutant(
+        _MOMENTS,
+        "for key in keys if key in file.files}",
+        "for key in file.files}",
+        _tests("frechet", "test_of_another_program_s_file_only_the_moments_are_read"),
+        "a reference batch's images, some gigabytes, are read too",
+    ),
+    Mutant(
         _GENEVAL,
         "order = np.argsort(scores)[::-1]",
         "order = np.argsort(scores)",

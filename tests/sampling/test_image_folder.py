@@ -7,7 +7,7 @@ import pytest
 
 from ecdit.errors import UserError
 from ecdit.sampling.grids import save_png
-from ecdit.sampling.image_folder import begin_folder, check_folder, finish_folder, is_done, is_finished
+from ecdit.sampling.image_folder import alone_in, begin_folder, check_folder, finish_folder, is_done, is_finished
 from ecdit.sampling.layouts import Planned
 
 SOURCE, MACHINE = {"step": 3, "sampling": {"seed": 1}}, {"device": "cpu"}
@@ -22,7 +22,8 @@ def test_an_unfinished_folder_is_gone_on_with_by_the_same_call_alone(tmp_path):
     begin_folder(out, planned("a"), SOURCE, MACHINE)
     begin_folder(out, planned("a"), SOURCE, MACHINE)
     other = {"step": 3, "sampling": {"seed": 2}}
-    for images, source, differs in ((planned("b"), SOURCE, "images"), (planned("a"), other, "sampling")):
+    cases = [(planned("b"), SOURCE, "images;"), (planned("a"), other, r"sampling\.seed \(1 there, 2 here\);")]
+    for images, source, differs in cases:
         with pytest.raises(UserError, match=f"the unfinished images of another call, which differs in {differs}"):
             begin_folder(out, images, source, MACHINE)
     save_png(np.zeros((8, 8, 3), np.uint8), out / "00000.png")
@@ -33,6 +34,27 @@ def test_an_unfinished_folder_is_gone_on_with_by_the_same_call_alone(tmp_path):
     assert not is_done(out, planned("a"), other)
     with pytest.raises(UserError, match="holds finished images"):
         begin_folder(out, planned("a"), SOURCE, MACHINE)
+
+
+def test_a_run_that_has_moved_is_the_same_run(tmp_path):
+    for place in ({"workdir": "runs/a"}, {"workdir": "/home/me/runs/a"}, {"folder": "a"}):
+        begin_folder(tmp_path / "out", planned("a"), SOURCE | place, MACHINE)
+
+
+def test_two_calls_do_not_draw_into_one_folder_at_once(tmp_path):
+    """Each would remove what the other is writing."""
+    busy = pytest.raises(UserError, match="another process is drawing into it")
+    with alone_in(tmp_path), busy, alone_in(tmp_path):
+        pass
+    with alone_in(tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_image_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "00000.png").write_bytes(b"\x89PNG\r\n\x1a\nnone")
+    with pytest.raises(UserError, match=r"00000\.png: cannot be read as an image"):
+        finish_folder(tmp_path, planned("a"))
 
 
 def test_the_machines_of_all_calls_are_kept(tmp_path):
@@ -55,7 +77,10 @@ def test_an_image_is_finished_if_it_is_whole(tmp_path):
     save_png(np.zeros((8, 8, 3), np.uint8), whole)
     assert is_finished(whole)
     data = whole.read_bytes()
-    for name, part in {"cut": data[:-1], "start": data[:4], "empty": b"", "no png": b"x" + data[1:]}.items():
+    parts = {"cut": data[:-1], "start": data[:4], "empty": b"", "no png": b"x" + data[1:], "longer": data + b"x"}
+    parts["without its middle"] = data[:50] + data[54:]
+    parts["with another byte"] = data[:50] + bytes([data[50] ^ 1]) + data[51:]
+    for name, part in parts.items():
         (tmp_path / name).write_bytes(part)
         assert not is_finished(tmp_path / name), name
     assert not is_finished(tmp_path / "missing")

@@ -40,6 +40,11 @@ def test_each_kind_is_told_by_its_file(tmp_path):
     assert texts(tmp_path, "g.txt", line, "dpg") == ("dpg", [("a cow", "12")])
 
 
+def test_a_row_of_parti_s_columns_is_a_line_to_every_editor(tmp_path):
+    prompts = "Prompt\tNote\r\na\u2028b\t\x0c\r\nc\x85d\t\n"
+    assert texts(tmp_path, "b.tsv", prompts) == ("parti", [("a\u2028b", ""), ("c\x85d", "")])
+
+
 def test_dpg_s_folder_of_texts_is_read_by_name(tmp_path):
     for name, text in {"b": "second\n", "a": "first,\nlong"}.items():
         (tmp_path / f"{name}.txt").write_text(text)
@@ -54,6 +59,8 @@ def test_dpg_s_folder_of_texts_is_read_by_name(tmp_path):
         ("a.tsv", "Prompt\tCategory\na\n", "line 2: has 1 columns, the header 2"),
         ("a.json", "{}", "annotations"),
         ("a.json", '{"annotations": [{"image_id": 1}]}', "KeyError: 'caption'"),
+        ("a.json", '{"annotations": [{"image_id": 1, "caption": null}]}', "image 1 = None: must be a string"),
+        ("a.jsonl", '{"item_id": "1", "prompt": "a \\ud83d"}', r"prompt 1 = 'a \\ud83d': is no Unicode text"),
         ("a.jsonl", '{"text": "a"}', "its first line has text; known are"),
         ("a.jsonl", "[]", r"line 1: \[\]: must be a JSON object"),
         ("a.jsonl", json.dumps(GENEVAL) + '\n{"prompt": "a"}', "line 2: tag is missing"),

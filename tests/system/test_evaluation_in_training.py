@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from ecdit.errors import UserError
 from ecdit.partitioning import make_mesh
 from ecdit.runs.evaluator import Evaluator, scalars
 from ecdit.system import make_system
@@ -120,6 +121,19 @@ def test_each_part_is_compiled_once(emoji_data, asked, tmp_path):
     assert compiled == []
     assert one.scalars == again.scalars != two.scalars
     assert one.files["prompts"].read_bytes() == again.files["prompts"].read_bytes() != two.files["prompts"].read_bytes()
+
+
+def test_prompts_that_are_cut_or_missing_are_said_before_the_first_step(emoji_data, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("tiger\n" + 40 * "red heart " + "\n")
+    asked = {"evaluation__every": 2, "evaluation__loss_images": 0, "data__directory": str(emoji_data), "mesh__data": 1}
+    experiment = tiny(**asked, evaluation__prompts=str(tmp_path / "prompts.txt"))
+    mesh = make_mesh(experiment.mesh, jax.devices()[:1])
+    Evaluator(experiment, mesh, tmp_path)
+    (said,) = capsys.readouterr().out.splitlines()
+    assert said.startswith(f"warning: evaluation.prompts={tmp_path}/prompts.txt: prompt 'red heart red heart")
+    (tmp_path / "prompts.txt").unlink()
+    with pytest.raises(UserError, match=r"evaluation\.prompts=.*: .*No such file"):
+        Evaluator(experiment, mesh, tmp_path)
 
 
 def test_numbers_have_names():

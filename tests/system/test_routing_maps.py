@@ -15,7 +15,7 @@ from ecdit.system import make_system
 from tests.forking import run_forked
 from tests.runs import command, keep_small_tokenizer, run, save_ema, tiny
 
-PROMPTS = ["red heart", "tiger", "<b>owl</b>"]
+PROMPTS = ["red heart", "<b>owl</b>", "red heart"]
 
 
 def make_run(workdir, data, **changes):
@@ -53,7 +53,8 @@ def test_it_writes_arrays_tables_maps_and_a_page(workdir, prompts, tmp_path, cpu
     assert len(lines) == 1 + 2 + 1  # a line for each sparse layer
 
     opened = open_run(workdir)
-    repeated, repeats = [prompt for prompt in PROMPTS for _ in range(2)], [0, 1] * 3
+    repeated = [prompt for prompt in PROMPTS for _ in range(2)]
+    repeats = [0, 1, 0, 1, 2, 3]  # the prompt that stands there twice goes on, as in ecdit.sample
     images, counts = sample_run(opened, repeated, repeats, with_experts=True)
     with np.load(out / "routing.npz") as arrays:
         found = dict(arrays)

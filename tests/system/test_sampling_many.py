@@ -10,9 +10,11 @@ import jax
 import numpy as np
 import pytest
 
+from ecdit import multihost
 from ecdit.config import to_dict
 from ecdit.data.prepared import prompt_tokens
 from ecdit.data.tokens import hash_files, tokenizer_files
+from ecdit.errors import UserError
 from ecdit.partitioning import make_mesh
 from ecdit.runs import sample_folder
 from ecdit.runs.sample_folder import draw_folder, whole_batches
@@ -98,6 +100,27 @@ def test_an_image_is_bitwise_the_same_in_any_list(drawing, images):
     order = [8, 3, 1, 9, 0]
     np.testing.assert_array_equal(drawing([PROMPTS[i] for i in order], [REPEATS[i] for i in order]), images[order])
     assert len({image.tobytes() for image in images}) == len(PROMPTS)
+
+
+def test_an_image_that_is_not_finite_is_named_and_not_drawn_black(drawing):
+    """The state of one caption is NaN, as an encoder whose numbers overflow makes it."""
+
+    def overflowing(params, tokens):
+        states = drawing.programs.encode(params, tokens)
+        return jax.tree.map(lambda x: x.at[1].set(np.nan) if x.dtype.kind == "f" else x, states)
+
+    programs = drawing.programs._replace(encode=overflowing)
+    prompts, repeats = [*["red heart"] * 5, "tiger", "owl"], [*range(5), 7, 0]
+    batches = draw_images(programs, drawing.params, drawing.tokenize, prompts, repeats)
+    assert [place for place, _ in next(batches).images] == [0, 1, 2, 3]
+    with pytest.raises(UserError, match="the image of 'tiger', repeat 7, is not finite"):
+        next(batches)
+
+
+def test_weights_that_are_not_finite_are_no_black_images(drawing):
+    broken = jax.tree.map(lambda x: x * np.float32(np.nan), drawing.params)
+    with pytest.raises(UserError, match="4 of 4 images are not finite"):
+        sample_images(drawing.one_program, broken, drawing.tokenize, ["owl"], [0], drawing.sampling)
 
 
 @pytest.fixture(scope="module")
@@ -206,27 +229,46 @@ def test_a_batch_whose_images_compete_is_drawn_again_as_it_was():
     assert np.flatnonzero(whole_batches(left, 1)).tolist() == [1, 7, 9]
 
 
-def test_a_folder_counts_as_finished_only_after_all_that_is_made_of_its_images(tmp_path, monkeypatch):
-    """Else what a kill leaves out, such as a benchmark's grids, would never be written."""
-    drawn = lambda *inputs: iter([Drawn([(i, pixels) for i in range(len(inputs[3]))], len(inputs[3]))])  # noqa: E731
-    one, pixels = Planned(file="00000.png", prompt="owl", repeat=0, name=""), np.zeros((4, 4, 3), np.uint8)
+@pytest.fixture
+def pretended(monkeypatch):
+    """A run whose images are black; batches have one."""
+    pixels = np.zeros((4, 4, 3), np.uint8)
     monkeypatch.setattr(sample_folder, "machine", lambda run: {})
     monkeypatch.setattr(sample_folder, "make_programs", lambda *_: None)
-    monkeypatch.setattr(sample_folder, "draw_images", drawn)
+    monkeypatch.setattr(
+        sample_folder, "draw_images", lambda *given: (Drawn([(i, pixels)], 1) for i in range(len(given[3])))
+    )
     parts = SimpleNamespace(denoiser=SimpleNamespace(images_together=lambda mode: 1))
     experiment = SimpleNamespace(sampling=SimpleNamespace(batch_size=1))
-    run = SimpleNamespace(
+    return SimpleNamespace(
         system=SimpleNamespace(parts=parts), experiment=experiment, mesh=None, params=None, tokenize=None
     )
+
+
+def test_a_folder_counts_as_finished_only_after_all_that_is_made_of_its_images(tmp_path, pretended):
+    """Else what a kill leaves out, such as a benchmark's grids, would never be written."""
+    one = Planned(file="00000.png", prompt="owl", repeat=0, name="")
 
     def killed():
         assert is_finished(tmp_path / "out/00000.png")
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        draw_folder(run, tmp_path / "out", [one], {}, draw_after=killed)
+        draw_folder(pretended, tmp_path / "out", [one], {}, draw_after=killed)
     assert not json.loads((tmp_path / "out/manifest.json").read_text())["finished"]
     called = []
-    draw_folder(run, tmp_path / "out", [one], {}, draw_after=lambda: called.append(1))
+    draw_folder(pretended, tmp_path / "out", [one], {}, draw_after=lambda: called.append(1))
     assert called == [1]
     assert json.loads((tmp_path / "out/manifest.json").read_text())["finished"]
+
+
+def test_where_another_process_cannot_write_its_images_this_one_ends_too(tmp_path, pretended, monkeypatch):
+    """It would wait for the other one in the next batch until it is aborted."""
+    out = tmp_path / "out"
+    full = lambda error: UserError("process 1 cannot") if (out / "00000.png").exists() else error  # noqa: E731
+    monkeypatch.setattr(multihost, "anywhere", full)
+    planned = [Planned(file=f"{i:05d}.png", prompt="owl", repeat=i, name="") for i in range(2)]
+    with pytest.raises(UserError, match="process 1 cannot"):
+        draw_folder(pretended, out, planned, {})
+    assert is_finished(out / "00000.png")
+    assert not (out / "00001.png").exists()
