@@ -132,8 +132,15 @@ MUTANTS = (
     ),
     Mutant(
         _LOCK,
+        'if hasattr(time, "CLOCK_BOOTTIME")',
+        "if False",
+        _tests("ecdit_runs/test_lock", "test_in_a_bucket_a_lease_ages_while_its_machine_is_suspended"),
+        "a suspended machine that wakes up writes into the run of the trainer that took over",
+    ),
+    Mutant(
+        _LOCK,
         "                self.generation, self.renewed = renewed, sent",
-        "                self.generation, self.renewed = renewed, time.monotonic()",
+        "                self.generation, self.renewed = renewed, _clock()",
         _tests("ecdit_runs/test_lock", "test_in_a_bucket_a_renewal_counts_from_when_it_was_sent"),
     ),
     Mutant(
