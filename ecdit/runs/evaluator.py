@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -67,11 +67,11 @@ class Evaluator:
             found = np.array(_record(self.workdir, step).exists())
         return bool(from_first(found))
 
-    def evaluate(self, params: Params, step: int) -> Evaluated:
-        """Evaluates weights; writes evaluations/step_XXXXXXXX.json, and the images. Collective.
+    def evaluate(self, params: Params, step: int, permit: Callable[[], None] = lambda: None) -> Evaluated:
+        """Evaluates weights, calls `permit`, and writes evaluations/step_XXXXXXXX.json and the images. Collective.
 
         Raises:
-          UserError: a file cannot be written.
+          UserError: a file cannot be written; or another error that `permit` raises.
         """
         found: dict[str, Any] = {}
         if self.rows is not None:
@@ -82,6 +82,7 @@ class Evaluator:
         images = self._draw_prompts(params)
         files = {} if images is None else {"prompts": self.workdir / EVALUATIONS / f"step_{step:08d}.png"}
         if jax.process_index() == 0:
+            permit()
             with writing(self.workdir / EVALUATIONS):
                 make_directory(self.workdir / EVALUATIONS)
                 if images is not None:

@@ -36,8 +36,11 @@ from ecdit.training.step import Batch, Metrics, make_gradients, make_train_step
 class ImageWriter(Protocol):
     """Draws and writes the images of a step."""
 
-    def write(self, params: Params, step: int) -> Mapping[str, Path]:
-        """Writes them, and returns the files by name; all processes call it."""
+    def write(self, params: Params, step: int, permit: Callable[[], None]) -> Mapping[str, Path]:
+        """Writes them, and returns the files by name; all processes call it.
+
+        Drawing takes minutes, so it calls `permit` before it writes, which raises if it must not (see `runs.lock`).
+        """
         ...
 
 
@@ -48,8 +51,8 @@ class StepEvaluator(Protocol):
         """Returns whether an earlier start has done so; all processes call it."""
         ...
 
-    def evaluate(self, params: Params, step: int) -> Evaluated:
-        """Evaluates and records it; all processes call it."""
+    def evaluate(self, params: Params, step: int, permit: Callable[[], None]) -> Evaluated:
+        """Evaluates and records it; all processes call it. It calls `permit` as `ImageWriter.write` does."""
         ...
 
 

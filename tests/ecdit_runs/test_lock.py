@@ -275,6 +275,18 @@ def test_in_a_bucket_no_image_is_drawn_under_a_lease_that_may_have_ended(bucket,
     assert toy.drawn == {}
 
 
+@pytest.mark.parametrize("of", [{"images_every": 2}, {"evaluation__every": 2, "evaluation__loss_images": 1}])
+def test_in_a_bucket_nothing_is_written_under_a_lease_that_has_ended_while_it_was_drawn(bucket, toy, monkeypatch, of):
+    _, _, toy.workdir = bucket
+    monkeypatch.setattr(lock, "LEASE_SECONDS", 300.0)
+    monkeypatch.setattr(storage, "CLOSE_SECONDS", 0.1)
+    toy.drawing = lambda: monkeypatch.setattr(lock, "LEASE_SECONDS", 0.0)
+    with pytest.raises((UserError, ConnectionError), match="could not be renewed"):
+        toy.train(num_steps=3, every=100, **of)
+    assert toy.drawn == {}
+    assert toy.evaluated == []
+
+
 def test_in_a_bucket_a_save_is_not_committed_under_a_lease_that_has_ended_meanwhile(bucket, toy, monkeypatch):
     store, _, toy.workdir = bucket
     monkeypatch.setattr(lock, "LEASE_SECONDS", 300.0)

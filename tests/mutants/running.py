@@ -7,6 +7,7 @@ _LOCK, _LOST, _LEDGER = (f"ecdit/runs/{name}.py" for name in ("lock", "lost_chec
 _TOKENIZER, _WEIGHTS = "ecdit/runs/kept_tokenizer.py", "ecdit/interop/weights.py"
 _RESTARTS = "test_a_run_that_is_stopped_in_an_outage_restarts_and_goes_on_when_it_is_over"
 _BOTH = "test_an_outage_of_one_of_two_processes_restarts_both"
+_DRAWN_MEANWHILE = "test_in_a_bucket_nothing_is_written_under_a_lease_that_has_ended_while_it_was_drawn"
 _REPLAY, _RUN, _LOOP = "ecdit/runs/replay.py", "ecdit/runs/training_run.py", "ecdit/training/loop.py"
 
 
@@ -129,6 +130,38 @@ MUTANTS = (
         '        self.lock.check_write()\n        say(f"drawing',
         '        self.lock.check()\n        say(f"drawing',
         _tests("ecdit_runs/test_lock", "test_in_a_bucket_no_image_is_drawn_under_a_lease_that_may_have_ended"),
+    ),
+    Mutant(
+        _RUN,
+        "evaluator.evaluate(sampling_params(state), step, self.lock.check_write)",
+        "evaluator.evaluate(sampling_params(state), step, self.lock.check)",
+        _tests("ecdit_runs/test_lock", _DRAWN_MEANWHILE),
+    ),
+    Mutant(
+        _RUN,
+        "images.write(sampling_params(state), step, self.lock.check_write)",
+        "images.write(sampling_params(state), step, self.lock.check)",
+        _tests("ecdit_runs/test_lock", _DRAWN_MEANWHILE),
+        "a trainer that lost its lease while it drew replaces another one's images",
+    ),
+    Mutant(
+        "ecdit/runs/sample_grids.py",
+        "            permit()\n",
+        "",
+        _tests("ecdit_runs/test_sample_grids", "test_a_grid_is_not_written_without_permission"),
+    ),
+    Mutant(
+        "ecdit/runs/evaluator.py",
+        "            permit()\n",
+        "",
+        _tests("system/test_evaluation_in_training", "test_an_evaluation_is_not_written_without_permission"),
+    ),
+    Mutant(
+        "ecdit/checkpoints/resume.py",
+        "        permit()\n",
+        "",
+        _tests("checkpoints/test_resume", "test_a_damaged_checkpoint_stays_where_it_is_if_the_lease_was_lost"),
+        "a trainer that lost its lease moves another one's checkpoint away",
     ),
     Mutant(
         _LOCK,

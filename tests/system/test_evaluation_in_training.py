@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from ecdit.errors import UserError
 from ecdit.partitioning import make_mesh
 from ecdit.runs.evaluator import Evaluator, scalars
 from ecdit.system import make_system
@@ -120,6 +121,21 @@ def test_each_part_is_compiled_once(emoji_data, asked, tmp_path):
     assert compiled == []
     assert one.scalars == again.scalars != two.scalars
     assert one.files["prompts"].read_bytes() == again.files["prompts"].read_bytes() != two.files["prompts"].read_bytes()
+
+
+def test_an_evaluation_is_not_written_without_permission(emoji_data, tmp_path):
+    """The trainer may have lost its lease while it evaluated. (This one evaluates nothing, to be fast.)"""
+
+    def lost():
+        raise UserError("the lease was lost")
+
+    experiment = tiny(data__directory=str(emoji_data), mesh__data=1)
+    evaluator = Evaluator(experiment, make_mesh(experiment.mesh, jax.devices()[:1]), tmp_path)
+    with pytest.raises(UserError, match="the lease was lost"):
+        evaluator.evaluate({}, 2, lost)
+    assert list(tmp_path.iterdir()) == []
+    evaluator.evaluate({}, 2)
+    assert list(records(tmp_path)) == ["step_00000002.json"]
 
 
 def test_numbers_have_names():
