@@ -97,6 +97,12 @@ MUTANTS = (
         _features("test_bicubic_overshoot_is_clipped_and_not_rounded"),
     ),
     Mutant(
+        "ecdit/commands/feature_flags.py",
+        "return self.extractor.name if self.extractor is not None and self.images else self.stated",
+        "return self.extractor.name if self.extractor is not None else self.stated",
+        _features("test_the_extractor_of_images_is_not_said_of_files_beside_them"),
+    ),
+    Mutant(
         _FEATURES,
         "found = extractor.features(filled)[: len(batch)]",
         "found = extractor.features(filled)",
