@@ -45,10 +45,19 @@ MUTANTS = (
     ),
     Mutant(
         "ecdit/storage.py",
-        '    if not is_temporary(error) or _package(error) == "jax":',
+        '    if not outage or _package(error) == "jax":',
         "    if not isinstance(error, UserError):",
         _tests("ecdit_runs/test_outages", _RESTARTS),
         "a bucket that is away while a run starts ends it with a traceback and code 1",
+    ),
+    Mutant(
+        "ecdit/storage.py",
+        "for one in causes(error))",
+        "for one in chain(error))",
+        _tests(
+            "commands/test_command_line", "test_a_bug_that_is_met_while_an_outage_is_handled_keeps_its_traceback"
+        ),
+        "a bug in the handling of an outage has no traceback, and the run is restarted again and again",
     ),
     Mutant(
         "ecdit/multihost.py",
