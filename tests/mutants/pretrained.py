@@ -260,4 +260,11 @@ MUTANTS = (
         (f"{_TEXT}::test_prepared_states_are_those_of_online_encoding",),
         "prepared captions are never dropped, and guidance has nothing to go by",
     ),
+    Mutant(
+        "ecdit/checkpoint.py",
+        "    check_public_weights(workdir, run)\n",
+        "",
+        (f"{_TEXT}::test_an_export_beside_other_public_weights_is_refused",),
+        "an export names public weights that the run was not trained with",
+    ),
 )
