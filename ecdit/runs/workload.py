@@ -159,7 +159,7 @@ def device_batches(experiment: Experiment, mesh: Mesh, start_row: int) -> Iterat
 def _prepare_data(experiment: Experiment, shards: int) -> list[str]:
     """Prepares the data of each phase and returns its fingerprints; refuses columns of other weights than the run's.
 
-    Says how often captions overflow that are packed, on a mesh that splits a batch into so many shards.
+    The first process prints how often packed captions do not fit, on a mesh that splits a batch into `shards` parts.
     """
     phases = [phase.experiment for phase in experiment.resolved_phases()]
     prepared = prepare_together([phase.data for phase in phases])
