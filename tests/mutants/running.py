@@ -173,6 +173,13 @@ MUTANTS = (
         "a trainer that lost its lease moves another one's checkpoint away",
     ),
     Mutant(
+        "ecdit/runs/model_card.py",
+        '    if experiment.autoencoder == "latents":  # the run has no autoencoder, which would make an image of them',
+        "    if False:",
+        _tests("ecdit_runs/test_diffusers_folder", "test_the_card_of_a_run_on_latents_alone_draws_latents"),
+        "the script of an exported run that has latents alone fails",
+    ),
+    Mutant(
         _LOCK,
         'if hasattr(time, "CLOCK_BOOTTIME")',
         "if False",
