@@ -88,7 +88,7 @@ class Denoiser(nn.Module):
         if c.extra_blocks:
             self.mask_token = nn.Parameter(torch.zeros(c.width))
         self.head_modulation = nn.Linear(c.width, 2 * c.width)
-        self.head = nn.Linear(c.width, numbers)
+        self.head = Head(c.width, numbers)
 
     @classmethod
     def from_pretrained(cls, folder, torch_dtype: torch.dtype | None = None):
@@ -172,8 +172,15 @@ class Denoiser(nn.Module):
         x = run(self.extra, x, grid)
         shift, scale = self.head_modulation(condition).float().unflatten(-1, (2, c.width)).unbind(1)
         x = modulate(norm(x.float()), shift, scale)  # float32, because guidance takes differences of velocities
-        velocity = F.linear(x, self.head.weight.float(), self.head.bias.float())
-        return unpatchify(velocity, c.patch_size, c.latent_channels)
+        return unpatchify(self.head(x), c.patch_size, c.latent_channels)
+
+
+class Head(nn.Linear):
+    """The last linear map, in float32 whatever its weights are."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns velocities, in float32."""
+        return F.linear(x, self.weight.float(), self.bias.float())
 
 
 class Block(nn.Module):
