@@ -90,6 +90,7 @@ setup(
         ],
         "parity": [
             *PRETRAINED,
+            "accelerate>=1.15,<2",
             "beartype>=0.23.1,<0.24",  # as in test: all tests check shapes
             "clean-fid==0.1.35",
             "diffusers>=0.42.1,<0.43",

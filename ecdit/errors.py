@@ -12,7 +12,14 @@ class OutageError(UserError):
 
 
 def chain(error: BaseException | None) -> Iterator[BaseException]:
-    """Yields an error and its causes."""
+    """Yields an error, and those that it was raised from or while they were handled."""
     while error is not None:
         yield error
         error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """Yields an error and those that it was raised from. A bug met while another error is handled has no cause."""
+    while error is not None:
+        yield error
+        error = error.__cause__

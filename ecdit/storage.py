@@ -18,7 +18,7 @@ from typing import Any
 
 from etils import epath
 
-from ecdit.errors import OutageError, UserError, chain
+from ecdit.errors import OutageError, UserError, causes, chain
 from ecdit.files import is_remote
 
 # Otherwise epath would use TensorFlow's file system if TensorFlow is installed. Its import takes seconds, and it cannot
@@ -132,7 +132,7 @@ def replace_generation(path: Path, data: bytes | None, generation: bytes, second
 
 
 def is_temporary(error: BaseException) -> bool:
-    """Returns whether an error or one of its causes comes from an outage that may end, not from missing permissions."""
+    """Returns whether an error comes from an outage that may end, and not from missing permissions."""
     return any(_is_temporary(one) for one in chain(error))
 
 
@@ -152,14 +152,16 @@ def expected_error(error: Exception) -> UserError | OSError | None:
 
     The libraries that reach a bucket have exceptions of their own for an outage: those become an OutageError. All that
     a command does goes through it (`command_line.run_command`), and what processes do together (`multihost.together`).
+    An error that is raised while an outage is handled, and not from it, is a bug.
     """
     if isinstance(error, UserError | OSError):
         return error
-    if not is_temporary(error) or _package(error) == "jax":  # JAX says UNAVAILABLE of its own services
+    outage = any(_is_temporary(one) for one in causes(error))
+    if not outage or _package(error) == "jax":  # JAX says UNAVAILABLE of its own services
         return None
-    outage = OutageError(f"a bucket or the network cannot be reached: {_said(error)}")
-    outage.__cause__ = error
-    return outage
+    expected = OutageError(f"a bucket or the network cannot be reached: {_said(error)}")
+    expected.__cause__ = error
+    return expected
 
 
 def make_directory(path: Path) -> None:

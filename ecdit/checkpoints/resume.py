@@ -55,6 +55,7 @@ def newest_valid(
     abstract: TrainState,
     verify: Literal["always", "background", "never"],
     admit: Callable[[Meta, int], None],
+    permit: Callable[[], None] = lambda: None,
 ) -> Recovered | None:
     """Returns the newest checkpoint that can be read and passes `verify`, or None if there are no checkpoints.
 
@@ -65,6 +66,7 @@ def newest_valid(
       abstract: shapes, dtypes and shardings of the state.
       verify: compares checksums "always" (before it returns), in the "background" (see `Recovered.check`), or "never".
       admit: is called with a checkpoint's meta and step, and raises if the run cannot go on from it.
+      permit: is called by the first process before it moves a checkpoint, and raises if it must not.
 
     Raises:
       UnreadableError: a process cannot read one now. Nothing is moved.
@@ -72,10 +74,10 @@ def newest_valid(
     """
     damaged: dict[int, str] = {}
     for step in sorted(manager.all_steps(), reverse=True):
-        found = _restored(manager, step, abstract, verify, admit, damaged)
+        found = _restored(manager, step, abstract, verify, admit, permit, damaged)
         if found is not None:
             state, check = found
-            notes = [f"{why}; it is now {_set_aside(manager, bad)}" for bad, why in damaged.items()]
+            notes = [f"{why}; it is now {_set_aside(manager, bad, permit)}" for bad, why in damaged.items()]
             return Recovered(state, step, check, notes)
     if damaged:
         reasons = "\n  ".join(damaged.values())
@@ -89,6 +91,7 @@ def _restored(
     abstract: TrainState,
     verify: Literal["always", "background", "never"],
     admit: Callable[[Meta, int], None],
+    permit: Callable[[], None],
     damaged: dict[int, str],
 ) -> tuple[TrainState, Callable[[], None]] | None:
     """Returns a checkpoint's state and what is left to check; or None, with the reason in `damaged`."""
@@ -101,7 +104,7 @@ def _restored(
         return state and (state, lambda: None)
     arrays, directory = state_arrays(state), step_directory(manager, step)
     if verify == "background":
-        return state, _background_check(manager, step, meta, arrays)
+        return state, _background_check(manager, step, meta, arrays, permit)
     valid = _attempt(lambda: check_sums(directory, meta.arrays, checksums(arrays)) or True, step, damaged)
     return (state, lambda: None) if valid else None
 
@@ -130,7 +133,7 @@ def _attempt(action: Callable[[], T], step: int, damaged: dict[int, str]) -> T |
 
 
 def _background_check(
-    manager: ocp.CheckpointManager, step: int, meta: Meta, arrays: dict[str, jax.Array]
+    manager: ocp.CheckpointManager, step: int, meta: Meta, arrays: dict[str, jax.Array], permit: Callable[[], None]
 ) -> Callable[[], None]:
     """Starts summing `arrays`, which may then be donated, and returns a function that compares the sums, once.
 
@@ -147,21 +150,26 @@ def _background_check(
         except DamagedError as error:
             if len(manager.all_steps()) == 1:
                 raise DamagedError(f"{error}. It is the only one: use another --workdir.") from None
-            where = _set_aside(manager, step)
+            where = _set_aside(manager, step, permit)
             raise DamagedError(f"{error}. It is now {where}; the same command goes on from an older one.") from None
 
     return check
 
 
-def _set_aside(manager: ocp.CheckpointManager, step: int) -> Path:
+def _set_aside(manager: ocp.CheckpointManager, step: int, permit: Callable[[], None]) -> Path:
     """Moves a checkpoint to where no run looks for it, and returns that place. Collective."""
     directory, count = step_directory(manager, step), 1
     place = aside_directory(directory.parent) / str(step)
     while place.exists():
         count += 1
         place = place.with_name(f"{step}-{count}")
+
+    def move() -> None:
+        permit()
+        move_checkpoint(directory, place)
+
     wait_for_all("a free place for a damaged checkpoint")
-    on_first(lambda: move_checkpoint(directory, place))
+    on_first(move)
     wait_for_all("damaged checkpoint set aside")
     manager.reload()
     return place

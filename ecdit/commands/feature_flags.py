@@ -54,7 +54,7 @@ def define_feature_flags(
     flags.DEFINE_integer("batch_size", 32, "Images at a time.", 1, flag_values=values)
     mixed = "Take images of several sizes; each is squeezed to the network's own square."
     flags.DEFINE_bool("mixed_sizes", False, mixed, flag_values=values)
-    named = "The extractor of --features, such as 'pytorch-fid 0.3.0'. Results of two extractors are not comparable."
+    named = "The extractor of files of features, such as 'pytorch-fid 0.3.0'. Those of two extractors do not compare."
     flags.DEFINE_string("extractor", None, f"{named} The result names it.", flag_values=values)
     flags.DEFINE_string("json", None, "File for the result.", flag_values=values)
 
@@ -68,11 +68,17 @@ class FeatureSet:
     images: Sequence[Path]  # none for files of features
     extractor: "Extractor | None"  # of images
     batch_size: int
+    stated: str | None  # the extractor of files of features, by the flag
 
     @property
     def name(self) -> str:
         """Returns the flag, for messages."""
         return f"--{self.flag}"
+
+    @property
+    def extractor_name(self) -> str | None:
+        """Returns the name of what computed the features, or None for files of which the flags do not say it."""
+        return self.extractor.name if self.extractor is not None and self.images else self.stated
 
     def features(self) -> Float[np.ndarray, "N D"]:
         """Returns all features, in float64. Raises UserError if there are none, or a value is not finite."""
@@ -108,12 +114,18 @@ def feature_sets(values: flags.FlagValues) -> tuple[tuple[FeatureSet, FeatureSet
     if values.extractor is not None and extractor is not None:
         raise UserError(f"--extractor={values.extractor}: images have that of their network; leave it out")
     generated, real = (
-        FeatureSet(name, getattr(values, name), found, extractor, values.batch_size) for name, found in files.items()
+        FeatureSet(name, getattr(values, name), found, extractor, values.batch_size, values.extractor)
+        for name, found in files.items()
     )
-    said = {"extractor": values.extractor if extractor is None else extractor.name}
+    said = name_extractors(generated.extractor_name, real.extractor_name)
     if extractor is not None and "preprocessing" in values:
         said["preprocessing"] = values.preprocessing
     return (generated, real), said
+
+
+def name_extractors(generated: str | None, real: str | None) -> dict[str, str | None]:
+    """Returns the fields of a result for the extractors of the two sets; None is one that is not known."""
+    return {"extractor": generated} | ({} if real == generated else {"reference_extractor": real})
 
 
 def _holds_images(text: str) -> bool:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from absl import flags
 
-from ecdit.commands.feature_flags import define_feature_flags, feature_sets
+from ecdit.commands.feature_flags import define_feature_flags, feature_sets, name_extractors
 from ecdit.errors import UserError
 from ecdit.evaluation.frechet import distance_of_moments
 from ecdit.evaluation.moments import Moments, write_moments
@@ -33,11 +33,12 @@ def run(values: flags.FlagValues) -> None:
         check_samples(real, sets[1].flag)
     check_extractors(values.extractor, generated.extractor, sets[0].name)
     ours = generated.extractor or values.extractor
-    check_extractors(ours, real.extractor, sets[1].name)
+    theirs = real.extractor or sets[1].extractor_name
+    check_extractors(ours, theirs, sets[1].name)
     result = {
         "frechet": distance_of_moments(generated, real),
         **said,
-        "extractor": ours or real.extractor,
+        **name_extractors(ours, theirs),
         "dimensions": len(generated.mean),
         "samples": generated.count,
         "reference_samples": real.count,
@@ -50,7 +51,7 @@ def run(values: flags.FlagValues) -> None:
     print(
         f"Frechet distance {result['frechet']:.6g}, {result['dimensions']} dimensions, "
         f"{result['samples'] or 'unknown'} samples against {result['reference_samples'] or 'unknown'}; "
-        f"extractor: {result['extractor'] or 'not named'}"
+        f"extractor: {' and '.join(name or 'one that is not named' for name in dict.fromkeys((ours, theirs)))}"
     )
     for each, name in ((generated.extractor or values.extractor, sets[0].name), (real.extractor, sets[1].name)):
         if result["extractor"] and not each:  # such as an npz file of another program

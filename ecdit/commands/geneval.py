@@ -47,7 +47,7 @@ def run(values: flags.FlagValues) -> None:
     from ecdit.pretrained.weights import fingerprint
 
     network = read_detector(Path(values.detector), values.device)
-    made_by = {"images": state_of(wanted), "detector": fingerprint(Path(values.detector))}
+    made_by = {**state_of(Path(values.images), wanted), "detector": fingerprint(Path(values.detector))}
     classify = None
     if coloured:
         classify = colour_classifier(read_clip(Path(values.clip)))

@@ -61,14 +61,19 @@ def samples(folder: Path) -> list[Sample]:
     return found
 
 
-def state_of(wanted: Sequence[Sample]) -> str:
-    """Returns a hash of the images' places, prompts, sizes and times, which change when they are drawn again."""
-    digest = hashlib.sha256()
+def state_of(folder: Path, wanted: Sequence[Sample]) -> dict[str, str | None]:
+    """Returns hashes of what changes when the images of a folder are drawn again, for `look`.
+
+    They are of the images' places, prompts, sizes and times, and of the manifest with which ecdit.sample says what the
+    images are of; None without one.
+    """
+    digest, manifest = hashlib.sha256(), folder / "manifest.json"
     for sample in wanted:
         found = sample.path.stat()
         said = (str(sample.path.absolute()), sample.metadata, found.st_size, found.st_mtime_ns)
         digest.update(json.dumps(said).encode())
-    return digest.hexdigest()
+    said = hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.is_file() else None
+    return {"images": digest.hexdigest(), "manifest": said}
 
 
 def _metadata(path: Path) -> dict[str, Any]:
@@ -146,7 +151,7 @@ def _resumed(part: Path, made_by: dict[str, Any]) -> dict[str, str]:
     header = json.dumps({"made_by": made_by})
     lines = part.read_text(encoding="utf-8").split("\n")[:-1] if part.exists() else []  # the last one is not whole
     if lines and lines[0] != header:
-        raise UserError(f"{part}: is of another detector, CLIP or folder; remove it to begin again")
+        raise UserError(f"{part}: is of another detector or CLIP, or of other images; remove it to begin again")
     try:
         found = {json.loads(line)["filename"]: line for line in lines[1:]}
     except (ValueError, LookupError, TypeError) as error:

@@ -3,7 +3,7 @@
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -80,11 +80,11 @@ class Evaluator:
             found = np.array(_record(self.workdir, step).exists())
         return bool(from_first(found))
 
-    def evaluate(self, params: Params, step: int) -> Evaluated:
-        """Evaluates weights; writes evaluations/step_XXXXXXXX.json, and the images. Collective.
+    def evaluate(self, params: Params, step: int, permit: Callable[[], None] = lambda: None) -> Evaluated:
+        """Evaluates weights, calls `permit`, and writes evaluations/step_XXXXXXXX.json and the images. Collective.
 
         Raises:
-          UserError: a file cannot be written.
+          UserError: a file cannot be written; or another error that `permit` raises.
         """
         found: dict[str, Any] = {}
         if self.rows is not None:
@@ -96,6 +96,7 @@ class Evaluator:
         files = {} if images is None else {"prompts": self.workdir / EVALUATIONS / f"step_{step:08d}.png"}
 
         def write() -> None:
+            permit()
             with writing(self.workdir / EVALUATIONS):
                 make_directory(self.workdir / EVALUATIONS)
                 if images is not None:

@@ -3,8 +3,9 @@
 On a disk the first process holds a lock of the kernel (flock) on `trainer.lock`, which ends with the process however it
 ends. In a bucket it holds a lease: the object `trainer.lock`, written on the condition that nobody else has written it,
 and renewed every minute. A lease that was not renewed for five minutes has ended. While the bucket cannot be reached,
-its holder cannot know whether another trainer has taken it over. So the holder counts the time by its own clock, and
-from the last of the five minutes on commits no checkpoint and writes no metrics, until it has renewed the lease.
+its holder cannot know whether another trainer has taken it over. So the holder counts the time by its own clock, which
+includes the time for which its machine was suspended, and from the last of the five minutes on commits no checkpoint
+and writes no metrics, until it has renewed the lease.
 """
 
 import contextlib
@@ -129,7 +130,7 @@ class Lease:
         """
         self.workdir, self.path, self.own = workdir, workdir / LOCK, _own()
         self.lost = ""  # says that the lease was lost, and to whom
-        self.renewed = time.monotonic()  # when the last renewal that succeeded was sent, or earlier
+        self.renewed = _clock()  # when the last renewal that succeeded was sent, or earlier
         with reading(workdir):
             self.generation = self._take(say)
         self.closed = threading.Event()
@@ -148,7 +149,7 @@ class Lease:
         than that still writes.)
         """
         self.check()
-        silent = time.monotonic() - self.renewed
+        silent = _clock() - self.renewed
         if silent > LEASE_SECONDS - RENEW_SECONDS:
             raise ConnectionError(
                 f"{self.path} could not be renewed for {silent:.0f} s, and another trainer may take the lease"
@@ -176,7 +177,7 @@ class Lease:
                 except FileNotFoundError:
                     continue  # its holder has just ended it
             if left <= 0:
-                self.renewed = time.monotonic()
+                self.renewed = _clock()
                 taken = replace_generation(self.path, _text(self.own).encode(), generation)
                 if taken is not None:
                     return taken
@@ -192,14 +193,14 @@ class Lease:
             try:
                 self._renew()
                 # In an outage a renewal may take minutes, and what counts is when it was sent.
-                pause = 0.0 if time.monotonic() - self.renewed > RENEW_SECONDS else RENEW_SECONDS
+                pause = 0.0 if _clock() - self.renewed > RENEW_SECONDS else RENEW_SECONDS
             except Exception:  # in an outage, the bucket's contents decide when it is back
                 pause = RENEW_SECONDS / 4
 
     def _renew(self) -> None:
         """Renews the lease, or sets `lost` if the object is not this process's any more."""
         while not self.lost:
-            sent = time.monotonic()
+            sent = _clock()
             renewed = replace_generation(self.path, _text(self.own).encode(), self.generation)
             if renewed is not None:
                 self.generation, self.renewed = renewed, sent
@@ -212,6 +213,11 @@ class Lease:
             elif holder.token != self.own.token:
                 self.lost = f"{self.workdir} was taken over by {holder}, as this run's lease was not renewed"
             # Otherwise an earlier renewal arrived whose answer did not, some time ago: renew again.
+
+
+def _clock() -> float:
+    """Returns the seconds of a clock that goes on while the machine is suspended, where the system has one."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
 
 
 def _taken(workdir: Path, holder: Holder | None) -> LockedError:

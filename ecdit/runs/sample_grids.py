@@ -1,7 +1,7 @@
 """Draws the same training captions again and again while a run trains, with the EMA weights of a step."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,13 +32,13 @@ class SampleWriter:
         self.prompts = sample_captions(prepared, sampling.num_grid)
         self.targets = sample_targets(prepared, sampling.num_grid)
 
-    def write(self, params: Params, step: int) -> dict[str, Path]:
+    def write(self, params: Params, step: int, permit: Callable[[], None] = lambda: None) -> dict[str, Path]:
         """Writes the grid of step `step`, and a heat map of experts if the model has any; returns the files by name.
 
-        Collective: all processes draw, the first one writes.
+        Collective: all processes draw, the first one writes, after it has called `permit`.
 
         Raises:
-          UserError: a file cannot be written.
+          UserError: a file cannot be written; or another error that `permit` raises.
         """
         prompts = self.prompts
         images = sample_images(
@@ -55,6 +55,7 @@ class SampleWriter:
             files["experts"] = self.directory / f"step_{step:08d}_experts.png"
 
         def save() -> None:
+            permit()
             with writing(self.directory):
                 make_directory(self.directory)
                 cells, captions, columns = beside_targets(images, prompts, self.targets)

@@ -130,7 +130,7 @@ def run_workload(
         saver = AsyncSaver(workdir, experiment.checkpoint, say, saved, lock.check_write)
         stack.enter_context(contextlib.closing(saver))
         assert saver.manager is not None  # it has not saved yet
-        found = _resumed(workload, experiment, full, saver.manager, fingerprints, accepted)
+        found = _resumed(workload, experiment, full, saver.manager, fingerprints, accepted, lock)
         state, check_restored = found or (_first_state(workload, experiment, workdir, accepted), lambda: None)
         state = dataclasses.replace(state, loaded=workload.load())
         start = int(state.step)
@@ -280,7 +280,7 @@ class _Run:
         """Draws with the EMA weights, and returns the files by name."""
         self.lock.check_write()
         say(f"drawing the images of step {step}")
-        files = dict(images.write(sampling_params(state), step))
+        files = dict(images.write(sampling_params(state), step, self.lock.check_write))
         self.reporter.images(step, files)
         return files
 
@@ -298,7 +298,7 @@ class _Run:
         """Evaluates the EMA weights, and reports the result."""
         self.lock.check_write()
         say(f"evaluating step {step}")
-        found = evaluator.evaluate(sampling_params(state), step)
+        found = evaluator.evaluate(sampling_params(state), step, self.lock.check_write)
         self.reporter.evaluation(step, found.scalars, found.files)
 
 
@@ -315,6 +315,7 @@ def _resumed(
     manager: ocp.CheckpointManager,
     fingerprints: Sequence[str],
     accepted: Accepted,
+    lock: Lock,
 ) -> tuple[TrainState, Callable[[], None]] | None:
     """Returns the newest valid checkpoint's state and what is left to check of it, or None if there are none."""
     versions = library_versions()
@@ -326,7 +327,7 @@ def _resumed(
         if note := changed_code(saved, versions, code_state()):
             say(note)
 
-    found = newest_valid(manager, workload.abstract, experiment.checkpoint.verify, admit)
+    found = newest_valid(manager, workload.abstract, experiment.checkpoint.verify, admit, lock.check_write)
     if found is None:
         return None
     for note in found.notes:

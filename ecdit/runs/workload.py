@@ -36,8 +36,11 @@ from ecdit.training.step import Batch, Metrics, make_gradients, make_train_step
 class ImageWriter(Protocol):
     """Draws and writes the images of a step."""
 
-    def write(self, params: Params, step: int) -> Mapping[str, Path]:
-        """Writes them, and returns the files by name; all processes call it."""
+    def write(self, params: Params, step: int, permit: Callable[[], None]) -> Mapping[str, Path]:
+        """Writes them, and returns the files by name; all processes call it.
+
+        Drawing takes minutes, so it calls `permit` before it writes, which raises if it must not (see `runs.lock`).
+        """
         ...
 
 
@@ -48,8 +51,8 @@ class StepEvaluator(Protocol):
         """Returns whether an earlier start has done so; all processes call it."""
         ...
 
-    def evaluate(self, params: Params, step: int) -> Evaluated:
-        """Evaluates and records it; all processes call it."""
+    def evaluate(self, params: Params, step: int, permit: Callable[[], None]) -> Evaluated:
+        """Evaluates and records it; all processes call it. It calls `permit` as `ImageWriter.write` does."""
         ...
 
 
@@ -156,7 +159,7 @@ def device_batches(experiment: Experiment, mesh: Mesh, start_row: int) -> Iterat
 def _prepare_data(experiment: Experiment, shards: int) -> list[str]:
     """Prepares the data of each phase and returns its fingerprints; refuses columns of other weights than the run's.
 
-    Says how often captions overflow that are packed, on a mesh that splits a batch into so many shards.
+    The first process prints how often packed captions do not fit, on a mesh that splits a batch into `shards` parts.
     """
     phases = [phase.experiment for phase in experiment.resolved_phases()]
     prepared = prepare_together([phase.data for phase in phases])

@@ -1,5 +1,6 @@
 """Tests that damaged checkpoints are found and set aside, and that runs resume from older ones, with a toy model."""
 
+import contextlib
 import json
 import shutil
 
@@ -12,6 +13,7 @@ from ecdit.checkpoints.config import CheckpointConfig
 from ecdit.checkpoints.inspection import verify
 from ecdit.checkpoints.restore import CheckpointError
 from ecdit.checkpoints.resume import newest_valid
+from ecdit.errors import UserError
 from tests.checkpoints.damage import flip_array, flip_meta
 from tests.checkpoints.toy import toy_abstract
 
@@ -120,6 +122,26 @@ ARRAYS = [
     *("bad_in_row", "bad_steps", "ema.denoiser.head", "ema.denoiser.tail", "optimizer.count"),
     *("params.denoiser.head", "params.denoiser.tail", "step", "usual_loss"),
 ]
+
+
+@pytest.mark.parametrize("verify", ["always", "background"])
+def test_a_damaged_checkpoint_stays_where_it_is_if_the_lease_was_lost(toy, verify):
+    """Another trainer may have saved that step meanwhile."""
+    toy.train(num_steps=4, every=2)
+    flip_array(toy.workdir / "checkpoints/4", "step")
+    config = CheckpointConfig(every=1, keep_every=0, keep=9, init_from="", verify="always", max_failed_saves=0)
+
+    def lost():
+        raise UserError("the lease was lost")
+
+    with restore.open_manager(toy.workdir, config) as manager:
+        resumed = lambda permit: newest_valid(manager, toy_abstract(), verify, lambda *_: None, permit).check()  # noqa: E731
+        with pytest.raises(UserError, match="the lease was lost"):
+            resumed(lost)
+        assert sorted(manager.all_steps()) == [2, 4]
+        with pytest.raises(DamagedError) if verify == "background" else contextlib.nullcontext():
+            resumed(lambda: None)
+        assert sorted(manager.all_steps()) == [2]
 
 
 def test_a_flipped_bit_of_any_array_is_found_by_each_way_to_verify(toy):

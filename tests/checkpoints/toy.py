@@ -58,6 +58,7 @@ class Toy:
         self.first_state, self.train_step = toy_state, lambda state, bad: toy_step(state, bad, self.leaf)
         self.gradients = lambda state, bad: state.params
         self.evaluated = []  # (step, the numbers of the parameters that were evaluated)
+        self.drawing = lambda: None  # is called when images are drawn, or an evaluation is made, and not yet written
         self.drawn = {}  # step: the numbers of the parameters that its images were drawn with
 
     def batches(self, phase, start_row):
@@ -66,13 +67,17 @@ class Toy:
             self.at.get(n, lambda: None)()
             yield jnp.int32(n in self.bad)
 
-    def write(self, params, step):
+    def write(self, params, step, permit):
+        self.drawing()
+        permit()
         self.drawn[step] = {tuple(np.unique(x).tolist()) for x in jax.tree.leaves(params)}
         path = self.workdir / f"{step}.png"
         Image.new("RGB", (4, 3)).save(path)
         return {"samples": path}
 
-    def evaluate(self, params, step):
+    def evaluate(self, params, step, permit):
+        self.drawing()
+        permit()
         self.evaluated.append((step, {tuple(np.unique(x).tolist()) for x in jax.tree.leaves(params)}))
         return Evaluated({"eval/loss": float(step)}, {})
 

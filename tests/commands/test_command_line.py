@@ -7,9 +7,9 @@ import sys
 import pytest
 
 from ecdit.config import ConfigError
-from ecdit.errors import UserError
+from ecdit.errors import OutageError, UserError
 from ecdit.exit_codes import OUTAGE
-from ecdit.storage import check_workdir, is_temporary
+from ecdit.storage import check_workdir, expected_error, is_temporary
 from tests.forking import run_forked
 from tests.runs import ROOT, command, tiny
 
@@ -41,6 +41,28 @@ run_command(main)
 def test_an_outage_ends_with_the_code_that_launchers_restart(inner, code):
     done = subprocess.run([sys.executable, "-c", RAISE.format(inner=inner)], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (code, "error: writing gs://b/run failed\n")
+
+
+@pytest.mark.parametrize("how", ["in its handler", "from it"])
+def test_a_bug_that_is_met_while_an_outage_is_handled_keeps_its_traceback(how):
+    """Libraries wrap an outage in an error of their own, raised from it."""
+
+    def run():
+        try:
+            raise ConnectionResetError(104, "reset")
+        except ConnectionError as error:
+            if how == "from it":
+                raise ValueError("cannot write") from error
+            {}["key"]
+
+    with pytest.raises((KeyError, ValueError)) as raised:
+        run()
+    found = expected_error(raised.value)
+    if how == "from it":
+        assert isinstance(found, OutageError)
+        assert str(found) == "a bucket or the network cannot be reached: cannot write"
+    else:
+        assert found is None
 
 
 def test_missing_rights_are_no_outage():

@@ -245,6 +245,18 @@ def test_the_card_has_the_run_s_scores_and_says_what_is_not_at_hand(opened, work
     assert "## Public weights" not in card
 
 
+def test_the_card_of_a_run_on_latents_alone_draws_latents(opened, workdir):
+    """Nothing decodes them, so the script saves no image."""
+    experiment = opened.experiment
+    data = dataclasses.replace(experiment.data, latent_channels=experiment.model.latent_channels, image_size=256)
+    experiment = dataclasses.replace(experiment, autoencoder="latents", data=data)
+    card = model_card(dataclasses.replace(opened, experiment=experiment), workdir, "Tiny", with_towers=False)
+    sample = card.split("## Sample")[1].split("## Model")[0]
+    assert sample.count("```python") == 1
+    assert 'latents = pipeline("a red heart", generator=noise, output_type="latent").images\n```' in sample
+    assert "save(" not in sample
+
+
 def test_the_card_names_the_makers_and_the_licence_of_generated_data(opened, workdir, monkeypatch):
     prepared = type("P", (), {})()
     prepared.fingerprint = opened.dataset

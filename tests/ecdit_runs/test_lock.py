@@ -223,10 +223,24 @@ def test_in_a_bucket_a_renewal_counts_from_when_it_was_sent(bucket, monkeypatch)
     with closing(lock.Lease(workdir, print)) as lease:
         store.put(NAME, lock._text(lease.own).encode())
         writes = []
-        store.hook = lambda method, name: method == "PUT" and bool(writes.append(time.monotonic()))
+        store.hook = lambda method, name: method == "PUT" and bool(writes.append(lock._clock()))
         lease._renew()
         assert len(writes) == 2  # the first one finds another generation
         assert writes[0] < lease.renewed < writes[1]
+
+
+def test_in_a_bucket_a_lease_ages_while_its_machine_is_suspended(bucket, monkeypatch):
+    """Linux's monotonic clock stands still then, and so do all threads; CLOCK_BOOTTIME goes on."""
+    _, _, workdir = bucket
+    monkeypatch.setattr(lock, "LEASE_SECONDS", 300.0)
+    monkeypatch.setattr(lock, "RENEW_SECONDS", 60.0)
+    clock = time.clock_gettime
+    with locked(workdir, print) as held:
+        held.check_write()
+        for suspended, refused in ((200, False), (290, True)):
+            ahead = {time.CLOCK_BOOTTIME: clock(time.CLOCK_BOOTTIME) + suspended}
+            monkeypatch.setattr(lock.time, "clock_gettime", ahead.__getitem__)
+            assert isinstance(raised(held.check_write), ConnectionError) == refused
 
 
 def test_in_a_bucket_a_trainer_whose_lease_has_ended_writes_nothing(bucket, toy, monkeypatch):
@@ -259,6 +273,18 @@ def test_in_a_bucket_no_image_is_drawn_under_a_lease_that_may_have_ended(bucket,
     with pytest.raises((UserError, ConnectionError), match="could not be renewed"):
         toy.train(num_steps=3, every=100, images_every=2)
     assert toy.drawn == {}
+
+
+@pytest.mark.parametrize("of", [{"images_every": 2}, {"evaluation__every": 2, "evaluation__loss_images": 1}])
+def test_in_a_bucket_nothing_is_written_under_a_lease_that_has_ended_while_it_was_drawn(bucket, toy, monkeypatch, of):
+    _, _, toy.workdir = bucket
+    monkeypatch.setattr(lock, "LEASE_SECONDS", 300.0)
+    monkeypatch.setattr(storage, "CLOSE_SECONDS", 0.1)
+    toy.drawing = lambda: monkeypatch.setattr(lock, "LEASE_SECONDS", 0.0)
+    with pytest.raises((UserError, ConnectionError), match="could not be renewed"):
+        toy.train(num_steps=3, every=100, **of)
+    assert toy.drawn == {}
+    assert toy.evaluated == []
 
 
 def test_in_a_bucket_a_save_is_not_committed_under_a_lease_that_has_ended_meanwhile(bucket, toy, monkeypatch):

@@ -72,6 +72,28 @@ def test_each_caption_stands_under_the_image_that_was_drawn_of_it(ffn, tmp_path,
         assert written["maps"] == (chosen, captions, chosen)
 
 
+def test_a_grid_is_not_written_without_permission(tmp_path, monkeypatch):
+    """The trainer may have lost its lease while it drew."""
+
+    def lost():
+        raise UserError("the lease was lost")
+
+    monkeypatch.setattr(samples, "prompt_tokens", lambda data: functools.partial(tokenize, data))
+    monkeypatch.setattr(samples, "open_prepared", lambda config: config)
+    monkeypatch.setattr(samples, "sample_captions", lambda _, count: CAPTIONS[:count])
+    monkeypatch.setattr(samples, "sample_targets", lambda _, count: [None] * count)
+    monkeypatch.setattr(samples, "make_sampler", lambda *_: lambda *_: np.zeros((4, 2, 2, 3), np.uint8))
+    experiment = tiny(model__ffn="dense", sampling__num_grid=4, sampling__batch_size=4)
+    writer = SampleWriter(
+        experiment.data, experiment.sampling, make_system(experiment.system), SimpleNamespace(), tmp_path
+    )
+    with pytest.raises(UserError, match="the lease was lost"):
+        writer.write("ema", 12, lost)
+    assert list(tmp_path.iterdir()) == []
+    writer.write("ema", 12)
+    assert [path.name for path in (tmp_path / "samples").iterdir()] == ["step_00000012.png"]
+
+
 @pytest.mark.parametrize("targets", [[None, None], [np.zeros((4, 4, 3), np.uint8), None]])
 def test_a_grid_without_targets_of_the_samples_size_has_only_the_samples(targets):
     images = np.arange(2 * 2 * 2 * 3, dtype=np.uint8).reshape(2, 2, 2, 3)

@@ -1,5 +1,6 @@
 """Tests GenEval's detections around the network by hand: boxes, scores, crops, colours, and files to files."""
 
+import contextlib
 import importlib
 import json
 import types
@@ -14,7 +15,7 @@ from ecdit.errors import UserError
 from ecdit.evaluation.geneval import CLASSES, COLOURS
 from ecdit.evaluation.geneval_colours import colour_classifier, colour_embeddings, cut_out
 from ecdit.evaluation.geneval_detector import MAX_INSTANCES, Instances, instances, prepare, read_detector
-from ecdit.evaluation.geneval_images import line_of, look, samples
+from ecdit.evaluation.geneval_images import line_of, look, samples, state_of
 from ecdit.evaluation.geneval_lines import image_of, judge_lines
 from ecdit.pretrained.config_json import WeightsError
 
@@ -276,6 +277,29 @@ def test_lines_of_another_detector_are_not_continued(folder, tmp_path):
         file.write("\0\0\n")  # a power failure
     with pytest.raises(UserError, match=r"detections\.jsonl\.part: is damaged .* remove it to begin again"):
         next(look(samples(folder), lambda image: EVERYWHERE, None, {"detector": "a"}, out))
+
+
+def test_lines_of_images_that_were_drawn_again_are_not_continued(folder, tmp_path):
+    """By other weights, say: the manifest tells, where a copy has given the new images the sizes and times of old ones.
+
+    Without a manifest the folder is another program's, and goes on as long as its images are the same.
+    """
+    out, manifest = tmp_path / "detections.jsonl", folder / "manifest.json"
+
+    def begin():
+        wanted = samples(folder)
+        made_by = state_of(folder, wanted) | {"detector": "a"}
+        lines = look(wanted, lambda image: EVERYWHERE, colour_classifier(FakeClip()), made_by, out)
+        next(lines)
+        lines.close()
+
+    begin()
+    begin()
+    (tmp_path / "detections.jsonl.part").unlink()
+    for step, refused in ((100, False), (100, False), (200, True)):
+        manifest.write_text(json.dumps({"step": step, "finished": True, "images": []}))
+        with pytest.raises(UserError, match="or of other images") if refused else contextlib.nullcontext():
+            begin()
 
 
 @pytest.mark.parametrize(

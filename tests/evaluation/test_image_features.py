@@ -222,6 +222,29 @@ def test_distances_of_images_name_their_preparation(commands, tmp_path, capsys):
     assert commands("precision-recall")["samples"] == 7
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("frechet", ()),
+        ("kid", ("--subset_size=7", "--subsets=2")),
+        ("cmmd", ()),
+        ("precision-recall", ()),
+    ],
+)
+def test_the_extractor_of_images_is_not_said_of_files_beside_them(commands, name, options, tmp_path, monkeypatch):
+    unit = lambda images: np.eye(3)[np.arange(len(images)) % 3]  # noqa: E731  # of length 1, for CMMD
+    monkeypatch.setattr(module, "clip_extractor", lambda folder: MEANS._replace(name="unit", features=unit))
+    np.save(tmp_path / "own.npy", np.eye(3)[np.arange(7) % 3])
+    network = ("--clip=x",) if name == "cmmd" else ("--inception=x",)
+    named = "unit" if name == "cmmd" else "means, clean-fid"
+    found = commands(name, *options, reference=tmp_path / "own.npy", inception=network)
+    assert (found["extractor"], found["reference_extractor"]) == (named, None)
+    given = [f"--features={tmp_path}/own.npy", f"--reference={tmp_path}/real", f"--json={tmp_path}/other.json"]
+    run(name, *given, *network, *options)
+    found = result(tmp_path / "other.json")
+    assert (found["extractor"], found["reference_extractor"]) == (None, named)
+
+
 def test_images_of_other_kinds_are_refused_by_the_commands(commands, folder, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"--reference=.*/empty: has no images"):

@@ -13,7 +13,7 @@ import pytest
 from ecdit.config import ConfigError
 from ecdit.encoders.text_tower import TextTower
 from ecdit.models import packing
-from ecdit.partitioning import MeshConfig, batch_sharding, make_mesh
+from ecdit.partitioning import MeshConfig, batch_sharding, make_mesh, param_shardings
 from ecdit.pretrained.clip_text import ClipText
 from ecdit.pretrained.text_encoders import read_encoders
 from tests.encoders.test_text_tower import CONFIG as TOWER
@@ -93,28 +93,32 @@ def test_only_training_packs():
     jax.tree.map(np.testing.assert_array_equal, encode("tower", tokens, mode="sample"), encode("tower", tokens, room=0))
 
 
+EIGHT = (8, 1, 1, 1)  # devices along data, fsdp, expert and tensor
+
+
 @functools.cache
-def on_a_mesh():
-    """The tower's program for eight devices of three captions each, which have two chunks of ten tokens for them."""
-    mesh = make_mesh(MeshConfig(slices=1, data=8, fsdp=1, expert=1, tensor=1))
+def on_a_mesh(sizes):
+    """The tower's program for 24 captions, and the shardings of its arguments: the state's own for the parameters."""
+    mesh = make_mesh(MeshConfig(1, *sizes))
     model = encoder("tower", 6)
+    shardings = (param_shardings(model.abstract, mesh), batch_sharding(mesh))
     with jax.set_mesh(mesh):
-        function = jit(lambda params, tokens: model(params)(tokens, "train"), in_shardings=(None, batch_sharding(mesh)))
-        tokens = jax.device_put(captions([1] * 24), batch_sharding(mesh))
-        return mesh, function.lower(model.params, tokens).compile(
-            compiler_options={"xla_backend_optimization_level": 0}
-        )
+        function = jit(lambda params, tokens: model(params)(tokens, "train"), in_shardings=shardings)
+        return mesh, shardings, function.lower(model.params, captions([1] * 24)).compile()
 
 
-def test_each_device_packs_its_own_captions():
-    """Each has room for 20 tokens. If one has 21 all pad theirs, as they run one program."""
-    mesh, function = on_a_mesh()
+@pytest.mark.parametrize("sizes", [EIGHT, (2, 2, 1, 2), (1, 2, 2, 2), (1, 4, 1, 2)], ids=str)
+def test_each_device_packs_its_own_captions(sizes):
+    """A device has three captions and room for 20 tokens; two that share theirs (`tensor`) have six and room for 40.
+
+    If one has a token more all pad theirs, as they run one program, and no token of any caption is lost.
+    """
+    mesh, shardings, function = on_a_mesh(sizes)
     for last, packed in (([10, 4, 6], True), ([10, 4, 7], False)):
         tokens = captions([3, 10, 1, 6, 2, 1, 5, 3, 8, 7, 9, 1, 10, 4, 2, 1, 1, 1, 9, 9, 2, *last])
         with jax.set_mesh(mesh):
-            found = jax.tree.map(
-                np.asarray, function(encoder("tower", 6).params, jax.device_put(tokens, batch_sharding(mesh)))
-            )
+            given = jax.device_put((encoder("tower", 6).params, tokens), shardings)
+            found = jax.tree.map(np.asarray, function(*given))
         padded = encode("tower", tokens, room=0)
         close(found.states[found.mask], padded.states[padded.mask], 1e-5)
         close(found.pooled, padded.pooled, 1e-5)
@@ -123,7 +127,7 @@ def test_each_device_packs_its_own_captions():
 
 def test_no_caption_crosses_the_mesh():
     """All that the devices exchange is whether their captions fit."""
-    text = on_a_mesh()[1].as_text()
+    text = on_a_mesh(EIGHT)[-1].as_text()
     assert set(re.findall(r" (all-gather|all-to-all|collective-permute|reduce-scatter)[\w-]*\(", text)) == set()
     reduced = re.findall(r"= (\w+\[[\d,]*\])[^=]* all-reduce\(", text)
     assert reduced

@@ -97,6 +97,19 @@ MUTANTS = (
         _features("test_bicubic_overshoot_is_clipped_and_not_rounded"),
     ),
     Mutant(
+        _IMAGES,
+        "hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.is_file() else None",
+        "None",
+        _detections("test_lines_of_images_that_were_drawn_again_are_not_continued"),
+        "half of the lines are of images by other weights",
+    ),
+    Mutant(
+        "ecdit/commands/feature_flags.py",
+        "return self.extractor.name if self.extractor is not None and self.images else self.stated",
+        "return self.extractor.name if self.extractor is not None else self.stated",
+        _features("test_the_extractor_of_images_is_not_said_of_files_beside_them"),
+    ),
+    Mutant(
         _FEATURES,
         "found = extractor.features(filled)[: len(batch)]",
         "found = extractor.features(filled)",

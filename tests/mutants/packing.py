@@ -56,6 +56,13 @@ MUTANTS = (
     ),
     Mutant(
         _PACKING,
+        "math.prod(axis_size(axis) for axis in BATCH_AXES)",
+        'axis_size("data")',
+        _tests("test_each_device_packs_its_own_captions"),
+        "packing fails on meshes that split the batch over other axes",
+    ),
+    Mutant(
+        _PACKING,
         "parts = x.reshape(self.devices, -1, *x.shape[1:])",
         "parts = x.reshape(1, -1, *x.shape[1:])",
         _tests("test_no_caption_crosses_the_mesh"),

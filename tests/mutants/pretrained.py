@@ -311,4 +311,11 @@ MUTANTS = (
         _tests("t5x", "test_every_chunk_is_read_once_and_few_at_a_time"),
         "a second copy of a whole matrix is in memory",
     ),
+    Mutant(
+        "ecdit/checkpoint.py",
+        "    check_public_weights(workdir, run)\n",
+        "",
+        (f"{_TEXT}::test_an_export_beside_other_public_weights_is_refused",),
+        "an export names public weights that the run was not trained with",
+    ),
 )

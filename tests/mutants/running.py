@@ -7,6 +7,7 @@ _LOCK, _LOST, _LEDGER = (f"ecdit/runs/{name}.py" for name in ("lock", "lost_chec
 _TOKENIZER, _WEIGHTS = "ecdit/runs/kept_tokenizer.py", "ecdit/interop/weights.py"
 _RESTARTS = "test_a_run_that_is_stopped_in_an_outage_restarts_and_goes_on_when_it_is_over"
 _BOTH = "test_an_outage_of_one_of_two_processes_restarts_both"
+_DRAWN_MEANWHILE = "test_in_a_bucket_nothing_is_written_under_a_lease_that_has_ended_while_it_was_drawn"
 _REPLAY, _RUN, _LOOP = "ecdit/runs/replay.py", "ecdit/runs/training_run.py", "ecdit/training/loop.py"
 
 
@@ -44,10 +45,19 @@ MUTANTS = (
     ),
     Mutant(
         "ecdit/storage.py",
-        '    if not is_temporary(error) or _package(error) == "jax":',
+        '    if not outage or _package(error) == "jax":',
         "    if not isinstance(error, UserError):",
         _tests("ecdit_runs/test_outages", _RESTARTS),
         "a bucket that is away while a run starts ends it with a traceback and code 1",
+    ),
+    Mutant(
+        "ecdit/storage.py",
+        "for one in causes(error))",
+        "for one in chain(error))",
+        _tests(
+            "commands/test_command_line", "test_a_bug_that_is_met_while_an_outage_is_handled_keeps_its_traceback"
+        ),
+        "a bug in the handling of an outage has no traceback, and the run is restarted again and again",
     ),
     Mutant(
         "ecdit/multihost.py",
@@ -131,9 +141,55 @@ MUTANTS = (
         _tests("ecdit_runs/test_lock", "test_in_a_bucket_no_image_is_drawn_under_a_lease_that_may_have_ended"),
     ),
     Mutant(
+        _RUN,
+        "evaluator.evaluate(sampling_params(state), step, self.lock.check_write)",
+        "evaluator.evaluate(sampling_params(state), step, self.lock.check)",
+        _tests("ecdit_runs/test_lock", _DRAWN_MEANWHILE),
+    ),
+    Mutant(
+        _RUN,
+        "images.write(sampling_params(state), step, self.lock.check_write)",
+        "images.write(sampling_params(state), step, self.lock.check)",
+        _tests("ecdit_runs/test_lock", _DRAWN_MEANWHILE),
+        "a trainer that lost its lease while it drew replaces another one's images",
+    ),
+    Mutant(
+        "ecdit/runs/sample_grids.py",
+        "            permit()\n",
+        "",
+        _tests("ecdit_runs/test_sample_grids", "test_a_grid_is_not_written_without_permission"),
+    ),
+    Mutant(
+        "ecdit/runs/evaluator.py",
+        "            permit()\n",
+        "",
+        _tests("system/test_evaluation_in_training", "test_an_evaluation_is_not_written_without_permission"),
+    ),
+    Mutant(
+        "ecdit/checkpoints/resume.py",
+        "        permit()\n",
+        "",
+        _tests("checkpoints/test_resume", "test_a_damaged_checkpoint_stays_where_it_is_if_the_lease_was_lost"),
+        "a trainer that lost its lease moves another one's checkpoint away",
+    ),
+    Mutant(
+        "ecdit/runs/model_card.py",
+        '    if experiment.autoencoder == "latents":  # the run has no autoencoder, which would make an image of them',
+        "    if False:",
+        _tests("ecdit_runs/test_diffusers_folder", "test_the_card_of_a_run_on_latents_alone_draws_latents"),
+        "the script of an exported run that has latents alone fails",
+    ),
+    Mutant(
+        _LOCK,
+        'if hasattr(time, "CLOCK_BOOTTIME")',
+        "if False",
+        _tests("ecdit_runs/test_lock", "test_in_a_bucket_a_lease_ages_while_its_machine_is_suspended"),
+        "a suspended machine that wakes up writes into the run of the trainer that took over",
+    ),
+    Mutant(
         _LOCK,
         "                self.generation, self.renewed = renewed, sent",
-        "                self.generation, self.renewed = renewed, time.monotonic()",
+        "                self.generation, self.renewed = renewed, _clock()",
         _tests("ecdit_runs/test_lock", "test_in_a_bucket_a_renewal_counts_from_when_it_was_sent"),
     ),
     Mutant(

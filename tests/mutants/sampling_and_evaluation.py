@@ -79,8 +79,8 @@ MUTANTS = (
     ),
     Mutant(
         "ecdit/runs/training_run.py",
-        "found = evaluator.evaluate(sampling_params(state), step)",
-        "found = evaluator.evaluate({**state.params, **state.frozen}, step)",
+        "found = evaluator.evaluate(sampling_params(state), step, self",
+        "found = evaluator.evaluate({**state.params, **state.frozen}, step, self",
         (f"{_TRAINING}::test_training_evaluates_the_ema_weights",),
         "the raw weights are evaluated and not their EMA",
     ),

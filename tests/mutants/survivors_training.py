@@ -188,8 +188,8 @@ MUTANTS = (
     ),
     Mutant(
         "ecdit/runs/training_run.py",
-        "images.write(sampling_params(state), step)",
-        "images.write({**state.params, **state.frozen}, step)",
+        "images.write(sampling_params(state), step, self",
+        "images.write({**state.params, **state.frozen}, step, self",
         (_EMA_IMAGES,),
     ),
     Mutant(

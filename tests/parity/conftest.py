@@ -36,6 +36,11 @@ def diffusers(transformers):
 
 
 @pytest.fixture(scope="session")
+def accelerate(torch):
+    return library("accelerate")
+
+
+@pytest.fixture(scope="session")
 def open_clip(torch):
     return library("open_clip")
 

@@ -97,6 +97,37 @@ np.savez("../found.npz", latents=found[0].permute(0, 2, 3, 1), images=found[1])
 """
 
 
+# Without an accelerator, too, the sequential one keeps weights on the device "meta" unless their module is at work.
+OFFLOADED = """
+import sys
+import accelerate
+import numpy as np, torch
+from diffusers import DiffusionPipeline
+pipeline = DiffusionPipeline.from_pretrained(".", custom_pipeline="./pipeline.py", trust_remote_code=True)
+pipeline.set_progress_bar_config(disable=True)
+
+def draw():
+    return pipeline({prompts!r}, generator=torch.Generator().manual_seed(0), output_type="np").images
+
+def offload_each_module():
+    # As enable_sequential_cpu_offload, whose name "cpu:0" PyTorch takes for another device than "cpu".
+    for module in pipeline.components.values():
+        if isinstance(module, torch.nn.Module):
+            accelerate.cpu_offload(module, torch.device("cpu"), offload_buffers=len(module._parameters) > 0)
+
+expected = draw()
+pipeline.enable_model_cpu_offload(device="cpu")
+for _ in range(2):
+    np.testing.assert_array_equal(draw(), expected)
+pipeline.remove_all_hooks()
+pipeline._all_hooks = []
+offload_each_module()
+assert pipeline.transformer.device.type == "meta"
+for _ in range(2):
+    np.testing.assert_array_equal(draw(), expected)
+"""
+
+
 def run_script(text, folder):
     """Runs a script in a folder, in a process of its own."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("JAX", "XLA", "PYTHON"))}
@@ -160,6 +191,16 @@ def test_the_script_of_the_readme(torch, diffusers, tmp_path):
     assert Image.open(folder / "sample.png").size == (32, 32)
 
 
+def test_the_script_of_a_run_on_latents_alone(torch, diffusers, tmp_path):
+    workdir = save_run(
+        tmp_path / "run", {"autoencoder": "latents", "data__latent_channels": 3, "data__image_size": 256}
+    )
+    run, folder = open_run(workdir, draw=False), tmp_path / "exported"
+    export_diffusers(run, folder, 10**9, model_card(run, workdir, "Tiny", False), False)
+    (script,) = scripts(folder)
+    run_script(f"import sys\n{script}assert latents.shape == (1, 3, 32, 32)\nassert latents.std() > 0\n", folder)
+
+
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
@@ -192,10 +233,9 @@ PUBLIC = {
 }
 
 
-def test_public_towers_in_the_folder(torch, diffusers, tmp_path, record_property):
-    """CLIP's penultimate states with a projected pooled state, beside T5's, and an autoencoder."""
-    clip, t5, vae = write_clip(tmp_path / "clip"), write_t5(tmp_path / "t5"), write_vae(tmp_path / "vae")
-    changes = PUBLIC | {
+def towers(clip, t5, vae):
+    """The changes of a config with these folders, and a projected pooled state."""
+    return PUBLIC | {
         "text__weights": str(clip),
         "text__second_weights": str(t5),
         "text__clip_states": "penultimate",
@@ -204,7 +244,21 @@ def test_public_towers_in_the_folder(torch, diffusers, tmp_path, record_property
         "data__second_tokenizer": str(t5),
         "vae__weights": str(vae),
     }
-    folder, latents, images = export(tmp_path, changes, with_towers=True)
+
+
+def test_a_pipeline_whose_weights_are_offloaded_draws_the_same(torch, diffusers, accelerate, tmp_path):
+    """Of a run with all its own networks, and of one with two public text encoders and an autoencoder."""
+    (tmp_path / "own").mkdir()
+    run_script(OFFLOADED.format(prompts=PROMPTS), export(tmp_path / "own", {})[0])
+    clip, t5, vae = write_clip(tmp_path / "clip"), write_t5(tmp_path / "t5"), write_vae(tmp_path / "vae")
+    folder, *_ = export(tmp_path, towers(clip, t5, vae), with_towers=True)
+    run_script(OFFLOADED.format(prompts=PROMPTS), folder)
+
+
+def test_public_towers_in_the_folder(torch, diffusers, tmp_path, record_property):
+    """CLIP's penultimate states with a projected pooled state, beside T5's, and an autoencoder."""
+    clip, t5, vae = write_clip(tmp_path / "clip"), write_t5(tmp_path / "t5"), write_vae(tmp_path / "vae")
+    folder, latents, images = export(tmp_path, towers(clip, t5, vae), with_towers=True)
     for moved in (clip, t5, vae):
         moved.rename(moved.with_name(f"{moved.name}_gone"))
     check_pipeline(record_property, "CLIP, T5 and autoencoder in the folder", folder, latents, images)

@@ -136,6 +136,21 @@ def test_prompts_that_are_cut_or_missing_are_said_before_the_first_step(emoji_da
         Evaluator(experiment, mesh, tmp_path)
 
 
+def test_an_evaluation_is_not_written_without_permission(emoji_data, tmp_path):
+    """The trainer may have lost its lease while it evaluated. (This one evaluates nothing, to be fast.)"""
+
+    def lost():
+        raise UserError("the lease was lost")
+
+    experiment = tiny(data__directory=str(emoji_data), mesh__data=1)
+    evaluator = Evaluator(experiment, make_mesh(experiment.mesh, jax.devices()[:1]), tmp_path)
+    with pytest.raises(UserError, match="the lease was lost"):
+        evaluator.evaluate({}, 2, lost)
+    assert list(tmp_path.iterdir()) == []
+    evaluator.evaluate({}, 2)
+    assert list(records(tmp_path)) == ["step_00000002.json"]
+
+
 def test_numbers_have_names():
     found = {
         "step": 3,

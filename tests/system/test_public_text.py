@@ -16,7 +16,7 @@ from ecdit.checkpoints import restore
 from ecdit.checkpoints.arrays import read_records
 from ecdit.checkpoints.read_errors import CheckpointError
 from ecdit.components import TextWidths
-from ecdit.config import ConfigError
+from ecdit.config import ConfigError, to_dict
 from ecdit.data import DataError
 from ecdit.data.loader import make_loader
 from ecdit.data.prepared import (
@@ -29,14 +29,15 @@ from ecdit.data.prepared import (
 )
 from ecdit.data.text_states import restore as restore_row
 from ecdit.data.text_states import store
-from ecdit.data.tokenizer import load_tokenizer
-from ecdit.data.tokens import tokenizer_path, truncated_captions
+from ecdit.data.tokenizer import files_of, load_tokenizer
+from ecdit.data.tokens import hash_files, tokenizer_path, truncated_captions
 from ecdit.data.verification import verify
 from ecdit.evaluation.flow_loss import fixed_rows, losses_by_time, make_loss_program
 from ecdit.experiment import check_tokenizers, check_trainable, make_experiment
 from ecdit.partitioning import MeshConfig, make_mesh
 from ecdit.pretrained.config_json import WeightsError
 from ecdit.runs.diffusers_folder import public_towers
+from ecdit.runs.kept_tokenizer import keep_tokenizer, kept_files
 from ecdit.runs.trained_run import open_run
 from ecdit.runs.training_run import train
 from ecdit.system import make_system
@@ -44,10 +45,11 @@ from ecdit.training.optimizer import make_optimizer
 from ecdit.training.state import abstract_state, state_shardings
 from ecdit.training.step import abstract_batch
 from tests.data.example import module
+from tests.forking import run_forked
 from tests.models.helpers import jit
 from tests.pretrained.test_t5x import t5x_arrays, write_checkpoint
 from tests.pretrained.towers import CAPTIONS, CLIP_TOKENS, t5_params, write_clip, write_t5
-from tests.runs import ROOT, command, random_params, tiny, tiny_values
+from tests.runs import ROOT, command, random_params, save_ema, tiny, tiny_values
 
 LENGTH = 12
 QUIET = lambda _: None  # noqa: E731
@@ -198,6 +200,33 @@ def test_it_resumes_and_samples_with_the_same_weights_alone(run, folders, tmp_pa
         train(other, workdir)
     with pytest.raises(CheckpointError, match="was trained with other public weights of its text"):
         open_run(workdir, [f"text.weights={tmp_path}/other"])
+
+
+def test_an_export_beside_other_public_weights_is_refused(tmp_path, cpu_env):
+    """What is exported names the folder's fingerprint, though the run was trained with another one's weights."""
+    clip, workdir = write_clip(tmp_path / "clip"), tmp_path / "run"
+    experiment = public(clip, data__directory=str(tmp_path / "nowhere"))
+    keep_tokenizer({name: path.read_bytes() for name, path in files_of(clip).items()}, workdir)
+    config = to_dict(experiment)
+    (workdir / "config.json").write_text(json.dumps(config))
+    config |= {"weights": experiment.fingerprints()}
+    ema = random_params(make_system(experiment.system))
+    save_ema(workdir, ema, 7, config, vocabulary=hash_files(kept_files(workdir)))
+
+    def export(form):
+        out = tmp_path / form
+        done = run_forked(
+            command("checkpoint", "export", f"--workdir={workdir}", f"--out={out}", f"--format={form}"), cpu_env()
+        )
+        return done.returncode, done.stderr, out.exists()
+
+    write_clip(clip, seed=1)
+    for form in ("ecdit", "diffusers"):
+        code, said, written = export(form)
+        assert (code, written) == (2, False), said
+        assert f"{workdir} was trained with other public weights of its text" in said
+    write_clip(clip)
+    assert export("diffusers") == (0, "", True)
 
 
 def test_what_does_not_fit_is_refused(folders, tmp_path):

@@ -88,7 +88,7 @@ class Denoiser(nn.Module):
         if c.extra_blocks:
             self.mask_token = nn.Parameter(torch.zeros(c.width))
         self.head_modulation = nn.Linear(c.width, 2 * c.width)
-        self.head = nn.Linear(c.width, numbers)
+        self.head = _Head(c.width, numbers)
 
     @classmethod
     def from_pretrained(cls, folder, torch_dtype: torch.dtype | None = None):
@@ -158,10 +158,9 @@ class Denoiser(nn.Module):
         side = c.latent_size // c.patch_size
         steps = torch.arange(side, device=latents.device)
         grid = torch.cartesian_prod(steps, steps).expand(len(latents), -1, -1)  # row and column of each token
-        x = self.patches(patchify(latents, c.patch_size).to(dtype))
-        positions = torch.cat([sinusoid(grid[..., axis], c.width // 2) for axis in (0, 1)], -1).to(dtype)
-        positions = positions * c.absolute_positions
-        x = x + positions
+        places = [sinusoid(grid[..., axis], c.width // 2) for axis in (0, 1)]
+        positions = torch.cat(places, -1).to(dtype) * c.absolute_positions
+        x = self.patches(patchify(latents, c.patch_size).to(dtype)) + positions
         if kept is None:
             x = run(self.blocks, x, grid)
         else:
@@ -172,8 +171,12 @@ class Denoiser(nn.Module):
         x = run(self.extra, x, grid)
         shift, scale = self.head_modulation(condition).float().unflatten(-1, (2, c.width)).unbind(1)
         x = modulate(norm(x.float()), shift, scale)  # float32, because guidance takes differences of velocities
-        velocity = F.linear(x, self.head.weight.float(), self.head.bias.float())
-        return unpatchify(velocity, c.patch_size, c.latent_channels)
+        return unpatchify(self.head(x), c.patch_size, c.latent_channels)
+
+
+class _Head(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:  # in float32, whatever the weights are
+        return F.linear(x, self.weight.float(), self.bias.float())
 
 
 class Block(nn.Module):
@@ -181,8 +184,7 @@ class Block(nn.Module):
 
     def __init__(self, config: DenoiserConfig, even: bool):
         super().__init__()
-        c = config
-        head = c.width // c.heads
+        c, head = config, config.width // config.heads
         self.attention = Attention(c.width, c.width, c.heads, c.kv_heads, head)
         self.cross_attention = Attention(c.width, c.text_width, c.heads, c.heads, head)
         self.has_experts = even and c.ffn != "dense"
@@ -279,8 +281,7 @@ class Experts(nn.Module):
         y = grouped[rows, index]  # [G, E, C, d]
         y = torch.einsum("gecd,edh->gech", y, self.up)
         y = torch.einsum("gech,ehd->gecd", gelu(y), self.down)
-        if c.moe_output_norm == "expert":
-            y = norm(y)
+        y = norm(y) if c.moe_output_norm == "expert" else y
         y = gate[..., None].to(y.dtype) * y
         slots = index.flatten(1)[..., None].expand(-1, -1, y.shape[-1])
         y = torch.zeros_like(grouped).scatter_add(1, slots, y.flatten(1, 2)).reshape(x.shape)
@@ -326,8 +327,7 @@ def token_choice(logits: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
     before the smaller. Slots that stay empty have gate 0. Takes and returns the same shapes as `expert_choice`.
     """
     affinity = logits.softmax(-1)
-    top, choice = affinity.sort(dim=-1, descending=True, stable=True)
-    top, choice = top[..., :2], choice[..., :2]
+    top, choice = (y[..., :2] for y in affinity.sort(dim=-1, descending=True, stable=True))
     gates = torch.zeros_like(affinity).scatter(-1, choice, top / top.sum(-1, keepdim=True))
     # First choices have priorities in (0, 1], second ones in (-1, 0].
     priority = top.detach() - torch.arange(2.0, device=top.device)

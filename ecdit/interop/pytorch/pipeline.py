@@ -21,6 +21,7 @@ PAD = 0  # T5's
 class EcDitPipeline(DiffusionPipeline):
     """Encodes prompts, integrates the guided velocity from noise, and decodes."""
 
+    model_cpu_offload_seq = "text_encoder->text_encoder_2->transformer->vae"
     _optional_components = ["text_encoder", "text_encoder_2", "vae"]  # noqa: RUF012
 
     def __init__(
@@ -97,7 +98,7 @@ class EcDitPipeline(DiffusionPipeline):
           output_type: pil, np (float32 [B, H, W, 3] in 0..1), or latent ([B, c, h, w]).
           return_dict: False for a tuple.
         """
-        config, device = self.config, self.transformer.device
+        config, device = self.config, self._execution_device
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         prompts = [one for one in prompts for _ in range(num_images_per_prompt)]
         scale = config.guidance_scale if guidance_scale is None else guidance_scale
@@ -123,12 +124,13 @@ class EcDitPipeline(DiffusionPipeline):
         images = x if output_type == "latent" else self.decode(x)
         if output_type == "pil":
             images = self.numpy_to_pil(images)
+        self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
     def encode(self, prompts):
         """Returns the captions' states [B, L, t], their mask [B, L] and the pooled captions [B, p]."""
         encoders = [encoder for encoder in (self.text_encoder, self.text_encoder_2) if encoder is not None]
-        parts = self.tokenizer(prompts).to(self.transformer.device).chunk(len(encoders), 1)
+        parts = self.tokenizer(prompts).to(self._execution_device).chunk(len(encoders), 1)
         encoded = [self.encode_by(encoder, ids) for encoder, ids in zip(encoders, parts, strict=True)]
         width = max(states.shape[-1] for states, _, _ in encoded)
         states = torch.cat([F.pad(states, (0, width - states.shape[-1])) for states, _, _ in encoded], 1)
