@@ -82,7 +82,7 @@ def test_a_grid_is_not_written_without_permission(tmp_path, monkeypatch):
     monkeypatch.setattr(samples, "open_prepared", lambda config: config)
     monkeypatch.setattr(samples, "sample_captions", lambda _, count: CAPTIONS[:count])
     monkeypatch.setattr(samples, "sample_targets", lambda _, count: [None] * count)
-    monkeypatch.setattr(samples, "make_sampler", lambda *_: lambda *_: np.zeros((4, 2, 2, 3), np.uint8))
+    monkeypatch.setattr(samples, "make_sampler", lambda *_, not_finite: lambda *_: np.zeros((4, 2, 2, 3), np.uint8))
     experiment = tiny(model__ffn="dense", sampling__num_grid=4, sampling__batch_size=4)
     writer = SampleWriter(
         experiment.data, experiment.sampling, make_system(experiment.system), SimpleNamespace(), tmp_path
