@@ -13,15 +13,19 @@ from pathlib import Path
 def locked(path: Path, say: Callable[[str], None], together: bool = False) -> Iterator[None]:
     """Holds a lock file alone, or `together` with others that hold it so.
 
-    The kernel frees the lock when the process ends, even if it is killed. The file stays.
+    The kernel frees the lock when the process ends, even if it is killed. The file stays. Where the file system has no
+    locks, it says so and goes on.
     """
     kind = fcntl.LOCK_SH if together else fcntl.LOCK_EX
-    with path.open("w") as file:
+    # NFS makes these locks of byte ranges, for which a shared one needs a file that can be read.
+    with path.open("a+") as file:
         try:
             fcntl.flock(file, kind | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             say(f"another process is preparing: waiting for it ({path})")
             fcntl.flock(file, kind)
+        except OSError as error:
+            say(f"{path} cannot be locked ({error.strerror}): let no other process do the same here")
         yield
 
 

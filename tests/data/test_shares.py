@@ -1,6 +1,8 @@
 """Tests preparation in shares: by processes at once, on one disk or several, one of them killed: the same bytes."""
 
 import dataclasses
+import errno
+import fcntl
 import os
 import shutil
 import signal
@@ -271,3 +273,18 @@ def test_shares_are_refused_where_nothing_is_divided(tmp_path, cpu_env):
         arguments = [sys.executable, "-m", "ecdit.prepare", "--config=configs/emoji.py", *more]
         ended = subprocess.run(arguments, cwd=ROOT, env=cpu_env(), capture_output=True, text=True, check=False)
         assert (ended.returncode, message in ended.stderr) == (2, True)
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_a_lock_fits_file_systems_that_lock_byte_ranges_or_nothing(tmp_path, monkeypatch, together):
+    """NFS wants a file that can be read for a shared lock, and one that can be written for the other kind."""
+    lock, said = tmp_path / "lock", []
+
+    def flock(file, kind):
+        assert fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with locked(lock, said.append, together):
+        pass
+    assert said == [f"{lock} cannot be locked (No locks available): let no other process do the same here"]

@@ -461,4 +461,11 @@ MUTANTS = (
         "pass",
         _shares("test_a_column_in_shares_has_the_bytes_of_one_process"),
     ),
+    Mutant(
+        "ecdit/data/locks.py",
+        'path.open("a+")',
+        'path.open("w")',
+        _shares("test_a_lock_fits_file_systems_that_lock_byte_ranges_or_nothing"),
+        "shares on a network disk cannot hold their lock together",
+    ),
 )
