@@ -1,4 +1,4 @@
-"""The paper's recipe as a config: every field with its meaning and the source of its value.
+"""The paper's recipe as a config: every field with its meaning, and the source of its value where it matters.
 
 Config files start from it and change some fields; `configs/ec_dit.py` changes the sizes. `configs/emoji.py`,
 `configs/emoji_styles.py` and `configs/shapes.py` start from `small_recipe`, for small images on two CPU cores.
