@@ -136,12 +136,6 @@ MUTANTS = (
     ),
     Mutant(
         _RUN,
-        '        self.lock.check_write()\n        say(f"drawing',
-        '        self.lock.check()\n        say(f"drawing',
-        _tests("ecdit_runs/test_lock", "test_in_a_bucket_no_image_is_drawn_under_a_lease_that_may_have_ended"),
-    ),
-    Mutant(
-        _RUN,
         "evaluator.evaluate(sampling_params(state), step, self.lock.check_write)",
         "evaluator.evaluate(sampling_params(state), step, self.lock.check)",
         _tests("ecdit_runs/test_lock", _DRAWN_MEANWHILE),
