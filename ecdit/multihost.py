@@ -50,6 +50,12 @@ def together(do: Callable[[], T]) -> T:
     return cast(T, result)
 
 
+def say(line: str) -> None:
+    """Prints a line on the first process."""
+    if jax.process_index() == 0:
+        print(line, flush=True)
+
+
 def on_first(do: Callable[[], object]) -> None:
     """Does something on the first process. Where it fails there, it fails on all: collective. Raises as `together`."""
     together(lambda: do() if jax.process_index() == 0 else None)

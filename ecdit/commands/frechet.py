@@ -53,10 +53,11 @@ def run(values: flags.FlagValues) -> None:
         f"{result['samples'] or 'unknown'} samples against {result['reference_samples'] or 'unknown'}; "
         f"extractor: {' and '.join(name or 'one that is not named' for name in dict.fromkeys((ours, theirs)))}"
     )
-    for each, name in ((generated.extractor or values.extractor, sets[0].name), (real.extractor, sets[1].name)):
-        if result["extractor"] and not each:  # such as an npz file of another program
+    for extractor, each in zip((ours, theirs), sets, strict=True):
+        if extractor is None and ours != theirs:  # such as an npz file of another program
             print(
-                f"{name} does not say what its features are of; of another extractor or preparation, no distance counts"
+                f"{each.name} does not say what its features are of; if another extractor or preparation made them, "
+                "the distance means nothing"
             )
 
 

@@ -14,7 +14,7 @@ from typing import Protocol
 from tqdm import tqdm
 
 from ecdit.data import DataError
-from ecdit.data.locks import ends_with_its_parent, locked, remove_scratch
+from ecdit.data.locks import ends_with_its_parent, lock_of, locked, remove_scratch, scratch_of
 from ecdit.data.manifest import COLUMN, FORMAT, Column, Manifest, by_number, read_json, to_json
 from ecdit.data.record import Record, decode_record
 from ecdit.data.shards import Shard, ShardReader, combined, read_summary, summary_path, write_shard, write_summary
@@ -116,7 +116,7 @@ def make_column(
     if (directory / COLUMN).exists():
         return read_column(task, manifest, maker.name, maker.made_by)
     directory.parent.mkdir(exist_ok=True)
-    with locked(_lock_of(directory), say):
+    with locked(lock_of(directory), say):
         if (directory / COLUMN).exists():  # another process was first
             return read_column(task, manifest, maker.name, maker.made_by)
         working, shards = _working(directory), (*manifest.train, *manifest.held_out)
@@ -133,7 +133,7 @@ def make_column(
             replace_text(working / COLUMN, to_json(_described(manifest, maker, working, files)))
         for shard in shards:  # what only this call needed
             summary_path(working / shard.name).unlink(missing_ok=True)
-            _scratch_of(working / shard.name).unlink(missing_ok=True)  # of a share that was killed
+            scratch_of(working / shard.name).unlink(missing_ok=True)  # of a share that was killed
         forget_count(working)
         remove_scratch(working)
         working.rename(directory)
@@ -149,7 +149,7 @@ def make_share(task: Path, manifest: Manifest, maker: ColumnMaker, workers: int,
     """
     directory = column_directory(task, maker.name)
     directory.parent.mkdir(exist_ok=True)
-    lock, working, key = _lock_of(directory), _working(directory), _key(manifest, maker)
+    lock, working, key = lock_of(directory), _working(directory), _key(manifest, maker)
     with sharing(lock, share, say):
         with beginning(lock, say):
             if (directory / COLUMN).exists():
@@ -188,10 +188,6 @@ def _what(name: str) -> str:
     return "" if kind == "tokens" else f" --what={kind}"
 
 
-def _lock_of(directory: Path) -> Path:
-    return directory.with_name(f".{directory.name}.lock")
-
-
 def _working(directory: Path) -> Path:
     return directory.with_name(f".{directory.name}.preparing")
 
@@ -224,14 +220,10 @@ def _written(task: Path, working: Path, shards: list[Shard], maker: ColumnMaker,
             raise
 
 
-def _scratch_of(place: Path) -> Path:
-    return place.with_name(f".{place.name}")
-
-
 def _write_one(task: Path, working: Path, shard: Shard, maker: ColumnMaker) -> None:
     """Writes the column's shard for one shard of records."""
     place = working / shard.name
-    scratch = _scratch_of(place)
+    scratch = scratch_of(place)
     place.parent.mkdir(exist_ok=True)
     scratch.unlink(missing_ok=True)
     reader, histograms = ShardReader(task, [shard]), collections.defaultdict(Counter)

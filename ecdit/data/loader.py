@@ -44,8 +44,7 @@ def make_loader(
     Yields:
       image uint8[b, H, W, 3] or latents float16[b, h, w, 2c] (mean and log variance), tokens int32[b, L], where L is
       the caption length of one tokenizer or of both, size_crop float32[b, 4] in px: the original's height and width,
-      then top and left of the crop,
-      negative where `data.crop_padding` shows.
+      then top and left of the crop, negative where `data.crop_padding` shows.
 
     Raises:
       DataError: the data is not prepared, prepared with other settings or incomplete, or start_row is inside a batch.

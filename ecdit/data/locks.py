@@ -29,6 +29,16 @@ def locked(path: Path, say: Callable[[str], None], together: bool = False) -> It
         yield
 
 
+def lock_of(path: Path) -> Path:
+    """Returns the lock file beside what several processes may prepare."""
+    return path.with_name(f".{path.name}.lock")
+
+
+def scratch_of(path: Path) -> Path:
+    """Returns where a file or directory is while it is written, or was when its process was killed."""
+    return path.with_name(f".{path.name}")
+
+
 def remove_scratch(directory: Path) -> None:
     """Removes temporary files of `files.replace_text` that killed processes have left."""
     for path in directory.rglob(".*.tmp"):

@@ -17,6 +17,7 @@ from ecdit.data import images
 from ecdit.data.config import DataConfig, field_group
 from ecdit.data.filters import Filters, caption_reason, column_reason, size_reason
 from ecdit.data.images import ImageRejected
+from ecdit.data.locks import scratch_of
 from ecdit.data.manifest import QUARANTINE, SPLITS
 from ecdit.data.quarantine import Quarantine
 from ecdit.data.record import Record, encode_record
@@ -130,11 +131,6 @@ def read_summary(place: Path) -> PartSummary | None:
         return None
     shards = tuple(Shard(**shard) for shard in stored.pop("shards"))
     return PartSummary(shards=shards, **stored)
-
-
-def scratch_of(place: Path) -> Path:
-    """Returns the directory of a part that is being written, or was when its process was killed."""
-    return place.with_name(f".{place.name}")
 
 
 def part_name(index: int) -> str:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from ecdit.data import DataError
 from ecdit.data.config import DataConfig
 from ecdit.data.generated import GENERATED
-from ecdit.data.locks import ends_with_its_parent, locked, remove_scratch
+from ecdit.data.locks import ends_with_its_parent, lock_of, locked, remove_scratch, scratch_of
 from ecdit.data.manifest import (
     COMPOSITION,
     FORMAT,
@@ -39,7 +39,7 @@ from ecdit.data.manifest import (
     task_directory,
     to_json,
 )
-from ecdit.data.parts import HASHES, SUMMARY, PartSummary, part_name, read_summary, scratch_of, write_part
+from ecdit.data.parts import HASHES, SUMMARY, PartSummary, part_name, read_summary, write_part
 from ecdit.data.quarantine import merge
 from ecdit.data.registry import Part, Task, find_parts, find_task, module_of, module_sha256
 from ecdit.data.shards import Shard, combined
@@ -130,7 +130,8 @@ def _records(config: DataConfig, task: str, workers: int, say: Say) -> Manifest:
     if _is_prepared(target):
         return read_records_manifest(config, task)
     found = find_task(config, task)
-    with locked(_lock_of(target), say):
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with locked(lock_of(target), say):
         if (target / MANIFEST).exists():  # another process was first
             return read_records_manifest(config, task)
         working = _working_directory(config, task, found)
@@ -160,11 +161,12 @@ def _records(config: DataConfig, task: str, workers: int, say: Say) -> Manifest:
 def _share_of_records(config: DataConfig, task: str, share: Share, workers: int, say: Say) -> None:
     """Prepares a share of a task's parts, unless the task is prepared."""
     target = task_directory(config, task)
-    found, lock = None if _is_prepared(target) else find_task(config, task), _lock_of(target)
-    if found is None:
+    if _is_prepared(target):
         read_records_manifest(config, task)
         say(f"{target} is prepared, with its parts joined")
         return
+    found, lock = find_task(config, task), lock_of(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
     with sharing(lock, share, say):
         with beginning(lock, say):
             joined = (target / MANIFEST).exists()  # by another process, while this one waited
@@ -188,11 +190,6 @@ def _is_prepared(target: Path) -> bool:
     if exists and not prepared:
         raise DataError(f"{target} is in the way: it is no prepared data; move it, or set data.directory")
     return prepared
-
-
-def _lock_of(target: Path) -> Path:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    return target.with_name(f".{target.name}.lock")
 
 
 def _nothing_left(task: str, manifest: Manifest) -> str:
@@ -323,15 +320,17 @@ def _copies(parts: Sequence[tuple[Path, int]]) -> _Copies:
     def scaled(count: np.integer) -> int:
         return round(int(count) / share)
 
-    shared, across = [], 0
-    for column in range(2):
+    def counted(column: int) -> tuple[int, int]:
+        """Returns how many records share a hash with another one, and how many held-out ones with one for training."""
         loaded = ((np.load(path)[:, column], trained) for path, trained in parts)
         found = [(kept(rows[:trained]), kept(rows[trained:])) for rows, trained in loaded]
         train, held_out = (np.concatenate(each) for each in zip(*found, strict=True))
         _, counts = np.unique(np.concatenate([train, held_out]), return_counts=True)
-        shared.append(scaled(counts[counts > 1].sum()))
-        across = across if column else scaled(np.isin(held_out, train).sum())
-    return _Copies(shared[0], shared[1], across, share)
+        return scaled(counts[counts > 1].sum()), scaled(np.isin(held_out, train).sum())
+
+    images, held_out_in_train = counted(0)
+    captions, _ = counted(1)
+    return _Copies(images, captions, held_out_in_train, share)
 
 
 def summary(manifest: Manifest) -> str:

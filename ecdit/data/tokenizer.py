@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Int
 
 from ecdit.data import DataError
+from ecdit.data.locks import scratch_of
 from ecdit.data.shards import file_sha256
 from ecdit.data.text import EOS, PAD, load_vocabulary, read_vocabulary
 from ecdit.pretrained.tokenizers import BOTH, MERGES, SPIECE, VOCABULARY, ClipTokenizer, T5Tokenizer, fit
@@ -201,7 +202,7 @@ def folders_sha256(folders: Sequence[str]) -> str:
 
 def copy_folders(folders: Sequence[str], target: Path) -> None:
     """Copies the tokenizers of folders to `target`, which appears whole or not at all."""
-    scratch = target.with_name(f".{target.name}")
+    scratch = scratch_of(target)
     shutil.rmtree(scratch, ignore_errors=True)
     for folder, side in zip(folders, SIDES if len(folders) > 1 else ("",), strict=True):
         (scratch / side).mkdir(parents=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from ecdit.data import DataError
 from ecdit.data.config import DataConfig, rate_of
 from ecdit.data.generated import GENERATED
-from ecdit.data.locks import locked
+from ecdit.data.locks import lock_of, locked, scratch_of
 from ecdit.data.manifest import Composition, read_records_manifest, task_directory
 from ecdit.data.mixing import mixing
 from ecdit.data.record import Record, decode_record, pack
@@ -98,7 +98,7 @@ def make_tokenizer(config: DataConfig, composition: Composition, say: Callable[[
             )
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    with locked(path.with_name(f".{path.name}.lock"), say):
+    with locked(lock_of(path), say):
         if not path.exists():  # else another process was first
             _write_tokenizer(config, composition, path)
     return path
@@ -109,7 +109,7 @@ def _write_tokenizer(config: DataConfig, composition: Composition, path: Path) -
     if config.tokenizer_folders:
         copy_folders(config.tokenizer_folders, path)
         return
-    scratch = path.with_name(f".{path.name}")
+    scratch = scratch_of(path)
     if config.tokenizer:
         check_size(config, Path(config.tokenizer))
         shutil.copyfile(config.tokenizer, scratch)

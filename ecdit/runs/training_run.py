@@ -22,7 +22,7 @@ from ecdit.errors import UserError
 from ecdit.exit_codes import INTERRUPTED, PREEMPTED
 from ecdit.experiment import Experiment, ResolvedPhase, check_mesh, check_tokenizers, check_trainable
 from ecdit.interop.weights import flat_names
-from ecdit.multihost import anywhere, host_differences, on_first, together
+from ecdit.multihost import anywhere, host_differences, on_first, say, together
 from ecdit.partitioning import make_mesh
 from ecdit.reporting.profiling import Profile
 from ecdit.reporting.reporter import Reporter, first_line, forecast, images_due
@@ -300,12 +300,6 @@ class _Run:
         say(f"evaluating step {step}")
         found = evaluator.evaluate(sampling_params(state), step, self.lock.check_write)
         self.reporter.evaluation(step, found.scalars, found.files)
-
-
-def say(line: str) -> None:
-    """Prints a line on the first process."""
-    if jax.process_index() == 0:
-        print(line, flush=True)
 
 
 def _resumed(

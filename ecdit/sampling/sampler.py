@@ -19,6 +19,7 @@ from ecdit.diffusion.guidance import GuidanceConfig, combine
 from ecdit.diffusion.solvers import SOLVERS
 from ecdit.encoders.autoencoder import to_bytes
 from ecdit.errors import UserError
+from ecdit.multihost import say
 from ecdit.partitioning import batch_sharding, batch_shards, place_rows, replicated
 from ecdit.system import Params, System, TextToImage
 
@@ -70,8 +71,7 @@ def refuse(problem: str) -> None:
 
 def warn(problem: str) -> None:
     """Prints a warning on the first process."""
-    if jax.process_index() == 0:
-        print(f"warning: {problem}", flush=True)
+    say(f"warning: {problem}")
 
 
 def make_sampler(

@@ -35,7 +35,7 @@ WIDE = {"width": 512, "heads": 16, "kv_heads": 8}  # heads of 32 numbers, as the
 
 
 def experiment(case: str, tiny: bool) -> Experiment:
-    """configs/emoji.py, wider if `case` is "wide"."""
+    """Returns the experiment of configs/emoji.py, wider if `case` is "wide"."""
     values: Any = tiny_values(model__mask_ratio=0.0) if tiny else emoji_config()
     if case == "wide":
         for key, value in WIDE.items():
@@ -45,7 +45,7 @@ def experiment(case: str, tiny: bool) -> Experiment:
 
 
 def random_batch(config: Experiment) -> dict[str, np.ndarray]:
-    """A batch of noise under random words, as the loader gives it."""
+    """Returns a batch of noise under random words, as the loader gives it."""
     rng, batch, side = np.random.default_rng(0), config.train.batch_size, config.data.image_size
     return {
         "image": rng.integers(0, 256, (batch, side, side, 3)).astype(np.uint8),
@@ -55,7 +55,7 @@ def random_batch(config: Experiment) -> dict[str, np.ndarray]:
 
 
 class Ours:
-    """The step of `ecdit.train`, with its state."""
+    """Runs the step of `ecdit.train`, with its state."""
 
     def __init__(self, config: Experiment, batch: dict[str, np.ndarray]):
         self.mesh, system = make_mesh(config.mesh), make_system(config.system)
@@ -74,7 +74,7 @@ class Ours:
 
 
 class PyTorch:
-    """The same step in PyTorch, with its state."""
+    """Runs the same step in PyTorch, with its state."""
 
     def __init__(self, config: Experiment, batch: dict[str, np.ndarray], compiled: bool):
         import torch
@@ -89,7 +89,7 @@ class PyTorch:
         weights = [*self.text.parameters(), *self.denoiser.parameters()]
         with torch.no_grad():
             for weight in weights:
-                weight.normal_(0, 0.02)  # zeros, such as the file's experts, would be an easy case for nobody
+                weight.normal_(0, 0.02)  # as in a run: the files' experts begin with zeros
         self.weights, self.averaged = weights, [weight.detach().clone() for weight in weights]
         o = config.optimizer
         self.optimizer = torch.optim.RMSprop(

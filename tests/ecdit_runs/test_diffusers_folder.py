@@ -177,29 +177,17 @@ def test_public_weights_are_named_with_their_fingerprint_or_copied(opened, tmp_p
     assert sorted(path.name for path in (tmp_path / "one").iterdir()) == copied
 
 
-def test_public_weights_in_several_files_are_copied_with_their_index(tmp_path):
+@pytest.mark.parametrize(("stem", "index"), [("model", "index"), ("model.fp16", "index.fp16")])
+def test_public_weights_in_several_files_are_copied_with_their_index(tmp_path, stem, index):
+    """A variant's index is copied under the name that is looked for."""
     folder = tmp_path / "t5"
     folder.mkdir()
     (folder / "config.json").write_text("{}")
-    names = [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
+    names = [f"{stem}-0000{n}-of-00002.safetensors" for n in (1, 2)]
     for name, tensor in zip(names, ("a", "b"), strict=True):
         save_file({tensor: np.float32([1])}, folder / name)
     places = {"weight_map": {"a": names[0], "b": names[1]}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(places))
-    diffusers_folder._copy(Tower("text_encoder", folder, "transformers", "T5EncoderModel", ""), tmp_path / "copy")
-    expected = ["config.json", *names, "model.safetensors.index.json"]
-    assert sorted(path.name for path in (tmp_path / "copy").iterdir()) == sorted(expected)
-
-
-def test_a_variant_in_several_files_is_copied_under_the_name_that_is_looked_for(tmp_path):
-    folder = tmp_path / "t5"
-    folder.mkdir()
-    (folder / "config.json").write_text("{}")
-    names = [f"model.fp16-0000{n}-of-00002.safetensors" for n in (1, 2)]
-    for name, tensor in zip(names, ("a", "b"), strict=True):
-        save_file({tensor: np.float32([1])}, folder / name)
-    places = {"weight_map": {"a": names[0], "b": names[1]}}
-    (folder / "model.safetensors.index.fp16.json").write_text(json.dumps(places))
+    (folder / f"model.safetensors.{index}.json").write_text(json.dumps(places))
     diffusers_folder._copy(Tower("text_encoder", folder, "transformers", "T5EncoderModel", ""), tmp_path / "copy")
     expected = ["config.json", *names, "model.safetensors.index.json"]
     assert sorted(path.name for path in (tmp_path / "copy").iterdir()) == sorted(expected)

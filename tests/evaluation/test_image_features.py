@@ -213,6 +213,8 @@ def test_distances_of_images_name_their_preparation(commands, tmp_path, capsys):
     np.savez(tmp_path / "theirs.npz", mu=np.zeros(3), sigma=np.eye(3))
     commands("frechet", reference=tmp_path / "theirs.npz")
     assert "--reference does not say what its features are of" in capsys.readouterr().out
+    run("frechet", f"--features={tmp_path}/theirs.npz", f"--reference={tmp_path}/a.npz")
+    assert "--features does not say what its features are of" in capsys.readouterr().out
     saved = (f"--features={tmp_path}/a.npz", f"--reference={tmp_path}/real", "--inception=x")
     run("frechet", *saved)
     with pytest.raises(UserError, match=r"--reference: .*'means, pytorch-fid', .* of 'means, clean-fid'"):

@@ -457,7 +457,7 @@ MUTANTS = (
     ),
     Mutant(
         _COLUMNS,
-        "_scratch_of(working / shard.name).unlink(missing_ok=True)",
+        "scratch_of(working / shard.name).unlink(missing_ok=True)",
         "pass",
         _shares("test_a_column_in_shares_has_the_bytes_of_one_process"),
     ),

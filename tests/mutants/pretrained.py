@@ -294,7 +294,7 @@ MUTANTS = (
         'shutil.copyfile(index, target / f"{tower.stem}{INDEX}")',
         "shutil.copyfile(index, target / index.name)",
         (
-            "tests/ecdit_runs/test_diffusers_folder.py::test_a_variant_in_several_files_is_copied_under_the_name_that_is_looked_for",
+            "tests/ecdit_runs/test_diffusers_folder.py::test_public_weights_in_several_files_are_copied_with_their_index",
         ),
     ),
     Mutant(
