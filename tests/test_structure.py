@@ -52,6 +52,7 @@ FOUNDATION = {
     "patches",
     "functions",
     "json_lines",
+    "progress",
 }
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 400, 80
 # Heavy, or in an extra that training does not install.

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 from absl import flags
-from tqdm import tqdm
 
 from ecdit.errors import UserError
 from ecdit.evaluation.geneval_images import look, samples, state_of
 from ecdit.json_lines import check_results
+from ecdit.progress import each
 
 DOWNLOAD = """needs a detector, and a CLIP where prompts name colours. Download them once:
   hf download facebook/mask2former-swin-small-coco-instance \\
@@ -54,6 +54,6 @@ def run(values: flags.FlagValues) -> None:
         made_by["clip"] = fingerprint(Path(values.clip))
     out.parent.mkdir(parents=True, exist_ok=True)
     lines = look(wanted, lambda image: detect(network, image), classify, made_by, out)
-    for _ in tqdm(lines, total=len(wanted), unit="image"):
+    for _ in each(lines, "detecting", "images", len(wanted)):
         pass
     print(f"{len(wanted)} images; now: python -m ecdit.evaluate geneval-score --detections={out} --out=results.jsonl")

@@ -7,11 +7,9 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Protocol
-
-from tqdm import tqdm
 
 from ecdit.data import DataError
 from ecdit.data.locks import ends_with_its_parent, lock_of, locked, remove_scratch, scratch_of
@@ -20,6 +18,7 @@ from ecdit.data.record import Record, decode_record
 from ecdit.data.shards import Shard, ShardReader, combined, read_summary, summary_path, write_shard, write_summary
 from ecdit.data.shares import Share, beginning, check_count, forget_count, sharing
 from ecdit.files import replace_bytes, replace_text
+from ecdit.progress import progress
 
 _MADE_OF = "made_of"  # file with the fingerprints of the records and of the tokenizer or weights
 Say = Callable[[str], None]
@@ -195,33 +194,34 @@ def _working(directory: Path) -> Path:
 def _write(task: Path, manifest: Manifest, maker: ColumnMaker, workers: int, share: Share | None = None) -> None:
     """Writes the shards that are left, of all or of a share's."""
     left = shards_left(task, manifest, maker.name, share)
-    written = _written(task, _working(column_directory(task, maker.name)), left, maker, workers)
-    with tqdm(None, maker.name, sum(shard.records for shard in left), unit="record", disable=None) as bar:
-        for records in written:
-            bar.update(records)
+    with progress(maker.name, "records", sum(shard.records for shard in left)) as update:
+        _write_shards(task, _working(column_directory(task, maker.name)), left, maker, workers, update)
 
 
-def _written(task: Path, working: Path, shards: list[Shard], maker: ColumnMaker, workers: int) -> Iterator[int]:
-    """Writes shards, and yields the records of each that is written."""
+def _write_shards(
+    task: Path, working: Path, shards: list[Shard], maker: ColumnMaker, workers: int, update: Callable[[int], object]
+) -> None:
+    """Writes shards, and tells `update` how many more records are written."""
     if min(workers, len(shards)) <= 1:
         for shard in shards:
-            _write_one(task, working, shard, maker)
-            yield shard.records
+            _write_one(task, working, shard, maker, update)
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(workers, len(shards)), context, ends_with_its_parent, (os.getpid(),)) as pool:
-        futures = [pool.submit(_write_one, task, working, shard, maker) for shard in shards]
+        futures = {pool.submit(_write_one, task, working, shard, maker): shard for shard in shards}
         try:
-            for shard, future in zip(shards, futures, strict=True):
+            for future in as_completed(futures):
                 future.result()
-                yield shard.records
+                update(futures[future].records)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
 
 
-def _write_one(task: Path, working: Path, shard: Shard, maker: ColumnMaker) -> None:
-    """Writes the column's shard for one shard of records."""
+def _write_one(
+    task: Path, working: Path, shard: Shard, maker: ColumnMaker, update: Callable[[int], object] = lambda count: None
+) -> None:
+    """Writes the column's shard for one shard of records; tells `update` of each record."""
     place = working / shard.name
     scratch = scratch_of(place)
     place.parent.mkdir(exist_ok=True)
@@ -233,6 +233,7 @@ def _write_one(task: Path, working: Path, shard: Shard, maker: ColumnMaker) -> N
             for name, number in numbers.items():
                 histograms[name][str(number)] += 1
             yield data
+            update(1)
 
     written = write_shard(scratch, rows())
     if written.records != shard.records:

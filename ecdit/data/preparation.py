@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from ecdit.data import DataError
 from ecdit.data.config import DataConfig
@@ -46,6 +45,7 @@ from ecdit.data.shards import Shard, combined
 from ecdit.data.shares import Share, beginning, check_count, forget_count, sharing
 from ecdit.data.sources.protocol import Source
 from ecdit.files import replace_text
+from ecdit.progress import each
 
 _SETTINGS = "settings.json"
 _COUNTED_RECORDS = 1 << 26  # records whose hashes fit in half a GB; beyond that, a share is counted
@@ -225,10 +225,10 @@ def _write_parts(config: DataConfig, task: Task, working: Path, workers: int, pa
         if done is None:
             left.append(index)
     begun = len(places) - len(left)
-    progress = functools.partial(tqdm, total=len(places), initial=begun, unit="part", desc="preparing", disable=None)
+    parts_done = functools.partial(each, what="preparing", units="parts", total=len(places), begun=begun)
     if min(workers, len(left)) <= 1:
-        for index in progress(left):
-            pairs = tqdm(task.read(index), "reading", unit="pair", disable=None if len(places) == 1 else True)
+        for index in parts_done(left):
+            pairs = each(task.read(index), "reading", "pairs", shown=len(places) == 1)
             write_part(config, pairs, task.shards[index], task.stamp(index), places[index])
     else:
         context = multiprocessing.get_context("spawn")
@@ -237,7 +237,7 @@ def _write_parts(config: DataConfig, task: Task, working: Path, workers: int, pa
             jobs = [(source, index, task.shards[index], places[index]) for index in left]
             futures = [pool.submit(_write_one, config, task.name, task.module, *job) for job in jobs]
             try:
-                for future in progress(as_completed(futures)):
+                for future in parts_done(as_completed(futures)):
                     future.result()
             except BaseException:
                 pool.shutdown(cancel_futures=True)

@@ -1,19 +1,19 @@
 """Verifies prepared data: every checksum, every record, every image."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-
-from tqdm import tqdm
 
 from ecdit.data import DataError
 from ecdit.data.columns import read_column
 from ecdit.data.config import DataConfig
+from ecdit.data.generated import Split
 from ecdit.data.images import decode_stored
-from ecdit.data.manifest import COLUMN, SPLITS, Column, shards_of
+from ecdit.data.manifest import COLUMN, SPLITS, Column, Manifest, shards_of
 from ecdit.data.prepared import Prepared, StoredPart, open_prepared, read_empty
 from ecdit.data.record import decode_record
 from ecdit.data.shards import Shard, ShardReader, file_sha256
 from ecdit.data.text_states import TEXT
+from ecdit.progress import each
 
 
 def verify(config: DataConfig, say: Callable[[str], None] = print) -> Prepared:
@@ -34,13 +34,13 @@ def verify(config: DataConfig, say: Callable[[str], None] = print) -> Prepared:
                 except DataError as error:
                     damaged.append(str(error))
         for split in SPLITS:
-            for shard in tqdm(shards_of(part.manifest, split), f"{part.component.task}, {split}", disable=None):
+            for shard in _each_shard(part.manifest, split, part.component.task):
                 problem = _problem(part, shard, config.image_size)
                 damaged += [f"{part.directory / shard.name}: {problem}"] if problem else []
                 records, shards = records + shard.records, shards + 1
             for column in columns:
                 directory = part.directory / "columns" / column.name
-                for shard in shards_of(column, split):
+                for shard in _each_shard(column, split, f"{column.name} of {part.component.task}"):
                     problem = _changed(directory / shard.name, shard)
                     damaged += [f"{directory / shard.name}: {problem}"] if problem else []
                     shards += 1
@@ -48,6 +48,12 @@ def verify(config: DataConfig, say: Callable[[str], None] = print) -> Prepared:
         raise DataError(f"{len(damaged)} of {shards} shards are damaged:\n  " + "\n  ".join(damaged))
     say(f"verified {shards} shards: {records} records, their images and their columns are unchanged")
     return prepared
+
+
+def _each_shard(manifest: Manifest | Column, split: Split, of: str) -> Iterator[Shard]:
+    """Yields the shards of a split, and shows how many are verified."""
+    shards = shards_of(manifest, split)
+    return each(shards, f"verifying {of}, {split}", "shards", len(shards))
 
 
 def _columns(part: StoredPart) -> tuple[list[Column], list[str]]:

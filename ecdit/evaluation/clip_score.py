@@ -29,6 +29,7 @@ from ecdit.pretrained.clip_vision import CLIP_VISION_LAYOUT, ClipVision, cosines
 from ecdit.pretrained.layout import Layout
 from ecdit.pretrained.tokenizers import ClipTokenizer, Tokenizer
 from ecdit.pretrained.weights import load_folder
+from ecdit.progress import each
 
 PREFIX = "A photo depicts "  # of captions in Hessel's form
 
@@ -99,8 +100,8 @@ def clip_scores(clip: Clip, pairs: Iterable[tuple[Path, str]], batch_size: int) 
     Raises:
       UserError: there are none, an image cannot be read, or a cosine is not finite.
     """
-    found = []
-    for batch in _batches(pairs, batch_size):
+    found, batches = [], list(_batches(pairs, batch_size))
+    for batch in each(batches, "scoring", "batches", len(batches)):
         images = np.stack([prepare(path, clip.image_size) for path, _ in batch])
         captions = [caption for _, caption in batch]
         filled = np.arange(batch_size) % len(batch)  # one size of batch is compiled

@@ -28,6 +28,7 @@ from ecdit.data.tokenizer import load_tokenizer
 from ecdit.diffusion.flow import SAMPLE_KEY_IMPL, interpolate, velocity_target
 from ecdit.encoders.autoencoder import to_unit
 from ecdit.partitioning import batch_sharding, batch_shards, place_rows, replicated
+from ecdit.progress import each
 from ecdit.system import Params, System
 from ecdit.training.step import text_states
 
@@ -114,16 +115,16 @@ def losses_by_time(program: LossProgram, params: Params, rows: Rows) -> Float64[
     """Returns the mean loss over all images in each bin of time. Collective: all processes get the same."""
     count, size = len(rows["size_crop"]), program.batch_size
     totals = np.zeros(BINS)
-    for shift in range(BINS):
-        for begin in range(0, count, size):
-            images = (np.arange(begin, begin + size) % count).astype(np.int32)  # the last batch goes on with the first
-            bins = time_bins(images, shift)
-            with jax.set_mesh(program.mesh):
-                batch = {name: x[images] for name, x in rows.items()}
-                placed = place_rows(program.mesh, (batch, images, bins))
-                found = np.asarray(program.losses(params, *placed), np.float64)
-            valid = slice(min(size, count - begin))
-            np.add.at(totals, bins[valid], found[valid])
+    passes = [(shift, begin) for shift in range(BINS) for begin in range(0, count, size)]
+    for shift, begin in each(passes, "computing the loss", "batches", len(passes), shown=jax.process_index() == 0):
+        images = (np.arange(begin, begin + size) % count).astype(np.int32)  # the last batch goes on with the first
+        bins = time_bins(images, shift)
+        with jax.set_mesh(program.mesh):
+            batch = {name: x[images] for name, x in rows.items()}
+            placed = place_rows(program.mesh, (batch, images, bins))
+            found = np.asarray(program.losses(params, *placed), np.float64)
+        valid = slice(min(size, count - begin))
+        np.add.at(totals, bins[valid], found[valid])
     return totals / count
 
 

@@ -19,6 +19,7 @@ from ecdit.evaluation.preparation import VARIANTS
 from ecdit.pretrained.inception import INCEPTION_LAYOUT, Inception, InceptionConfig
 from ecdit.pretrained.safetensors_folder import SafetensorsFolder
 from ecdit.pretrained.weights import load_folder, tensors_fingerprint
+from ecdit.progress import each
 
 
 class Extractor(NamedTuple):
@@ -74,7 +75,8 @@ def image_features(files: Sequence[Path], extractor: Extractor, batch_size: int)
     with concurrent.futures.ThreadPoolExecutor() as threads:
         batches = [files[start : start + batch_size] for start in range(0, len(files), batch_size)]
         waiting: list[list[concurrent.futures.Future]] = []
-        for batch, following in itertools.zip_longest(batches, batches[1:]):
+        pairs = itertools.zip_longest(batches, batches[1:])
+        for batch, following in each(pairs, "computing features", "batches", len(batches)):
             # One batch is prepared while the network computes the one before it.
             for some in [batch, following] if not waiting else [following]:
                 waiting.append([threads.submit(_prepared, path, extractor.prepare) for path in some or ()])

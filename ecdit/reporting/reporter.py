@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from ecdit.errors import UserError
 from ecdit.files import writing
 from ecdit.partitioning import devices_text
+from ecdit.progress import duration
 from ecdit.reporting.metrics_file import METRICS, open_lines
 from ecdit.reporting.speed import Speed, Stopwatch, flops_text
 from ecdit.reporting.writers import Writer
@@ -181,8 +182,7 @@ def forecast(config: TrainConfig, step: int, speed: Speed, draws: bool) -> str:
 
 
 def _duration(speed: Speed, steps: int) -> str:
-    minutes = speed.step_seconds * steps / 60
-    return f"{minutes / 60:.1f} hours" if minutes >= 100 else f"{math.ceil(minutes)} min"
+    return duration(speed.step_seconds * steps)
 
 
 def images_due(config: TrainConfig, step: int) -> bool:

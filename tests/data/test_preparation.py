@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ecdit import progress
 from ecdit.config import ConfigError
 from ecdit.data import DataError, parts, preparation, prepared
 from ecdit.data.columns import make_column
@@ -645,6 +646,28 @@ def test_a_column_with_a_row_too_few_is_an_error(counted):
     with pytest.raises(DataError, match=r"latents-short of .*: 9 rows for 10 records of 000001/train"):
         make_column(task, second, Short(), 1, lambda _: None)
     shutil.rmtree(task / "columns/.latents-short.preparing")
+
+
+def test_a_log_shows_the_records_of_a_shard_whose_column_is_computed(counted, monkeypatch, capsys):
+    """Not only whole shards: the data may have one, which takes hours."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Nothing:
+        name: str = "latents-nothing"
+        made_by: str = ""
+
+        def values(self, records):
+            yield from ((b"", {}) for _ in records)
+
+    monkeypatch.setattr(progress, "EVERY", 1e-9)
+    task, manifest = task_directory(counted), read_records_manifest(counted, "counted")
+    one = dataclasses.replace(manifest, train=manifest.train[:1], held_out=())
+    make_column(task, one, Nothing(), 1, lambda _: None)
+    shutil.rmtree(task / "columns/latents-nothing")
+    lines, records = capsys.readouterr().err.splitlines(), one.train[0].records
+    starts = [line.partition(" (")[0] for line in lines]
+    assert starts == [f"latents-nothing: {n} of {records} records" for n in range(1, records)]
+    assert records > 1
 
 
 def test_the_fingerprint_of_a_run_s_data_follows_its_tokenizer_and_rates(tmp_path):
