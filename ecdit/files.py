@@ -4,10 +4,22 @@ import contextlib
 import errno
 import os
 import secrets
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 from ecdit.errors import UserError
+
+T = TypeVar("T")
+R = TypeVar("R")
+_THREADS = 32  # that look at files; on a mounted bucket each look waits for the network
+
+
+def in_threads(look: Callable[[T], R], items: Iterable[T]) -> list[R]:
+    """Returns `look` of each item, in order. Several threads call it, because a mounted bucket takes 50 ms a file."""
+    with ThreadPoolExecutor(_THREADS) as threads:
+        return list(threads.map(look, items))
 
 
 def check_writable(path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import grain
 
 from ecdit.data import DataError
-from ecdit.files import replace_text
+from ecdit.files import in_threads, replace_text
 
 # With one record per group, a random read reads no other record. Images are compressed already, and latents hardly
 # compress.
@@ -114,15 +114,22 @@ def combined(digests: Iterable[str]) -> str:
 
 
 def check_shards(directory: Path, shards: Sequence[Shard]) -> None:
-    """Raises DataError with the names of shards that are missing or do not have their original size."""
+    """Raises DataError with the names of shards that are missing or do not have their original size, in order.
+
+    A shard of which the file system cannot say so is named alone, because preparing again would not help.
+    """
 
     def whole(shard: Shard) -> bool:
+        path = directory / shard.name
         try:
-            return (directory / shard.name).stat().st_size == shard.size
-        except OSError:
+            return path.stat().st_size == shard.size
+        except (FileNotFoundError, NotADirectoryError):
             return False
+        except OSError as error:
+            raise DataError(f"{path}: its size cannot be read: {error.strerror}") from None
 
-    if missing := [shard.name for shard in shards if not whole(shard)]:
+    found = in_threads(whole, shards)
+    if missing := [shard.name for shard, is_whole in zip(shards, found, strict=True) if not is_whole]:
         some = ", ".join(missing[:10]) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
         raise DataError(f"{directory} is not whole: {some} of {len(shards)} shards missing or cut; prepare again")
 

@@ -239,10 +239,17 @@ MUTANTS = (
     ),
     Mutant(
         _SHARDS,
-        "return (directory / shard.name).stat().st_size == shard.size",
+        "return path.stat().st_size == shard.size",
         "return (directory / shard.name).exists()",
         _preparation("test_missing_and_short_shards_are_named_at_the_start"),
         "a shard that was copied in part stops a run hours later",
+    ),
+    Mutant(
+        _SHARDS,
+        "except (FileNotFoundError, NotADirectoryError):",
+        "except OSError:",
+        ("tests/data/test_shards.py::test_a_shard_that_the_disk_cannot_read_is_not_called_missing",),
+        "an I/O error asks for the data to be prepared again",
     ),
     Mutant(
         _COLUMNS,
