@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -17,7 +18,7 @@ from ecdit.evaluation.retrieval import protocol
 from ecdit.evaluation.run_scores import load_retrieval, score_retrieval, score_shapes, shapes_of
 from ecdit.experiment import Experiment
 from ecdit.files import replace_text, writing
-from ecdit.multihost import from_first, on_first
+from ecdit.multihost import from_first, on_first, together
 from ecdit.sampling.grids import save_grid
 from ecdit.sampling.prompts import check_prompts, prompt_lines
 from ecdit.sampling.sampler import make_sampler, sample_images, warn
@@ -76,9 +77,12 @@ class Evaluator:
 
     def is_recorded(self, step: int) -> bool:
         """Returns whether the step was evaluated by an earlier start. The first process says it for all."""
-        with reading(self.workdir):
-            found = np.array(_record(self.workdir, step).exists())
-        return bool(from_first(found))
+
+        def look() -> bool:
+            with reading(self.workdir):
+                return jax.process_index() == 0 and _record(self.workdir, step).exists()
+
+        return bool(from_first(np.array(together(look))))
 
     def evaluate(self, params: Params, step: int, permit: Callable[[], None] = lambda: None) -> Evaluated:
         """Evaluates weights, calls `permit`, and writes evaluations/step_XXXXXXXX.json and the images. Collective.

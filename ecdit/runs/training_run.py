@@ -169,6 +169,8 @@ def run_workload(
                 by = "Ctrl-C" if interrupted else "a signal"
                 say(f"stopped by {by}; saved step {int(state.step)}, the same command goes on from it")
                 return INTERRUPTED if interrupted else PREEMPTED
+            if stopped:  # in the last step, which leaves no next start to evaluate it
+                run.evaluate_missed(phase, evaluator, state)
         drawn = ""
         if images is not None:
             activity.enter("draw", "drawing the last images")
@@ -285,7 +287,7 @@ class _Run:
         return files
 
     def evaluate_missed(self, phase: ResolvedPhase, evaluator: StepEvaluator | None, state: TrainState) -> None:
-        """Evaluates the step that a run goes on from, if it was stopped there: it saved that step unevaluated."""
+        """Evaluates the step that `state` is of, if the run was stopped there: it saved that step unevaluated."""
         done = int(state.step)
         if evaluator is None or not self.experiment.evaluation.is_due(done) or not phase.after < done <= phase.last:
             return

@@ -247,8 +247,10 @@ def test_a_trace_neither_begins_nor_ends_beside_a_running_save(toy, monkeypatch)
 
 
 def test_sigterm_in_the_last_step_is_a_finished_run(toy):
-    toy.at[9] = lambda: os.kill(os.getpid(), signal.SIGTERM)
-    assert toy.train(num_steps=9, every=1000) == 0
+    """It evaluates that step too, because no other start would."""
+    toy.at[8] = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    assert toy.train(num_steps=8, every=1000, **EVALUATE) == 0
+    assert [step for step, _ in toy.evaluated] == [2, 4, 6, 8]
 
 
 @pytest.mark.parametrize("first", [4, 7])  # the second of these is found after the last step
