@@ -2,10 +2,11 @@
 
 import functools
 import io
+import itertools
 import math
 import subprocess
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +62,12 @@ def save_grid(images: UInt8[np.ndarray, "n h w 3"], captions: Sequence[str], pat
         font = caption_font(caption)
         if font is None:
             caption, font, listed = f"caption {i + 1}: see {listing.name}", _pillow_font(), True
-        lines = wrapped(caption, font, shown)[:CAPTION_LINES]
+        lines = wrapped(caption, font, shown, CAPTION_LINES)
         draw.multiline_text((left, top + shown + 1), "\n".join(lines), fill="black", font=font, spacing=1)
     write_png(grid, path)
     if listed:
         numbered = (f"{i}: {' '.join(caption.split())}\n" for i, caption in enumerate(captions, 1))
-        listing.write_bytes("".join(numbered).encode())
+        replace_bytes(listing, "".join(numbered).encode())
 
 
 def caption_font(caption: str) -> Font | None:
@@ -74,21 +75,28 @@ def caption_font(caption: str) -> Font | None:
     return _covering_font(frozenset(caption) - frozenset(" \t\n\r"))
 
 
-def wrapped(text: str, font: Font, width: int) -> list[str]:
-    """Returns the lines of a text that are at most `width` pixels wide. Breaks words that do not fit a line."""
-    lines = [""]
+def wrapped(text: str, font: Font, width: int, most: int) -> list[str]:
+    """Returns the first `most` lines of a text, at most `width` pixels wide. Breaks words that do not fit a line."""
+    return list(itertools.islice(_lines(text, font, width), most))
+
+
+def _lines(text: str, font: Font, width: int) -> Iterator[str]:
+    """Yields all lines, one by one, because each is measured by character and a prompt may have thousands of them."""
+    line = ""
     for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
+        longer = f"{line} {word}".strip()
         if font.getlength(longer) <= width:
-            lines[-1] = longer
+            line = longer
             continue
-        if lines[-1]:
-            lines.append("")
+        if line:
+            yield line
+            line = ""
         for character in word:
-            if lines[-1] and not _joins(character) and font.getlength(lines[-1] + character) > width:
-                lines.append("")
-            lines[-1] += character
-    return lines
+            if line and not _joins(character) and font.getlength(line + character) > width:
+                yield line
+                line = ""
+            line += character
+    yield line
 
 
 def _joins(character: str) -> bool:

@@ -125,7 +125,26 @@ def test_captions_that_no_font_covers_are_numbered_and_listed(font, tmp_path, fo
 def test_lines_fit_their_width_and_keep_every_character():
     font = grids._pillow_font()
     text = "a  caption of words and\nincomprehensibilities-without-end " + "W" * 40
-    lines = wrapped(text, font, 100)
+    lines = wrapped(text, font, 100, 99)
     assert max(map(font.getlength, lines)) <= 100
     assert "".join(lines).replace(" ", "") == "".join(text.split())
-    assert wrapped("red heart", font, 100) == ["red heart"]
+    assert wrapped(text, font, 100, 2) == lines[:2]
+    assert wrapped("red heart", font, 100, 2) == ["red heart"]
+
+
+@pytest.mark.parametrize("piece", ["ab", "a "])
+def test_of_a_long_caption_only_what_is_shown_is_measured(monkeypatch, piece):
+    """Measuring all 10,000 characters of 64 captions takes longer than drawing the images."""
+    font, measured = grids._pillow_font(), []
+
+    def width(self, text):
+        measured.append(text)
+        return 6.0 * len(text)
+
+    monkeypatch.setattr(type(font), "getlength", width)
+    text = 5000 * piece
+    assert wrapped(text, font, 59, 2) == [
+        text[:9].strip(),
+        text[9:18].strip() if piece == "ab" else text[10:19].strip(),
+    ]
+    assert len(measured) < 50
