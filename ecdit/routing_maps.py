@@ -3,11 +3,11 @@
 It samples the prompts and writes maps, tables, arrays and a page for the browser; docs/routing_maps.md describes them.
 """
 
+import contextlib
 import io
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from absl import flags
 from jaxtyping import Float, UInt8
@@ -15,9 +15,11 @@ from jaxtyping import Float, UInt8
 from ecdit.command_line import run_command
 from ecdit.errors import UserError
 from ecdit.files import check_writable, is_remote, replace_bytes, replace_text
+from ecdit.multihost import on_first
 from ecdit.runs.kept_tokenizer import open_tokenizer
 from ecdit.runs.trained_run import open_run, sample_run, saved_experiment
 from ecdit.sampling.grids import save_png, write_png
+from ecdit.sampling.image_folder import alone_in_empty, check_empty
 from ecdit.sampling.layouts import plan_images
 from ecdit.sampling.prompt_files import Prompt
 from ecdit.sampling.prompts import check_changes, check_prompts, prompt_lines
@@ -48,8 +50,7 @@ def main(argv: list[str]) -> None:
     if is_remote(OUT.value):
         raise UserError(f"--out={OUT.value}: must be a directory of this machine")
     check_writable(out / "routing.npz")
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"--out={out}: holds other files; take an empty directory")
+    check_empty(out)
     experiment = saved_experiment(workdir, SET.value)
     if not make_system(experiment.system).parts.denoiser.counts_experts():
         raise UserError(f"--workdir={WORKDIR.value}: the model is dense, it has no experts")
@@ -57,12 +58,16 @@ def main(argv: list[str]) -> None:
         print(f"warning: {warning}", flush=True)
 
     run = open_run(workdir, SET.value, STEP.value)
-    images, gates = sample_run(run, prompts, repeats, with_gates=True)
-    if jax.process_index() == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        about = f"Step {run.step} of {WORKDIR.value}, EMA weights, seed {run.experiment.sampling.seed}."
-        named = [f"{p} ({r})" for p, r in zip(prompts, repeats, strict=True)] if max(repeats) else prompts
-        print(write_all(out, named, images, gates, about, run.experiment.sampling.time_shift))
+    with contextlib.ExitStack() as held:
+        on_first(lambda: held.enter_context(alone_in_empty(out)))
+        images, gates = sample_run(run, prompts, repeats, with_gates=True)
+
+        def write() -> None:
+            about = f"Step {run.step} of {WORKDIR.value}, EMA weights, seed {run.experiment.sampling.seed}."
+            named = [f"{p} ({r})" for p, r in zip(prompts, repeats, strict=True)] if max(repeats) else prompts
+            print(write_all(out, named, images, gates, about, run.experiment.sampling.time_shift))
+
+        on_first(write)
 
 
 def write_all(

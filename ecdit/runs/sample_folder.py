@@ -1,7 +1,10 @@
 """Draws a folder of images with a run's weights, on all processes together, and goes on with one that was left."""
 
 import contextlib
+import dataclasses
 import functools
+import hashlib
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,12 +16,15 @@ from jaxtyping import Bool
 
 import ecdit
 from ecdit.config import to_dict
-from ecdit.multihost import from_first, on_first, together, wait_for_all
+from ecdit.errors import UserError
+from ecdit.files import in_threads
+from ecdit.multihost import from_first, host_differences, on_first, together, wait_for_all
 from ecdit.partitioning import batch_shards
+from ecdit.progress import progress
 from ecdit.runs.provenance import code_state, config_hash, library_versions
 from ecdit.runs.trained_run import Run
 from ecdit.sampling.grids import save_png
-from ecdit.sampling.image_folder import alone_in, begin_folder, finish_folder, is_finished
+from ecdit.sampling.image_folder import NOT_COMPARED, alone_in, begin_folder, finish_folder, is_finished
 from ecdit.sampling.layouts import Planned
 from ecdit.sampling.many import Drawn, draw_images, make_programs
 from ecdit.sampling.prompt_files import Kind
@@ -47,7 +53,8 @@ def draw_folder(
       draw_after: what all processes do once the images are there, before the folder counts as finished.
 
     Raises:
-      UserError: `out` holds something else, another process draws into it, or a file cannot be written.
+      UserError: `out` holds something else, another process draws into it, a file cannot be written, or hosts have
+        other prompts, weights or settings than most.
     """
     held = contextlib.ExitStack()
 
@@ -58,6 +65,8 @@ def draw_folder(
         write_before()
 
     with held:
+        if differences := host_differences(_facts(planned, source)):
+            raise UserError("the hosts would not draw the same images:\n  " + "\n  ".join(differences))
         on_first(begin)
         count = _draw_left(run, out, planned)
         draw_after()
@@ -65,14 +74,20 @@ def draw_folder(
     return count
 
 
+def _facts(planned: Sequence[Planned], source: Mapping[str, Any]) -> dict[str, str]:
+    """Returns what must be equal on all hosts, or one would draw images of another prompt or of another step."""
+    rows = "\n".join(repr(dataclasses.astuple(one)) for one in planned)
+    facts = {"prompts and repeats": hashlib.sha256(rows.encode("utf-8")).hexdigest()[:12], "images": str(len(planned))}
+    values = {key: json.dumps(value) for key, value in source.items() if key not in NOT_COMPARED}
+    return facts | {key: text if len(text) <= 40 else config_hash({key: text})[:12] for key, text in values.items()}
+
+
 def _draw_left(run: Run, out: Path, planned: Sequence[Planned]) -> int:
     """Draws the images that are not in `out` yet, and returns how many. Collective."""
-    from tqdm import tqdm
-
     first = jax.process_index() == 0
     # The first process says which are left: others may not see the same at once.
-    left = np.array([not is_finished(out / one.file) for one in planned] if first else [False] * len(planned))
-    left = from_first(left)
+    whole = in_threads(is_finished, [out / one.file for one in planned]) if first else [True] * len(planned)
+    left = from_first(~np.array(whole, bool))
     if run.system.parts.denoiser.images_together("sample") > 1:
         left = whole_batches(left, run.experiment.sampling.batch_size)
     todo = [planned[i] for i in np.flatnonzero(left).tolist()]
@@ -84,11 +99,10 @@ def _draw_left(run: Run, out: Path, planned: Sequence[Planned]) -> int:
         [one.prompt for one in todo],
         [one.repeat for one in todo],
     )
-    hidden = None if first else True  # None: shown on a terminal
-    with tqdm(None, "sampling", len(planned), unit="image", initial=len(planned) - len(todo), disable=hidden) as bar:
+    with progress("sampling", "images", len(planned), len(planned) - len(todo), shown=first) as update:
         for batch in batches:
             together(functools.partial(_write, out, todo, batch))
-            bar.update(batch.done)
+            update(batch.done)
     wait_for_all("images are written")
     return len(todo)
 

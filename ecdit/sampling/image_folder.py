@@ -21,13 +21,15 @@ from ecdit.errors import UserError
 from ecdit.files import replace_text
 from ecdit.sampling.grids import save_grid
 from ecdit.sampling.layouts import Planned, read_image
+from ecdit.sampling.prompts import shortened
 
 MANIFEST = "manifest.json"
 GRID_IMAGES = 64  # in grid.png, the first ones
 _SHORT = 60  # characters of two values that a message shows
 # Of a manifest: what does not decide the images (but for rounding). What --set changed stands among the others, with
 # its outcome; a run may have moved, the checkpoint's hash says which one it is.
-_FREE = ("finished", "machines", "set", "workdir", "folder")
+NOT_COMPARED = ("set", "workdir", "folder")
+_FREE = ("finished", "machines", *NOT_COMPARED)
 _PNG_START = b"\x89PNG\r\n\x1a\n"
 
 
@@ -37,7 +39,7 @@ def check_folder(out: Path) -> dict[str, Any] | None:
     Raises:
       UserError: it holds anything else, which images would be mixed with or written over.
     """
-    if not out.exists() or not any(out.iterdir()):
+    if not out.exists() or all(_is_begun_manifest(path) for path in out.iterdir()):
         return None
     try:
         manifest = json.loads((out / MANIFEST).read_text())
@@ -67,6 +69,25 @@ def alone_in(out: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def check_empty(out: Path) -> None:
+    """Raises UserError if a directory holds anything."""
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"--out={out}: holds other files; take an empty directory")
+
+
+@contextlib.contextmanager
+def alone_in_empty(out: Path) -> Iterator[None]:
+    """Makes a directory, and keeps other calls out of it, as `alone_in`.
+
+    Raises:
+      UserError: another call is writing into it, or has done so since it was looked at last.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    with alone_in(out):
+        check_empty(out)
+        yield
 
 
 def is_done(out: Path, planned: Sequence[Planned], source: Mapping[str, Any]) -> bool:
@@ -141,12 +162,30 @@ def finish_folder(out: Path, planned: Sequence[Planned]) -> None:
     _write(out, json.loads((out / MANIFEST).read_text()) | {"finished": True})
 
 
+def _is_begun_manifest(path: Path) -> bool:
+    """Returns whether a file is a manifest that `replace_text` was writing when its process was killed."""
+    return path.name.startswith(f".{MANIFEST}.") and path.name.endswith(".tmp")
+
+
 def _differing(found: Mapping[str, Any], manifest: Mapping[str, Any]) -> list[str]:
     """Returns the keys in which two manifests are of different images, with both values where they are short."""
     there, here = (flatten({key: value for key, value in one.items() if key not in _FREE}) for one in (found, manifest))
     keys = [key for key in {**there, **here} if there.get(key) != here.get(key)]
     values = {key: f"{there.get(key)!r} there, {here.get(key)!r} here" for key in keys}
-    return [f"{key} ({values[key]})" if len(values[key]) <= _SHORT else key for key in keys]
+    values["images"] = _first_difference(there.get("images"), here["images"])
+    return [f"{key} ({values[key]})" if key == "images" or len(values[key]) <= _SHORT else key for key in keys]
+
+
+def _first_difference(there: Any, here: Sequence[Mapping[str, Any]]) -> str:
+    """Returns how two manifests' lists of images differ: in number, or else in the first image that does."""
+    if not isinstance(there, list) or len(there) != len(here):
+        return f"{len(there) if isinstance(there, list) else there!r} there, {len(here)} here"
+    for one, other in zip(there, here, strict=True):
+        if one != other:
+            prompts = [shortened(str(row.get("prompt"))) for row in (one, other)]
+            repeats = [f", repeat {row.get('repeat')}" if prompts[0] == prompts[1] else "" for row in (one, other)]
+            return f"{other['file']}: {prompts[0]}{repeats[0]} there, {prompts[1]}{repeats[1]} here"
+    return ""
 
 
 def _manifest(planned: Sequence[Planned], source: Mapping[str, Any]) -> dict[str, Any]:

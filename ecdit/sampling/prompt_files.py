@@ -112,7 +112,7 @@ def _parti(path: Path) -> Iterator[Prompt]:
 
 def _coco(path: Path) -> Iterator[Prompt]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
         rows = [(row["image_id"], row["caption"]) for row in values["annotations"]]
     except (ValueError, LookupError, TypeError) as error:
         wanted = 'must be {"annotations": [{"image_id", "caption"}, ...]}'

@@ -9,6 +9,7 @@ from ecdit.data.tokenizer import PromptTokens
 from ecdit.errors import UserError
 
 PLACES = ("text.weights", "text.second_weights", "vae.weights")  # folders that may have moved; contents are compared
+_SHOWN = 80  # characters of a prompt in a message
 
 
 def check_changes(changes: Sequence[str]) -> None:
@@ -20,6 +21,11 @@ def check_changes(changes: Sequence[str]) -> None:
         if not change.startswith("sampling.") and change.partition("=")[0] not in PLACES:
             allowed = f"must be a key of sampling, or one of {', '.join(PLACES)}"
             raise UserError(f"--set={change}: {allowed}: other values are as the run was trained")
+
+
+def shortened(prompt: str) -> str:
+    """Returns a prompt in quotes for a message, its beginning alone if it is long."""
+    return repr(prompt) if len(prompt) <= _SHOWN else f"{prompt[:_SHOWN]!r}... ({len(prompt)} characters)"
 
 
 def prompt_lines(file: str, name: str = "--prompts") -> list[str]:
@@ -57,7 +63,7 @@ def check_prompts(tokenize: PromptTokens, prompts: Sequence[str]) -> list[str]:
         if np.array_equal(row, null):
             raise UserError(f"prompt {prompt!r}: the run's vocabulary has nothing of it; it would be the empty caption")
     return [
-        f"prompt {prompt!r}: is cut after {tokenize.length} tokens, the rest of it counts for nothing"
+        f"prompt {shortened(prompt)}: is cut after {tokenize.length} tokens, the rest of it counts for nothing"
         for prompt in unique
         if tokenize.is_cut(prompt)
     ]

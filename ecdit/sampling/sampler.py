@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import field
 from typing import Any, Literal
@@ -21,6 +22,7 @@ from ecdit.encoders.autoencoder import to_bytes
 from ecdit.errors import UserError
 from ecdit.multihost import say
 from ecdit.partitioning import batch_sharding, batch_shards, place_rows, replicated
+from ecdit.progress import each
 from ecdit.system import Params, System, TextToImage
 
 # (params, tokens[B, L], null tokens[1, L], keys[B]) -> images uint8[B, H, W, 3], or images and routing: `make_sampler`.
@@ -224,17 +226,28 @@ def sample_images(
     Where each image is a group of its own, the same (seed, prompt, repeat) gives the same image whatever the batch
     size, the devices or the neighbours, up to float32 rounding (and near-ties of top-k that rounding decides).
     """
-    from tqdm import tqdm
-
     keys = sample_keys(config.seed, prompts, repeats)
     tokens, null_tokens = tokenize(prompts), tokenize([""])
     # The last batch is filled up with the first rows, whose second images are dropped.
     count = math.ceil(len(prompts) / config.batch_size) * config.batch_size
     filled = np.arange(count) % len(prompts)
-    hidden = True if jax.process_index() > 0 else None  # None: shown on a terminal
-    batches = tqdm(filled.reshape(-1, config.batch_size), "sampling", unit="batch", disable=hidden)
-    fetched = [jax.tree.map(_fetch, sampler(params, tokens[rows], null_tokens, keys[rows])) for rows in batches]
+    batches, fetched, first = filled.reshape(-1, config.batch_size), [], jax.process_index() == 0
+    for rows in each(batches, "sampling", "batches", len(batches), shown=first):
+        fetched.append(jax.tree.map(_fetch, sampler(params, tokens[rows], null_tokens, keys[rows])))
+        if len(fetched) == 1:
+            _check_memory(sum(x.nbytes for x in jax.tree.leaves(fetched)), len(batches))
     return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(prompts)], *fetched)
+
+
+def _check_memory(size: int, batches: int) -> None:
+    """Raises UserError if `batches` of `size` bytes do not fit in memory, where the end would be a kill hours later."""
+    needed = 2 * size * batches  # with their copy when they are joined
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        raise UserError(
+            f"{batches} batches of {size / 1e9:.3g} GB need {needed / 1e9:.0f} GB of memory, and this machine has "
+            f"{memory / 1e9:.0f} GB: take fewer prompts, repeats or steps"
+        )
 
 
 def _fetch(x: jax.Array) -> np.ndarray:

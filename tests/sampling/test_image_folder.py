@@ -1,5 +1,6 @@
 """A folder of images is of one call; what is whole in it is kept, and nothing else."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -7,7 +8,16 @@ import pytest
 
 from ecdit.errors import UserError
 from ecdit.sampling.grids import save_png
-from ecdit.sampling.image_folder import alone_in, begin_folder, check_folder, finish_folder, is_done, is_finished
+from ecdit.sampling.image_folder import (
+    MANIFEST,
+    alone_in,
+    alone_in_empty,
+    begin_folder,
+    check_folder,
+    finish_folder,
+    is_done,
+    is_finished,
+)
 from ecdit.sampling.layouts import Planned
 
 SOURCE, MACHINE = {"step": 3, "sampling": {"seed": 1}}, {"device": "cpu"}
@@ -22,7 +32,10 @@ def test_an_unfinished_folder_is_gone_on_with_by_the_same_call_alone(tmp_path):
     begin_folder(out, planned("a"), SOURCE, MACHINE)
     begin_folder(out, planned("a"), SOURCE, MACHINE)
     other = {"step": 3, "sampling": {"seed": 2}}
-    cases = [(planned("b"), SOURCE, "images;"), (planned("a"), other, r"sampling\.seed \(1 there, 2 here\);")]
+    cases = [
+        (planned("b"), SOURCE, r"images \(00000\.png: 'a' there, 'b' here\);"),
+        (planned("a"), other, r"sampling\.seed \(1 there, 2 here\);"),
+    ]
     for images, source, differs in cases:
         with pytest.raises(UserError, match=f"the unfinished images of another call, which differs in {differs}"):
             begin_folder(out, images, source, MACHINE)
@@ -34,6 +47,33 @@ def test_an_unfinished_folder_is_gone_on_with_by_the_same_call_alone(tmp_path):
     assert not is_done(out, planned("a"), other)
     with pytest.raises(UserError, match="holds finished images"):
         begin_folder(out, planned("a"), SOURCE, MACHINE)
+
+
+def test_a_refusal_says_how_the_images_differ(tmp_path):
+    """By --repeats or --num_prompts, by an edited file of prompts, by a prompt before it, by a long prompt."""
+    begin_folder(tmp_path / "out", planned("owl", "owl 2", "owl 3"), SOURCE, MACHINE)
+    again = dataclasses.replace(planned("owl")[0], repeat=1)
+    cases = {
+        r"images \(3 there, 6 here\)": planned(*"abcdef"),
+        r"images \(00001\.png: 'owl 2' there, 'owl' here\)": planned("owl", "owl", "owl 3"),
+        r"images \(00000\.png: 'owl', repeat 0 there, 'owl', repeat 1 here\)": [
+            again,
+            *planned("owl", "owl 2", "owl 3")[1:],
+        ],
+        r"images \(00002\.png: 'owl 3' there, 'o{80}'\.\.\. \(10000 characters\) here\)": planned(
+            "owl", "owl 2", 10**4 * "o"
+        ),
+    }
+    for said, images in cases.items():
+        with pytest.raises(UserError, match=said):
+            begin_folder(tmp_path / "out", images, SOURCE, MACHINE)
+
+
+def test_a_call_that_was_killed_while_it_wrote_its_first_file_is_begun_again(tmp_path):
+    (tmp_path / f".{MANIFEST}.123.ab.tmp").write_text('{"images": [')
+    assert check_folder(tmp_path) is None
+    begin_folder(tmp_path, planned("a"), SOURCE, MACHINE)
+    assert [path.name for path in tmp_path.iterdir()] == [MANIFEST]
 
 
 def test_a_run_that_has_moved_is_the_same_run(tmp_path):
@@ -49,6 +89,18 @@ def test_two_calls_do_not_draw_into_one_folder_at_once(tmp_path):
     with alone_in(tmp_path):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_of_one_call_is_empty_and_nobody_else_s(tmp_path):
+    """Two calls may both have found it empty, and drawn for an hour."""
+    out = tmp_path / "new/out"
+    with alone_in_empty(out):
+        assert out.is_dir()
+        with pytest.raises(UserError, match="another process is drawing into it"), alone_in_empty(out):
+            pass
+        (out / "00000.png").touch()
+    with pytest.raises(UserError, match="holds other files; take an empty directory"), alone_in_empty(out):
+        pass
 
 
 def test_an_image_that_cannot_be_read_is_named(tmp_path):

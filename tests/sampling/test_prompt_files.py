@@ -33,6 +33,7 @@ def test_each_kind_is_told_by_its_file(tmp_path):
     parti = 'Prompt\tCategory\nthe word "START"\tA\n"G I G G L E" painted\tB\n'
     assert texts(tmp_path, "b.tsv", parti) == ("parti", [('the word "START"', ""), ('"G I G G L E" painted', "")])
     assert texts(tmp_path, "c.json", json.dumps(COCO)) == ("coco", [("A cat.", "7"), ("B", "3")])
+    assert texts(tmp_path, "c.json", "\ufeff" + json.dumps(COCO)) == ("coco", [("A cat.", "7"), ("B", "3")])
     assert texts(tmp_path, "d.jsonl", json.dumps(GENEVAL) + "\n") == ("geneval", [("two clocks", "")])
     assert texts(tmp_path, "e.jsonl", json.dumps(GENEVAL2)) == ("geneval2", [("a pig", "")])
     line = json.dumps({"item_id": "12", "prompt": "a cow"})

@@ -44,6 +44,12 @@ def test_a_prompt_that_is_cut_is_warned_about_once(tokenize):
     assert warning.startswith("prompt 'abcd': is cut after 4 tokens")
 
 
+def test_a_long_prompt_does_not_fill_the_log(tokenize):
+    (warning,) = check_prompts(tokenize, [5000 * "ab"])
+    assert warning.startswith(f"prompt '{40 * 'ab'}'... (10000 characters): is cut after 4 tokens")
+    assert len(warning) < 200
+
+
 def test_data_in_a_bucket_is_refused_with_what_to_do():
     with pytest.raises(
         ConfigError, match=re.escape("config.data.directory = 'gs://b/data': must be a directory: mount")
@@ -51,7 +57,9 @@ def test_data_in_a_bucket_is_refused_with_what_to_do():
         tiny(data__directory="gs://b/data")
 
 
-@pytest.mark.parametrize("content", [b"red heart\ntiger\n", b"\xef\xbb\xbfred heart\ntiger"])
+@pytest.mark.parametrize(
+    "content", [b"red heart\ntiger\n", b"\xef\xbb\xbfred heart\ntiger", b"\xef\xbb\xbfred heart\r\ntiger\r\n"]
+)
 def test_a_prompt_is_a_line_of_the_file(tmp_path, content):
     (tmp_path / "prompts.txt").write_bytes(content)
     assert prompt_lines(str(tmp_path / "prompts.txt")) == ["red heart", "tiger"]

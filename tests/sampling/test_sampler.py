@@ -9,6 +9,7 @@ import pytest
 from ecdit.data.text import EOS, PAD, train_vocabulary
 from ecdit.diffusion.flow import sample_keys, sample_noise
 from ecdit.diffusion.guidance import GuidanceConfig
+from ecdit.errors import UserError
 from ecdit.partitioning import make_mesh
 from ecdit.sampling.sampler import make_sampler, sample_images
 from tests.data.example import tokenize
@@ -83,3 +84,20 @@ def test_each_image_is_of_its_prompt_and_the_null_caption_is_the_empty_one_with_
     for params, null_tokens in seen:
         assert params == "ema"
         np.testing.assert_array_equal(null_tokens, [[EOS] + [PAD] * (LENGTH - 1)])
+
+
+def test_arrays_that_cannot_be_held_are_refused_after_the_first_batch():
+    """Else the process would be killed hours later. A batch here says that it has 3.2 TB."""
+    drawn = []
+
+    def sampler(params, tokens, null_tokens, keys):
+        drawn.append(len(tokens))
+        return np.broadcast_to(np.float32(0), (BATCH, 10**6, 2 * 10**5))
+
+    sampling = tiny(sampling__batch_size=BATCH).sampling
+    words = lambda prompts: np.zeros((len(prompts), LENGTH), np.int32)  # noqa: E731
+    with pytest.raises(
+        UserError, match=r"2 batches of 3\.2e\+03 GB need 12800 GB of memory.*fewer prompts, repeats or"
+    ):
+        sample_images(sampler, {}, words, PROMPTS, REPEATS, sampling)
+    assert drawn == [BATCH]

@@ -10,6 +10,7 @@ from PIL import Image
 
 from ecdit.config import to_dict
 from ecdit.runs.trained_run import open_run, sample_run
+from ecdit.sampling.image_folder import alone_in
 from ecdit.sampling.routing_tables import counts_of
 from ecdit.system import make_system
 from tests.forking import run_forked
@@ -112,3 +113,7 @@ def test_bad_input_is_refused_before_anything_is_drawn(workdir, prompts, tmp_pat
     assert "no prompts" in refused(cpu_env, f"--workdir={workdir}", f"--prompts={empty}", f"--out={tmp_path}/a")
     assert [path.name for path in full.iterdir()] == ["mine.txt"]
     assert not (tmp_path / "a").exists()
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    with alone_in(taken):  # as by another call that is still drawing
+        assert "another process is drawing into it" in refused(cpu_env, *known, f"--out={taken}")

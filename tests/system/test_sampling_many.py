@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from ecdit import multihost
+from ecdit import multihost, progress
 from ecdit.config import to_dict
 from ecdit.data.prepared import prompt_tokens
 from ecdit.data.tokens import hash_files, tokenizer_files
@@ -260,6 +260,50 @@ def test_a_folder_counts_as_finished_only_after_all_that_is_made_of_its_images(t
     draw_folder(pretended, tmp_path / "out", [one], {}, draw_after=lambda: called.append(1))
     assert called == [1]
     assert json.loads((tmp_path / "out/manifest.json").read_text())["finished"]
+
+
+def planned_owls(count):
+    return [Planned(file=f"{i:05d}.png", prompt="owl", repeat=i, name="") for i in range(count)]
+
+
+def test_hosts_that_would_draw_other_images_write_nothing(tmp_path, pretended, monkeypatch):
+    """Else one of them would draw its images of other prompts, or with weights of another step, under these names."""
+    seen = []
+    monkeypatch.setattr(sample_folder, "host_differences", lambda facts: seen.append(facts) or [])
+    source = {"step": 1, "sampling": {"seed": 0, "solver": "a long value " * 9}, "workdir": "runs/a"}
+    others = [
+        (planned_owls(2), source),
+        (planned_owls(3), source),
+        (planned_owls(2)[::-1], source),
+        (planned_owls(2), source | {"step": 2}),
+        (planned_owls(2), source | {"sampling": source["sampling"] | {"seed": 1}}),
+        (planned_owls(2), source | {"workdir": "/mnt/runs/a"}),
+    ]
+    for number, (planned, values) in enumerate(others):
+        draw_folder(pretended, tmp_path / str(number), planned, values)
+    keys = [[key for key in seen[0] if seen[0][key] != facts[key]] for facts in seen]
+    assert keys == [[], ["prompts and repeats", "images"], ["prompts and repeats"], ["step"], ["sampling"], []]
+
+    monkeypatch.setattr(sample_folder, "host_differences", lambda facts: ["step: process 1 (host b) has 2"])
+    with pytest.raises(UserError, match="the hosts would not draw the same images:\n  step: process 1"):
+        draw_folder(pretended, tmp_path / "out", planned_owls(1), source)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_log_shows_how_far_a_folder_is_with_what_was_there_before(tmp_path, pretended, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "EVERY", 1e-9)
+
+    def killed():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        draw_folder(pretended, tmp_path / "out", planned_owls(4), {}, draw_after=killed)
+    for name in ("00001.png", "00003.png"):
+        (tmp_path / "out" / name).unlink()
+    draw_folder(pretended, tmp_path / "out", planned_owls(4), {})
+    shares = [(1, 25), (2, 50), (3, 75), (3, 75)]
+    lines = [line.partition(",")[0] for line in capsys.readouterr().err.splitlines()]
+    assert lines == [f"sampling: {done} of 4 images ({share}%)" for done, share in shares]
 
 
 def test_where_another_process_cannot_write_its_images_this_one_ends_too(tmp_path, pretended, monkeypatch):
