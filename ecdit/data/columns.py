@@ -16,6 +16,7 @@ from tqdm import tqdm
 from ecdit.data import DataError
 from ecdit.data.locks import ends_with_its_parent, lock_of, locked, remove_scratch, scratch_of
 from ecdit.data.manifest import COLUMN, FORMAT, Column, Manifest, by_number, read_json, to_json
+from ecdit.data.memory import fitting, free_bytes
 from ecdit.data.record import Record, decode_record
 from ecdit.data.shards import Shard, ShardReader, combined, read_summary, summary_path, write_shard, write_summary
 from ecdit.data.shares import Share, beginning, check_count, forget_count, sharing
@@ -36,6 +37,11 @@ class ColumnMaker(Protocol):
     @property
     def made_by(self) -> str:
         """Returns the sha256 of the tokenizer or the weights that compute it."""
+        ...
+
+    @property
+    def process_bytes(self) -> int:
+        """Returns the memory that each process takes to compute it, or 0 if that is too little to matter."""
         ...
 
     def values(self, records: Iterable[Record]) -> Iterator[tuple[bytes, Mapping[str, int]]]:
@@ -107,7 +113,8 @@ def make_column(
 ) -> Column:
     """Computes a column unless it is there; goes on where an earlier call was killed.
 
-    `constants` gives files that stand beside its shards.
+    `constants` gives files that stand beside its shards. Fewer than `workers` processes run where more would not fit
+    the memory, which `say` is told.
 
     Raises:
       DataError: a column of that name was made from other records, or by another tokenizer or other weights.
@@ -126,7 +133,7 @@ def make_column(
         working.mkdir(exist_ok=True)
         replace_text(working / _MADE_OF, key)
         if not (working / COLUMN).exists():  # else an earlier call was killed just before the rename
-            _write(task, manifest, maker, workers)
+            _write(task, manifest, maker, workers, say)
             files = constants()
             for name, data in files.items():
                 replace_bytes(working / name, data)
@@ -163,7 +170,7 @@ def make_share(task: Path, manifest: Manifest, maker: ColumnMaker, workers: int,
             working.mkdir(exist_ok=True)
             replace_text(working / _MADE_OF, key)
             check_count(working, share)
-        _write(task, manifest, maker, workers, share)
+        _write(task, manifest, maker, workers, say, share)
 
 
 def _key(manifest: Manifest, maker: ColumnMaker) -> str:
@@ -192,9 +199,15 @@ def _working(directory: Path) -> Path:
     return directory.with_name(f".{directory.name}.preparing")
 
 
-def _write(task: Path, manifest: Manifest, maker: ColumnMaker, workers: int, share: Share | None = None) -> None:
+def _write(
+    task: Path, manifest: Manifest, maker: ColumnMaker, workers: int, say: Say, share: Share | None = None
+) -> None:
     """Writes the shards that are left, of all or of a share's."""
     left = shards_left(task, manifest, maker.name, share)
+    if left:
+        workers, why = fitting(min(workers, len(left)), maker.process_bytes, free_bytes())
+        if why:
+            say(f"{maker.name}: {why}")
     written = _written(task, _working(column_directory(task, maker.name)), left, maker, workers)
     with tqdm(None, maker.name, sum(shard.records for shard in left), unit="record", disable=None) as bar:
         for records in written:

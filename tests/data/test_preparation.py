@@ -636,6 +636,7 @@ def test_a_column_with_a_row_too_few_is_an_error(counted):
     class Short:
         name: str = "latents-short"
         made_by: str = ""
+        process_bytes: int = 0
 
         def values(self, records):
             yield from ((b"", {}) for record in list(records)[1:])

@@ -165,6 +165,7 @@ class Keys:
     """A column of the records' keys."""
 
     made_by: str = "a"
+    process_bytes: int = 0
     name: str = "latents-keys"
 
     def values(self, records):
