@@ -8,6 +8,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Protocol
 
@@ -117,7 +118,8 @@ def make_column(
     the memory, which `say` is told.
 
     Raises:
-      DataError: a column of that name was made from other records, or by another tokenizer or other weights.
+      DataError: a column of that name was made from other records, or by another tokenizer or other weights, or
+        weights have begun it from or by others; what computes it has changed meanwhile; a process was killed.
     """
     directory = column_directory(task, maker.name)
     if (directory / COLUMN).exists():
@@ -129,12 +131,19 @@ def make_column(
         working, shards = _working(directory), (*manifest.train, *manifest.held_out)
         key = _key(manifest, maker)
         if working.exists() and _made_of(working) != key:
+            if _what(maker.name):  # weights may have computed it for days
+                _check_same(working, key)
             shutil.rmtree(working)
         working.mkdir(exist_ok=True)
         replace_text(working / _MADE_OF, key)
         if not (working / COLUMN).exists():  # else an earlier call was killed just before the rename
             _write(task, manifest, maker, workers, say)
             files = constants()
+            if _key(manifest, maker) != key:
+                raise DataError(
+                    f"{working}: the tokenizer or the weights have changed while they were read: delete it, and "
+                    "prepare again"
+                )
             for name, data in files.items():
                 replace_bytes(working / name, data)
             replace_text(working / COLUMN, to_json(_described(manifest, maker, working, files)))
@@ -162,11 +171,7 @@ def make_share(task: Path, manifest: Manifest, maker: ColumnMaker, workers: int,
             if (directory / COLUMN).exists():
                 read_column(task, manifest, maker.name, maker.made_by)
                 return
-            if _made_of(working) not in ("", key):
-                raise DataError(
-                    f"{working} was begun from other records, or by another tokenizer or other weights: delete it when "
-                    "no process computes it"
-                )
+            _check_same(working, key)
             working.mkdir(exist_ok=True)
             replace_text(working / _MADE_OF, key)
             check_count(working, share)
@@ -176,6 +181,15 @@ def make_share(task: Path, manifest: Manifest, maker: ColumnMaker, workers: int,
 def _key(manifest: Manifest, maker: ColumnMaker) -> str:
     """Returns what a column is made of, by fingerprints."""
     return f"{manifest.fingerprint} {maker.made_by}"
+
+
+def _check_same(working: Path, key: str) -> None:
+    """Raises DataError if an unfinished column, unless it has hardly begun, is made of something else."""
+    if _made_of(working) not in ("", key):
+        raise DataError(
+            f"{working} was begun from other records, or by another tokenizer or other weights: delete it when no "
+            "process computes it"
+        )
 
 
 def _made_of(working: Path) -> str:
@@ -228,6 +242,11 @@ def _written(task: Path, working: Path, shards: list[Shard], maker: ColumnMaker,
             for shard, future in zip(shards, futures, strict=True):
                 future.result()
                 yield shard.records
+        except BrokenProcessPool:
+            raise DataError(
+                f"a process that computes {maker.name} was killed, as the kernel does where memory is short; the same "
+                "command goes on, and with fewer --workers takes less"
+            ) from None
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

@@ -44,16 +44,26 @@ class _Told:
 
 
 _TOLD: dict[Path, _Told] = {}  # of several processes; the same on all of them
-_fingerprint = functools.cache(fingerprint)  # a start asks for it several times
 
 
 def fingerprint_once(folder: Path) -> str:
     """Returns a folder's `fingerprint`, which the first process has told, or for which this one reads all of it once.
 
+    It is read again only if a file in the folder has another size or time than before.
+
     Raises:
       WeightsError: the folder cannot be read.
     """
-    return _TOLD[folder].fingerprint if folder in _TOLD else _fingerprint(folder)
+    if folder in _TOLD:
+        return _TOLD[folder].fingerprint
+    stats = [(path.name, path.stat()) for path in sorted(folder.iterdir())] if folder.is_dir() else []
+    return _fingerprint(folder, tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats))
+
+
+@functools.cache  # a start asks for it several times
+def _fingerprint(folder: Path, state: tuple[tuple[str, int, int], ...]) -> str:
+    del state
+    return fingerprint(folder)
 
 
 def share_fingerprints(folders: Sequence[Path]) -> None:
