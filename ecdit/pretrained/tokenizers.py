@@ -163,6 +163,7 @@ def _clean(caption: str, fix_text: Any) -> str:
 
 def _vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Returns the ids of tokens and the merges in order, from either of the two file formats."""
+    pairs: list[tuple[Any, ...]]
     if (folder / VOCABULARY).exists():
         vocabulary = read_json(folder / VOCABULARY)
         try:
@@ -191,7 +192,7 @@ def _vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
     if strange:
         raise WeightsError(f"{folder}: merges that are no pairs of the vocabulary: {strange[:5]}")
     _check_whole(folder, vocabulary, pairs)
-    return vocabulary, [(first, second) for first, second in pairs]
+    return vocabulary, [(pair[0], pair[1]) for pair in pairs]
 
 
 def _are_ids(values: Iterable[Any]) -> bool:
