@@ -112,8 +112,13 @@ def batch_size(denoiser: Denoiser, mesh: Mesh, about: int, mode: Mode) -> int:
 
 def losses_by_time(program: LossProgram, params: Params, rows: Rows) -> Float64[np.ndarray, " bins"]:
     """Returns the mean loss over all images in each bin of time. Collective: all processes get the same."""
+    return losses_by_image(program, params, rows).mean(axis=0)
+
+
+def losses_by_image(program: LossProgram, params: Params, rows: Rows) -> Float64[np.ndarray, "n bins"]:
+    """Returns the loss of each image in each bin of time. Collective: all processes get the same."""
     count, size = len(rows["size_crop"]), program.batch_size
-    totals = np.zeros(BINS)
+    losses = np.zeros((count, BINS))
     for shift in range(BINS):
         for begin in range(0, count, size):
             images = (np.arange(begin, begin + size) % count).astype(np.int32)  # the last batch goes on with the first
@@ -123,8 +128,8 @@ def losses_by_time(program: LossProgram, params: Params, rows: Rows) -> Float64[
                 placed = place_rows(program.mesh, (batch, images, bins))
                 found = np.asarray(program.losses(params, *placed), np.float64)
             valid = slice(min(size, count - begin))
-            np.add.at(totals, bins[valid], found[valid])
-    return totals / count
+            losses[images[valid], bins[valid]] = found[valid]
+    return losses
 
 
 def time_bins(images: Int[np.ndarray, " B"], shift: int) -> Int[np.ndarray, " B"]:

@@ -69,24 +69,26 @@ def fit(arguments: argparse.Namespace, name: str, changes: Mapping[str, Any], co
         **changes,
     }
     flags = [f"--config.{key}={value}" for key, value in settings.items()]
-    _run(runs.command("train", f"--config={runs.ROOT}/configs/emoji.py", f"--workdir={workdir}", *flags), core, workdir)
+    train = runs.command("train", f"--config={runs.ROOT}/configs/emoji.py", f"--workdir={workdir}", *flags)
+    _run(train, core, workdir, arguments.tiny)
     found = means((workdir / "metrics.jsonl").read_text().splitlines())
     if arguments.what == "norms":
         path = workdir / "retrieval.json"
         if not path.exists():
-            _run(runs.command("evaluate", "retrieval", f"--workdir={workdir}", f"--json={path}"), core, workdir)
+            evaluate = runs.command("evaluate", "retrieval", f"--workdir={workdir}", f"--json={path}")
+            _run(evaluate, core, workdir, arguments.tiny)
         found["r_at_5"] = json.loads(path.read_text())["r_at_5"]
     print(f"{name}: {found}", file=sys.stderr, flush=True)
     return found
 
 
-def _run(command: Sequence[str], core: int, workdir: Path) -> None:
+def _run(command: Sequence[str], core: int, workdir: Path, quick: bool) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     with (workdir / "log").open("a") as log:
         done = subprocess.run(
             ["taskset", "--cpu-list", str(core), *command],
             cwd=runs.ROOT,
-            env=timing.child_environment(),
+            env=timing.child_environment(quick),
             stdout=log,
             stderr=subprocess.STDOUT,
         )

@@ -6,9 +6,13 @@ import os
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
+from ecdit.partitioning import make_mesh
+from ecdit.runs.trained_run import Run
+from ecdit.system import make_system
 from tests import runs
 from tests.benchmarks import (
     bookkeeping,
@@ -20,6 +24,7 @@ from tests.benchmarks import (
     jpeg_decoding,
     moe_layer,
     step,
+    stored_states,
     timing,
 )
 
@@ -349,6 +354,27 @@ def test_a_curve_has_minutes_from_the_first_step_and_a_point_for_each_checkpoint
         {"step": 3, "minutes": 3.0, "r_at_1": 0.3, "r_at_5": 0.75},
     ]
     assert curve.table(points)[2:] == ["| 2 | 1.0 | 20.0% | 50.0% |", "| 3 | 3.0 | 30.0% | 75.0% |"]
+
+
+def test_states_stored_in_int8_change_losses_more_than_in_bfloat16():
+    """Of a model that attends to its captions: all its weights are random. Losses differ, image by image."""
+    experiment = runs.tiny(mesh__data=1, model__depth=2, model__extra_blocks=1, model__ffn="dense")
+    system, mesh = make_system(experiment.system), make_mesh(experiment.mesh, jax.devices()[:1])
+    run = Run(experiment, system, mesh, runs.random_params(system), 0, "", "", "", {})
+    rng, n = np.random.default_rng(0), 5
+    rows = {
+        "image": rng.integers(0, 256, (n, 32, 32, 3)).astype(np.uint8),
+        "tokens": rng.integers(3, 200, (n, experiment.data.caption_length)).astype(np.int32),
+        "size_crop": np.full((n, 4), 72, np.float32),
+    }
+    found = stored_states.measure(run, rows)
+    assert list(found) == ["as they are", "bfloat16", "int8"]
+    assert (found["as they are"]["difference"], found["as they are"]["spread"]) == (0, 0)
+    changed = {kind: np.linalg.norm(row["by_time"]) for kind, row in found.items()}
+    assert 0 < changed["bfloat16"] < changed["int8"] < 0.1 * found["as they are"]["loss"]
+    for row in found.values():
+        assert row["loss"] - found["as they are"]["loss"] == pytest.approx(row["difference"], abs=1e-6)
+        assert np.mean(row["by_time"]) == pytest.approx(row["difference"])
 
 
 def test_the_benchmark_of_data_measures_every_case(cpu_env, tmp_path):

@@ -6,7 +6,14 @@ import pytest
 
 from ecdit.data import DataError
 from ecdit.data.prepared import open_prepared, prepare
-from ecdit.evaluation.flow_loss import BINS, batch_size, fixed_rows, losses_by_time, make_loss_program
+from ecdit.evaluation.flow_loss import (
+    BINS,
+    batch_size,
+    fixed_rows,
+    losses_by_image,
+    losses_by_time,
+    make_loss_program,
+)
 from ecdit.partitioning import make_mesh
 from tests.data.example import make_config, module
 from tests.knowing import PIXEL, KnowingSystem
@@ -15,7 +22,7 @@ from tests.runs import tiny
 COUNT = 6  # images, in batches of four
 
 
-def computed(count, about):
+def computed(count, about, losses_of=losses_by_time):
     """The losses of `count` images by time, of a network that is wrong by 2 t, and what it was given."""
     experiment = tiny(mesh__data=1)
     system, mesh = KnowingSystem(experiment), make_mesh(experiment.mesh, jax.devices()[:1])
@@ -25,7 +32,7 @@ def computed(count, about):
         "tokens": np.ones((count, experiment.data.caption_length), np.int32),
         "size_crop": np.arange(count * 4, dtype=np.float32).reshape(count, 4),
     }
-    losses = losses_by_time(program, system.params(error=2.0), rows)
+    losses = losses_of(program, system.params(error=2.0), rows)
     return losses, system.taken()
 
 
@@ -50,8 +57,12 @@ def test_the_loss_of_a_bin_is_the_mean_over_all_images(found):
 
 
 def test_the_loss_does_not_depend_on_the_batch():
-    """Of 24 images two or three meet a bin at once."""
-    np.testing.assert_allclose(computed(24, 24)[0], computed(24, 5)[0], rtol=1e-5)
+    """Of 24 images two or three meet a bin at once. Each image's losses are its own."""
+    found = [computed(24, about, losses_by_image)[0] for about in (24, 5)]
+    assert found[0].shape == (24, BINS)
+    assert len(np.unique(found[0])) == 24 * BINS
+    np.testing.assert_allclose(*found, rtol=1e-5)
+    np.testing.assert_allclose(computed(24, 24)[0], found[0].mean(axis=0), rtol=1e-5)
 
 
 def test_images_of_a_batch_are_at_different_times(found):

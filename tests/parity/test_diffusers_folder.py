@@ -56,7 +56,7 @@ def save_run(workdir, changes):
     return workdir
 
 
-def draw(run, noise):
+def draw(run, noise, prompts=PROMPTS):
     """Our latents and images, float32, for the noise, by the run's own sampling."""
     sampling, tokenize = run.experiment.sampling, run.tokenize
 
@@ -68,7 +68,7 @@ def draw(run, noise):
         return latents, model.autoencoder.decode(latents)
 
     params = jax.tree.map(np.asarray, run.params)  # on one device, by which three images divide
-    return sample(params, tokenize(PROMPTS), tokenize([""]), noise)
+    return sample(params, tokenize(prompts), tokenize([""]), noise)
 
 
 # As the fixture `torch` does: torchvision, which transformers imports, misses its operators beside PyTorch's CPU build.
@@ -149,28 +149,32 @@ def scripts(folder):
 
 def export(tmp_path, changes, with_towers=False):
     """Exports a run; returns it opened to sample, the folder, the noise that the processes find, and our images."""
-    workdir = save_run(tmp_path / "run", changes)
+    return export_run(tmp_path, save_run(tmp_path / "run", changes), with_towers)
+
+
+def export_run(tmp_path, workdir, with_towers=False, prompts=PROMPTS):
     run = open_run(workdir)
     folder = tmp_path / "exported"
     export_diffusers(run, folder, 100_000, model_card(run, workdir, "Tiny", with_towers), with_towers)
-    noise = sample_noise(sample_keys(0, PROMPTS, [0] * len(PROMPTS)), run.system.config.latent_shape)
+    noise = sample_noise(sample_keys(0, prompts, [0] * len(prompts)), run.system.config.latent_shape)
     np.save(tmp_path / "noise.npy", noise)
-    return folder, *(np.asarray(x) for x in draw(run, noise))
+    return folder, *(np.asarray(x) for x in draw(run, noise, prompts))
 
 
-def compare(record_property, name, found, expected):
-    """Counts images that differ: near-ties of top-k, which rounding decides, can change one."""
+def compare(record_property, name, found, expected, near_ties=0):
+    """Counts images that differ: near-ties of top-k, which rounding decides, can change so many."""
     spread = np.ptp(expected)
     errors = np.abs(found - expected).reshape(len(expected), -1).max(1) / spread
-    report(record_property, name, f"{len(errors)} images, {(errors > TOLERANCE).sum()} beyond 1e-3", errors.max())
-    assert (errors <= TOLERANCE).all()
+    beyond = (errors > TOLERANCE).sum()
+    report(record_property, name, f"{len(errors)} images, {beyond} beyond 1e-3", errors.max())
+    assert beyond <= near_ties
 
 
-def check_pipeline(record_property, name, folder, latents, images, imports="", towers=""):
-    run_script(BY_PIPELINE.format(imports=imports, towers=towers, prompts=PROMPTS), folder)
+def check_pipeline(record_property, name, folder, latents, images, imports="", towers="", prompts=PROMPTS, near_ties=0):
+    run_script(BY_PIPELINE.format(imports=imports, towers=towers, prompts=prompts), folder)
     found = np.load(folder.parent / "found.npz")
-    compare(record_property, f"export's latents, {name}", found["latents"], latents)
-    compare(record_property, f"export's images, {name}", found["images"], np.clip((images + 1) / 2, 0, 1))
+    compare(record_property, f"export's latents, {name}", found["latents"], latents, near_ties)
+    compare(record_property, f"export's images, {name}", found["images"], np.clip((images + 1) / 2, 0, 1), near_ties)
 
 
 def test_the_script_of_the_readme(torch, diffusers, tmp_path):
@@ -189,6 +193,20 @@ def test_the_script_of_the_readme(torch, diffusers, tmp_path):
     (folder / "sample.png").unlink()
     run_script(f"import sys\n{by_pipeline}", folder)
     assert Image.open(folder / "sample.png").size == (32, 32)
+
+
+def test_a_trained_run(torch, diffusers, tmp_path, record_property):
+    """Of the user's own, ECDIT_TRAINED_RUN: as many steps and as much guidance as it says. Emoji's names are captions.
+
+    Trained routers have near-ties as random ones have not, so two of 24 images may differ; they are counted.
+    """
+    workdir = os.environ.get("ECDIT_TRAINED_RUN")
+    if not workdir:
+        pytest.skip("ECDIT_TRAINED_RUN names no run")
+    names = "red heart, tiger, owl, hot dog, moon cake, fire engine, ship, umbrella, key, snowflake, rocket, pizza"
+    prompts = [f"{beginning}{name}" for beginning in ("", "blue ") for name in names.split(", ")]
+    exported = export_run(tmp_path, Path(workdir).absolute(), prompts=prompts)
+    check_pipeline(record_property, "trained", *exported, prompts=prompts, near_ties=2)
 
 
 def test_the_script_of_a_run_on_latents_alone(torch, diffusers, tmp_path):

@@ -17,6 +17,7 @@ from ecdit.interop.weights import flat_names
 from ecdit.partitioning import make_mesh
 from ecdit.planning.counts import count
 from ecdit.system import make_system
+from tests.forking import run_forked
 from tests.pretrained.towers import CAPTIONS, write_clip, write_t5, write_vae
 from tests.runs import ROOT, TINY, command, config_file
 from tests.runs import run as run_command
@@ -104,6 +105,10 @@ def run(arguments, env):
     return run_command(arguments, env, SECONDS)
 
 
+def forked(arguments, env):
+    return run_forked(arguments, env, SECONDS)
+
+
 @pytest.mark.slow
 def test_latents_are_prepared_in_shares_once_records_and_tokens_are_there(flags, env, tmp_path):
     prepare = [*command("prepare", *flags), f"--config.data.directory={tmp_path}/data"]
@@ -116,17 +121,17 @@ def test_latents_are_prepared_in_shares_once_records_and_tokens_are_there(flags,
         (share, 0, "column latents-sd-vae, share 0/1: 48 images in"),
         ([*prepare, "--what=latents"], 0, "column latents-sd-vae: is there"),
     ):
-        ended = run(arguments, env)
+        ended = forked(arguments, env)
         assert ended.returncode == code, ended.stderr
         assert said in ended.stdout + ended.stderr
 
 
 @pytest.mark.slow
 def test_from_image_files_to_samples_through_a_kill(flags, env, tmp_path):
-    refused = run(command("train", *flags, f"--workdir={tmp_path}/early"), env)
+    refused = forked(command("train", *flags, f"--workdir={tmp_path}/early"), env)
     assert refused.returncode == 2
     assert "has no column latents-sd-vae: run python -m ecdit.prepare --config=... --what=latents" in refused.stderr
-    first = run(command("prepare", *flags), env)
+    first = forked(command("prepare", *flags), env)
     assert first.returncode == 0, first.stderr
     assert "--what=latents prepares the latents" in first.stdout
     made = run(command("prepare", *flags, "--what=latents", "--workers=2"), env)
@@ -156,6 +161,6 @@ def test_from_image_files_to_samples_through_a_kill(flags, env, tmp_path):
         np.testing.assert_array_equal(a, b, err_msg=name)
     assert both[0].keys() == {"denoiser"}  # nothing of the towers is in a checkpoint
 
-    drawn = run(command("sample", f"--workdir={killed}", "--prompt=a red heart", f"--out={tmp_path}/out"), env)
+    drawn = forked(command("sample", f"--workdir={killed}", "--prompt=a red heart", f"--out={tmp_path}/out"), env)
     assert drawn.returncode == 0, drawn.stderr
     assert np.asarray(Image.open(tmp_path / "out/00000.png")).shape == (64, 64, 3)
