@@ -86,7 +86,7 @@ def host_differences(facts: Mapping[str, str]) -> list[str]:
     """
     if jax.process_count() == 1:
         return []
-    return differing(_gathered({"host": socket.gethostname(), "facts": dict(facts)}))
+    return differing(gathered({"host": socket.gethostname(), "facts": dict(facts)}))
 
 
 def differing(processes: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -104,7 +104,7 @@ def differing(processes: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def _gathered(value: Any) -> list[Any]:
+def gathered(value: Any) -> list[Any]:
     """Returns the JSON values of all processes in order. Collective."""
     from jax.experimental import multihost_utils
 

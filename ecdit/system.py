@@ -18,6 +18,7 @@ from ecdit.encoders.autoencoder import AUTOENCODERS, StoredLatents, VaeConfig
 from ecdit.encoders.text_tower import TextConfig
 from ecdit.models.dit import DiT
 from ecdit.partitioning import param_shardings
+from ecdit.pretrained.agreement import fingerprint_once, load_agreed, share_fingerprints
 from ecdit.pretrained.autoencoder_kl import (
     AUTOENCODER_LAYOUT,
     AutoencoderConfig,
@@ -27,7 +28,6 @@ from ecdit.pretrained.autoencoder_kl import (
 )
 from ecdit.pretrained.config_json import CONFIG
 from ecdit.pretrained.text_encoders import load_text, make_text_encoder
-from ecdit.pretrained.weights import fingerprint, load_folder
 
 Params = dict[str, Any]
 
@@ -86,12 +86,22 @@ class SystemConfig:
         return text | ({"autoencoder": (Path(self.vae.weights),)} if self.autoencoder == "vae" else {})
 
     def fingerprints(self) -> dict[str, str]:
-        """Returns the sha256 of the public weights, by the part of the model that has them; reads all of them once.
+        """Returns the sha256 of the public weights, by the part of the model that has them.
+
+        Reads all of them once, unless the first process has told it (`share_fingerprints`).
 
         Raises:
           WeightsError: a folder cannot be read.
         """
         return {name: "-".join(map(fingerprint_once, folders)) for name, folders in self.folders.items()}
+
+    def share_fingerprints(self) -> None:
+        """Lets only the first process read all of the public weights: see `agreement`. Collective.
+
+        Raises:
+          WeightsError: a folder cannot be read, or differs between processes.
+        """
+        share_fingerprints([folder for folders in self.folders.values() for folder in folders])
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -159,10 +169,6 @@ def _users_class(name: str) -> tuple[type[Denoiser], str]:
     return found, digest
 
 
-# A start asks for it several times, and a large encoder takes a minute to read.
-fingerprint_once = functools.cache(fingerprint)
-
-
 class TextToImage(nnx.Module):
     """Text encoder, autoencoder and denoiser."""
 
@@ -208,7 +214,7 @@ class System:
             loaded["text"] = load_text(self.config.text, self.abstract["text"], mesh)
         if self.config.public_autoencoder is not None:
             folder, abstract = Path(self.config.vae.weights), self.abstract["autoencoder"]
-            loaded["autoencoder"] = load_folder(abstract, AUTOENCODER_LAYOUT, folder, mesh).params
+            loaded["autoencoder"] = load_agreed(abstract, AUTOENCODER_LAYOUT, folder, mesh)
         return loaded
 
     def shapes(self) -> Params:

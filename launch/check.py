@@ -10,7 +10,7 @@ import jax
 
 from ecdit.checkpoints.restore import state_parts
 from ecdit.config import ConfigError
-from ecdit.experiment import Experiment, check_mesh, check_trainable
+from ecdit.experiment import Experiment, check_mesh, check_tokenizers, check_trainable
 from ecdit.partitioning import MeshConfig, abstract_mesh, batch_shards
 from ecdit.planning.cache import largest, plan_phases
 from ecdit.planning.compiler import DoesNotFit, find_target, use_compiler
@@ -22,6 +22,7 @@ from ecdit.topology import Slice
 from ecdit.training.optimizer import make_optimizer
 from ecdit.training.state import abstract_state, state_shardings
 from launch.errors import LaunchError
+from launch.folders import folders_of, tokenizer_files
 from launch.job import ROOT, Job, check_name, job_name
 from launch.values import check_characters
 
@@ -54,6 +55,8 @@ def make_job(
     for phase in experiment.resolved_phases():
         check_placeholder(phase.experiment.data, [phase.experiment.data.task], where.hosts * slices)
     check_trainable(experiment)
+    tokenizers = tokenizer_files(experiment)
+    check_tokenizers(experiment)
     system, optimizer = make_system(experiment.system), make_optimizer(experiment.optimizer)
     state = abstract_state(
         system, optimizer, state_shardings(system, optimizer, mesh)
@@ -74,8 +77,9 @@ def make_job(
         files=(
             origin["config"].partition(":")[0],
             *experiment.user_files(),
-            *((experiment.data.tokenizer,) if experiment.data.tokenizer.endswith(".model") else ()),
+            *tokenizers,
         ),
+        folders=folders_of(experiment),
         mesh=dict(mesh.shape),
         batch=f"{train.batch_size} images: {images} to each of {batch_shards(mesh)} parts, "
         f"{together} at a time compete for experts",
@@ -117,7 +121,7 @@ def check_pod(job: Job, experiment: Experiment, config_file: str) -> None:
 def _key_of(path: str, experiment: Experiment, config_file: str) -> str:
     """Returns the flag or the config key that names a user's file."""
     named = {
-        experiment.data.tokenizer: "config.data.tokenizer",
+        **{file: f"config.{key}" for file, key in tokenizer_files(experiment).items()},
         experiment.data.module: "config.data.module",
         config_file.partition(":")[0]: "--config",
     }

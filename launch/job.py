@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from launch.errors import LaunchError
 from launch.values import parse_environment
 
 ROOT = Path(__file__).parents[1]  # the checkout, which has the config files
+DATA = "data.directory"  # the key of prepared data
 MAX_NAME = 40  # characters; a pod's name adds the replicated job, indices and a suffix, and must stay below 64
 # A signal ended the process, often because another host died. INTERRUPTED is none of them: launchers and machines send
 # SIGTERM, so somebody sent SIGINT by hand and wants the run to end.
@@ -40,6 +41,7 @@ class Job:
     workdir: str
     train_flags: tuple[str, ...]  # flags of `python -m ecdit.train`
     files: tuple[str, ...]  # paths of the user's files that training reads, such as the config and a denoiser
+    folders: Mapping[str, tuple[str, ...]]  # that every host reads, by key of the config: see `folders.folders_of`
     mesh: Mapping[str, int]  # sizes by axis
     batch: str  # text that describes the batch
     checkpoint_bytes: int
@@ -121,3 +123,17 @@ def describe(job: Job) -> list[str]:
         f"checkpoint  {job.checkpoint_bytes / 1e9:.1f} GB, {job.checkpoint_bytes / job.hosts / 1e9:.1f} GB a host",
         *([f"faster      {job.better}"] if job.better else []),
     ]
+
+
+def describe_folders(folders: Mapping[str, tuple[str, ...]], place: Callable[[str, str], str]) -> list[str]:
+    """Returns a line for every place where hosts need folders.
+
+    Args:
+      folders: paths by key.
+      place: says for a key and a path where hosts find it; "" if the launcher brings it.
+    """
+    places: dict[str, list[str]] = {}
+    for key, paths in folders.items():
+        for path in paths:
+            places.setdefault(place(key, path), []).append(f"{key} {path}")
+    return [f"hosts need  {where}: {', '.join(named)}" for where, named in places.items() if where]

@@ -55,4 +55,4 @@ def checked_job(experiment: Experiment, origin: Mapping[str, Any], location: Job
 
 def description(job: Job, backend: Backend) -> str:
     """Returns lines that describe the job, its slices and how the backend runs it."""
-    return "\n".join([*describe(job), f"backend     {backend.name}: {backend.summary(job)}"])
+    return "\n".join([*describe(job), *backend.needs(job), f"backend     {backend.name}: {backend.summary(job)}"])

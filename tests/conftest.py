@@ -60,7 +60,7 @@ def compilation_cache(tmp_path_factory):
     return tmp_path_factory.mktemp("compilation_cache")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def cpu_env(compilation_cache):
     """`cpu_env(devices=1)` is the environment, a dict, of a subprocess with so many CPU devices."""
 

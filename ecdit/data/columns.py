@@ -8,12 +8,14 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Protocol
 
 from ecdit.data import DataError
 from ecdit.data.locks import ends_with_its_parent, lock_of, locked, remove_scratch, scratch_of
 from ecdit.data.manifest import COLUMN, FORMAT, Column, Manifest, by_number, read_json, to_json
+from ecdit.data.memory import fitting, free_bytes
 from ecdit.data.record import Record, decode_record
 from ecdit.data.shards import Shard, ShardReader, combined, read_summary, summary_path, write_shard, write_summary
 from ecdit.data.shares import Share, beginning, check_count, forget_count, sharing
@@ -35,6 +37,11 @@ class ColumnMaker(Protocol):
     @property
     def made_by(self) -> str:
         """Returns the sha256 of the tokenizer or the weights that compute it."""
+        ...
+
+    @property
+    def process_bytes(self) -> int:
+        """Returns the memory that each process takes to compute it, or 0 if that is too little to matter."""
         ...
 
     def values(self, records: Iterable[Record]) -> Iterator[tuple[bytes, Mapping[str, int]]]:
@@ -106,10 +113,12 @@ def make_column(
 ) -> Column:
     """Computes a column unless it is there; goes on where an earlier call was killed.
 
-    `constants` gives files that stand beside its shards.
+    `constants` gives files that stand beside its shards. Fewer than `workers` processes run where more would not fit
+    the memory, which `say` is told.
 
     Raises:
-      DataError: a column of that name was made from other records, or by another tokenizer or other weights.
+      DataError: a column of that name was made from other records, or by another tokenizer or other weights, or
+        weights have begun it from or by others; what computes it has changed meanwhile; a process was killed.
     """
     directory = column_directory(task, maker.name)
     if (directory / COLUMN).exists():
@@ -121,12 +130,19 @@ def make_column(
         working, shards = _working(directory), (*manifest.train, *manifest.held_out)
         key = _key(manifest, maker)
         if working.exists() and _made_of(working) != key:
+            if _what(maker.name):  # weights may have computed it for days
+                _check_same(working, key)
             shutil.rmtree(working)
         working.mkdir(exist_ok=True)
         replace_text(working / _MADE_OF, key)
         if not (working / COLUMN).exists():  # else an earlier call was killed just before the rename
-            _write(task, manifest, maker, workers)
+            _write(task, manifest, maker, workers, say)
             files = constants()
+            if _key(manifest, maker) != key:
+                raise DataError(
+                    f"{working}: the tokenizer or the weights have changed while they were read: delete it, and "
+                    "prepare again"
+                )
             for name, data in files.items():
                 replace_bytes(working / name, data)
             replace_text(working / COLUMN, to_json(_described(manifest, maker, working, files)))
@@ -154,20 +170,25 @@ def make_share(task: Path, manifest: Manifest, maker: ColumnMaker, workers: int,
             if (directory / COLUMN).exists():
                 read_column(task, manifest, maker.name, maker.made_by)
                 return
-            if _made_of(working) not in ("", key):
-                raise DataError(
-                    f"{working} was begun from other records, or by another tokenizer or other weights: delete it when "
-                    "no process computes it"
-                )
+            _check_same(working, key)
             working.mkdir(exist_ok=True)
             replace_text(working / _MADE_OF, key)
             check_count(working, share)
-        _write(task, manifest, maker, workers, share)
+        _write(task, manifest, maker, workers, say, share)
 
 
 def _key(manifest: Manifest, maker: ColumnMaker) -> str:
     """Returns what a column is made of, by fingerprints."""
     return f"{manifest.fingerprint} {maker.made_by}"
+
+
+def _check_same(working: Path, key: str) -> None:
+    """Raises DataError if an unfinished column, unless it has hardly begun, is made of something else."""
+    if _made_of(working) not in ("", key):
+        raise DataError(
+            f"{working} was begun from other records, or by another tokenizer or other weights: delete it when no "
+            "process computes it"
+        )
 
 
 def _made_of(working: Path) -> str:
@@ -191,9 +212,15 @@ def _working(directory: Path) -> Path:
     return directory.with_name(f".{directory.name}.preparing")
 
 
-def _write(task: Path, manifest: Manifest, maker: ColumnMaker, workers: int, share: Share | None = None) -> None:
+def _write(
+    task: Path, manifest: Manifest, maker: ColumnMaker, workers: int, say: Say, share: Share | None = None
+) -> None:
     """Writes the shards that are left, of all or of a share's."""
     left = shards_left(task, manifest, maker.name, share)
+    if left:
+        workers, why = fitting(min(workers, len(left)), maker.process_bytes, free_bytes())
+        if why:
+            say(f"{maker.name}: {why}")
     with progress(maker.name, "records", sum(shard.records for shard in left)) as update:
         _write_shards(task, _working(column_directory(task, maker.name)), left, maker, workers, update)
 
@@ -213,6 +240,11 @@ def _write_shards(
             for future in as_completed(futures):
                 future.result()
                 update(futures[future].records)
+        except BrokenProcessPool:
+            raise DataError(
+                f"a process that computes {maker.name} was killed, as the kernel does where memory is short; the same "
+                "command goes on, and with fewer --workers takes less"
+            ) from None
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

@@ -12,17 +12,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
 from jaxtyping import Float16, UInt8
 
 from ecdit.data import DataError
 from ecdit.data.images import decode_stored
+from ecdit.data.programs import Program, compiled
 from ecdit.data.record import Record, pack
 from ecdit.encoders.autoencoder import to_unit
-from ecdit.partitioning import MeshConfig, batch_sharding, make_mesh
+from ecdit.partitioning import MeshConfig, make_mesh
+from ecdit.pretrained.agreement import fingerprint_once
 from ecdit.pretrained.autoencoder_kl import AUTOENCODER_LAYOUT, AutoencoderKL, read_autoencoder
 from ecdit.pretrained.weights import load_folder
-from ecdit.system import fingerprint_once
 
 _BATCH = 8  # images of a device at a time
 
@@ -48,13 +48,18 @@ class LatentsColumn:
         """Returns the sha256 of the weights' fingerprint and the dtype of the computation."""
         return hashlib.sha256(f"{fingerprint_once(self.folder)} {self.dtype}".encode()).hexdigest()
 
+    @property
+    def process_bytes(self) -> int:
+        """Returns the memory that each process takes on CPUs: its weights, and what XLA plans to compute a batch."""
+        return _program(self.folder, self.dtype, self.image_size).process_bytes
+
     def values(self, records: Iterable[Record]) -> Iterator[tuple[bytes, Mapping[str, int]]]:
         """Yields each record's latents. Uses all devices of this process.
 
         Raises:
           DataError: an image of another size, or latents that float16 cannot hold.
         """
-        size, moments = _BATCH * jax.local_device_count(), _encoder(self.folder, self.dtype)
+        size, moments = _BATCH * jax.local_device_count(), _encoder(self.folder, self.dtype, self.image_size)
         rest = iter(records)
         while batch := list(itertools.islice(rest, size)):
             images = np.zeros((size, self.image_size, self.image_size, 3), np.uint8)  # one shape, so one compilation
@@ -70,22 +75,23 @@ class LatentsColumn:
 
 
 @functools.lru_cache(maxsize=1)
-def _encoder(folder: Path, dtype: Literal["float32", "bfloat16"]) -> Moments:
-    """Returns a compiled function from images to the moments of their latents, with the weights on all devices."""
-    mesh: Mesh = make_mesh(MeshConfig(1, -1, 1, 1, 1), jax.local_devices())
+def _program(folder: Path, dtype: Literal["float32", "bfloat16"], image_size: int) -> Program:
+    """Returns the compiled function from a batch of images to the moments of their latents. Reads no weights."""
     config = read_autoencoder(folder, "mode", dtype)
     with nnx.use_eager_sharding(False):
         graphdef, abstract = nnx.split(nnx.eval_shape(lambda: AutoencoderKL(config, nnx.Rngs(0))), nnx.Param)
-    params = load_folder(abstract, AUTOENCODER_LAYOUT, folder, mesh).params
-    rows = batch_sharding(mesh)
 
-    @functools.partial(jax.jit, in_shardings=(None, rows), out_shardings=rows)
     def moments(params: dict, images: jax.Array) -> jax.Array:
         found = nnx.merge(graphdef, nnx.State(params)).moments(to_unit(images))
         return jnp.concatenate(found, axis=-1).astype(jnp.float16)
 
-    def run(images: UInt8[np.ndarray, "B H W 3"]) -> Float16[np.ndarray, "B h w 2c"]:
-        with jax.set_mesh(mesh):
-            return np.asarray(moments(params, images))
+    images = jax.ShapeDtypeStruct((_BATCH * jax.local_device_count(), image_size, image_size, 3), jnp.uint8)
+    return compiled(moments, abstract, images, make_mesh(MeshConfig(1, -1, 1, 1, 1), jax.local_devices()))
 
-    return run
+
+@functools.lru_cache(maxsize=1)
+def _encoder(folder: Path, dtype: Literal["float32", "bfloat16"], image_size: int) -> Moments:
+    """Returns that function with the weights on all devices."""
+    program = _program(folder, dtype, image_size)
+    params = load_folder(program.abstract, AUTOENCODER_LAYOUT, folder, program.mesh).params
+    return lambda images: np.asarray(program.run(params, images))

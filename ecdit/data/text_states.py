@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from flax import nnx
@@ -20,12 +21,13 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from ecdit.components import TextStates
 from ecdit.data import DataError
+from ecdit.data.programs import Program, compiled
 from ecdit.data.record import Record, pack
 from ecdit.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_sha256
 from ecdit.encoders.text_tower import TextConfig
-from ecdit.partitioning import MeshConfig, batch_sharding, make_mesh
+from ecdit.partitioning import MeshConfig, make_mesh
+from ecdit.pretrained.agreement import fingerprint_once
 from ecdit.pretrained.text_encoders import load_text, make_text_encoder
-from ecdit.system import fingerprint_once
 
 TEXT = "text-"  # begins the name of a column of states
 EMPTY = "empty_caption"  # the file beside the shards that has the states of the empty caption
@@ -63,6 +65,11 @@ class TextColumn:
         folders = [fingerprint_once(folder) for folder in config.folders]
         settings = [config.clip_states, config.clip_projection, config.dtype, self.length, self.stored]
         return hashlib.sha256(json.dumps([folders, tokenizer_sha256(self.tokenizer), settings]).encode()).hexdigest()
+
+    @property
+    def process_bytes(self) -> int:
+        """Returns the memory that each process takes on CPUs: its weights, and what XLA plans to compute a batch."""
+        return _program(self.config, self.length).process_bytes
 
     def values(self, records: Iterable[Record]) -> Iterator[tuple[bytes, Mapping[str, int]]]:
         """Yields each record's states by caption field. Uses all devices of this process.
@@ -123,21 +130,28 @@ def restore(row: Mapping[str, Any], length: int) -> TextRow:
 
 
 @functools.lru_cache(maxsize=1)
-def _encoder(config: TextConfig, length: int) -> Callable[[Int[np.ndarray, "B L"]], tuple[np.ndarray, ...]]:
-    """Returns a compiled function from tokens to float32 states, mask and pooled states; weights are sharded."""
-    mesh = make_mesh(MeshConfig(1, 1, -1, 1, 1), jax.local_devices())
+def _program(config: TextConfig, length: int) -> Program:
+    """Returns the compiled function from a batch of tokens to states, mask and pooled states. Reads no weights."""
     with nnx.use_eager_sharding(False):
         made = nnx.eval_shape(lambda: make_text_encoder(config, length, nnx.Rngs(0)))
         graphdef, abstract = nnx.split(made, nnx.Param)
-    params, rows = load_text(config, abstract, mesh), batch_sharding(mesh)
 
-    @functools.partial(jax.jit, in_shardings=(None, rows), out_shardings=rows)
     def states(params: dict, tokens: Int[Array, "B L"]) -> TextStates:
         return nnx.merge(graphdef, nnx.State(params))(tokens)
 
+    rows = _BATCH * jax.local_device_count(), length * len(config.folders)
+    mesh = make_mesh(MeshConfig(1, 1, -1, 1, 1), jax.local_devices())
+    return compiled(states, abstract, jax.ShapeDtypeStruct(rows, jnp.int32), mesh)
+
+
+@functools.lru_cache(maxsize=1)
+def _encoder(config: TextConfig, length: int) -> Callable[[Int[np.ndarray, "B L"]], tuple[np.ndarray, ...]]:
+    """Returns that function with the weights on the devices, which share them; states are float32."""
+    program = _program(config, length)
+    params = load_text(config, program.abstract, program.mesh)
+
     def run(tokens: Int[np.ndarray, "B L"]) -> tuple[np.ndarray, ...]:
-        with jax.set_mesh(mesh):
-            found = jax.device_get(states(params, tokens))
+        found = jax.device_get(program.run(params, tokens))
         return found.states.astype(np.float32), np.asarray(found.mask), found.pooled.astype(np.float32)
 
     return run

@@ -191,6 +191,11 @@ class TokensColumn:
         """Returns the tokenizer's sha256."""
         return tokenizer_sha256(self.tokenizer)
 
+    @property
+    def process_bytes(self) -> int:
+        """Returns 0: a tokenizer is small."""
+        return 0
+
     def values(self, records: Iterable[Record]) -> Iterator[tuple[bytes, Mapping[str, int]]]:
         """Yields each record's tokens, and their lengths by field: of two tokenizers the longer part's."""
         tokenizer = load_tokenizer(self.tokenizer)

@@ -86,10 +86,15 @@ def weight_files(folder: Path) -> list[Path]:
     """Returns the safetensors files in a folder: those that an index names, or the only one.
 
     Raises:
-      WeightsError: there is no file, there are several without an index, or the index names a missing file.
+      WeightsError: there is no file, there are several without an index or beside it, or the index names a missing
+        file.
     """
     if not folder.is_dir():
         raise WeightsError(f"{folder}: the folder does not exist")
+    named = [f"{stem}.safetensors{ending}" for stem in STEMS for ending in ("", ".index.json")]
+    several = [name for name in named if (folder / name).exists()]
+    if len(several) > 1:  # of which diffusers and transformers do not read the same
+        raise WeightsError(f"{folder} has weights under several names: {', '.join(several)}. Keep one of them")
     if (index := index_file(folder)) is not None:
         return list(_indexed(index))
     for stem in STEMS:

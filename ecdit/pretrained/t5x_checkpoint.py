@@ -53,12 +53,12 @@ class T5xCheckpoint:
         self.folder = Path(folder)
         try:
             tree: Any = msgpack_restore((self.folder / FILE).read_bytes())
-            target = tree["optimizer"]["target"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            leaves = list(_leaves(tree["optimizer"]["target"]))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise WeightsError(f"{self.folder / FILE} is no checkpoint of T5X: {error!r}") from None
         self._arrays: dict[str, Any] = {}
         self._transposed: set[str] = set()
-        for name, leaf in _leaves(target):
+        for name, leaf in leaves:
             present = _transformers_name(name)
             self._arrays[present] = leaf if isinstance(leaf, np.ndarray) else self._open(name, leaf)
             if present != name and name.endswith(TRANSPOSED):
@@ -71,7 +71,10 @@ class T5xCheckpoint:
         """Opens a tensorstore array by the last part of its path, because the checkpoint may have been moved."""
         import tensorstore
 
-        path = Path(str(spec["kvstore"]["path"]).rstrip("/")).name
+        try:
+            path = Path(str(spec["kvstore"]["path"]).rstrip("/")).name
+        except (KeyError, TypeError) as error:
+            raise WeightsError(f"{self.folder / FILE}: {name} names no array: {error!r}") from None
         kvstore = {"driver": "file", "path": str(self.folder / path)}
         try:
             return tensorstore.open({"driver": "zarr", "kvstore": kvstore}, read=True, open=True).result()

@@ -18,12 +18,12 @@ from jaxtyping import Array, Int
 from ecdit.components import Mode, PartFlops, TextEncoder, TextStates, TextWidths
 from ecdit.config import require
 from ecdit.encoders.text_tower import RANDOM, TextConfig, TextTower
+from ecdit.pretrained.agreement import load_agreed
 from ecdit.pretrained.clip_text import CLIP_TEXT_LAYOUT, ClipText, ClipTextConfig, read_clip_text
 from ecdit.pretrained.config_json import CONFIG, ConfigJson, read_json
 from ecdit.pretrained.layout import Layout
 from ecdit.pretrained.t5_encoder import T5_LAYOUT, T5Config, T5Encoder, read_t5
 from ecdit.pretrained.t5x_checkpoint import T5xCheckpoint, is_t5x
-from ecdit.pretrained.weights import load_folder
 
 CLIP_TYPES, T5_TYPES = ("clip_text_model", "clip"), ("t5",)
 
@@ -121,15 +121,15 @@ def make_text_encoder(config: TextConfig, max_length: int, rngs: nnx.Rngs) -> Te
 
 
 def load_text(config: TextConfig, abstract: nnx.State, mesh: Mesh | None) -> dict[str, Any]:
-    """Reads the parameters of the config's public encoders, `abstract` ones of `make_text_encoder`: see `weights.load`.
+    """Reads the parameters of the config's public encoders, `abstract` ones of `make_text_encoder`: see `load_agreed`.
 
     Raises:
       WeightsError: the files are not the encoders'.
     """
     encoders = read_encoders(config)
     if len(encoders) == 1:
-        return load_folder(abstract, encoders[0].layout, encoders[0].folder, mesh).params
+        return load_agreed(abstract, encoders[0].layout, encoders[0].folder, mesh)
     return {
-        name: load_folder(abstract[name], one.layout, one.folder, mesh).params
+        name: load_agreed(abstract[name], one.layout, one.folder, mesh)
         for name, one in zip(("first", "second"), encoders, strict=True)
     }

@@ -5,7 +5,7 @@ CLIP's needs the package `tokenizers` and, to clean captions like OpenCLIP, `ftf
 
 import html
 import importlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -163,6 +163,7 @@ def _clean(caption: str, fix_text: Any) -> str:
 
 def _vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
     """Returns the ids of tokens and the merges in order, from either of the two file formats."""
+    pairs: list[tuple[Any, ...]]
     if (folder / VOCABULARY).exists():
         vocabulary = read_json(folder / VOCABULARY)
         try:
@@ -181,17 +182,41 @@ def _vocabulary(folder: Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
                 "copy it from where the weights are from, as transformers 5 does not write it"
             )
         vocabulary = model.get("vocab") or {}
-        pairs = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model.get("merges") or []]
-    if (
-        not vocabulary
-        or not isinstance(vocabulary, dict)
-        or not all(isinstance(index, int) for index in vocabulary.values())
-    ):
-        raise WeightsError(f"{folder}: the vocabulary must be an object from tokens to ids")
-    strange = [pair for pair in pairs if len(pair) != 2 or "".join(pair) not in vocabulary]
+        merges = model.get("merges") or []
+        pairs = [
+            tuple(m.split(" ")) if isinstance(m, str) else tuple(m) if isinstance(m, list) else (m,) for m in merges
+        ]
+    if not vocabulary or not isinstance(vocabulary, dict) or not _are_ids(vocabulary.values()):
+        raise WeightsError(f"{folder}: the vocabulary must be an object from tokens to ids, each of another token")
+    strange = [pair for pair in pairs if not _is_merge(pair, vocabulary)]
     if strange:
         raise WeightsError(f"{folder}: merges that are no pairs of the vocabulary: {strange[:5]}")
-    return vocabulary, [(first, second) for first, second in pairs]
+    _check_whole(folder, vocabulary, pairs)
+    return vocabulary, [(pair[0], pair[1]) for pair in pairs]
+
+
+def _are_ids(values: Iterable[Any]) -> bool:
+    ids = list(values)
+    return all(type(one) is int and 0 <= one < 2**31 for one in ids) and len(set(ids)) == len(ids)
+
+
+def _is_merge(pair: Any, vocabulary: Mapping[str, int]) -> bool:
+    return len(pair) == 2 and all(isinstance(part, str) for part in pair) and "".join(pair) in vocabulary
+
+
+def _check_whole(folder: Path, vocabulary: Iterable[str], pairs: Iterable[Sequence[str]]) -> None:
+    """Raises WeightsError if merges are missing: captions would be cut into smaller pieces, which CLIP has not seen."""
+    made = {"".join(pair) for pair in pairs}
+    left = [
+        token
+        for token in vocabulary
+        if token not in made and len(token.removesuffix("</w>")) > 1 and not token.startswith("<|")
+    ]
+    if left:
+        raise WeightsError(
+            f"{folder}: no merge makes {len(left)} tokens of the vocabulary, such as {', '.join(left[:5])}: the merges "
+            "are not whole"
+        )
 
 
 def _special_tokens(folder: Path) -> dict[str, str]:

@@ -20,6 +20,7 @@ from ecdit.partitioning import param_shardings
 from ecdit.pretrained.config_json import CONFIG, WeightsError, read_json
 from ecdit.pretrained.layout import Layout, tensor_axes
 from ecdit.pretrained.safetensors_folder import SafetensorsFolder
+from ecdit.pretrained.slice_sums import slice_sum
 from ecdit.pretrained.t5x_checkpoint import T5xCheckpoint, is_t5x
 
 PIECE_BYTES = 4 * 2**20  # bytes per read: much less than a tensor, much more than a disk's block
@@ -51,11 +52,22 @@ class Tensors(Protocol):
         ...
 
 
+Bounds = tuple[tuple[int, int], ...]  # the first place of a slice and the one behind its last, by the tensor's axes
+
+
+class Slice(NamedTuple):
+    """A slice of a tensor that this process has read."""
+
+    sum: int  # `slice_sum` of its bits
+    devices: int  # of this process that hold it
+
+
 class Loaded(NamedTuple):
     """A network's parameters."""
 
     params: dict[str, Any]  # nested, as nnx.State accepts it
     not_numbers: dict[str, int]  # NaNs and infinities that this process read, by tensor, without zeros
+    slices: dict[str, dict[Bounds, Slice]]  # that this process read, by tensor; empty without sums
 
 
 class _Parameter(NamedTuple):
@@ -81,7 +93,14 @@ class _Parameter(NamedTuple):
         return tuple(self.layer_shape[self.axes.index(axis)] for axis in range(len(self.axes)))
 
 
-def load(abstract: nnx.State, layout: Layout, tensors: Tensors, mesh: Mesh | None) -> Loaded:
+class _Reading(NamedTuple):
+    """What a process notes of the tensors that it reads, by their names in the files."""
+
+    not_numbers: dict[str, int]
+    slices: dict[str, dict[Bounds, Slice]] | None  # None: no sums are wanted
+
+
+def load(abstract: nnx.State, layout: Layout, tensors: Tensors, mesh: Mesh | None, with_sums: bool = False) -> Loaded:
     """Returns a network's parameters in the network's dtype, sharded over the mesh.
 
     Besides the parameters, the process holds only one device's part of one tensor in memory. NaNs and infinities, as
@@ -92,6 +111,7 @@ def load(abstract: nnx.State, layout: Layout, tensors: Tensors, mesh: Mesh | Non
       layout: the names of its tensors.
       tensors: the files.
       mesh: the devices; None uses only the first one.
+      with_sums: whether to sum the bits of what is read, for `agreement`.
 
     Raises:
       WeightsError: tensors are missing, unknown, not floating-point or of another shape; the message lists them.
@@ -103,35 +123,51 @@ def load(abstract: nnx.State, layout: Layout, tensors: Tensors, mesh: Mesh | Non
         if mesh is not None
         else {parameter.path: SingleDeviceSharding(jax.devices()[0]) for parameter in parameters}
     )
-    params, counts = {}, {}
+    params, reading = {}, _Reading({}, {} if with_sums else None)
     for parameter in parameters:
-        params[parameter.path] = _read_parameter(parameter, found, tensors, shardings[parameter.path], counts)
-    if counts:
+        params[parameter.path] = _read_parameter(parameter, found, tensors, shardings[parameter.path], reading)
+    if counts := reading.not_numbers:
         shown = _listed([f"{name} ({count})" for name, count in sorted(counts.items())])
         logging.warning("%s: %d weights are NaN or infinite, in %s", tensors, sum(counts.values()), shown)
-    return Loaded(nnx.traversals.unflatten_mapping(params), counts)
+    return Loaded(nnx.traversals.unflatten_mapping(params), counts, reading.slices or {})
 
 
-def load_folder(abstract: nnx.State, layout: Layout, folder: Path, mesh: Mesh | None) -> Loaded:
+def load_folder(
+    abstract: nnx.State, layout: Layout, folder: Path, mesh: Mesh | None, with_sums: bool = False
+) -> Loaded:
     """Returns a network's parameters from a folder of safetensors files or a checkpoint of T5X (see `load`)."""
-    return load(abstract, layout, T5xCheckpoint(folder) if is_t5x(folder) else SafetensorsFolder(folder), mesh)
+    return load(
+        abstract, layout, T5xCheckpoint(folder) if is_t5x(folder) else SafetensorsFolder(folder), mesh, with_sums
+    )
 
 
-def fingerprint(folder: Path) -> str:
-    """Returns the sha256 over a folder's config and its tensors' names, dtypes, shapes and bytes.
-
-    It does not depend on how tensors are split over files. A checkpoint of T5X has no config.
+def open_folder(folder: Path) -> tuple[Tensors, dict[str, Any]]:
+    """Returns a folder's tensors and the values of its config. A checkpoint of T5X has no config. Reads headers.
 
     Raises:
       WeightsError: the folder cannot be read.
     """
     if is_t5x(folder):
-        return tensors_fingerprint(T5xCheckpoint(folder), {})
-    return tensors_fingerprint(SafetensorsFolder(folder), read_json(Path(folder) / CONFIG))
+        return T5xCheckpoint(folder), {}
+    return SafetensorsFolder(folder), read_json(Path(folder) / CONFIG)
 
 
-def tensors_fingerprint(tensors: Tensors, config: dict[str, Any]) -> str:
-    """Returns the sha256 over tensors and the values of a config. Reads everything, piece by piece."""
+def fingerprint(folder: Path) -> str:
+    """Returns the sha256 over a folder's config and its tensors' names, dtypes, shapes and bytes.
+
+    It does not depend on how tensors are split over files.
+
+    Raises:
+      WeightsError: the folder cannot be read.
+    """
+    return tensors_fingerprint(*open_folder(folder))
+
+
+def tensors_fingerprint(tensors: Tensors, config: dict[str, Any], sums: dict[str, int] | None = None) -> str:
+    """Returns the sha256 over tensors and the values of a config. Reads everything, piece by piece.
+
+    It fills `sums`, if given, with the `slice_sum` of every whole tensor.
+    """
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     for name in tensors.names():
         shape, dtype = tensors.shape(name), tensors.dtype(name)
@@ -139,8 +175,18 @@ def tensors_fingerprint(tensors: Tensors, config: dict[str, Any]) -> str:
         whole, chunk = tuple(slice(0, size) for size in shape), tensors.chunk(name)
         rows = chunk[1:] == shape[1:]  # else pieces would not be in the order of the tensor's bytes
         for index in _pieces(whole, dtype.itemsize, chunk) if rows else [whole]:
-            digest.update(np.ascontiguousarray(tensors.read(name, index)).tobytes())
+            piece = np.ascontiguousarray(tensors.read(name, index))
+            digest.update(piece.tobytes())
+            if sums is not None:
+                sums[name] = (sums.get(name, 0) + slice_sum(piece, index)) % 2**64
     return digest.hexdigest()
+
+
+def read_sum(tensors: Tensors, name: str, bounds: Bounds) -> int:
+    """Returns the `slice_sum` of a slice of a tensor, which it reads."""
+    wanted = tuple(slice(*bound) for bound in bounds)
+    pieces = _pieces(wanted, tensors.dtype(name).itemsize, tensors.chunk(name))
+    return sum(slice_sum(tensors.read(name, index), index) for index in pieces) % 2**64
 
 
 def _parameter(path: tuple[Any, ...], variable: nnx.Variable, layout: Layout) -> _Parameter:
@@ -193,9 +239,9 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _read_parameter(
-    parameter: _Parameter, found: dict[str, str], tensors: Tensors, sharding: Sharding, counts: dict[str, int]
+    parameter: _Parameter, found: dict[str, str], tensors: Tensors, sharding: Sharding, reading: _Reading
 ) -> jax.Array:
-    read = functools.partial(_read_tensor, parameter, tensors, counts=counts)
+    read = functools.partial(_read_tensor, parameter, tensors, reading=reading)
     if not parameter.stacked:
         return read(found[parameter.tensors[0]], sharding)
     layer_sharding, (zeros, set_layer) = _of_a_layer(sharding), _stacking(parameter.shape, parameter.dtype, sharding)
@@ -225,7 +271,7 @@ def _stacking(shape: tuple[int, ...], dtype: Any, sharding: Sharding) -> tuple[A
 
 
 def _read_tensor(
-    parameter: _Parameter, tensors: Tensors, name: str, sharding: Sharding, counts: dict[str, int]
+    parameter: _Parameter, tensors: Tensors, name: str, sharding: Sharding, reading: _Reading
 ) -> jax.Array:
     """Returns a parameter, or one layer of it, from its tensor."""
     shape, axes = parameter.layer_shape, parameter.axes
@@ -237,27 +283,31 @@ def _read_tensor(
     arrays = []
     for bounds, devices in holders.items():
         values = np.empty([stop - start for start, stop in bounds], parameter.dtype)
-        nans = _fill(values, tensors, name, tuple(slice(*bound) for bound in bounds), axes)
+        inverse = tuple(axes.index(axis) for axis in range(len(axes)))
+        in_file = tuple(bounds[axis] for axis in inverse)
+        nans, total = _fill(values.transpose(inverse), tensors, name, in_file, reading.slices is not None)
         if nans:
-            counts[name] = counts.get(name, 0) + nans
+            reading.not_numbers[name] = reading.not_numbers.get(name, 0) + nans
+        if reading.slices is not None:
+            reading.slices.setdefault(name, {})[in_file] = Slice(total, len(devices))
         # Waiting keeps only one part at a time in this process's memory.
         arrays += jax.block_until_ready([jax.device_put(values, device) for device in devices])
     return jax.make_array_from_single_device_arrays(shape, sharding, arrays, dtype=parameter.dtype)
 
 
-def _fill(values: np.ndarray, tensors: Tensors, name: str, bounds: tuple[slice, ...], axes: tuple[int, ...]) -> int:
-    """Writes a slice of a tensor into `values`, whose axis i is the tensor's axes[i].
+def _fill(values: np.ndarray, tensors: Tensors, name: str, bounds: Bounds, with_sum: bool) -> tuple[int, int]:
+    """Writes a slice of a tensor into `values`, which has the tensor's axes.
 
-    Returns how many of its numbers are NaN or infinite.
+    Returns how many of its numbers are NaN or infinite, and its `slice_sum`, or 0 without `with_sum`.
     """
-    inverse = tuple(axes.index(axis) for axis in range(len(axes)))
-    as_in_file, wanted, nans = values.transpose(inverse), tuple(bounds[axis] for axis in inverse), 0
+    wanted, nans, total = tuple(slice(*bound) for bound in bounds), 0, 0
     for index in _pieces(wanted, tensors.dtype(name).itemsize, tensors.chunk(name)):
         piece = tensors.read(name, index)
         nans += int((~np.isfinite(piece)).sum())
+        total += slice_sum(piece, index) if with_sum else 0
         place = (slice(i.start - w.start, i.stop - w.start) for i, w in zip(index, wanted, strict=True))
-        as_in_file[tuple(place)] = piece
-    return nans
+        values[tuple(place)] = piece
+    return nans, total % 2**64
 
 
 def _pieces(index: tuple[slice, ...], itemsize: int, chunk: tuple[int, ...]) -> Iterator[tuple[slice, ...]]:

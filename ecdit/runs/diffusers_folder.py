@@ -22,6 +22,7 @@ import ecdit
 from ecdit.experiment import Experiment
 from ecdit.interop.pytorch_parts import denoiser_values, torch_weights, tower_values
 from ecdit.interop.weights import flat_names, new_folder, write_arrays, write_files
+from ecdit.pretrained.agreement import fingerprint_once
 from ecdit.pretrained.clip_text import DEFAULTS as CLIP_DEFAULTS
 from ecdit.pretrained.config_json import CONFIG, WeightsError, read_json
 from ecdit.pretrained.safetensors_folder import STEMS, index_file, weight_files
@@ -29,7 +30,6 @@ from ecdit.pretrained.t5x_checkpoint import is_t5x
 from ecdit.pretrained.text_encoders import T5_TYPES
 from ecdit.runs.kept_tokenizer import FOLDER
 from ecdit.runs.trained_run import Run
-from ecdit.system import fingerprint_once
 
 TRANSFORMERS_STEM, DIFFUSERS_STEM = STEMS
 INDEX = ".safetensors.index.json"

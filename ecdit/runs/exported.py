@@ -84,6 +84,7 @@ def open_exported(folder: Path, overrides: Sequence[str] = (), join: bool = Fals
     check_files(folder, json.loads(metadata["files"]), user_files(experiment.denoiser))
     tokenizer = find_tokenizer(folder, experiment.data, metadata["vocabulary"])
     system, mesh = prepare_to_open(experiment, True, join)
+    experiment.system.share_fingerprints()
     check_weights(folder, json.loads(metadata["weights"]), experiment.fingerprints())
     shapes, shardings = (system.drawn(tree) for tree in (system.shapes(), system.shardings(mesh)))
     target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)

@@ -83,6 +83,7 @@ def open_run(
     tokenizer = find_tokenizer(workdir, experiment.data, meta.vocabulary)
     params, step = restore_ema(workdir, system, mesh, step)
     if draw or load:
+        experiment.system.share_fingerprints()
         check_weights(workdir, meta.config.get("weights", {}), experiment.fingerprints())
         params |= system.load(mesh)
     if experiment.phases:  # all have the same parameters

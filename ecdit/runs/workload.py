@@ -161,6 +161,7 @@ def _prepare_data(experiment: Experiment, shards: int) -> list[str]:
 
     The first process prints how often packed captions do not fit, on a mesh that splits a batch into `shards` parts.
     """
+    experiment.system.share_fingerprints()
     phases = [phase.experiment for phase in experiment.resolved_phases()]
     prepared = prepare_together([phase.data for phase in phases])
     for phase, one in zip(phases, prepared, strict=True):

@@ -8,6 +8,7 @@ to each other (TPU_WORKER_HOSTNAMES, TPU_WORKER_ID, and MEGASCALE_* for several 
 import dataclasses
 import math
 import re
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -17,7 +18,7 @@ from ecdit import __version__
 from ecdit.errors import UserError
 from launch.commands import run, run_all
 from launch.errors import LaunchError
-from launch.job import RESTART_CODES, Job, describe_restarts, training_environment
+from launch.job import DATA, RESTART_CODES, Job, describe_folders, describe_restarts, training_environment
 from launch.values import check_characters, check_image, check_secret_names, kubernetes_text
 
 FLAGS: Any = flags.FLAGS  # Any, because absl types every value as optional
@@ -239,6 +240,19 @@ def bucket_mount(data: str, host_network: bool) -> dict[str, Any]:
     return {"driver": "gcsfuse.csi.storage.gke.io", "readOnly": True, "volumeAttributes": attributes}
 
 
+def needs(job: Job, options: Options) -> list[str]:
+    """Returns lines that say where the pods must have the folders that they read."""
+
+    def place(key: str, path: str) -> str:
+        if options.data and key == DATA:
+            return ""  # the mount takes its place
+        if options.data and Path(path).is_relative_to(DATA_MOUNT):
+            return f"in {options.data}, mounted at {DATA_MOUNT}"
+        return "in the image, though launch/Dockerfile copies none"
+
+    return describe_folders(job.folders, place)
+
+
 def _data_flag(job: Job) -> str:
     flag = "--config.data.directory="
     given = [known for known in job.train_flags if known.startswith(flag)]
@@ -323,6 +337,10 @@ class JobSet:
             f"{grace_seconds(job, options)} s to save in, which takes {seconds:.0f} s "
             f"at an assumed {options.write_rate / 1e9:g} GB/s a host"
         )
+
+    def needs(self, job: Job) -> list[str]:
+        """Returns a line for every place where pods need folders: in the bucket of --data, or in the image."""
+        return needs(job, _options())
 
     def start(self, job: Job) -> int:
         """Creates the JobSet. Returns kubectl's exit code.

@@ -141,6 +141,10 @@ class LocalProcesses:
         """Returns the number of processes and the directory of their logs."""
         return f"{job.hosts} processes here, logs in {LOGS / job.name}"
 
+    def needs(self, job: Job) -> list[str]:
+        """Returns nothing: processes here read the same folders as the launcher."""
+        return []
+
     def start(self, job: Job) -> int:
         """Runs the job to its end. Returns its exit code."""
         return run_job(job)

@@ -41,6 +41,10 @@ class Backend(Protocol):
         """Returns a short text on how the backend runs the job."""
         ...
 
+    def needs(self, job: Job) -> list[str]:
+        """Returns a line for every place where the hosts must have folders that the launcher does not bring."""
+        ...
+
     def start(self, job: Job) -> int:
         """Starts the job, and returns the exit code of the command that started it.
 

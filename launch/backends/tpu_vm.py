@@ -17,7 +17,7 @@ from absl import flags
 
 from launch.commands import run, run_all
 from launch.errors import LaunchError
-from launch.job import ROOT, Job, describe_restarts, training_environment
+from launch.job import ROOT, Job, describe_folders, describe_restarts, training_environment
 from launch.values import check_characters, check_image, check_option, check_secret_names
 from launch.worker import (
     DIRECTORY,
@@ -92,6 +92,28 @@ def check_options(options: Options) -> None:
             f"{ROOT} is no checkout: it has no {', '.join(missing)}. Launch from a checkout (pip install -e), or set "
             f"--image to a container with the code"
         )
+
+
+def check_folders(job: Job, options: Options) -> None:
+    """Raises LaunchError for a folder in the checkout of which the workers would get nothing."""
+    for key, paths in job.folders.items():
+        for path in paths:
+            if not options.image and not Path(path).is_absolute() and "tokenizer" not in key:
+                raise LaunchError(
+                    f"config.{key}={path}: would be missing on the workers, which get code and small files alone: must "
+                    "be an absolute path that every worker has, as of a disk or of a bucket that is mounted there"
+                )
+
+
+def needs(job: Job, options: Options) -> list[str]:
+    """Returns lines that say where the workers must have the folders that they read."""
+
+    def place(key: str, path: str) -> str:
+        if options.image:
+            return "in the image, though launch/Dockerfile copies none"
+        return "on every worker, where nothing is mounted or copied to" if Path(path).is_absolute() else ""
+
+    return describe_folders(job.folders, place)
 
 
 def _check_secret_file(file: str, names: Sequence[str]) -> None:
@@ -207,7 +229,9 @@ def script(job: Job, options: Options) -> str:
         chosen = "|".join(options.secret_env)
         lines.append(f"grep -E '^({chosen})=' {shlex.quote(options.secret_file)} > \"$run/{SECRETS}\"")
     if not options.image:
-        copied = shlex.join(["tar", "-cf", "-", "--exclude=__pycache__", "-C", str(ROOT), "--", *_files(job)])
+        copied = shlex.join(
+            ["tar", "-cf", "-", "--dereference", "--exclude=__pycache__", "-C", str(ROOT), "--", *_files(job)]
+        )
         lines.append(f'{copied} | tar -xf - -C "$run"')
     lines.append(f'tar -czf "$scratch/{job.name}.tar.gz" -C "$scratch" {DIRECTORY}')
     for node in nodes(job.name, job.slices):
@@ -314,6 +338,7 @@ class TpuVm:
     def check(self, job: Job) -> None:
         """Raises LaunchError for slices or variables that a queued resource cannot have."""
         check(job)
+        check_folders(job, _options())
         script(job, _options())
 
     def text(self, job: Job) -> str:
@@ -324,6 +349,10 @@ class TpuVm:
         """Returns the name of the queued resource, the kind of TPUs and the restarts."""
         options = _options()
         return f"queued resource {job.name}, {options.capacity}; {describe_restarts(options.max_restarts)}"
+
+    def needs(self, job: Job) -> list[str]:
+        """Returns a line for every place where workers need folders: at absolute paths, or in the image."""
+        return needs(job, _options())
 
     def start(self, job: Job) -> int:
         """Runs the script. Returns its exit code."""

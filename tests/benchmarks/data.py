@@ -45,6 +45,7 @@ class RandomMoments:
 
     name = "latents-random"
     made_by = "0" * 64
+    process_bytes = 0
 
     def values(self, records: Iterable[Any]) -> Iterator[tuple[bytes, Mapping[str, int]]]:
         """Yields a record's moments with its size and crop."""

@@ -637,6 +637,7 @@ def test_a_column_with_a_row_too_few_is_an_error(counted):
     class Short:
         name: str = "latents-short"
         made_by: str = ""
+        process_bytes: int = 0
 
         def values(self, records):
             yield from ((b"", {}) for record in list(records)[1:])
@@ -655,6 +656,7 @@ def test_a_log_shows_the_records_of_a_shard_whose_column_is_computed(counted, mo
     class Nothing:
         name: str = "latents-nothing"
         made_by: str = ""
+        process_bytes: int = 0
 
         def values(self, records):
             yield from ((b"", {}) for _ in records)

@@ -171,6 +171,7 @@ class Lengths:
 
     name: str = "latents-lengths"
     made_by: str = ""
+    process_bytes: int = 0
 
     def values(self, records):
         yield from ((str(len(record.image)).encode(), {}) for record in records)

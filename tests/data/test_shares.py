@@ -165,6 +165,7 @@ class Keys:
     """A column of the records' keys."""
 
     made_by: str = "a"
+    process_bytes: int = 0
     name: str = "latents-keys"
 
     def values(self, records):
@@ -212,7 +213,39 @@ def test_a_column_begun_by_other_weights_or_in_other_shares_is_not_gone_on_with(
         make_share(task, manifest, Keys("b"), 1, quiet, Share(2, 3))
     with pytest.raises(DataError, match=r"--share=2/4: .*\.latents-keys\.preparing was begun in 3 shares"):
         make_share(task, manifest, Keys(), 1, quiet, Share(2, 4))
+    with pytest.raises(DataError, match=r"\.latents-keys\.preparing was begun from other records, or by another"):
+        make_column(task, manifest, Keys("b"), 1, quiet)
     assert files(task) == before
+
+
+def test_weights_that_change_while_they_compute_a_column_are_noticed(records):
+    """A column takes hours, and the states of the empty caption are computed last, by weights that are read then."""
+    task, manifest, maker = task_directory(records), read_records_manifest(records, "shared"), Changing()
+    with pytest.raises(DataError, match="the tokenizer or the weights have changed while they were read"):
+        make_column(task, manifest, maker, 1, quiet, lambda: setattr(maker, "made_by", "b") or {})
+    assert not column_directory(task, maker.name).exists()
+
+
+class Changing:
+    """A column whose weights may change."""
+
+    made_by, process_bytes, name = "a", 0, "latents-changing"
+    values = Keys.values
+
+
+class Killed(Keys):
+    """A column whose processes are killed, as by the kernel where memory is short."""
+
+    def values(self, records):
+        os.kill(os.getpid(), signal.SIGKILL)
+        yield from super().values(records)
+
+
+def test_a_killed_process_ends_the_column_with_an_error_and_the_same_command_goes_on(records):
+    task, manifest = task_directory(records), read_records_manifest(records, "shared")
+    with pytest.raises(DataError, match=r"a process that computes latents-keys was killed, .* with fewer --workers"):
+        make_column(task, manifest, Killed(), 2, quiet)
+    assert make_column(task, manifest, Keys(), 1, quiet).name == "latents-keys"
 
 
 CONFIG = """

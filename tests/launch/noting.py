@@ -37,6 +37,9 @@ class Noting:
     def summary(self, job):
         return f"a note in {FLAGS['ink'].value}"
 
+    def needs(self, job):
+        return []
+
     def start(self, job):
         print("started", self.text(job), end="")
         return 5

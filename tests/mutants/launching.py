@@ -446,4 +446,19 @@ MUTANTS = (
         ("tests/sampling/test_image_folder.py::test_an_unfinished_folder_is_gone_on_with_by_the_same_call_alone",),
         "images of two calls are mixed",
     ),
+    Mutant(
+        _CHECK,
+        "            *tokenizers,\n",
+        "",
+        (
+            "tests/launch/test_folders.py::test_a_job_brings_the_tokenizers_of_the_checkout_and_names_the_folders_that_hosts_read",
+        ),
+        "workers without a tokenizer end after TPUs were taken",
+    ),
+    Mutant(
+        _TPU_VM,
+        "if not options.image and not Path(path).is_absolute()",
+        "if options.image and not Path(path).is_absolute()",
+        ("tests/launch/test_folders.py::test_workers_without_an_image_refuse_folders_that_would_be_missing_there",),
+    ),
 )

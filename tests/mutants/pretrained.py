@@ -6,7 +6,7 @@ _CLIP, _T5, _VAE = (f"ecdit/pretrained/{name}.py" for name in ("clip_text", "t5_
 _WEIGHTS, _FOLDER, _T5X = (
     f"ecdit/pretrained/{name}.py" for name in ("weights", "safetensors_folder", "t5x_checkpoint")
 )
-_TOKENIZERS = "ecdit/pretrained/tokenizers.py"
+_TOKENIZERS, _AGREEMENT = "ecdit/pretrained/tokenizers.py", "ecdit/pretrained/agreement.py"
 _ENCODERS, _SYSTEM, _TOKENIZER = "ecdit/pretrained/text_encoders.py", "ecdit/system.py", "ecdit/data/tokenizer.py"
 _TEXT, _AUTOENCODER = "tests/system/test_public_text.py", "tests/system/test_public_autoencoder.py"
 
@@ -136,6 +136,46 @@ MUTANTS = (
         'TRANSPOSED = (".kernel", ".rel_embedding")',
         'TRANSPOSED = (".kernel",)',
         _tests("t5x", "test_a_checkpoint_of_t5x_is_read"),
+    ),
+    Mutant(
+        _AGREEMENT,
+        "if (found - copies * sums[name]) % 2**64:",
+        "if False:",
+        _tests("agreement", "test_a_process_that_has_read_other_weights_is_refused_by_all"),
+        "hosts train with other weights than the checkpoint says",
+    ),
+    Mutant(
+        _AGREEMENT,
+        "for folder in folders if jax.process_index() == 0 else ():",
+        "for folder in folders:",
+        _tests("agreement", "test_only_the_first_process_reads_whole_folders"),
+        "each of 32 hosts reads all weights",
+    ),
+    Mutant(
+        "ecdit/pretrained/slice_sums.py",
+        "+ np.uint64((axis + 1) << 48)",
+        "* np.uint64(0)",
+        _tests("agreement", "test_a_sum_changes_with_any_word_and_with_its_place"),
+    ),
+    Mutant(
+        _TOKENIZERS,
+        "    _check_whole(folder, vocabulary, pairs)\n",
+        "",
+        _tests("tokenizers", "test_merges_that_were_cut_are_refused"),
+        "captions are encoded in pieces that CLIP has not seen them in",
+    ),
+    Mutant(
+        _FOLDER,
+        "if len(several) > 1:",
+        "if False:",
+        _tests("weights", "test_weights_under_several_names_are_refused"),
+    ),
+    Mutant(
+        "ecdit/data/memory.py",
+        "return free // each, f",
+        "return wanted, f",
+        ("tests/data/test_memory.py::test_as_many_processes_run_as_fit_and_at_least_one",),
+        "processes with a copy of the weights each are killed for want of memory",
     ),
     Mutant(
         _TOKENIZERS,

@@ -100,8 +100,17 @@ def test_another_model_s_checkpoint_is_refused(tmp_path):
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path):
-    for contents in (None, b"", b"\xc1 no msgpack", b"\x80"):
+    no_arrays = msgpack_serialize({"optimizer": {"target": 3}})
+    for contents in (None, b"", b"\xc1 no msgpack", b"\x80", no_arrays):
         if contents is not None:
             (tmp_path / "checkpoint").write_bytes(contents)
         with pytest.raises(WeightsError, match=re.escape(f"{tmp_path / 'checkpoint'} is no checkpoint of T5X")):
             T5xCheckpoint(tmp_path)
+
+
+@pytest.mark.parametrize("kvstore", [3, {"driver": "file"}])
+def test_a_specification_without_a_path_is_refused(kvstore, tmp_path):
+    tree = {"optimizer": {"target": {"weight": {"driver": "zarr", "kvstore": kvstore}}}}
+    (tmp_path / "checkpoint").write_bytes(msgpack_serialize(tree))
+    with pytest.raises(WeightsError, match="weight names no array"):
+        T5xCheckpoint(tmp_path)

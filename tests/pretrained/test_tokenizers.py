@@ -112,6 +112,27 @@ def test_broken_folders_are_refused(tmp_path):
         ClipTokenizer(tmp_path, "open_clip")
 
 
+@pytest.mark.parametrize("index", [-1, 2**31, True, 1.0, "3", 0])
+def test_ids_are_numbers_each_of_one_token(index, tmp_path):
+    """0 is the id of another token."""
+    with pytest.raises(WeightsError, match="an object from tokens to ids, each of another token"):
+        ClipTokenizer(clip_folder(tmp_path, vocabulary=VOCABULARY | {"z": index}), "open_clip")
+
+
+@pytest.mark.parametrize("merges", [[1], [["a", 1]], [["a", "b", "c"]], [{"a": "b"}], {"ab": 1}])
+def test_merges_are_pairs_of_tokens(merges, tmp_path):
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"vocab": VOCABULARY, "merges": merges}}))
+    with pytest.raises(WeightsError, match="no pairs of the vocabulary"):
+        ClipTokenizer(tmp_path, "open_clip")
+
+
+def test_merges_that_were_cut_are_refused(tmp_path):
+    """As by a download: the captions would be cut into pieces that the text encoder has not seen them in."""
+    cut = MERGES[: MERGES.index("ab c</w>")]
+    with pytest.raises(WeightsError, match=r"no merge makes 2 tokens of the vocabulary, such as abc</w>, ab</w>:"):
+        ClipTokenizer(clip_folder(tmp_path, merges=cut), "open_clip")
+
+
 def test_a_missing_package_is_named(tmp_path, monkeypatch):
     import sys
 

@@ -319,6 +319,17 @@ def test_folders_without_a_clear_choice_are_refused(tmp_path):
         SafetensorsFolder(tmp_path)
 
 
+def test_weights_under_several_names_are_refused(tmp_path):
+    """transformers reads the file in preference to the index, and diffusers the index."""
+    _, _, folder = folder_of("t5", tmp_path, files=3)
+    for name in ("model.safetensors", "diffusion_pytorch_model.safetensors"):
+        save_file({"w": np.ones(1, np.float32)}, folder / name)
+        with pytest.raises(WeightsError, match=rf"several names: .*{re.escape(name)}.*\. Keep one of them"):
+            SafetensorsFolder(folder)
+        (folder / name).unlink()
+    SafetensorsFolder(folder)
+
+
 @pytest.mark.parametrize("stem", ["model", "diffusion_pytorch_model"])
 def test_a_variant_s_index_counts_where_it_is_alone(stem, tmp_path):
     """transformers and diffusers write model.safetensors.index.fp16.json for variant="fp16"."""

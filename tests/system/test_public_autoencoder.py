@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend.core import jaxprs_in_params
+from safetensors.numpy import load_file
 
 from ecdit.components import total_flops
 from ecdit.config import ConfigError
@@ -18,6 +19,7 @@ from ecdit.data.images import decode_stored
 from ecdit.data.latents import LatentsColumn
 from ecdit.data.loader import make_loader
 from ecdit.data.manifest import task_directory
+from ecdit.data.memory import PROCESS_BYTES
 from ecdit.data.prepared import open_prepared, prepare, prepare_captions, prepare_column
 from ecdit.data.record import Record
 from ecdit.data.shares import Share
@@ -91,6 +93,24 @@ def test_latents_in_shares_are_those_of_one_process(vae, data, tmp_path):
     assert files(column) == files(alone)
 
 
+def test_fewer_processes_run_where_their_weights_would_not_fit(vae, data, tmp_path, monkeypatch):
+    shutil.copytree(data["data__directory"], tmp_path / "data")
+    experiment = public(vae, {**data, "data__directory": str(tmp_path / "data")})
+    column = experiment.latents_column()
+    shutil.rmtree(task_directory(experiment.data) / "columns" / column.name)
+    held = sum(values.nbytes for values in load_file(vae / "model.safetensors").values())
+    assert column.process_bytes > PROCESS_BYTES + jax.local_device_count() * held  # and room to compute in
+    monkeypatch.setattr("ecdit.data.columns.free_bytes", lambda: 2 * column.process_bytes - 1)
+    monkeypatch.setattr("ecdit.data.columns.ProcessPoolExecutor", None)
+    said = []
+    prepare_column(experiment.data, column, 3, said.append)
+    each, free = column.process_bytes / 1e9, (2 * column.process_bytes - 1) / 1e9
+    assert said[0] == (
+        f"latents-small: 1 of 3 processes: each takes about {each:.1f} GB, and {free:.1f} GB of memory are free"
+    )
+    assert "column latents-small: 36 images in " in said[1]
+
+
 def first_batch(experiment):
     return next(make_loader(experiment.data, 0, 16, 0, range(16)))
 
@@ -158,7 +178,7 @@ def test_latents_must_be_finite_and_images_whole(vae, monkeypatch):
         list(column.values([wrong]))
     assert decode_stored(wrong.image).shape == (8, 8, 3)
     right = dataclasses.replace(wrong, image=png(np.zeros((SIDE, SIDE, 3), np.uint8)))
-    nan = lambda folder, dtype: lambda images: np.full((len(images), LATENT, LATENT, 2 * CHANNELS), np.nan, np.float16)  # noqa: E731
+    nan = lambda *_: lambda images: np.full((len(images), LATENT, LATENT, 2 * CHANNELS), np.nan, np.float16)  # noqa: E731
     monkeypatch.setattr("ecdit.data.latents._encoder", nan)
     with pytest.raises(DataError, match=r"one: its latents are not finite as .* encodes it"):
         list(column.values([right]))
