@@ -32,6 +32,13 @@ signal.signal(signal.SIGTERM, lambda *_: print('saving') or time.sleep(0.3) or p
 print('ready', os.getpid())
 time.sleep(60)
 """
+UNTIL_TOLD = """
+import os, sys, time
+def until_told():
+    deadline = time.monotonic() + 60
+    while not os.path.exists(sys.argv[1] + '.go') and time.monotonic() < deadline:
+        time.sleep(0.02)
+"""
 # Runs what test_sweep.DONE and so on are, by name, in the directory that it is told.
 SWEEP = """
 import json, sys
@@ -124,14 +131,14 @@ def test_a_signal_lets_points_save_and_starts_no_other(start_sweep, tmp_path, nu
 
 
 def test_after_a_kill_points_are_told_to_save_and_none_is_started_twice(start_sweep, tmp_path):
-    slow = SAVES.replace("sleep(0.3)", "sleep(6)")
+    slow = UNTIL_TOLD + SAVES.replace("time.sleep(0.3)", "until_told()")
     sweep = start_sweep({"a": slow, "b": DONE}, ready=["a"])
     child = int(log(tmp_path, "a").split()[-1])
     sweep.kill()
     again = start_sweep({"a": DONE, "b": DONE})
-    assert again.wait(timeout=20) == 0
-    shown = again.stdout.read()
-    assert "waiting for points of an earlier start" in shown
+    assert any("waiting for points of an earlier start" in line for line in again.stdout)
+    (tmp_path / "a.go").touch()
+    assert again.wait(timeout=60) == 0
     # The second start of the point came after the first had saved.
     assert log(tmp_path, "a").index("saved") < log(tmp_path, "a").index("trained")
     assert not alive(child)
