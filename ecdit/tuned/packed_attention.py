@@ -95,9 +95,9 @@ def _product(x: Array, y: Array, x_axis: int, y_axis: int) -> Array:
 
 def _forward(query: Array, key: Array, value: Array, positions: Array) -> Array:
     """Returns the attention of a device's chunks and heads without a kernel."""
-    before = (jnp.concatenate([x[:1], x[:-1]]) for x in (key, value))
+    key_before, value_before = (jnp.concatenate([x[:1], x[:-1]]) for x in (key, value))
     heads = jax.vmap(_tile, in_axes=(0, 0, 0, 0, 0, None))
-    return jax.vmap(heads)(query, key, value, *before, positions[:, None])
+    return jax.vmap(heads)(query, key, value, key_before, value_before, positions[:, None])
 
 
 def forward_kernel(query: Array, key: Array, value: Array, positions: Array, interpret: bool = False) -> Array:
@@ -129,12 +129,12 @@ def forward_kernel(query: Array, key: Array, value: Array, positions: Array, int
 def _body(query: Any, key: Any, value: Any, key_before: Any, value_before: Any, positions: Any, out: Any) -> None:
     heads = query.shape[1]
     together = _largest_divisor(heads, HEADS_TOGETHER)
-    blocks = query, key, value, key_before, value_before
 
     def iteration(index: Array, _: None) -> None:
         for i in range(together):
             head = index * together + i
-            out[0, head] = _tile(*(block[0, head] for block in blocks), positions[0])
+            own = query[0, head], key[0, head], value[0, head]
+            out[0, head] = _tile(*own, key_before[0, head], value_before[0, head], positions[0])
 
     jax.lax.fori_loop(0, heads // together, iteration, None)
 
