@@ -20,6 +20,12 @@ def gelu(x: Float[Array, "*b f"]) -> Float[Array, "*b f"]:
     return x * jax.nn.sigmoid(2 * u)
 
 
+def exact_gelu(x: Float[Array, "*b f"]) -> Float[Array, "*b f"]:
+    """Applies GELU by the error function, in float32. `jax.nn.gelu` takes erfc, which costs a TPU more."""
+    y = x.astype(jnp.float32)
+    return (0.5 * y * (1.0 + jax.lax.erf(y * math.sqrt(0.5)))).astype(x.dtype)
+
+
 def rotate(x: Float[Array, "B heads k N"], angles: Float[Array, "B N pairs"]) -> Float[Array, "B heads k N"]:
     """Rotates the pairs (x_i, x_{i + k/2}) by `angles` (RoFormer, arXiv 2104.09864), in float32."""
     angles = angles.swapaxes(1, 2)[:, None]

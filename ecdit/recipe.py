@@ -59,6 +59,7 @@ def small_recipe(image_size: int) -> ConfigDict:
     text.layers = 2
     text.heads = 4
     text.frozen = False
+    text.packed_attention = "plain"
     text.remat = "none"
     text.projections = "plain"
     text.dtype = "float32"
@@ -162,6 +163,7 @@ def _set_inputs(config: ConfigDict) -> None:
     text.activation = "gelu"  # gelu | quick_gelu
     text.frozen = True  # [S]
     text.packed_length = 0  # tokens of a caption on average where a frozen encoder packs them; 0 pads: docs/weights.md
+    text.packed_attention = "fused"  # of packed captions. plain | fused: this project's kernel on TPUs
     text.remat = "minimal"  # as model.remat
     text.projections = "tokens_last"  # as model.projections
     text.dtype = "bfloat16"  # dtype of activations

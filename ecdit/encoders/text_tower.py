@@ -13,9 +13,10 @@ from jaxtyping import Array, Float, Int
 
 from ecdit.components import Mode, PartFlops, TextStates, TextWidths
 from ecdit.config import RESUME, RESUME_OR_PHASE, require
+from ecdit.functions import exact_gelu
 from ecdit.models.attention import CausalAttention
 from ecdit.models.layers import Linear, layer_norm, param, scan_stack, stack, zeros
-from ecdit.models.packing import Chunks, encode_packed, mean_sizes
+from ecdit.models.packing import PADDED, Attention, Chunks, Packing, encode_packed, mean_sizes
 
 RANDOM = "random"  # as configs write it in place of a folder
 PAD_ID = 0  # T5's SentencePiece ids: padding 0, end of sequence 1
@@ -43,6 +44,8 @@ class TextConfig:
     frozen: bool  # not trained: neither gradient nor moments nor EMA
     # Tokens that a caption takes on average in training, where captions are packed; 0 pads each: see `models.packing`.
     packed_length: int = field(metadata=RESUME_OR_PHASE)
+    # Their attention. plain: by a mask; fused: in one kernel on TPUs, for data.caption_length up to packing.CHUNK.
+    packed_attention: Attention = field(metadata=RESUME_OR_PHASE)
     # What the backward pass finds saved: see `layers.REMAT_POLICIES`.
     remat: Literal["none", "minimal", "offload", "attention_out", "full"] = field(metadata=RESUME_OR_PHASE)
     projections: Literal["plain", "tokens_last"] = field(metadata=RESUME_OR_PHASE)  # as DiTConfig.projections
@@ -67,6 +70,11 @@ class TextConfig:
     def public(self) -> bool:
         """Returns True if the weights are those of a folder."""
         return self.weights != RANDOM
+
+    @property
+    def packing(self) -> Packing:
+        """Returns how captions are packed in training."""
+        return Packing(self.packed_length, self.packed_attention)
 
     @property
     def folders(self) -> tuple[Path, ...]:
@@ -101,12 +109,9 @@ class TextBlock(nnx.Module):
         """Returns the block's output, in the dtype of x; `chunks` says where captions are if they are packed."""
         x = x + self.attention(self.attention_norm(x), chunks)
         hidden = self.up(self.ffn_norm(x))
-        hidden = (
-            jax.nn.gelu(hidden, approximate=False)
-            if self.activation == "gelu"
-            else hidden * jax.nn.sigmoid(1.702 * hidden)
-        )
-        return x + self.down(hidden)
+        hidden = exact_gelu(hidden) if self.activation == "gelu" else hidden * jax.nn.sigmoid(1.702 * hidden)
+        # Without this barrier the TPU compiler fuses both products into one, which takes longer.
+        return x + self.down(jax.lax.optimization_barrier(hidden))
 
 
 class TextTower(nnx.Module):
@@ -115,6 +120,7 @@ class TextTower(nnx.Module):
     Config = TextConfig
 
     def __init__(self, config: TextConfig, max_length: int, rngs: nnx.Rngs):
+        config.packing.check(max_length)
         self.config = config
         self.tokens = param(
             rngs, jax.nn.initializers.normal(0.02), (config.vocab_size, config.width), ("vocab", "embed")
@@ -138,8 +144,10 @@ class TextTower(nnx.Module):
         """
         mask = tokens != PAD_ID
         lengths = jnp.maximum(mask.sum(axis=1), 1)
-        room = self.config.packed_length if mode == "train" else 0
-        states = encode_packed(tokens, lengths, room, self._states, lambda chunks: self._states(chunks.tokens, chunks))
+        packing = self.config.packing if mode == "train" else PADDED
+        states = encode_packed(
+            tokens, lengths, packing, self._states, lambda chunks: self._states(chunks.tokens, chunks)
+        )
         return TextStates(states, mask, jax.vmap(lambda row, i: row[i])(states, lengths - 1))
 
     def _states(self, tokens: Int[Array, "B L"], chunks: Chunks | None = None) -> Float[Array, "B L t"]:
@@ -157,6 +165,6 @@ class TextTower(nnx.Module):
     def flops(self, length: int, mode: Mode = "sample") -> PartFlops:
         """Returns the work on one caption, padding included; causal attention counts as a full one."""
         config = self.config
-        rows, keys = mean_sizes(config.packed_length if mode == "train" else 0, length)
+        rows, keys = mean_sizes(config.packing if mode == "train" else PADDED, length)
         layer = rows * 12 * config.width**2 + 2 * rows * keys * config.width
         return PartFlops("text_tower", float(config.layers * rows), 2.0 * config.layers * layer)

@@ -22,6 +22,7 @@ from ecdit.partitioning import constrain
 from ecdit.tuned import projections as tuned
 from ecdit.tuned.cudnn_attention import cudnn_attention
 from ecdit.tuned.fused_attention import fused_attention
+from ecdit.tuned.packed_attention import packed_attention
 
 Kind = Literal["plain", "fused", "cudnn"]  # keys of ATTENTIONS
 Projections = Literal["plain", "tokens_last"]  # keys of PROJECTIONS
@@ -113,10 +114,12 @@ class CausalAttention(nnx.Module):
             for name in ("query", "key", "value")
         )
         if chunks is None:
-            mask = jnp.tril(jnp.ones((x.shape[1], x.shape[1]), bool))[None]
+            attended = attend(query, key, value, None, jnp.tril(jnp.ones((x.shape[1], x.shape[1]), bool))[None])
+        elif chunks.attention == "plain":
+            attended = attend(query, chunks.reach(key, 3), chunks.reach(value, 3), None, chunks.mask)
         else:
-            key, value, mask = chunks.reach(key, 3), chunks.reach(value, 3), chunks.mask
-        joined = _join(attend(query, key, value, None, mask), self.out, self.projections)
+            attended = packed_attention(query, key, value, chunks.positions)
+        joined = _join(attended, self.out, self.projections)
         return joined + self.out_bias[...].astype(x.dtype)[None, None]
 
 

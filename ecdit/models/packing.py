@@ -12,16 +12,36 @@ b captions and R chunks of a device, t width.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
+from ecdit.config import require
 from ecdit.partitioning import BATCH_AXES, axis_size, on_each_shard
+
+Attention = Literal["plain", "fused"]  # by the mask, or `tuned.packed_attention`
 
 SCOPE = "packed_captions"  # by which a plan knows the choice between both programs
 CHUNK = 128  # tokens of a chunk at most: a TPU's tile, of which shorter chunks waste a part
+
+
+@dataclasses.dataclass(frozen=True)
+class Packing:
+    """Says how an encoder packs captions."""
+
+    length: int  # room in a stream for each caption, on average; 0 pads every caption
+    attention: Attention
+
+    def check(self, length: int) -> None:
+        """Raises ConfigError if captions of `length` tokens at most are too long for the attention."""
+        allowed = f"must be 'plain': captions have up to {length} tokens, and a chunk of 'fused' has {CHUNK}"
+        fits = self.attention == "plain" or self.length == 0 or length <= CHUNK
+        require(fits, "text.packed_attention", self.attention, allowed)
+
+
+PADDED = Packing(0, "plain")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +53,7 @@ class Chunks:
     mask: Bool[Array, "C c M"]  # True where a token attends
     devices: int  # parts of C that never meet
     before: int  # chunks before its own that a token may attend to
+    attention: Attention
 
     def reach(self, x: Array, axis: int) -> Array:
         """Returns keys or values x [C, ..., c, ...] joined on `axis` with those of the chunks before: [C, ..., M, ...].
@@ -64,18 +85,18 @@ def stream_tokens(packed_length: int, captions: int, length: int) -> int:
     return math.ceil(captions * packed_length / chunk) * chunk
 
 
-def mean_sizes(packed_length: int, length: int) -> tuple[int, int]:
+def mean_sizes(packing: Packing, length: int) -> tuple[int, int]:
     """Returns the tokens that an encoder computes for a caption on average, and the tokens that each attends to."""
-    if not 0 < packed_length < length:
+    if not 0 < packing.length < length:
         return length, length
     chunk, before = chunk_sizes(length)
-    return packed_length, chunk * (before + 1)
+    return packing.length, chunk * (before + 1)
 
 
 def encode_packed(
     tokens: Int[Array, "B L"],
     lengths: Int[Array, " B"],
-    packed_length: int,
+    packing: Packing,
     padded: Callable[[Int[Array, "B L"]], Any],
     packed: Callable[[Chunks], Any],
 ) -> Any:
@@ -84,13 +105,13 @@ def encode_packed(
     Args:
       tokens: ids; padding comes last.
       lengths: tokens of each caption without padding, 1 or more.
-      packed_length: room in a stream for each caption, on average; 0 to pad every caption.
+      packing: how to pack them.
       padded: computes the states of `tokens`.
       packed: computes the states of chunks: arrays [C, c, ...].
     """
     (batch, length), devices = tokens.shape, math.prod(axis_size(axis) for axis in BATCH_AXES)
     chunk, before = chunk_sizes(length)
-    room = stream_tokens(packed_length, batch // devices, length)
+    room = stream_tokens(packing.length, batch // devices, length)
     if batch % devices or not 0 < room < batch // devices * length:
         return padded(tokens)
 
@@ -98,7 +119,7 @@ def encode_packed(
         return _lay_out(tokens, lengths, room // chunk, chunk, before)
 
     ids, positions, mask, fits = on_each_shard(lay_out, (0, 0))(tokens, lengths)
-    chunks = Chunks(ids, positions, mask, devices, before)
+    chunks = Chunks(ids, positions, mask, devices, before, packing.attention)
 
     def compute(tokens: Array) -> Any:
         states = packed(chunks)

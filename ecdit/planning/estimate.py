@@ -19,8 +19,9 @@ FREE |= {"opt-barrier", "add-dependency", "domain"}
 FREE_CALLS = {"AllocateBuffer", "AssumeGatherIndicesInBound", "PrepareAsyncCallStart", "PrepareAsyncCallDone"}
 FREE_CALLS |= {"AsyncCollectiveStart", "AsyncCollectiveDone", "Sharding", "SPMDFullToShardShape"}
 HOST_MEMORY = "S(5)"  # marks the type of an array in the memory of the chip's host
-# Least share of peak FLOP/s that attention's kernels reach by their schedules: see tests/planning/test_kernels.py.
-KERNEL_SHARE = 1 / 9.6
+# Least shares of peak FLOP/s that attention's kernels reach by their schedules: see tests/planning/test_kernels.py.
+KERNEL_SHARE = 1 / 9.6  # of `tuned.fused_attention` and of unknown kernels
+KERNEL_SHARES = {"packed_attention": 1 / 4}  # by a kernel's name
 SORT_OPERATIONS = 4  # vector operations per element, operand and stage: compare, two selects, a move
 
 PARTS = ("self_attention", "cross_attention", "ffn", "experts", "router", "conditioning", "head")
@@ -226,7 +227,8 @@ class Estimator:
             size *= 2
         else:
             size += sum(known[operand].bytes for operand in one.operands if operand in known)
-        return max(size / self.chip.hbm_bandwidth, one.kernel_flops / (KERNEL_SHARE * self.chip.peak_flops))
+        share = KERNEL_SHARES.get(one.name.partition(".")[0], KERNEL_SHARE)
+        return max(size / self.chip.hbm_bandwidth, one.kernel_flops / (share * self.chip.peak_flops))
 
     def _sort(self, one: Instruction) -> float:
         """Prices a bitonic sort by its stages on the vector units."""

@@ -16,11 +16,12 @@ from jaxtyping import Array, Float, Int
 from ecdit.components import Mode, PartFlops, TextStates, TextWidths
 from ecdit.config import require
 from ecdit.models.layers import scan_stack, stack
-from ecdit.models.packing import Chunks, encode_packed, mean_sizes
+from ecdit.models.packing import PADDED, Chunks, Packing, encode_packed, mean_sizes
 from ecdit.partitioning import constrain
 from ecdit.pretrained.config_json import read_config
 from ecdit.pretrained.layers import ACTIVATIONS, Dtype, LayerNorm, Linear, attention, param
 from ecdit.pretrained.layout import Layout
+from ecdit.tuned.packed_attention import packed_attention
 
 # Defaults of transformers' CLIPTextConfig, which omits them from config.json.
 DEFAULTS = {
@@ -106,6 +107,10 @@ class ClipAttention(nnx.Module):
             constrain(project(x).reshape(*x.shape[:2], self.heads, -1), "batch", None, "heads", None)
             for project in (self.q_proj, self.k_proj, self.v_proj)
         )
+        if chunks is not None and chunks.attention == "fused":
+            heads = (x.transpose(0, 2, 3, 1) for x in (query, key, value))
+            attended = packed_attention(*heads, chunks.positions).transpose(0, 3, 1, 2)
+            return self.out_proj(attended.reshape(x.shape))
         if chunks is not None:
             key, value = chunks.reach(key, 1), chunks.reach(value, 1)
         return self.out_proj(attention(query, key, value, bias, scale=query.shape[-1] ** -0.5))
@@ -147,11 +152,12 @@ class ClipText(nnx.Module):
 
     Config = ClipTextConfig
 
-    def __init__(self, config: ClipTextConfig, max_length: int, rngs: nnx.Rngs, packed_length: int = 0):
-        """Makes the parameters. `packed_length` is the tokens of a caption where captions are packed: `packing`."""
+    def __init__(self, config: ClipTextConfig, max_length: int, rngs: nnx.Rngs, packing: Packing = PADDED):
+        """Makes the parameters. `packing` is for training."""
         allowed = f"the text encoder's weights have {config.positions} positions"
         require(max_length <= config.positions, "data.caption_length", max_length, allowed)
-        self.config, self.packed_length = config, packed_length
+        packing.check(max_length)
+        self.config, self.packing = config, packing
         width, dtype = config.width, config.dtype
         self.token_embedding = param(rngs, (config.vocab_size, width), ("vocab", "embed"), dtype)
         self.position_embedding = param(rngs, (config.positions, width), ("length", "embed"), dtype)
@@ -177,9 +183,9 @@ class ClipText(nnx.Module):
             end and of padding, so both are ignored: the end is the first position of the largest id in the row.
           mode: captions are packed in training alone.
         """
-        end, room = jnp.argmax(tokens, axis=1), self.packed_length if mode == "train" else 0
+        end, packing = jnp.argmax(tokens, axis=1), self.packing if mode == "train" else PADDED
         last, *before = encode_packed(
-            tokens, end + 1, room, self._states, lambda chunks: self._states(chunks.tokens, chunks)
+            tokens, end + 1, packing, self._states, lambda chunks: self._states(chunks.tokens, chunks)
         )
         pooled = jax.vmap(lambda row, i: row[i])(last, end)
         if self.text_projection is not None:
@@ -210,7 +216,7 @@ class ClipText(nnx.Module):
     def flops(self, length: int, mode: Mode = "sample") -> PartFlops:
         """Returns the FLOPs of one caption, including padding. Causal attention counts as full attention."""
         config = self.config
-        rows, keys = mean_sizes(self.packed_length if mode == "train" else 0, length)
+        rows, keys = mean_sizes(self.packing if mode == "train" else PADDED, length)
         layer = rows * (4 * config.width**2 + 2 * config.width * config.mlp_width) + 2 * rows * keys * config.width
         return PartFlops("clip_text", float(config.layers * rows), 2.0 * config.layers * layer)
 

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from ecdit.functions import exact_gelu
+
 Dtype = Literal["float32", "bfloat16"]  # dtype of parameters and activations
 
 
@@ -134,11 +136,6 @@ def attention(
 def quick_gelu(x: Array) -> Array:
     """Returns x sigmoid(1.702 x), the activation of OpenAI's CLIP."""
     return x * jax.nn.sigmoid(1.702 * x)
-
-
-def exact_gelu(x: Array) -> Array:
-    """Returns GELU by the error function, the activation of OpenCLIP."""
-    return jax.nn.gelu(x, approximate=False)
 
 
 def tanh_gelu(x: Array) -> Array:

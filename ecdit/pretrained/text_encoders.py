@@ -18,6 +18,7 @@ from jaxtyping import Array, Int
 from ecdit.components import Mode, PartFlops, TextEncoder, TextStates, TextWidths
 from ecdit.config import require
 from ecdit.encoders.text_tower import RANDOM, TextConfig, TextTower
+from ecdit.models.packing import PADDED, Packing
 from ecdit.pretrained.agreement import load_agreed
 from ecdit.pretrained.clip_text import CLIP_TEXT_LAYOUT, ClipText, ClipTextConfig, read_clip_text
 from ecdit.pretrained.config_json import CONFIG, ConfigJson, read_json
@@ -34,12 +35,12 @@ class PublicEncoder:
 
     folder: Path
     config: ClipTextConfig | T5Config
-    packed_length: int  # as TextConfig's; 0 for T5
+    packing: Packing  # as TextConfig's; PADDED for T5
 
     def make(self, max_length: int, rngs: nnx.Rngs) -> ClipText | T5Encoder:
         """Returns the module."""
         if isinstance(self.config, ClipTextConfig):
-            return ClipText(self.config, max_length, rngs, self.packed_length)
+            return ClipText(self.config, max_length, rngs, self.packing)
         return T5Encoder(self.config, max_length, rngs)
 
     @property
@@ -65,13 +66,13 @@ def _read_encoder(folder: Path, config: TextConfig) -> PublicEncoder:
     t5x = is_t5x(folder)
     require(path.is_file() or t5x, key, str(folder), allowed)
     kind = "t5" if t5x else ConfigJson(path, read_json(path), {}).choose("model_type", (*CLIP_TYPES, *T5_TYPES))
-    room = config.packed_length
     if kind in T5_TYPES:
-        require(room == 0, "text.packed_length", room, f"must be 0: {folder} is a T5, whose tokens attend both ways")
+        room, allowed = config.packed_length, f"must be 0: {folder} is a T5, whose tokens attend both ways"
+        require(room == 0, "text.packed_length", room, allowed)
         t5 = T5xCheckpoint(folder).config(config.dtype) if t5x else read_t5(folder, config.dtype)
-        return PublicEncoder(folder, t5, 0)
+        return PublicEncoder(folder, t5, PADDED)
     clip = read_clip_text(folder, config.clip_projection, config.clip_states, config.dtype)
-    return PublicEncoder(folder, clip, room)
+    return PublicEncoder(folder, clip, config.packing)
 
 
 class SideBySide(nnx.Module):

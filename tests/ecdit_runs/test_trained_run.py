@@ -33,6 +33,7 @@ HOW = (
     "scan_unroll",
     "sampling_group",
     "packed_length",
+    "packed_attention",
 )
 WHERE = ("weights", "second_weights", "frozen_random_ok")  # a folder's contents are compared, not its place
 # What decides which numbers a run computes; all other keys say how, where and how long.

@@ -13,7 +13,7 @@ from tests.models.helpers import Model, close, jit
 
 CONFIG = TextConfig(
     weights="random", second_weights="", clip_states="last", clip_projection=False, encode="online",
-    stored="bfloat16", frozen_random_ok=False, packed_length=0,
+    stored="bfloat16", frozen_random_ok=False, packed_length=0, packed_attention="plain",
     vocab_size=20, width=16, layers=2, heads=2, activation="gelu", frozen=False, remat="none", projections="plain",
     dtype="float32",
 )  # fmt: skip

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from ecdit.config import ConfigError
 from ecdit.encoders.text_tower import TextTower
@@ -36,16 +37,16 @@ def captions(lengths, seed=0):
 
 
 @functools.cache
-def encoder(kind, room=ROOM):
+def encoder(kind, room=ROOM, attention="plain"):
     if kind == "tower":
-        config = dataclasses.replace(TOWER, packed_length=room, frozen=True)
+        config = dataclasses.replace(TOWER, packed_length=room, packed_attention=attention, frozen=True)
         return Model(lambda rngs: TextTower(config, LENGTH, rngs))
     config = dataclasses.replace(CLIP, states=kind)
-    return Model(lambda rngs: ClipText(config, LENGTH, rngs, room))
+    return Model(lambda rngs: ClipText(config, LENGTH, rngs, packing.Packing(room, attention)))
 
 
-def encode(kind, tokens, mode="train", room=ROOM):
-    model = encoder(kind, room)
+def encode(kind, tokens, mode="train", room=ROOM, attention="plain"):
+    model = encoder(kind, room, attention)
     return jax.tree.map(np.asarray, jit(lambda params, tokens: model(params)(tokens, mode))(model.params, tokens))
 
 
@@ -62,13 +63,15 @@ def test_a_stream_by_hand():
     assert not packing._lay_out(jnp.asarray(tokens), jnp.asarray(lengths), 2, 2, 1)[3].any()
 
 
-@pytest.mark.parametrize("chunk", [64, 4, 3, 1])
+@pytest.mark.parametrize(
+    ("chunk", "attention"), [(64, "plain"), (4, "plain"), (3, "plain"), (1, "plain"), (64, "fused")]
+)
 @pytest.mark.parametrize("kind", ["tower", "last", "penultimate"])
-def test_packed_states_are_those_of_padded_captions(kind, chunk, monkeypatch):
+def test_packed_states_are_those_of_padded_captions(kind, chunk, attention, monkeypatch):
     """In one chunk a caption, or across up to ten: positions restart, and no caption sees another."""
     monkeypatch.setattr(packing, "CHUNK", chunk)
     tokens = captions(LENGTHS)
-    padded, packed = encode(kind, tokens, room=0), encode(kind, tokens)
+    padded, packed = encode(kind, tokens, room=0), encode(kind, tokens, attention=attention)
     np.testing.assert_array_equal(packed.mask, np.arange(LENGTH) < LENGTHS[:, None])
     np.testing.assert_array_equal(packed.mask, padded.mask)
     close(packed.states[packed.mask], padded.states[padded.mask], 1e-5)
@@ -97,27 +100,38 @@ EIGHT = (8, 1, 1, 1)  # devices along data, fsdp, expert and tensor
 
 
 @functools.cache
-def on_a_mesh(sizes):
+def on_a_mesh(sizes, attention="plain"):
     """The tower's program for 24 captions, and the shardings of its arguments: the state's own for the parameters."""
     mesh = make_mesh(MeshConfig(1, *sizes))
-    model = encoder("tower", 6)
+    model = encoder("tower", 6, attention)
     shardings = (param_shardings(model.abstract, mesh), batch_sharding(mesh))
     with jax.set_mesh(mesh):
         function = jit(lambda params, tokens: model(params)(tokens, "train"), in_shardings=shardings)
         return mesh, shardings, function.lower(model.params, captions([1] * 24)).compile()
 
 
-@pytest.mark.parametrize("sizes", [EIGHT, (2, 2, 1, 2), (1, 2, 2, 2), (1, 4, 1, 2)], ids=str)
-def test_each_device_packs_its_own_captions(sizes):
+@pytest.mark.parametrize(
+    ("sizes", "attention"),
+    [
+        (EIGHT, "plain"),
+        ((2, 2, 1, 2), "plain"),
+        ((1, 2, 2, 2), "plain"),
+        ((1, 4, 1, 2), "plain"),
+        (EIGHT, "fused"),
+        ((1, 2, 2, 2), "fused"),
+    ],
+    ids=str,
+)
+def test_each_device_packs_its_own_captions(sizes, attention):
     """A device has three captions and room for 20 tokens; two that share theirs (`tensor`) have six and room for 40.
 
     If one has a token more all pad theirs, as they run one program, and no token of any caption is lost.
     """
-    mesh, shardings, function = on_a_mesh(sizes)
+    mesh, shardings, function = on_a_mesh(sizes, attention)
     for last, packed in (([10, 4, 6], True), ([10, 4, 7], False)):
         tokens = captions([3, 10, 1, 6, 2, 1, 5, 3, 8, 7, 9, 1, 10, 4, 2, 1, 1, 1, 9, 9, 2, *last])
         with jax.set_mesh(mesh):
-            given = jax.device_put((encoder("tower", 6).params, tokens), shardings)
+            given = jax.device_put((encoder("tower", 6, attention).params, tokens), shardings)
             found = jax.tree.map(np.asarray, function(*given))
         padded = encode("tower", tokens, room=0)
         close(found.states[found.mask], padded.states[padded.mask], 1e-5)
@@ -125,9 +139,10 @@ def test_each_device_packs_its_own_captions(sizes):
         assert (found.states[~found.mask] == 0).all() == packed
 
 
-def test_no_caption_crosses_the_mesh():
+@pytest.mark.parametrize("attention", ["plain", "fused"])
+def test_no_caption_crosses_the_mesh(attention):
     """All that the devices exchange is whether their captions fit."""
-    text = on_a_mesh(EIGHT)[-1].as_text()
+    text = on_a_mesh(EIGHT, attention)[-1].as_text()
     assert set(re.findall(r" (all-gather|all-to-all|collective-permute|reduce-scatter)[\w-]*\(", text)) == set()
     reduced = re.findall(r"= (\w+\[[\d,]*\])[^=]* all-reduce\(", text)
     assert reduced
@@ -150,7 +165,7 @@ def test_a_folder_s_encoder_packs_if_it_is_causal(tmp_path):
         (tmp_path / name / "config.json").write_text(json.dumps(values))
         made[name] = dataclasses.replace(TOWER, weights=str(tmp_path / name), packed_length=ROOM, frozen=True)
     model = Model(lambda rngs: read_encoders(made["clip"])[0].make(LENGTH, rngs))
-    assert model(model.abstract).packed_length == ROOM
+    assert model(model.abstract).packing == packing.Packing(ROOM, "plain")
     with pytest.raises(
         ConfigError, match=r"text\.packed_length = 5: must be 0: .*/t5 is a T5, whose tokens attend both"
     ):
@@ -162,3 +177,14 @@ def test_only_a_frozen_tower_packs():
         dataclasses.replace(TOWER, packed_length=5)
     with pytest.raises(ConfigError, match=r"packed_length = -1: must be 0 or more"):
         dataclasses.replace(TOWER, packed_length=-1, frozen=True)
+
+
+def test_fused_attention_needs_captions_that_fit_a_chunk():
+    """A caption of 129 tokens would reach a token of the chunk before that has the place of its own."""
+    config = dataclasses.replace(TOWER, packed_length=5, packed_attention="fused", frozen=True)
+    Model(lambda rngs: TextTower(config, 128, rngs))
+    Model(lambda rngs: TextTower(dataclasses.replace(config, packed_length=0), 129, rngs))
+    with pytest.raises(ConfigError, match=r"text\.packed_attention = 'fused': must be 'plain': .* up to 129 tokens"):
+        TextTower(config, 129, nnx.Rngs(0))
+    with pytest.raises(ConfigError, match=r"text\.packed_attention = 'fused': must be 'plain': .* up to 129 tokens"):
+        ClipText(dataclasses.replace(CLIP, positions=200), 129, nnx.Rngs(0), config.packing)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from ecdit.planning.estimate import KERNEL_SHARE, Estimator, part_of
+from ecdit.planning.estimate import KERNEL_SHARE, KERNEL_SHARES, Estimator, part_of
 from ecdit.planning.hlo import HloError, parse
 from tests.planning.test_collectives import RING, torus
 
@@ -240,6 +240,9 @@ def test_a_kernel_costs_its_bytes_or_its_work():
         cost = f'backend_config={{"custom_call_config":{{"cost_estimate":{{"flops":"{flops:.0f}"}}}}}}'
         kernel = f'%k = f32[250000000] custom-call(%x), custom_call_target="tpu_custom_call", {cost}'
         assert estimate(big, kernel).seconds == pytest.approx(seconds)
+    known = kernel.replace("%k", "%packed_attention.3")
+    dearer = KERNEL_SHARE / KERNEL_SHARES["packed_attention"]
+    assert estimate(big, known).seconds == pytest.approx(max(2.0, seconds * dearer))
 
 
 def test_a_sort_costs_its_stages():
