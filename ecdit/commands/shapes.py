@@ -23,7 +23,7 @@ def define_flags(values: flags.FlagValues) -> None:
     captions = "The number of captions of each kind, always the same ones."
     flags.DEFINE_integer("captions", 50, captions, 1, flag_values=values)
     split = "The captions' split: train, or held_out, whose combinations training never has."
-    flags.DEFINE_enum("split", "train", list(SPLITS), split, flag_values=values)
+    flags.DEFINE_enum("split", "train", SPLITS, split, flag_values=values)
     flags.DEFINE_integer("seed", 0, "The seed of the samples' noise.", flag_values=values)
     flags.DEFINE_string("json", None, "File for the result.", flag_values=values)
 
@@ -32,7 +32,7 @@ def run(values: flags.FlagValues) -> None:
     """Evaluates, prints the result and writes it."""
     out = Path(values.json) if values.json else None
     check_results(out)
-    result = shapes(as_path(values.workdir), values.step, values.captions, SPLITS[values.split], values.seed)
+    result = shapes(as_path(values.workdir), values.step, values.captions, values.split, values.seed)
     if out:
         write_results(out, json_text(result))
 

@@ -27,8 +27,8 @@ MUTANTS = (
     ),
     Mutant(
         _PLAIN,
-        "mask = jnp.tril(jnp.ones((x.shape[1], x.shape[1]), bool))[None]",
-        "mask = jnp.tril(jnp.ones((x.shape[1], x.shape[1]), bool), 1)[None]",
+        "jnp.tril(jnp.ones((x.shape[1], x.shape[1]), bool))[None]",
+        "jnp.tril(jnp.ones((x.shape[1], x.shape[1]), bool), 1)[None]",
         _attention("test_later_tokens_change_nothing_before_them"),
         "each token of a caption sees the next one",
     ),

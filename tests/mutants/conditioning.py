@@ -56,8 +56,8 @@ MUTANTS = (
     ),
     Mutant(
         _TOWER,
-        "jax.nn.gelu(hidden, approximate=False)",
-        "jax.nn.gelu(hidden, approximate=True)",
+        "exact_gelu(hidden) if",
+        "jax.nn.gelu(hidden) if",
         _tower("test_states_are_those_of_float64_numpy"),
         "weights of another library give other states",
     ),

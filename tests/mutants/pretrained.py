@@ -18,8 +18,8 @@ def _tests(file: str, *names: str) -> tuple[str, ...]:
 MUTANTS = (
     Mutant(
         _CLIP,
-        "end, room = jnp.argmax(tokens, axis=1), ",
-        "end, room = (tokens != 0).sum(axis=1) - 1, ",
+        "end, packing = jnp.argmax(tokens, axis=1), ",
+        "end, packing = (tokens != 0).sum(axis=1) - 1, ",
         _tests("networks", "test_clip_ends_where_the_largest_id_first_stands"),
         "captions that are padded with the end's id, as SD's are, get a state of padding",
     ),
