@@ -13,6 +13,8 @@ from ecdit.errors import UserError
 from ecdit.evaluation.clip_score import PREFIX, clip_scores, forms, prepare, read_clip
 from ecdit.pretrained.clip_text import CLIP_TEXT_LAYOUT, ClipText, ClipTextConfig
 from ecdit.pretrained.clip_vision import CLIP_VISION_LAYOUT, ClipVision, ClipVisionConfig
+from ecdit.pretrained.weights import fingerprint
+from tests.evaluation.test_scorer_commands import run
 from tests.models.helpers import Model
 from tests.pretrained.folders import tensors, write_folder
 
@@ -160,3 +162,18 @@ def test_a_cosine_that_is_not_finite_is_named_by_its_image(folder, images):
 def test_no_images_are_refused(folder):
     with pytest.raises(UserError, match="no image to score"):
         clip_scores(read_clip(folder[0]), [], 2)
+
+
+def test_the_command_scores_the_images_of_a_list(folder, images, tmp_path, capsys):
+    """Two of the images, with captions of its own; it says of which weights the scores are."""
+    directory, _ = images
+    rows = [{"file": f"{n}.png", "caption": CAPTIONS[n]} for n in (0, 3)]
+    (tmp_path / "items.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = [f"--images={directory}", f"--items={tmp_path}/items.jsonl", f"--clip={folder[0]}"]
+    run("clip-score", *flags, f"--json={tmp_path}/found.json")
+    found = json.loads((tmp_path / "found.json").read_text())
+    pairs = [(directory / row["file"], row["caption"]) for row in rows]
+    expected = clip_scores(read_clip(folder[0]), pairs, 32)
+    assert {name: found[name] for name in expected} == json.loads(json.dumps(expected))
+    assert (found["images"], found["clip_sha256"]) == (2, fingerprint(folder[0]))
+    assert f"2 images: mean cosine {found['cosine']:.4f}" in capsys.readouterr().out

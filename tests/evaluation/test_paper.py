@@ -7,6 +7,7 @@ import pytest
 from ecdit.commands import paper
 from ecdit.commands.paper import Row, coco, read_results, table
 from ecdit.errors import UserError
+from tests.evaluation.test_scorer_commands import run
 
 TASKS = {"two_object": 0.25, "color_attr": 0.125, "position": 0.75, "single_object": 1, "counting": 0.5, "colors": 0.5}
 GENEVAL = {"overall": 0.5, "tasks": TASKS}
@@ -78,6 +79,17 @@ def test_shapes_that_cannot_be_drawn_are_a_row_and_not_the_end_of_the_table(monk
     monkeypatch.setattr(paper, "loss", refused)
     monkeypatch.setattr(paper, "shapes", refused)
     assert [(row.ours, row.missing) for row in paper.own(tmp_path, 20)] == [(None, "no such checkpoint")] * 2
+
+
+def test_the_command_reads_computes_prints_and_writes(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(paper, "own", lambda workdir, captions: [Row(f"{workdir.name} {captions}", "none", 1.5, "")])
+    (tmp_path / "W/paper").mkdir(parents=True)
+    (tmp_path / "W/paper/geneval.json").write_text(json.dumps(GENEVAL))
+    run("paper", f"--workdir={tmp_path}/W", "--captions=7", f"--json={tmp_path}/table.json")
+    rows = {row["name"]: row for row in json.loads((tmp_path / "table.json").read_text())["rows"]}
+    assert (rows["GenEval, overall, %"]["ours"], rows["W 7"]["ours"]) == (50.0, 1.5)
+    assert "give --coco=captions_val2014.json and --clip=FOLDER;" in str(rows)
+    assert "| W 7 | none | 1.5 |" in capsys.readouterr().out
 
 
 def test_the_table_has_a_row_for_each():
