@@ -201,7 +201,7 @@ def test_no_value_is_rewritten_by_kubernetes_or_read_as_yaml_or_by_a_shell(tmp_p
     assert command[2].startswith("ulimit -l unlimited && ")
     command[2] = command[2].removeprefix("ulimit -l unlimited && ")
     place = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "LC_ALL": "C.UTF-8"}
-    subprocess.run(command, cwd=tmp_path, env=variables | place, check=True, timeout=20)
+    subprocess.run(command, cwd=tmp_path, env=variables | place, check=True, timeout=120)
     arguments, seen = json.loads((tmp_path / "seen").read_text())
     assert arguments[2:-1] == [*flags, *HOSTILE]
     assert [seen[f"V{i}"] for i in range(len(HOSTILE))] == HOSTILE

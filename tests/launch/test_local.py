@@ -59,7 +59,7 @@ def start_launcher(tmp_path):
     yield start
     for launcher in launchers:
         launcher.terminate()
-        launcher.communicate(timeout=20)
+        launcher.communicate(timeout=120)
 
 
 def test_processes_know_whom_to_join_and_how_many_devices_they_have(tmp_path):

@@ -108,7 +108,7 @@ def test_no_value_is_read_as_code_by_the_shell_that_runs_the_command(tmp_path):
     install(tmp_path / "bin", "python", "import json, sys; json.dump(sys.argv[1:], open('seen', 'w'))")
     made = dataclasses.replace(placed("v4-16"), train_flags=tuple(HOSTILE))
     environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "LC_ALL": "C.UTF-8"}
-    subprocess.run(["bash", "-c", local.command_line(made)], cwd=tmp_path, env=environment, check=True, timeout=20)
+    subprocess.run(["bash", "-c", local.command_line(made)], cwd=tmp_path, env=environment, check=True, timeout=120)
     arguments = json.loads((tmp_path / "seen").read_text())
     assert arguments[arguments.index("--") + 1 :] == HOSTILE
     assert not (tmp_path / "hacked").exists()

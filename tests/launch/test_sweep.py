@@ -85,7 +85,7 @@ def start_sweep(tmp_path):
     yield begin
     for sweep in started:
         sweep.terminate()
-        sweep.communicate(timeout=20)
+        sweep.communicate(timeout=120)
 
 
 def test_one_failed_point_does_not_stop_the_rest_and_is_the_only_one_tried_again(tmp_path, capfd):
@@ -124,7 +124,7 @@ def test_a_signal_lets_points_save_and_starts_no_other(start_sweep, tmp_path, nu
     slow = SAVES.replace("sleep(0.3)", "sleep(1.5)")  # so that there is room for another meanwhile
     sweep = start_sweep({"a": slow, "b": SAVES, "c": DONE}, ready=["a", "b"], parallel=2)
     sweep.send_signal(number)
-    assert sweep.wait(timeout=20) == PREEMPTED
+    assert sweep.wait(timeout=120) == PREEMPTED
     assert all(log(tmp_path, name).endswith("saving\nsaved\n") for name in "ab")
     assert log(tmp_path, "c") == ""
     assert "left: a, b, c; the same command continues" in sweep.stdout.read()
@@ -230,7 +230,7 @@ def get_hyper(hyper):
     workdir = tmp_path / "runs" / "ffn-dense"
     sweep = subprocess.Popen(command, env=cpu_env(), cwd=ROOT, stdout=subprocess.DEVNULL)
     try:
-        wait_for(lambda: running.newest_step(workdir) > 0 or sweep.poll() is not None, 60)
+        wait_for(lambda: running.newest_step(workdir) > 0 or sweep.poll() is not None, 300)
     finally:
         sweep.kill()
         sweep.wait()
