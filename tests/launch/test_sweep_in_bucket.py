@@ -22,7 +22,7 @@ pytest.importorskip("gcsfs", reason="needs the extra gcs")
 SWEEP = """
 CONFIG = "configs/emoji.py"
 def get_hyper(hyper):
-    common = {"config.train.num_steps": 3, "config.runtime.distributed": True}
+    common = {"config.train.num_steps": 3, "config.runtime.distributed": True, "config.data.directory": "/data"}
     return hyper.product([[common], hyper.sweep("config.model.ffn", ["dense", "token_choice", "expert_choice"])])
 """
 DENSE, TOKEN, EXPERT = "ffn-dense", "ffn-token-choice", "ffn-expert-choice"
