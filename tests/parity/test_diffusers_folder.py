@@ -97,6 +97,7 @@ np.savez("../found.npz", latents=found[0].permute(0, 2, 3, 1), images=found[1])
 """
 
 
+# Weights that were moved may be aligned otherwise, for which some CPUs sum in another order: 1e-6 of values 0 to 1.
 # Without an accelerator, too, the sequential one keeps weights on the device "meta" unless their module is at work.
 OFFLOADED = """
 import sys
@@ -118,13 +119,13 @@ def offload_each_module():
 expected = draw()
 pipeline.enable_model_cpu_offload(device="cpu")
 for _ in range(2):
-    np.testing.assert_array_equal(draw(), expected)
+    np.testing.assert_allclose(draw(), expected, rtol=0, atol=1e-5)
 pipeline.remove_all_hooks()
 pipeline._all_hooks = []
 offload_each_module()
 assert pipeline.transformer.device.type == "meta"
 for _ in range(2):
-    np.testing.assert_array_equal(draw(), expected)
+    np.testing.assert_allclose(draw(), expected, rtol=0, atol=1e-5)
 """
 
 
@@ -192,7 +193,8 @@ def test_the_script_of_the_readme(torch, diffusers, tmp_path):
     assert (found != expected).mean() < 0.01
     (folder / "sample.png").unlink()
     run_script(f"import sys\n{by_pipeline}", folder)
-    assert Image.open(folder / "sample.png").size == (32, 32)
+    with Image.open(folder / "sample.png") as image:
+        assert image.size == (32, 32)
 
 
 def test_a_trained_run(torch, diffusers, tmp_path, record_property):

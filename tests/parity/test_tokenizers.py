@@ -114,6 +114,8 @@ def loses_a_joiner(caption):
 
 @pytest.mark.parametrize("length", [128, 9])
 def test_t5_gives_transformers_ids(transformers, captions, length, tmp_path):
+    if SHARED is None:
+        pytest.skip("no shared/eval: without its captions there is too little text for 1500 pieces")
     import sentencepiece
 
     # As T5's own: no byte fallback, no start.
