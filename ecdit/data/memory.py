@@ -1,6 +1,7 @@
 """Says how many processes that each hold a network's weights fit the memory of this machine."""
 
 import contextlib
+import os
 from pathlib import Path
 
 PROCESS_BYTES = 500_000_000  # of a process with JAX, before it has weights
@@ -13,8 +14,14 @@ _CGROUPS = (
 
 
 def free_bytes(root: Path = Path("/")) -> int:
-    """Returns the memory that processes can still take, of this machine or of the container if that has less."""
-    free = [1024 * _numbers(root / "proc/meminfo")["MemAvailable:"]]
+    """Returns the memory that processes can still take, of this machine or of the container if that has less.
+
+    Where the kernel does not say what is free, as macOS, it is all that the machine has.
+    """
+    try:
+        free = [1024 * _numbers(root / "proc/meminfo")["MemAvailable:"]]
+    except FileNotFoundError:
+        free = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for folder, limit, used, reclaimed in _CGROUPS:
         with contextlib.suppress(OSError, ValueError):  # there is none, or it is unlimited: "max"
             allowed, taken = (int((root / folder / name).read_text()) for name in (limit, used))

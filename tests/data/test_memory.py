@@ -23,6 +23,10 @@ def test_free_memory_is_the_machine_s_where_no_container_has_less(tmp_path):
     assert free_bytes() > 0
 
 
+def test_a_kernel_that_does_not_say_what_is_free_leaves_all_that_the_machine_has(tmp_path):
+    assert free_bytes(tmp_path) >= free_bytes()
+
+
 def test_a_container_has_what_its_limit_leaves_and_the_kernel_would_take_back(tmp_path):
     files = {
         "memory_DOT_max": "9000\n",

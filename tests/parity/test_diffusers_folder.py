@@ -97,7 +97,7 @@ np.savez("../found.npz", latents=found[0].permute(0, 2, 3, 1), images=found[1])
 """
 
 
-# Weights that were moved may be aligned otherwise, for which some CPUs sum in another order: 1e-6 of values 0 to 1.
+# On some CPUs PyTorch computes 1e-6 of difference, in values of 0 to 1, once weights have been moved.
 # Without an accelerator, too, the sequential one keeps weights on the device "meta" unless their module is at work.
 OFFLOADED = """
 import sys
