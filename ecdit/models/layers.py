@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from ecdit.functions import NORM_EPSILON, named
+from ecdit.tuned.fusion_boundary import fusion_boundary
 
 Block = TypeVar("Block", bound=nnx.Module)
 Initializer = Callable[[jax.Array, Sequence[int], Any], jax.Array]
@@ -109,6 +110,8 @@ def scan_stack(
     graphdef, params = nnx.split(blocks)
 
     def step(carry: Any, params: nnx.State) -> tuple[Any, Any]:
+        if unroll > 1:
+            carry = jax.tree.map(fusion_boundary, carry)
         return apply(nnx.merge(graphdef, params), carry)
 
     if remat != "none":
