@@ -1,6 +1,7 @@
 """`loss --workdir=runs/emoji` computes the flow loss of held-out images by time, with EMA and raw weights."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ecdit.data.manifest import SPLITS
 from ecdit.evaluation.flow_loss import BINS, SEED, fixed_rows, losses_by_time, make_loss_program
 from ecdit.json_lines import check_results, json_text, write_results
 from ecdit.runs.trained_run import open_data, open_run
+from ecdit.sampling.prompts import DATA_PLACES, check_changes
 from ecdit.storage import as_path
 from ecdit.system import System
 
@@ -24,6 +26,8 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_integer("images", 256, "How many, always the same ones.", 1, flag_values=values)
     flags.DEFINE_enum("split", "held_out", SPLITS, "Images that training never read, or its own.", flag_values=values)
     flags.DEFINE_integer("batch_size", 64, "Images at a time, about.", 1, flag_values=values)
+    changes = "KEY=VALUE changes where data or public weights are: data.directory, or a folder's key."
+    flags.DEFINE_multi_string("set", [], changes, flag_values=values)
     flags.DEFINE_string("json", None, "File for the result.", flag_values=values)
 
 
@@ -31,19 +35,22 @@ def run(values: flags.FlagValues) -> None:
     """Evaluates, prints the result and writes it."""
     out = Path(values.json) if values.json else None
     check_results(out)
-    result = loss(as_path(values.workdir), values.step, values.images, values.split, values.batch_size)
+    check_changes(values.set, DATA_PLACES, sampling=False)
+    result = loss(as_path(values.workdir), values.step, values.images, values.split, values.batch_size, values.set)
     if out:
         write_results(out, json_text(result))
 
 
-def loss(workdir: Path, step: int | None, images: int, split: Split, about: int) -> dict[str, Any]:
+def loss(
+    workdir: Path, step: int | None, images: int, split: Split, about: int, changes: Sequence[str] = ()
+) -> dict[str, Any]:
     """Computes the loss of `images` images by bin of time; prints a table and returns it.
 
     Raises:
       DataError: the run's data has no such record, or has changed since training.
     """
     start = time.monotonic()
-    run = open_run(workdir, step=step, draw=False, load=True)
+    run = open_run(workdir, changes, step, draw=False, load=True)
     rows = fixed_rows(open_data(run, workdir), images, split)
     raw, _ = restore_ema(workdir, run.system, run.mesh, run.step, part="params")
     raw |= run.system.loaded(run.params)

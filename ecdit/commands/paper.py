@@ -25,7 +25,6 @@ from ecdit.files import is_remote
 from ecdit.json_lines import check_results, json_text, write_results
 from ecdit.runs.sample_folder import describe_source, draw_folder
 from ecdit.runs.trained_run import open_run, saved_experiment
-from ecdit.sampling.image_folder import check_folder, is_done
 from ecdit.sampling.layouts import plan_images
 from ecdit.sampling.prompt_files import choose, read_prompt_file
 from ecdit.storage import as_path
@@ -200,9 +199,7 @@ def coco(workdir: Path, results: Path, captions: str | None, clip: str | None, c
     out = results / f"coco_{run.step:08d}_{len(planned)}"
     source = {"workdir": str(workdir)} | describe_source(run, [], "coco")
     try:
-        if not is_done(out, planned, source):
-            check_folder(out)
-            draw_folder(run, out, planned, source)
+        draw_folder(run, out, planned, source)
     except UserError as error:
         return Row(name, paper, None, str(error))
     found = clip_scores(scorer, [(out / one.file, one.prompt) for one in planned], 32)

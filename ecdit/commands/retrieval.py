@@ -14,6 +14,7 @@ from ecdit.data.manifest import SPLITS
 from ecdit.evaluation.retrieval import (
     NUM_CAPTIONS,
     chance,
+    check_protocol_changes,
     nearest_other_styles,
     protocol,
     recall,
@@ -23,6 +24,7 @@ from ecdit.evaluation.run_scores import load_retrieval
 from ecdit.json_lines import check_results, json_text, write_results
 from ecdit.runs.trained_run import each_image_alone, open_data, open_run, sample_run
 from ecdit.sampling.grids import save_grid
+from ecdit.sampling.prompts import DATA_PLACES
 from ecdit.sampling.sampler import SamplingConfig
 from ecdit.storage import as_path
 
@@ -39,6 +41,8 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_enum("split", "train", SPLITS, splits, flag_values=values)
     flags.DEFINE_integer("seed", 0, "The seed of the samples' noise.", 0, flag_values=values)
     flags.DEFINE_string("grid", None, "A PNG file for some samples beside their true images.", flag_values=values)
+    changes = "KEY=VALUE changes the protocol's sampling, as sampling.num_steps=50, or where data or weights are."
+    flags.DEFINE_multi_string("set", [], changes, flag_values=values)
     flags.DEFINE_string("json", None, "File for the result.", flag_values=values)
 
 
@@ -47,13 +51,22 @@ def run(values: flags.FlagValues) -> None:
     out = Path(values.json) if values.json else None
     grid = Path(values.grid) if values.grid else None
     check_results(out, grid)
-    result = retrieval(as_path(values.workdir), values.step, values.captions, values.split, values.seed, grid)
+    check_protocol_changes(values.set, DATA_PLACES)
+    result = retrieval(
+        as_path(values.workdir), values.step, values.captions, values.split, values.seed, grid, values.set
+    )
     if out:
         write_results(out, json_text(result))
 
 
 def retrieval(
-    workdir: Path, step: int | None, count: int, split: Split = "train", seed: int = 0, grid: Path | None = None
+    workdir: Path,
+    step: int | None,
+    count: int,
+    split: Split = "train",
+    seed: int = 0,
+    grid: Path | None = None,
+    changes: Sequence[str] = (),
 ) -> dict:
     """Samples `count` captions of a split (0: all); prints and returns how often the true image is the nearest.
 
@@ -64,12 +77,12 @@ def retrieval(
       DataError: the run's data has no stored record in the split, or has changed since training.
     """
     start = time.monotonic()
-    run = each_image_alone(open_run(workdir, step=step))
+    run = each_image_alone(open_run(workdir, changes, step))
     data = run.experiment.data
     open_data(run, workdir)
     loaded = load_retrieval(data, count, split)
     images, chosen = loaded.images, loaded.chosen
-    sampling = protocol(run.experiment.sampling, seed)
+    sampling = protocol(run.experiment.sampling, seed, changes)
     samples = sample_run(run, loaded.captions, [0] * len(chosen), sampling)
     ranks = target_ranks(samples, images, chosen)
     result = {

@@ -5,22 +5,49 @@ held-out ones it measures how well names and styles that were seen apart are put
 """
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
 
-from ecdit.diffusion.guidance import GuidanceConfig
+from ecdit.errors import UserError
+from ecdit.sampling.prompts import check_changes
 from ecdit.sampling.sampler import SamplingConfig
 
 NUM_CAPTIONS = 480  # sampled unless told otherwise: figures of other counts do not compare with those
 _BLOCK = 64, 1024  # samples and images whose distances are computed at a time: 25 MB at 32 px, 100 MB at 64 px
 
 
-def protocol(config: SamplingConfig, seed: int = 0) -> SamplingConfig:
-    """Returns the protocol's sampling, whatever the run's own is: Euler, 25 steps, guidance 3, and this seed."""
-    guidance = GuidanceConfig(scale=3.0, mode="plain", interval_low=0.0, interval_high=1.0)
-    fixed = {"solver": "euler", "num_steps": 25, "time_shift": 1.0, "churn": 0.0}
-    return dataclasses.replace(config, guidance=guidance, seed=seed, **fixed)
+def protocol(config: SamplingConfig, seed: int = 0, changes: Sequence[str] = ()) -> SamplingConfig:
+    """Returns the protocol's sampling, whatever the run's own is: Euler, 25 steps, guidance 3, and this seed.
+
+    Args:
+      config: the run's own sampling.
+      seed: of the noise.
+      changes: values of --set, "sampling.guidance.scale=5", which `config` has already and which it keeps.
+    """
+    kept = {change.partition("=")[0] for change in changes}
+
+    def fixed(group: str, values: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in values.items() if f"{group}.{key}" not in kept}
+
+    guidance = {"scale": 3.0, "mode": "plain", "interval_low": 0.0, "interval_high": 1.0}
+    sampling = {"solver": "euler", "num_steps": 25, "time_shift": 1.0, "churn": 0.0}
+    return dataclasses.replace(
+        config,
+        guidance=dataclasses.replace(config.guidance, **fixed("sampling.guidance", guidance)),
+        seed=seed,
+        **fixed("sampling", sampling),
+    )
+
+
+def check_protocol_changes(changes: Sequence[str], places: Sequence[str]) -> None:
+    """Raises UserError for a value of --set that changes neither the protocol's sampling nor one of `places`."""
+    check_changes(changes, places)
+    for change in changes:
+        if change.partition("=")[0] == "sampling.seed":
+            raise UserError(f"--set={change}: the seed must be given by --seed")
 
 
 def fixed_choice(num_records: int, count: int = NUM_CAPTIONS) -> Int[np.ndarray, " n"]:

@@ -2,7 +2,8 @@
 
 The manifest comes first and says what all images follow from; a call of something else is refused. Images are written
 whole or not at all, so one that is there is kept, and a folder that was left in the middle is finished by the same
-command. Several processes of one call write into one folder, which all of them must see.
+command. In a finished folder the same command draws only images that are damaged or gone. Several processes of one call
+write into one folder, which all of them must see.
 """
 
 import contextlib
@@ -18,7 +19,7 @@ import numpy as np
 
 from ecdit.config import flatten
 from ecdit.errors import UserError
-from ecdit.files import replace_text
+from ecdit.files import in_threads, replace_text
 from ecdit.sampling.grids import save_grid
 from ecdit.sampling.layouts import Planned, read_image
 from ecdit.sampling.prompts import shortened
@@ -34,7 +35,7 @@ _PNG_START = b"\x89PNG\r\n\x1a\n"
 
 
 def check_folder(out: Path) -> dict[str, Any] | None:
-    """Returns the manifest of an unfinished folder of images, or None if `out` is empty or missing.
+    """Returns the manifest of a folder of images, or None if `out` is empty or missing.
 
     Raises:
       UserError: it holds anything else, which images would be mixed with or written over.
@@ -43,11 +44,9 @@ def check_folder(out: Path) -> dict[str, Any] | None:
         return None
     try:
         manifest = json.loads((out / MANIFEST).read_text())
-        finished = manifest["finished"]
+        manifest["finished"]
     except (OSError, ValueError, LookupError, TypeError):
         raise UserError(f"--out={out}: holds other files; take an empty directory") from None
-    if finished:
-        raise UserError(f"--out={out}: holds finished images; take an empty directory")
     return manifest
 
 
@@ -90,15 +89,6 @@ def alone_in_empty(out: Path) -> Iterator[None]:
         yield
 
 
-def is_done(out: Path, planned: Sequence[Planned], source: Mapping[str, Any]) -> bool:
-    """Returns whether `out` has all images of this very call already; arguments are those of `begin_folder`."""
-    try:
-        found = json.loads((out / MANIFEST).read_text())
-        return bool(found["finished"]) and not _differing(found, _manifest(planned, source))
-    except (OSError, ValueError, LookupError, TypeError):
-        return False
-
-
 def begin_folder(out: Path, planned: Sequence[Planned], source: Mapping[str, Any], machine: Mapping[str, Any]) -> None:
     """Writes the manifest of images that are still to be drawn, and removes what a killed process was writing.
 
@@ -109,17 +99,19 @@ def begin_folder(out: Path, planned: Sequence[Planned], source: Mapping[str, Any
       machine: what they are drawn on, which decides their last bits; kept for each call that drew some.
 
     Raises:
-      UserError: `out` has the beginning of another call's images.
+      UserError: `out` has images of another call.
     """
     found, manifest = check_folder(out), _manifest(planned, source)
     machines = []
     if found is not None:
         if differing := _differing(found, manifest):
-            what = ", ".join(differing)
+            state, what = "finished" if found["finished"] else "unfinished", ", ".join(differing)
             raise UserError(
-                f"--out={out}: holds the unfinished images of another call, which differs in {what}; take an empty "
+                f"--out={out}: holds the {state} images of another call, which differs in {what}; take an empty "
                 "directory"
             )
+        if found["finished"] and all(in_threads(is_finished, [out / one.file for one in planned])):
+            return  # nothing will be drawn, here or on this machine
         machines = found.get("machines", [])
     if machine not in machines:
         machines = [*machines, dict(machine)]

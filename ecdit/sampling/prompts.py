@@ -9,18 +9,19 @@ from ecdit.data.tokenizer import PromptTokens
 from ecdit.errors import UserError
 
 PLACES = ("text.weights", "text.second_weights", "vae.weights")  # folders that may have moved; contents are compared
+DATA_PLACES = (*PLACES, "data.directory")  # for commands that read the run's data
 _SHOWN = 80  # characters of a prompt in a message
 
 
-def check_changes(changes: Sequence[str]) -> None:
-    """Raises UserError for a value of --set that is neither a key of `sampling` nor a folder of public weights.
+def check_changes(changes: Sequence[str], places: Sequence[str] = PLACES, sampling: bool = True) -> None:
+    """Raises UserError for a value of --set that is neither one of `places` nor, with `sampling`, a key of `sampling`.
 
     Other values are as the run was trained.
     """
     for change in changes:
-        if not change.startswith("sampling.") and change.partition("=")[0] not in PLACES:
-            allowed = f"must be a key of sampling, or one of {', '.join(PLACES)}"
-            raise UserError(f"--set={change}: {allowed}: other values are as the run was trained")
+        if not (sampling and change.startswith("sampling.")) and change.partition("=")[0] not in places:
+            allowed = ("a key of sampling, or " if sampling else "") + f"one of {', '.join(places)}"
+            raise UserError(f"--set={change}: must be {allowed}: other values are as the run was trained")
 
 
 def shortened(prompt: str) -> str:

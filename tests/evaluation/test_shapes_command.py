@@ -9,6 +9,7 @@ import pytest
 from ecdit.commands import shapes
 from ecdit.data.shape_scenes import KINDS, KINDS_HELD_OUT, ShapesConfig
 from ecdit.data.shapes import example
+from ecdit.errors import UserError
 from ecdit.evaluation.run_scores import scores, wanted
 from ecdit.evaluation.shapes_judge import judge
 from ecdit.experiment import make_experiment
@@ -46,7 +47,7 @@ def test_the_command_judges_what_the_run_draws(monkeypatch, tmp_path, split, kin
     """In place of a run that draws: the true images, of which the command has to ask for the split's captions."""
     opened = types.SimpleNamespace(experiment=make_experiment(config_file("shapes").get_config()), step=3)
     drawn = np.stack(true_images(split, kinds, 6))
-    monkeypatch.setattr(shapes, "open_run", lambda workdir, step: opened)
+    monkeypatch.setattr(shapes, "open_run", lambda workdir, changes, step: opened)
     monkeypatch.setattr(shapes, "each_image_alone", lambda run: run)
     monkeypatch.setattr(shapes, "sample_run", lambda run, texts, repeats, sampling: drawn)
     run("shapes", "--workdir=W", "--captions=6", f"--split={split}", "--seed=2", f"--json={tmp_path}/found.json")
@@ -54,3 +55,22 @@ def test_the_command_judges_what_the_run_draws(monkeypatch, tmp_path, split, kin
     assert list(found["kinds"]) == list(kinds)
     assert found["overall"] >= 0.95
     assert (found["step"], found["split"], found["protocol"]["seed"]) == (3, split, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "allowed"),
+    [
+        ("shapes", "sampling.seed=3", "the seed must be given by --seed"),
+        ("retrieval", "sampling.seed=3", "the seed must be given by --seed"),
+        ("shapes", "data.directory=D", "must be a key of sampling, or one of text.weights, "),
+        (
+            "retrieval",
+            "model.width=3",
+            "must be a key of sampling, or one of text.weights, .*, data.directory: other values",
+        ),
+        ("loss", "sampling.num_steps=3", "must be one of text.weights, .*, data.directory: other values"),
+    ],
+)
+def test_a_change_that_no_evaluation_takes_ends_it_before_it_opens_the_run(tmp_path, name, change, allowed):
+    with pytest.raises(UserError, match=f"--set={change}: {allowed}"):
+        run(name, f"--workdir={tmp_path}/none", f"--set={change}")

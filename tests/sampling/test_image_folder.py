@@ -15,7 +15,6 @@ from ecdit.sampling.image_folder import (
     begin_folder,
     check_folder,
     finish_folder,
-    is_done,
     is_finished,
 )
 from ecdit.sampling.layouts import Planned
@@ -40,13 +39,25 @@ def test_an_unfinished_folder_is_gone_on_with_by_the_same_call_alone(tmp_path):
         with pytest.raises(UserError, match=f"the unfinished images of another call, which differs in {differs}"):
             begin_folder(out, images, source, MACHINE)
     save_png(np.zeros((8, 8, 3), np.uint8), out / "00000.png")
-    assert not is_done(out, planned("a"), SOURCE)
     finish_folder(out, planned("a"))
-    assert is_done(out, planned("a"), SOURCE)
-    assert not is_done(out, planned("b"), SOURCE)
-    assert not is_done(out, planned("a"), other)
-    with pytest.raises(UserError, match="holds finished images"):
-        begin_folder(out, planned("a"), SOURCE, MACHINE)
+    for images, source, differs in cases:
+        with pytest.raises(UserError, match=f"the finished images of another call, which differs in {differs}"):
+            begin_folder(out, images, source, MACHINE)
+
+
+def test_a_finished_folder_stays_as_it_is_until_an_image_is_damaged(tmp_path):
+    """What drew nothing is no machine of it either."""
+    out = tmp_path / "out"
+    begin_folder(out, planned("a"), SOURCE, MACHINE)
+    save_png(np.zeros((8, 8, 3), np.uint8), out / "00000.png")
+    finish_folder(out, planned("a"))
+    manifest = (out / "manifest.json").read_bytes()
+    begin_folder(out, planned("a"), SOURCE, {"device": "other"})
+    assert (out / "manifest.json").read_bytes() == manifest
+    (out / "00000.png").write_bytes((out / "00000.png").read_bytes()[:-1])
+    begin_folder(out, planned("a"), SOURCE, {"device": "other"})
+    again = json.loads((out / "manifest.json").read_text())
+    assert (again["finished"], again["machines"]) == (False, [MACHINE, {"device": "other"}])
 
 
 def test_a_refusal_says_how_the_images_differ(tmp_path):

@@ -112,8 +112,12 @@ def test_sample_writes_images_grid_and_manifest_in_order(workdir, tmp_path, env)
     assert (first["seed"], second["seed"]) == (opened_sampling(workdir).seed, 7)
     assert first["checkpoint"] == second["checkpoint"] == manifest["checkpoint"]
     assert len(first["checkpoint"]) == 64
-    # Images of two calls are not mixed.
-    refused(command("sample", *one, f"--out={again}"), env, f"--out={again}: holds finished images")
+    # Images of two calls are not mixed; the same call finds its images and leaves them.
+    seed = f"differs in seed ({first['seed']} there, 7 here)"
+    refused(command("sample", *one, f"--out={again}", "--set=sampling.seed=7"), env, "holds the finished images", seed)
+    same = run_forked(command("sample", *one, f"--out={again}"), env)
+    assert "1 images of step 3 in" in same.stdout, same.stderr
+    assert "1 of them from before" in same.stdout
     assert json.loads((again / "manifest.json").read_text()) == first
 
 
@@ -234,15 +238,18 @@ def test_export_refuses_a_file_s_name_and_a_bucket(workdir, tmp_path, env):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_retrieval_prints_and_writes_what_it_measured(workdir, tmp_path, env):
-    out = tmp_path / "retrieval.json"
-    result = run(command("evaluate", "retrieval", f"--workdir={workdir}", f"--json={out}", "--captions=32"), env)
+def test_retrieval_prints_and_writes_what_it_measured(workdir, emoji_data, tmp_path, env):
+    """Its data has moved since the training, and its user wants fewer steps."""
+    other, out = moved(workdir, tmp_path / "run", tmp_path / "gone"), tmp_path / "retrieval.json"
+    flags = [f"--workdir={other}", f"--json={out}", "--captions=32", f"--set=data.directory={emoji_data}"]
+    result = run(command("evaluate", "retrieval", *flags, "--set=sampling.num_steps=3"), env)
     assert result.returncode == 0, result.stderr
     measured = json.loads(out.read_text())
     assert 0 <= measured["r_at_1"] <= measured["r_at_5"] <= 0.1  # three steps teach nothing
     assert (measured["num_captions"], measured["num_images"]) == (32, 1913)
     assert measured["seconds"] > 0
-    assert (measured["protocol"]["solver"], measured["protocol"]["num_steps"]) == ("euler", 25)
+    used = measured["protocol"]
+    assert (used["solver"], used["num_steps"], used["guidance"]["scale"]) == ("euler", 3, 3.0)
     assert "fit to the training captions" in result.stdout
 
 

@@ -261,3 +261,13 @@ def test_the_protocol_is_the_same_for_every_run():
         own, solver="euler", num_steps=25, seed=0, guidance=GuidanceConfig(3.0, "plain", 0.0, 1.0)
     )
     assert protocol(own) == protocol(other) == expected
+
+
+def test_the_protocol_keeps_what_its_user_changes():
+    """The changes are in the config already, as `open_run` reads it; nothing else of the run's own stays."""
+    own = dataclasses.replace(
+        tiny().sampling, solver="heun", num_steps=7, guidance=GuidanceConfig(9.0, "plain", 0.1, 1)
+    )
+    found = protocol(own, seed=2, changes=["sampling.guidance.scale=9", "sampling.num_steps=7"])
+    fixed = protocol(own, seed=2)
+    assert found == dataclasses.replace(fixed, num_steps=7, guidance=dataclasses.replace(fixed.guidance, scale=9.0))
