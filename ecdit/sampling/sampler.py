@@ -1,6 +1,7 @@
 """Draws images of captions: encodes them, integrates the guided velocity from noise, decodes."""
 
 import dataclasses
+import functools
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ from ecdit.diffusion.guidance import GuidanceConfig, combine
 from ecdit.diffusion.solvers import SOLVERS
 from ecdit.encoders.autoencoder import to_bytes
 from ecdit.errors import UserError
-from ecdit.multihost import say
+from ecdit.multihost import say, together
 from ecdit.partitioning import batch_sharding, batch_shards, place_rows, replicated
 from ecdit.progress import each
 from ecdit.system import Params, System, TextToImage
@@ -235,7 +236,8 @@ def sample_images(
     for rows in each(batches, "sampling", "batches", len(batches), shown=first):
         fetched.append(jax.tree.map(_fetch, sampler(params, tokens[rows], null_tokens, keys[rows])))
         if len(fetched) == 1:
-            _check_memory(sum(x.nbytes for x in jax.tree.leaves(fetched)), len(batches))
+            size = sum(x.nbytes for x in jax.tree.leaves(fetched))
+            together(functools.partial(_check_memory, size, len(batches)))  # hosts may differ in memory
     return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(prompts)], *fetched)
 
 
