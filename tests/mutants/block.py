@@ -13,6 +13,10 @@ def _layers(*names: str) -> tuple[str, ...]:
     return tuple(f"tests/models/test_layers.py::{name}" for name in names)
 
 
+def _tuned(*names: str) -> tuple[str, ...]:
+    return tuple(f"tests/tuned/test_fusion_boundary.py::{name}" for name in names)
+
+
 MUTANTS = (
     Mutant(
         _DIT,
@@ -141,5 +145,24 @@ MUTANTS = (
         "return x * jax.nn.sigmoid(2 * u)",
         "return x * jax.nn.sigmoid(u)",
         ("tests/models/test_moe.py::test_values_and_gradients_are_those_of_float64_numpy[gather-none-expert_choice]",),
+    ),
+    Mutant(
+        _LAYERS,
+        "        if unroll > 1:\n",
+        "        if unroll > 99:\n",
+        _tuned("test_the_work_of_unrolled_blocks_grows_linearly_with_their_number"),
+        "unrolled blocks are not kept apart",
+    ),
+    Mutant(
+        "ecdit/tuned/fusion_boundary.py",
+        "lambda x: x * 1, x)",
+        "lambda x: x * 2, x)",
+        _tuned("test_it_is_the_identity_and_so_is_its_gradient[nan]"),
+    ),
+    Mutant(
+        "ecdit/tuned/fusion_boundary.py",
+        "cpu=store, default=lambda x: x)",
+        "default=store)",
+        _tuned("test_a_tpu_computes_nothing_for_it"),
     ),
 )
