@@ -441,10 +441,17 @@ MUTANTS = (
     ),
     Mutant(
         "ecdit/sampling/image_folder.py",
-        "    if finished:\n",
-        "    if not finished:\n",
+        "        if differing := _differing(found, manifest):\n",
+        "        if differing := []:\n",
         ("tests/sampling/test_image_folder.py::test_an_unfinished_folder_is_gone_on_with_by_the_same_call_alone",),
         "images of two calls are mixed",
+    ),
+    Mutant(
+        "ecdit/sampling/image_folder.py",
+        '        if found["finished"] and all(',
+        '        if found["finished"] or all(',
+        ("tests/sampling/test_image_folder.py::test_a_finished_folder_stays_as_it_is_until_an_image_is_damaged",),
+        "damaged images of a finished folder stay",
     ),
     Mutant(
         _CHECK,

@@ -350,8 +350,8 @@ MUTANTS = (
     ),
     Mutant(
         _RETRIEVAL,
-        "return dataclasses.replace(config, guidance=guidance, seed=seed, **fixed)",
-        "return dataclasses.replace(config, seed=seed, **fixed)",
+        'guidance=dataclasses.replace(config.guidance, **fixed("sampling.guidance", guidance)),',
+        "guidance=config.guidance,",
         _samples("test_the_protocol_is_the_same_for_every_run"),
         "scores of runs with other guidance are compared",
     ),
