@@ -16,7 +16,7 @@ _CGROUPS = (
 def free_bytes(root: Path = Path("/")) -> int:
     """Returns the memory that processes can still take, of this machine or of the container if that has less.
 
-    Where the kernel does not say what is free, as macOS, it is all that the machine has.
+    Where the kernel does not say what is free, for example on macOS, it is all that the machine has.
     """
     try:
         free = [1024 * _numbers(root / "proc/meminfo")["MemAvailable:"]]

@@ -30,7 +30,7 @@ def protocol(config: SamplingConfig, seed: int = 0, changes: Sequence[str] = ())
     kept = {change.partition("=")[0] for change in changes}
 
     def fixed(group: str, values: dict[str, Any]) -> dict[str, Any]:
-        return {key: value for key, value in values.items() if f"{group}.{key}" not in kept}
+        return {} if group in kept else {key: value for key, value in values.items() if f"{group}.{key}" not in kept}
 
     guidance = {"scale": 3.0, "mode": "plain", "interval_low": 0.0, "interval_high": 1.0}
     sampling = {"solver": "euler", "num_steps": 25, "time_shift": 1.0, "churn": 0.0}

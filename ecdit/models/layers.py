@@ -105,7 +105,8 @@ def scan_stack(
 ) -> tuple[Any, Any]:
     """Runs the blocks of a `stack` in order: apply(block, carry) -> (carry, output); outputs are stacked.
 
-    `remat` names one of REMAT_POLICIES; `unroll` is the number of blocks in one iteration of the loop.
+    `remat` names one of REMAT_POLICIES; `unroll` is the number of blocks in one iteration of the loop, which
+    `fusion_boundary` keeps apart.
     """
     graphdef, params = nnx.split(blocks)
 

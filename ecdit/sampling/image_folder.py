@@ -44,9 +44,10 @@ def check_folder(out: Path) -> dict[str, Any] | None:
         return None
     try:
         manifest = json.loads((out / MANIFEST).read_text())
-        manifest["finished"]
-    except (OSError, ValueError, LookupError, TypeError):
-        raise UserError(f"--out={out}: holds other files; take an empty directory") from None
+    except (OSError, ValueError):
+        manifest = None
+    if not isinstance(manifest, dict) or "finished" not in manifest:
+        raise UserError(f"--out={out}: holds other files; take an empty directory")
     return manifest
 
 

@@ -97,7 +97,7 @@ np.savez("../found.npz", latents=found[0].permute(0, 2, 3, 1), images=found[1])
 """
 
 
-# On some CPUs PyTorch computes 1e-6 of difference, in values of 0 to 1, once weights have been moved.
+# On some CPUs the images, of values from 0 to 1, differ by 1e-6 once PyTorch has moved the weights.
 # Without an accelerator, too, the sequential one keeps weights on the device "meta" unless their module is at work.
 OFFLOADED = """
 import sys

@@ -271,3 +271,5 @@ def test_the_protocol_keeps_what_its_user_changes():
     found = protocol(own, seed=2, changes=["sampling.guidance.scale=9", "sampling.num_steps=7"])
     fixed = protocol(own, seed=2)
     assert found == dataclasses.replace(fixed, num_steps=7, guidance=dataclasses.replace(fixed.guidance, scale=9.0))
+    whole = protocol(own, seed=2, changes=['sampling.guidance={"scale": 9.0, "mode": "plain"}'])
+    assert whole == dataclasses.replace(fixed, guidance=own.guidance)
