@@ -115,6 +115,7 @@ def _set_model(config: ConfigDict) -> None:
     model.heads = 18  # heads of width 64 [A]
     model.kv_heads = 6  # key-value heads of self-attention
     model.rope_theta = 1e4  # [?]
+    model.prediction = "velocity"  # velocity | data: for runs on pixels (docs/model.md)
     model.attention = "fused"  # plain | fused: this project's kernel on TPUs | cudnn: on GPUs
     model.projections = "tokens_last"  # plain | tokens_last: faster on TPUs, slower on CPUs
     model.absolute_positions = False  # [?]

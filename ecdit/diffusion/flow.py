@@ -35,6 +35,7 @@ from ecdit.config import PHASE, require
 
 # Threefry is named, because numbers of the `rbg` generator under vmap depend on the rest of the batch.
 SAMPLE_KEY_IMPL = "threefry2x32"
+LEAST_TIME = 0.05  # by which a predicted image's distance from x_t is divided at least
 
 # (x_t, t) -> velocity, the only view of a network in guidance and solvers.
 Velocity: TypeAlias = Callable[[Float[Array, "B ..."], Float[Array, " B"]], Float[Array, "B ..."]]
@@ -72,6 +73,19 @@ def interpolate(
 def velocity_target(data: Float[Array, "B ..."], noise: Float[Array, "B ..."]) -> Float32[Array, "B ..."]:
     """Returns v, equation (2)."""
     return noise.astype(jnp.float32) - data.astype(jnp.float32)
+
+
+def velocity_towards(
+    data: Float[Array, "B ..."], noisy: Float[Array, "B ..."], time: Float[Array, " B"]
+) -> Float32[Array, "B ..."]:
+    """Returns the velocity (x_t - data) / t that belongs to a prediction of the data, equations (1) and (2).
+
+    Below `LEAST_TIME` it divides by that, because an error in the data would be multiplied by 1 / t (arXiv 2511.13720,
+    which clips there too).
+    """
+    time = jnp.maximum(time.astype(jnp.float32), LEAST_TIME)
+    time = time.reshape(time.shape + (1,) * (data.ndim - time.ndim))
+    return (noisy.astype(jnp.float32) - data.astype(jnp.float32)) / time
 
 
 def loss_per_example(

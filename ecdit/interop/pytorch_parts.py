@@ -17,7 +17,7 @@ from ecdit.system import PAPERS, SystemConfig, make_system
 # Fields of the config's section `model` that change what the denoiser computes,
 _COMPUTED = (
     *("latent_size", "latent_channels", "patch_size", "width", "depth", "extra_blocks", "heads", "kv_heads"),
-    *("rope_theta", "absolute_positions", "ffn_multiplier", "ffn", "even_ffn_multiplier", "num_experts"),
+    *("rope_theta", "prediction", "absolute_positions", "ffn_multiplier", "ffn", "even_ffn_multiplier", "num_experts"),
     *("capacity_factor", "token_choice_dropless", "expert_width", "num_shared_experts", "router_input", "gate_norm"),
     *("route_scale", "group", "sampling_group", "moe_output_norm", "block_table"),
 )

@@ -24,6 +24,8 @@ class DiTConfig:
     heads: int
     kv_heads: int  # key-value heads of self-attention; cross-attention has `heads`
     rope_theta: float
+    # What the head predicts. velocity: v; data: the data, from which v follows (`diffusion.flow.velocity_towards`)
+    prediction: Literal["velocity", "data"]
     # Attention between its projections. fused: this project's kernel on TPUs; cudnn: cuDNN's kernel, only on GPUs.
     attention: Literal["plain", "fused", "cudnn"] = field(metadata=RESUME_OR_PHASE)
     # Products around attention. plain: multiplies rows, then transposes; tokens_last: for TPUs, without the transpose.

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from ecdit.components import Metrics, Mode, PartFlops, Prediction, TextStates, TextWidths
 from ecdit.config import require
+from ecdit.diffusion.flow import velocity_towards
 from ecdit.models.attention import CrossAttention, SelfAttention
 from ecdit.models.config import DiTConfig, check_tuned, group_size
 from ecdit.models.embeddings import SINUSOID_WIDTH, grid_positions, put_tokens, rope_angles, sinusoid, take_tokens
@@ -234,7 +235,10 @@ class DiT(nnx.Module):
                 return block(x, all_angles, modulation, time_state, text, group_size)
 
             x, _ = scan_stack(self.extra, run_block, x, config.remat)
-        return self.velocity(x, condition), report
+        predicted = self.predicted(x, condition)
+        if config.prediction == "data":
+            predicted = velocity_towards(predicted, patchify(latents, config.patch_size), time)
+        return predicted, report
 
     @jax.named_scope("conditioning")
     def condition(
@@ -254,7 +258,7 @@ class DiT(nnx.Module):
         return constrain(normed[0], "batch", None), constrain(jax.nn.silu(sum(normed)), "batch", None)
 
     @jax.named_scope("head")
-    def velocity(self, x: Float[Array, "B N d"], condition: Float[Array, "B d"]) -> Float[Array, "B N p"]:
+    def predicted(self, x: Float[Array, "B N d"], condition: Float[Array, "B d"]) -> Float[Array, "B N p"]:
         """Applies the head: a modulated norm and a linear map. The result is zero at initialisation."""
         shift, scale = jnp.split(_modulate(condition, self.head_modulation, self.head_modulation_bias), 2, axis=1)
         # float32, because guidance takes differences of velocities, which bfloat16 would round away.

@@ -64,6 +64,20 @@ def test_derivative_of_the_path_is_the_velocity_target():
     np.testing.assert_allclose(velocity, flow.velocity_target(data, noise), rtol=1e-6)
 
 
+def test_the_velocity_towards_the_data_is_the_target():
+    """x_t - data = t (noise - data), at any time from which the division starts."""
+    data, noise, time = normal(0, (3, 4, 2)), normal(1, (3, 4, 2)), jnp.array([flow.LEAST_TIME, 0.3, 1.0])
+    velocity = flow.velocity_towards(data, flow.interpolate(data, noise, time), time)
+    np.testing.assert_allclose(velocity, flow.velocity_target(data, noise), rtol=1e-4, atol=1e-5)
+
+
+def test_near_the_data_an_error_is_multiplied_by_twenty_at_most():
+    data, noisy = jnp.zeros((3, 2)), jnp.ones((3, 2), jnp.bfloat16)
+    velocity = flow.velocity_towards(data, noisy, jnp.array([0.0, 0.01, 0.1]))
+    assert velocity.dtype == jnp.float32
+    np.testing.assert_allclose(velocity[:, 0], [20, 20, 10], rtol=1e-6)
+
+
 def test_path_and_target_are_float32_whatever_comes_in():
     narrow = [x.astype(jnp.bfloat16) for x in (normal(0, (2, 4)), normal(1, (2, 4)), jnp.array([0.3, 0.6]))]
     data, noise, time = (x.astype(jnp.float32) for x in narrow)

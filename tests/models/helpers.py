@@ -27,6 +27,7 @@ CONFIG = DiTConfig(
     heads=4,
     kv_heads=2,
     rope_theta=100.0,
+    prediction="velocity",
     attention="plain",
     projections="plain",
     absolute_positions=False,

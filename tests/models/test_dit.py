@@ -76,6 +76,7 @@ def drawn():
 
 # Heads of 8, since in those of 4 each axis has one pair, which turns at frequency 1 whatever rope_theta is.
 LARGE = {"width": 32, "rope_theta": 30.0, "depth": 4, "absolute_positions": True, "num_shared_experts": 1}
+LARGE |= {"prediction": "data"}
 # Options, tokens of a group, and whether tokens are masked. All but the last share programs with tests below.
 WHOLE = {
     "masked": ({}, KEPT, True),
@@ -425,7 +426,7 @@ def test_the_head_computes_in_float32():
     x, condition = (
         random(*shape).astype(jnp.bfloat16) for shape in ((BATCH, ALL, CONFIG.width), (BATCH, CONFIG.width))
     )
-    head = dit(values)(dit(values).params).velocity
+    head = dit(values)(dit(values).params).predicted
     np.testing.assert_array_equal(head(x, condition), head(x.astype(np.float32), condition))
 
 

@@ -24,6 +24,25 @@ MUTANTS = (
     ),
     Mutant(
         _FILE,
+        "jnp.maximum(time.astype(jnp.float32), LEAST_TIME)",
+        "jnp.minimum(time.astype(jnp.float32), LEAST_TIME)",
+        _tests("test_the_velocity_towards_the_data_is_the_target"),
+    ),
+    Mutant(
+        _FILE,
+        "LEAST_TIME = 0.05",
+        "LEAST_TIME = 0.005",
+        _tests("test_near_the_data_an_error_is_multiplied_by_twenty_at_most"),
+    ),
+    Mutant(
+        "ecdit/models/dit.py",
+        'if config.prediction == "data":',
+        'if config.prediction == "image":',
+        ("tests/models/test_dit.py::test_the_whole_model_is_that_of_float64_numpy[large]",),
+        "a predicted image is taken for a velocity",
+    ),
+    Mutant(
+        _FILE,
         "jax.nn.sigmoid(config.time_mean + config.time_std *",
         "jax.nn.sigmoid(-config.time_mean + config.time_std *",
         _tests("test_times_have_logit_normal_quantiles"),

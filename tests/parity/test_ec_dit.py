@@ -25,6 +25,7 @@ EVERY_OPTION = {
     "model__route_scale": 2.5,
     "model__block_table": False,
     "model__absolute_positions": False,
+    "model__prediction": "data",
 }
 RULES = {
     "expert choice": {},

@@ -39,6 +39,7 @@ class DenoiserConfig:
     heads: int
     kv_heads: int  # of self-attention
     rope_theta: float
+    prediction: str  # of the head: velocity | data, from which the velocity follows
     absolute_positions: bool
     ffn_multiplier: int  # hidden units of a feed-forward network, in widths
     ffn: str  # of even blocks: dense | expert_choice | token_choice
@@ -60,6 +61,7 @@ class DenoiserConfig:
 
     def __post_init__(self):
         allowed = {
+            "prediction": ("velocity", "data"),
             "ffn": ("dense", "expert_choice", "token_choice"),
             "router_input": ("modulated", "decoupled"),
             "gate_norm": ("none", "renormalized"),
@@ -88,7 +90,7 @@ class Denoiser(nn.Module):
         if c.extra_blocks:
             self.mask_token = nn.Parameter(torch.zeros(c.width))
         self.head_modulation = nn.Linear(c.width, 2 * c.width)
-        self.head = _Head(c.width, numbers)
+        self.head = nn.Linear(c.width, numbers)
 
     @classmethod
     def from_pretrained(cls, folder, torch_dtype: torch.dtype | None = None):
@@ -171,12 +173,10 @@ class Denoiser(nn.Module):
         x = run(self.extra, x, grid)
         shift, scale = self.head_modulation(condition).float().unflatten(-1, (2, c.width)).unbind(1)
         x = modulate(norm(x.float()), shift, scale)  # float32, because guidance takes differences of velocities
-        return unpatchify(self.head(x), c.patch_size, c.latent_channels)
-
-
-class _Head(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:  # in float32, whatever the weights are
-        return F.linear(x, self.weight.float(), self.bias.float())
+        x = unpatchify(F.linear(x, self.head.weight.float(), self.head.bias.float()), c.patch_size, c.latent_channels)
+        if c.prediction == "data":  # v = (x_t - data) / t; near t = 0 the division would multiply errors
+            x = (latents.float() - x) / time.float().clamp(min=0.05)[:, None, None, None]
+        return x
 
 
 class Block(nn.Module):
