@@ -90,7 +90,7 @@ class Denoiser(nn.Module):
         if c.extra_blocks:
             self.mask_token = nn.Parameter(torch.zeros(c.width))
         self.head_modulation = nn.Linear(c.width, 2 * c.width)
-        self.head = nn.Linear(c.width, numbers)
+        self.head = _Head(c.width, numbers)
 
     @classmethod
     def from_pretrained(cls, folder, torch_dtype: torch.dtype | None = None):
@@ -173,10 +173,15 @@ class Denoiser(nn.Module):
         x = run(self.extra, x, grid)
         shift, scale = self.head_modulation(condition).float().unflatten(-1, (2, c.width)).unbind(1)
         x = modulate(norm(x.float()), shift, scale)  # float32, because guidance takes differences of velocities
-        x = unpatchify(F.linear(x, self.head.weight.float(), self.head.bias.float()), c.patch_size, c.latent_channels)
+        x = unpatchify(self.head(x), c.patch_size, c.latent_channels)
         if c.prediction == "data":  # v = (x_t - data) / t; near t = 0 the division would multiply errors
             x = (latents.float() - x) / time.float().clamp(min=0.05)[:, None, None, None]
         return x
+
+
+class _Head(nn.Linear):  # called as a module, for hooks that bring its weights from the host
+    def forward(self, x: Tensor) -> Tensor:  # in float32, whatever the weights are
+        return F.linear(x, self.weight.float(), self.bias.float())
 
 
 class Block(nn.Module):
@@ -246,7 +251,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns [..., d]."""
-        return self.down(gelu(self.up(x)))
+        return self.down(F.gelu(self.up(x), approximate="tanh"))
 
 
 class Experts(nn.Module):
@@ -280,7 +285,7 @@ class Experts(nn.Module):
         rows = torch.arange(len(grouped), device=x.device)[:, None, None]
         y = grouped[rows, index]  # [G, E, C, d]
         y = torch.einsum("gecd,edh->gech", y, self.up)
-        y = torch.einsum("gech,ehd->gecd", gelu(y), self.down)
+        y = torch.einsum("gech,ehd->gecd", F.gelu(y, approximate="tanh"), self.down)
         y = norm(y) if c.moe_output_norm == "expert" else y
         y = gate[..., None].to(y.dtype) * y
         slots = index.flatten(1)[..., None].expand(-1, -1, y.shape[-1])
@@ -355,11 +360,6 @@ def rms_norm(x: Tensor, scale: Tensor) -> Tensor:
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """Returns x (1 + scale) + shift, with shift and scale of each image."""
     return x * (1 + scale[:, None]) + shift[:, None]
-
-
-def gelu(x: Tensor) -> Tensor:
-    """Returns the GELU of x, by its approximation with tanh."""
-    return F.gelu(x, approximate="tanh")
 
 
 def sinusoid(x: Tensor, width: int) -> Tensor:
