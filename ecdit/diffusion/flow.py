@@ -35,7 +35,7 @@ from ecdit.config import PHASE, require
 
 # Threefry is named, because numbers of the `rbg` generator under vmap depend on the rest of the batch.
 SAMPLE_KEY_IMPL = "threefry2x32"
-LEAST_TIME = 0.05  # by which a predicted image's distance from x_t is divided at least
+LEAST_TIME = 0.05  # the smallest divisor of `velocity_towards`
 
 # (x_t, t) -> velocity, the only view of a network in guidance and solvers.
 Velocity: TypeAlias = Callable[[Float[Array, "B ..."], Float[Array, " B"]], Float[Array, "B ..."]]
@@ -80,8 +80,8 @@ def velocity_towards(
 ) -> Float32[Array, "B ..."]:
     """Returns the velocity (x_t - data) / t that belongs to a prediction of the data, equations (1) and (2).
 
-    Below `LEAST_TIME` it divides by that, because an error in the data would be multiplied by 1 / t (arXiv 2511.13720,
-    which clips there too).
+    Times below `LEAST_TIME` count as that, because 1 / t would multiply errors of the prediction (arXiv 2511.13720,
+    which clips there too). So down there it is too small, and at t = 0 of no use: a solver must not call it there.
     """
     time = jnp.maximum(time.astype(jnp.float32), LEAST_TIME)
     time = time.reshape(time.shape + (1,) * (data.ndim - time.ndim))

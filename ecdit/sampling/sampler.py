@@ -55,13 +55,21 @@ class SamplingConfig:
 
 
 def check_sampling(config: SamplingConfig, denoiser: Denoiser, mesh: Mesh | AbstractMesh) -> None:
-    """Raises ConfigError if the batch does not divide over the mesh, or the denoiser cannot run on a device's part."""
+    """Raises ConfigError for a batch, a layout or a solver that does not fit the mesh or the denoiser."""
     shards = batch_shards(mesh)
     require(
         config.batch_size % shards == 0,
         "sampling.batch_size",
         config.batch_size,
         f"must be a multiple of the {shards} parts the mesh splits a batch into",
+    )
+    # A user's denoiser may have no such field.
+    predicts_data = getattr(getattr(denoiser, "config", None), "prediction", "velocity") == "data"
+    require(
+        not predicts_data or config.solver in ("euler", "multistep"),
+        "sampling.solver",
+        config.solver,
+        'must be "euler" or "multistep": others end with the velocity at t = 0, which model.prediction = "data" lacks',
     )
     rows = config.batch_size // shards * (1 if config.guidance.scale == 1 else 2)  # with their null captions
     denoiser.check_layout(mesh, rows, "sample")

@@ -44,6 +44,15 @@ def _prompts(*names: str) -> tuple[str, ...]:
 
 MUTANTS = (
     Mutant(
+        _SAMPLING,
+        'not predicts_data or config.solver in ("euler", "multistep")',
+        'not predicts_data or config.solver in ("euler", "multistep", "heun")',
+        (
+            "tests/sampling/test_sampler.py::"
+            "test_with_predicted_data_a_solver_is_refused_where_it_would_leave_noise[heun]",
+        ),
+    ),
+    Mutant(
         _LOSS,
         "return ((images + shift) % BINS).astype(np.int32)",
         "return np.full_like(images, shift)",

@@ -6,12 +6,15 @@ import jax
 import numpy as np
 import pytest
 
+from ecdit.config import ConfigError
 from ecdit.data.text import EOS, PAD, train_vocabulary
-from ecdit.diffusion.flow import sample_keys, sample_noise
+from ecdit.diffusion.flow import sample_keys, sample_noise, velocity_towards
 from ecdit.diffusion.guidance import GuidanceConfig
+from ecdit.diffusion.solvers import SOLVERS
 from ecdit.errors import UserError
 from ecdit.partitioning import make_mesh
-from ecdit.sampling.sampler import make_sampler, sample_images
+from ecdit.sampling.sampler import check_sampling, make_sampler, sample_images
+from ecdit.system import make_system
 from tests.data.example import tokenize
 from tests.knowing import DATA, PIXEL, KnowingSystem
 from tests.runs import tiny
@@ -101,3 +104,24 @@ def test_arrays_that_cannot_be_held_are_refused_after_the_first_batch():
     ):
         sample_images(sampler, {}, words, PROMPTS, REPEATS, sampling)
     assert drawn == [BATCH]
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_with_predicted_data_a_solver_is_refused_where_it_would_leave_noise(solver):
+    """Of a network that knows the data; ten steps, so that no divided time is clipped before t = 0."""
+    data, noise = np.full((2, 3), 0.5, np.float32), np.ones((2, 3), np.float32)
+    x = SOLVERS[solver](lambda x, time: velocity_towards(data, x, time), noise, 10)
+    experiment = tiny(model__prediction="data", sampling__solver=solver)
+    denoiser, mesh = make_system(experiment.system).parts.denoiser, make_mesh(experiment.mesh, jax.devices())
+    if np.abs(x - data).max() < 1e-6:
+        check_sampling(experiment.sampling, denoiser, mesh)
+        return
+    with pytest.raises(ConfigError, match=rf"sampling.solver = '{solver}': must be \"euler\" or \"multistep\""):
+        check_sampling(experiment.sampling, denoiser, mesh)
+
+
+def test_all_solvers_sample_with_predicted_velocities():
+    for solver in SOLVERS:
+        experiment = tiny(sampling__solver=solver)
+        mesh = make_mesh(experiment.mesh, jax.devices())
+        check_sampling(experiment.sampling, make_system(experiment.system).parts.denoiser, mesh)
