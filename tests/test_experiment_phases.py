@@ -1,5 +1,6 @@
 """Tests phases, which change a run after some steps."""
 
+import ast
 import dataclasses
 import json
 from types import SimpleNamespace
@@ -98,6 +99,23 @@ def test_phases_that_have_not_begun_may_change():
     ):
         with pytest.raises(CheckpointError, match=r"config\.phases: saved "):
             resume(before, now, step)
+
+
+def test_a_resume_with_another_value_is_told_the_phase_that_may_have_it():
+    """The phase that the error shows is accepted, and no other key is in it."""
+    saved = Meta(FORMAT, to_dict(tiny()), 0, "data", {}, {}, "", {}, "")
+
+    def resume(now):
+        check_resume(saved, to_dict(now), changeable(now, "resume"), "data", 4, changeable(now, "phase"))
+
+    with pytest.raises(CheckpointError, match=r"config\.model\.mask_ratio: saved ") as error:
+        resume(tiny(seed=1, model__mask_ratio=0.0, model__capacity_factor=1.5))
+    shown = ast.literal_eval(str(error.value).rpartition("from here on: ")[2])
+    assert shown == {"after": 4, "changes": UNMASKED["changes"]}
+    resume(phased(shown))
+    with pytest.raises(CheckpointError) as error:
+        resume(tiny(seed=1))
+    assert "phase" not in str(error.value)
 
 
 @pytest.mark.parametrize("stop", [3, 4])

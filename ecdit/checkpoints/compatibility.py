@@ -8,8 +8,10 @@ from ecdit.checkpoints.restore import Meta
 from ecdit.config import flatten
 
 
-def config_differences(saved: Mapping[str, Any], now: Mapping[str, Any], may_change: Set[str], step: int) -> list[str]:
-    """Returns a line for every key of the saved config that differs and may not, where a run goes on after `step`.
+def config_differences(
+    saved: Mapping[str, Any], now: Mapping[str, Any], may_change: Set[str], step: int
+) -> dict[str, tuple[Any, Any]]:
+    """Returns (saved, now) by the keys of the saved config that differ and may not, where a run goes on after `step`.
 
     Args:
       saved: the config in the checkpoint, nested.
@@ -20,28 +22,42 @@ def config_differences(saved: Mapping[str, Any], now: Mapping[str, Any], may_cha
     old, new = flatten(saved), flatten(now)
     for values in (old, new):
         values["phases"] = [phase for phase in values.get("phases", []) if phase["after"] < step]
-    return [
-        f"config.{key}: saved {old.get(key)!r}, now {new.get(key)!r}"
+    return {
+        key: (old.get(key), new.get(key))
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key) and key not in may_change
-    ]
+    }
 
 
-def check_resume(saved: Meta, now: Mapping[str, Any], may_change: Set[str], fingerprint: str, step: int) -> None:
+def check_resume(
+    saved: Meta,
+    now: Mapping[str, Any],
+    may_change: Set[str],
+    fingerprint: str,
+    step: int,
+    in_phases: Set[str] = frozenset(),
+) -> None:
     """Raises CheckpointError naming every key that differs from the saved run's and may not.
 
-    `fingerprint` is of the data that the steps before `step` were trained on; the other arguments are those of
-    `config_differences`.
+    Args:
+      saved: of the checkpoint.
+      now: as for `config_differences`, like `may_change` and `step`.
+      fingerprint: of the data that the steps before `step` were trained on.
+      in_phases: dotted keys that a phase may change; the error has the phase that would.
     """
-    differences = config_differences(saved.config, now, may_change, step)
-    if not differences and saved.dataset != fingerprint:
-        differences = [f"prepared data: saved fingerprint {saved.dataset[:12]}, now {fingerprint[:12]}"]
-    if differences:
-        raise CheckpointError(
-            "this workdir holds a run that differs in what cannot change on resume:\n  "
-            + "\n  ".join(differences)
-            + "\nUse another --workdir, or set these back; to start anew from its weights, set checkpoint.init_from."
-        )
+    differing = config_differences(saved.config, now, may_change, step)
+    lines = [f"config.{key}: saved {old!r}, now {new!r}" for key, (old, new) in differing.items()]
+    if not lines and saved.dataset != fingerprint:
+        lines = [f"prepared data: saved fingerprint {saved.dataset[:12]}, now {fingerprint[:12]}"]
+    if not lines:
+        return
+    changes = {key: differing[key][1] for key in differing if key in in_phases}
+    raise CheckpointError(
+        "this workdir holds a run that differs in what cannot change on resume:\n  "
+        + "\n  ".join(lines)
+        + "\nUse another --workdir, or set these back; to start anew from its weights, set checkpoint.init_from."
+        + (f"\nA phase can change from here on: {dict(after=step, changes=changes)}" if changes else "")
+    )
 
 
 # Libraries that determine the record of a row of the data; another version may shuffle differently.

@@ -318,7 +318,8 @@ def _resumed(
 
     def admit(saved: Meta, step: int) -> None:
         trained_on = fingerprints[experiment.resolved_phases().index(experiment.phase_of(step))]
-        check_resume(saved, config, changeable(experiment, "resume"), trained_on, step)
+        resume, in_phases = changeable(experiment, "resume"), changeable(experiment, "phase")
+        check_resume(saved, config, resume, trained_on, step, in_phases)
         check_position(saved, experiment.next_row(step), versions, accepted.data_order)
         if note := changed_code(saved, versions, code_state()):
             say(note)

@@ -102,7 +102,7 @@ MUTANTS = (
     ),
     Mutant(
         _COMPATIBILITY,
-        "if not differences and saved.dataset != fingerprint:",
+        "if not lines and saved.dataset != fingerprint:",
         "if differences and saved.dataset != fingerprint:",
         _restored("test_other_data_is_refused"),
         "a run resumes on data that was prepared anew from other images",

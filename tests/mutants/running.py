@@ -289,6 +289,12 @@ MUTANTS = (
     ),
     Mutant(
         _COMPATIBLE,
+        "for key in differing if key in in_phases}",
+        "for key in differing}",
+        _tests("test_experiment_phases", "test_a_resume_with_another_value_is_told_the_phase_that_may_have_it"),
+    ),
+    Mutant(
+        _COMPATIBLE,
         "    if saved.vocabulary != vocabulary:",
         "    if saved.vocabulary and not vocabulary:",
         _tests("ecdit_runs/test_provenance", "test_weights_of_another_vocabulary_are_refused"),
