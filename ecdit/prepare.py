@@ -3,7 +3,7 @@
     python -m ecdit.prepare --config=... --limit=1000      # a first look: what would be left out, and ten images
     python -m ecdit.prepare --config=... --verify          # reads all of it again and compares checksums
     python -m ecdit.prepare --config=... --vocabulary=F.model    # the records and the tokenizer, which is copied there
-    python -m ecdit.prepare --config=... --same_source     # keeps records although data.module was edited since
+    python -m ecdit.prepare --config=... --same_source     # keeps records although module or source have changed
     python -m ecdit.prepare --config=... --what=latents    # what the config's public autoencoder makes of each image
     python -m ecdit.prepare --config=... --what=text       # what its public text encoder makes of each caption
     python -m ecdit.prepare --config=... --share=3/16      # one of 16 processes, on as many hosts: docs/data.md
@@ -25,7 +25,7 @@ from ecdit.data.columns import column_directory
 from ecdit.data.first_look import first_look
 from ecdit.data.latents import LatentsColumn
 from ecdit.data.manifest import task_directory
-from ecdit.data.preparation import prepare_records, prepare_share, read_composition
+from ecdit.data.preparation import check_sources, prepare_records, prepare_share, read_composition
 from ecdit.data.prepared import prepare, prepare_captions, prepare_column
 from ecdit.data.shares import Share, parse_share
 from ecdit.data.text_states import TextColumn
@@ -51,7 +51,7 @@ VOCABULARY = flags.DEFINE_string(
     "vocabulary", None, "Prepare only the records and the tokenizer, and copy the tokenizer to this .model file."
 )
 SAME_SOURCE = flags.DEFINE_bool(
-    "same_source", False, "Keep records that an earlier data.module prepared: its source of them has not changed."
+    "same_source", False, "Keep finished records although data.module or the times of their source's files changed."
 )
 SHARE = flags.DEFINE_string(
     "share",
@@ -102,6 +102,8 @@ def fill_share(experiment: Experiment, what: str, share: Share) -> None:
 def fill_columns(experiment: Experiment, what: str) -> None:
     """Prepares records and tokens, and what `--what` asks for; says which columns are left."""
     config, column = experiment.data, _column(experiment, what)
+    if column is None:
+        check_sources(config, print, SAME_SOURCE.value)
     prepare_captions(config, WORKERS.value, print, SAME_SOURCE.value)
     if column is not None:
         constants = column.constants if isinstance(column, TextColumn) else dict

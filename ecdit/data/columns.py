@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -17,9 +17,20 @@ from ecdit.data.locks import ends_with_its_parent, lock_of, locked, remove_scrat
 from ecdit.data.manifest import COLUMN, FORMAT, Column, Manifest, by_number, read_json, to_json
 from ecdit.data.memory import fitting, free_bytes
 from ecdit.data.record import Record, decode_record
-from ecdit.data.shards import Shard, ShardReader, combined, read_summary, summary_path, write_shard, write_summary
+from ecdit.data.shards import (
+    Shard,
+    ShardReader,
+    ShardSummary,
+    check_shards,
+    combined,
+    read_summary,
+    some_of,
+    summary_path,
+    write_shard,
+    write_summary,
+)
 from ecdit.data.shares import Share, beginning, check_count, forget_count, sharing
-from ecdit.files import replace_bytes, replace_text
+from ecdit.files import in_threads, replace_bytes, replace_text, sync
 from ecdit.progress import progress
 
 _MADE_OF = "made_of"  # file with the fingerprints of the records and of the tokenizer or weights
@@ -75,8 +86,7 @@ def read_column(task: Path, manifest: Manifest, name: str, made_by: str) -> Colu
             shards = [shard.name for shard in (*manifest.train, *manifest.held_out)]
             left = [shard for shard in shards if read_summary(begun / shard) is None]
             raise DataError(
-                f"the column {name} of {task} is incomplete: {', '.join(left[:10])}"
-                f"{f' and {len(left) - 10} more' if len(left) > 10 else ''} of {len(shards)} shards are missing; "
+                f"the column {name} of {task} is incomplete: {some_of(left)} of {len(shards)} shards are missing; "
                 f"run {command} again"
             )
         raise DataError(f"{task} has no column {name}: run {command} first")
@@ -90,7 +100,17 @@ def read_column(task: Path, manifest: Manifest, name: str, made_by: str) -> Colu
                 f"{directory} was made from other {origin}: their fingerprint is {made[:12]}, not {wanted[:12]}; "
                 f"delete it and run {command} again"
             )
+    if other := _other_rows((*column.train, *column.held_out), (*manifest.train, *manifest.held_out)):
+        raise DataError(
+            f"{directory} has not a row for each record of {some_of(other)}: delete it and run {command} again"
+        )
     return column
+
+
+def _other_rows(made: Sequence[Shard], records: Sequence[Shard]) -> list[str]:
+    """Returns the names of shards that have not as many rows in a column as there are records."""
+    rows, wanted = ({shard.name: shard.records for shard in shards} for shards in (made, records))
+    return [name for name in rows | wanted if rows.get(name) != wanted.get(name)]
 
 
 def shards_left(task: Path, manifest: Manifest, name: str, share: Share | None = None) -> list[Shard]:
@@ -216,26 +236,49 @@ def _write(
     task: Path, manifest: Manifest, maker: ColumnMaker, workers: int, say: Say, share: Share | None = None
 ) -> None:
     """Writes the shards that are left, of all or of a share's."""
+    _check_begun(manifest, _working(column_directory(task, maker.name)), _key(manifest, maker))
     left = shards_left(task, manifest, maker.name, share)
     if left:
         workers, why = fitting(min(workers, len(left)), maker.process_bytes, free_bytes())
         if why:
             say(f"{maker.name}: {why}")
     with progress(maker.name, "records", sum(shard.records for shard in left)) as update:
-        _write_shards(task, _working(column_directory(task, maker.name)), left, maker, workers, update)
+        _write_shards(
+            task, _working(column_directory(task, maker.name)), left, maker, _key(manifest, maker), workers, update
+        )
+
+
+def _check_begun(manifest: Manifest, working: Path, key: str) -> None:
+    """Raises DataError if a finished shard of an unfinished column is made of something else than `key`.
+
+    Shards that hosts have computed on disks of their own are copied into one directory, whose `_MADE_OF` is of one.
+    """
+    shards = (*manifest.train, *manifest.held_out)
+    found = in_threads(lambda shard: read_summary(working / shard.name), shards)
+    if other := [shard.name for shard, one in zip(shards, found, strict=True) if one and one.made_of != key]:
+        raise DataError(
+            f"{working}: {some_of(other)} of {len(shards)} shards were computed from other records, or by another "
+            "tokenizer or other weights: delete them, each with its .json, and prepare again"
+        )
 
 
 def _write_shards(
-    task: Path, working: Path, shards: list[Shard], maker: ColumnMaker, workers: int, update: Callable[[int], object]
+    task: Path,
+    working: Path,
+    shards: list[Shard],
+    maker: ColumnMaker,
+    key: str,
+    workers: int,
+    update: Callable[[int], object],
 ) -> None:
     """Writes shards, and tells `update` how many more records are written."""
     if min(workers, len(shards)) <= 1:
         for shard in shards:
-            _write_one(task, working, shard, maker, update)
+            _write_one(task, working, shard, maker, key, update)
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(workers, len(shards)), context, ends_with_its_parent, (os.getpid(),)) as pool:
-        futures = {pool.submit(_write_one, task, working, shard, maker): shard for shard in shards}
+        futures = {pool.submit(_write_one, task, working, shard, maker, key): shard for shard in shards}
         try:
             for future in as_completed(futures):
                 future.result()
@@ -251,7 +294,12 @@ def _write_shards(
 
 
 def _write_one(
-    task: Path, working: Path, shard: Shard, maker: ColumnMaker, update: Callable[[int], object] = lambda count: None
+    task: Path,
+    working: Path,
+    shard: Shard,
+    maker: ColumnMaker,
+    key: str,
+    update: Callable[[int], object] = lambda count: None,
 ) -> None:
     """Writes the column's shard for one shard of records; tells `update` of each record."""
     place = working / shard.name
@@ -270,8 +318,9 @@ def _write_one(
     written = write_shard(scratch, rows())
     if written.records != shard.records:
         raise DataError(f"{maker.name} of {task}: {written.records} rows for {shard.records} records of {shard.name}")
+    sync(scratch)  # before its summary says that it is complete
     scratch.rename(place)
-    write_summary(place, dataclasses.replace(written, name=shard.name), histograms)
+    write_summary(place, ShardSummary(dataclasses.replace(written, name=shard.name), histograms, key))
 
 
 def column_fingerprint(shards: Iterable[Shard], files: Mapping[str, bytes]) -> str:
@@ -286,11 +335,11 @@ def _described(manifest: Manifest, maker: ColumnMaker, working: Path, files: Map
         for shard in shards:
             summary = read_summary(working / shard.name)
             assert summary is not None, shard.name
-            written, counted = summary
-            found[split].append(written)
-            for name, counts in counted.items():
+            found[split].append(summary.shard)
+            for name, counts in summary.histograms.items():
                 histograms[name].update(counts)
     every = [shard for shards in found.values() for shard in shards]
+    check_shards(working, every)
     return Column(
         format=FORMAT,
         name=maker.name,

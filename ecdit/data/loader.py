@@ -1,10 +1,11 @@
 """Reads training batches by global row, identically on any number of processes and threads.
 
-A run is one endless sequence of rows: batch b has the rows b * batch_size + [0, batch_size). The record of a row and
-its augmentation (caption, dropout, flip, crop) depend on (seed, row) alone, so a process computes only the rows that it
-holds, and a resume costs the same at any row. Grain shuffles each epoch anew and prefetches.
+A run is one endless sequence of rows, of which each batch takes the next. The record of a row and its augmentation
+(caption, dropout, flip, crop) depend on (seed, row) alone, so a process computes only the rows that it holds, and a
+resume costs the same at any row. Grain shuffles each epoch anew and prefetches.
 """
 
+import hashlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
@@ -38,7 +39,7 @@ def make_loader(
       config: prepared data, and how to augment and prefetch it.
       seed: seed of shuffling and augmentation, uint32.
       batch_size: rows of the global batch.
-      start_row: the first row to read; on a resume, the first one after the checkpoint.
+      start_row: the first row of the first batch; on a resume, the first one after the checkpoint.
       rows: positions in the global batch that this process holds, in the order in which it reads them.
 
     Yields:
@@ -47,14 +48,14 @@ def make_loader(
       then top and left of the crop, negative where `data.crop_padding` shows.
 
     Raises:
-      DataError: the data is not prepared, prepared with other settings or incomplete, or start_row is inside a batch.
+      DataError: the data is not prepared, prepared with other settings or incomplete.
       ConfigError: the seed is no uint32.
     """
     positions = [int(row) for row in rows]
     if not positions or not all(0 <= position < batch_size for position in positions):
         raise ValueError(f"rows {positions} must be positions in a batch of {batch_size}, at least one")
-    if start_row < 0 or start_row % batch_size:
-        raise DataError(f"cannot start at row {start_row}: it is no multiple of the batch size {batch_size}")
+    if start_row < 0:
+        raise ValueError(f"cannot start at row {start_row}: rows begin at 0")
     require(0 <= seed < 2**32, "seed", seed, "must be between 0 and 2**32 - 1")
     prepared = open_prepared(config)
     empty = empty_caption(prepared) if config.text_states else None
@@ -75,14 +76,18 @@ def row_reader(prepared: Prepared, seed: int, split: Split = "train") -> ReadRow
     Raises:
       DataError: shards are missing, or a part has no records in this split.
     """
-    readers = []
-    for component, part in zip(prepared.composition.components, prepared.stored, strict=True):
-        if part is None:
-            generated = GeneratedRows(component.task, prepared.config, split, prepared.tokenizer)
-            readers.append(_seeded(generated, seed))
-        else:
-            readers.append(shuffled(StoredRows(part, prepared.config, split), seed, f"{component.task}, {split}"))
+    readers = [part_reader(prepared, place, seed, split) for place in range(len(prepared.stored))]
     return mixed(mixing([Fraction(component.rate) for component in prepared.composition.components]), readers)
+
+
+def part_reader(prepared: Prepared, place: int, seed: int, split: Split) -> ReadRow:
+    """Returns the function from an endless index to a row of the mixture's part at `place`. Raises as `row_reader`."""
+    component, part = prepared.composition.components[place], prepared.stored[place]
+    # Parts of the same images, or of the same generator, would otherwise come in the same order, side by side.
+    seed = seed if place == 0 else int.from_bytes(hashlib.sha256(f"{seed} {place}".encode()).digest()[:4])
+    if part is None:
+        return _seeded(GeneratedRows(component.task, prepared.config, split, prepared.tokenizer), seed)
+    return shuffled(StoredRows(part, prepared.config, split), seed, f"{component.task}, {split}")
 
 
 def shuffled(rows: RandomAccessDataSource[Row], seed: int, name: str) -> ReadRow:

@@ -57,6 +57,7 @@ class Manifest:
     held_out_in_train: int | None  # held-out records whose stored image training reads; None: not counted then
     counted: float  # share of the records from which the last three were scaled up
     attribution: str
+    source: str  # sha256 of what was read, by names and times of its files; "": not kept then
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,6 +124,7 @@ def read_json(path: Path, cls: type[T]) -> T:
         if stored["format"] == FORMAT:
             if cls is Manifest:
                 stored.setdefault("held_out_in_train", None)  # records that were prepared before it was counted
+                stored.setdefault("source", "")
             return build(cls, stored)
         found = stored["format"]
     except FileNotFoundError:

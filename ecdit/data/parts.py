@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ecdit.config import to_dict
-from ecdit.data import images
+from ecdit.data import DataError, images
 from ecdit.data.config import DataConfig, field_group
 from ecdit.data.filters import Filters, caption_reason, column_reason, size_reason
 from ecdit.data.images import ImageRejected
@@ -24,6 +24,7 @@ from ecdit.data.record import Record, encode_record
 from ecdit.data.shards import Shard, ShardWriter
 from ecdit.data.sources.protocol import Pair, Rejected
 from ecdit.data.splits import split_of
+from ecdit.files import sync, sync_tree
 
 # The hashes of images and captions of a part's records, those for training first, are only read to count copies.
 SUMMARY, HASHES = "part.json", "hashes.npy"
@@ -34,6 +35,7 @@ class PartSummary:
     """Describes what preparation wrote for one part."""
 
     stamp: str  # the source's stamp of the part
+    made_with: str  # sha256 of the settings and of the user's files that the part depends on
     shards: tuple[Shard, ...]  # <part>/train.array_record and <part>/held_out.array_record, unless empty
     rejected: dict[str, int]  # counts by reason
     caption_characters: dict[str, dict[str, int]]  # as in `manifest.Manifest`
@@ -73,7 +75,9 @@ def _kept_captions(captions: Mapping[str, str], filters: Filters) -> tuple[dict[
     return kept, None if kept else next(iter(reasons.values()), "no caption")
 
 
-def write_part(config: DataConfig, pairs: Iterable[Pair | Rejected], part: str, stamp: str, place: Path) -> None:
+def write_part(
+    config: DataConfig, pairs: Iterable[Pair | Rejected], part: str, stamp: str, place: Path, made_with: str = ""
+) -> None:
     """Writes a part's shards and summary to the directory `place`, which appears only when it is complete."""
     scratch = scratch_of(place)
     shutil.rmtree(scratch, ignore_errors=True)  # left by a killed process
@@ -95,6 +99,7 @@ def write_part(config: DataConfig, pairs: Iterable[Pair | Rejected], part: str, 
                 lengths[field][histogram_bin(len(text))] += 1
     summary = PartSummary(
         stamp=stamp,
+        made_with=made_with,
         rejected=dict(sorted(quarantine.counts.items())),
         caption_characters={
             field: {str(length): count for length, count in counts.items()} for field, counts in sorted(lengths.items())
@@ -107,7 +112,9 @@ def write_part(config: DataConfig, pairs: Iterable[Pair | Rejected], part: str, 
             writer.discard()
     np.save(scratch / HASHES, np.array([row for rows in hashes.values() for row in rows], np.uint64).reshape(-1, 2))
     (scratch / SUMMARY).write_text(json.dumps(to_dict(summary)) + "\n")
+    sync_tree(scratch)  # otherwise a power failure could leave empty files in a part that counts as complete
     scratch.rename(place)
+    sync(place.parent)
 
 
 def _by_groups(fields: Mapping[tuple[str, ...], int]) -> dict[str, int]:
@@ -124,13 +131,19 @@ def _closed(writer: ShardWriter, part: str) -> Shard:
 
 
 def read_summary(place: Path) -> PartSummary | None:
-    """Returns the summary of a part, or None if the part is incomplete."""
+    """Returns the summary of a part, or None if the part is incomplete.
+
+    Raises:
+      DataError: it is damaged, or another version of this package wrote it.
+    """
     try:
         stored: dict[str, Any] = json.loads((place / SUMMARY).read_text())
+        shards = tuple(Shard(**shard) for shard in stored.pop("shards"))
+        return PartSummary(shards=shards, **stored)
     except FileNotFoundError:
         return None
-    shards = tuple(Shard(**shard) for shard in stored.pop("shards"))
-    return PartSummary(shards=shards, **stored)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DataError(f"{place / SUMMARY} is damaged ({error}): delete {place} and prepare again") from None
 
 
 def part_name(index: int) -> str:

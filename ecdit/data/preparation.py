@@ -5,6 +5,7 @@ step ends in a rename, so that a directory with its final name is complete.
 """
 
 import collections
+import dataclasses
 import functools
 import json
 import multiprocessing
@@ -13,6 +14,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,10 +43,10 @@ from ecdit.data.manifest import (
 from ecdit.data.parts import HASHES, SUMMARY, PartSummary, part_name, read_summary, write_part
 from ecdit.data.quarantine import merge
 from ecdit.data.registry import Part, Task, find_parts, find_task, module_of, module_sha256
-from ecdit.data.shards import Shard, combined
+from ecdit.data.shards import Shard, check_shards, combined
 from ecdit.data.shares import Share, beginning, check_count, forget_count, sharing
 from ecdit.data.sources.protocol import Source
-from ecdit.files import replace_text
+from ecdit.files import in_threads, replace_text, sync
 from ecdit.progress import each
 
 _SETTINGS = "settings.json"
@@ -101,6 +103,37 @@ def prepare_share(config: DataConfig, share: Share, workers: int, say: Say) -> N
         _share_of_records(config, task, share, workers, say)
 
 
+def check_sources(config: DataConfig, say: Say, same_source: bool) -> None:
+    """Compares the finished records of every part of `data.task` with what their sources have now.
+
+    A source that is not at hand is only told. `same_source` is that of `prepare_records`.
+
+    Raises:
+      DataError: a source lists other files, or files of other sizes or times, than its records were read from.
+    """
+    for part in find_parts(config):
+        directory = task_directory(config, part.task)
+        if part.task in GENERATED or not _is_prepared(directory):
+            continue
+        manifest = read_records_manifest(config, part.task)
+        try:
+            found = find_task(config, part.task)
+            now = _source_of(found, in_threads(found.stamp, range(len(found.shards))))
+        except (DataError, OSError) as error:
+            say(f"{directory} is prepared, and its source cannot be compared with it: {error}")
+            continue
+        if manifest.source in ("", now):  # "": records that were prepared before it was kept
+            continue
+        told = f"the source of {directory} has changed since it was prepared, or its files have other times"
+        if not same_source:
+            raise DataError(
+                f"{told}: delete {directory} and prepare again, or keep its records: "
+                "python -m ecdit.prepare --config=... --same_source"
+            )
+        say(f"{told}: its records are kept")
+        replace_text(directory / MANIFEST, to_json(dataclasses.replace(manifest, source=now)))
+
+
 def read_composition(config: DataConfig) -> Composition:
     """Returns the parts that a run reads. Raises DataError if they are not prepared."""
     return read_json(_composition_path(config), Composition)
@@ -153,6 +186,7 @@ def _records(config: DataConfig, task: str, workers: int, say: Say) -> Manifest:
         forget_count(working)
         remove_scratch(working)
         working.rename(target)
+        sync(target.parent)
         manifest = read_records_manifest(config, task)
     say(f"prepared {target}: {summary(manifest)}")
     return manifest
@@ -200,9 +234,7 @@ def _nothing_left(task: str, manifest: Manifest) -> str:
 def _working_directory(config: DataConfig, task: str, found: Task) -> Path:
     """Returns the directory of an interrupted preparation, or a new one."""
     working = task_directory(config, task).with_name(f".{task}.preparing")
-    decides = {**settings_of(config, task), "shards": len(found.shards), "module": found.module}
-    settings = json.dumps(decides, indent=1)
-    path = working / _SETTINGS
+    settings, path = _settings(config, found), working / _SETTINGS
     if (working / MANIFEST).exists():  # a preparation was killed just before the rename
         return working
     if path.exists() and path.read_text() != settings:
@@ -214,14 +246,26 @@ def _working_directory(config: DataConfig, task: str, found: Task) -> Path:
     return working
 
 
+def _settings(config: DataConfig, task: Task) -> str:
+    """Returns what the records of every part depend on besides the part's own files, as JSON."""
+    decides = {"shards": len(task.shards), "module": task.module, "keep": task.keep}
+    return json.dumps({**settings_of(config, task.name), **decides}, indent=1)
+
+
 def _write_parts(config: DataConfig, task: Task, working: Path, workers: int, parts: Sequence[int]) -> None:
     """Writes those of `parts` that are missing."""
     places = {index: working / part_name(index) for index in parts}
+    made_with = combined([_settings(config, task)])
     left = []
     for index, place in places.items():
         done = read_summary(place)
         if done is not None and done.stamp != task.stamp(index):
             raise DataError(f"{task.shards[index]} has changed since {working} was begun: delete it and start again")
+        if done is not None and done.made_with != made_with:
+            raise DataError(
+                f"{place} was prepared with other settings or another data.module, on another disk perhaps: delete it "
+                "and start again"
+            )
         if done is None:
             left.append(index)
     begun = len(places) - len(left)
@@ -229,32 +273,43 @@ def _write_parts(config: DataConfig, task: Task, working: Path, workers: int, pa
     if min(workers, len(left)) <= 1:
         for index in parts_done(left):
             pairs = each(task.read(index), "reading", "pairs", shown=len(places) == 1)
-            write_part(config, pairs, task.shards[index], task.stamp(index), places[index])
+            write_part(config, pairs, task.shards[index], task.stamp(index), places[index], made_with)
     else:
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(workers, len(left)), context, ends_with_its_parent, (os.getpid(),)) as pool:
-            source = task.portable_source()
-            jobs = [(source, index, task.shards[index], places[index]) for index in left]
-            futures = [pool.submit(_write_one, config, task.name, task.module, *job) for job in jobs]
+        given = os.getpid(), task.portable_source()
+        with ProcessPoolExecutor(min(workers, len(left)), context, _begin_worker, given) as pool:
+            jobs = [(index, task.shards[index], places[index], made_with) for index in left]
+            futures = [pool.submit(_write_one, config, task.name, *job) for job in jobs]
             try:
                 for future in parts_done(as_completed(futures)):
                     future.result()
+            except BrokenProcessPool:
+                raise DataError(
+                    "a process that prepares was killed, as the kernel does where memory is short; the same command "
+                    "goes on, and with fewer --workers takes less"
+                ) from None
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
 
 
-def _write_one(
-    config: DataConfig, task: str, module: str, source: Source | None, index: int, shard: str, place: Path
-) -> None:
+_SOURCE: list[Source | None] = []  # of a worker process, which gets it once: it may list a hundred thousand files
+
+
+def _begin_worker(parent: int, source: Source | None) -> None:
+    ends_with_its_parent(parent)
+    _SOURCE.append(source)
+
+
+def _write_one(config: DataConfig, task: str, index: int, shard: str, place: Path, made_with: str) -> None:
     """Writes a part in a worker process. Loads seqio only if needed, because that takes ten seconds."""
-    if source is not None:
-        write_part(config, source.read(shard), shard, source.stamp(shard), place)
+    if (source := _SOURCE[0]) is not None:
+        write_part(config, source.read(shard), shard, source.stamp(shard), place, made_with)
         return
     found = find_task(config, task)
-    if found.module != module:
+    if combined([_settings(config, found)]) != made_with:
         raise DataError(f"data.module = {config.module!r} was edited while its data was prepared: start again")
-    write_part(config, found.read(index), shard, found.stamp(index), place)
+    write_part(config, found.read(index), shard, found.stamp(index), place, made_with)
 
 
 def _summary_of(place: Path) -> PartSummary:
@@ -272,6 +327,7 @@ def _joined(config: DataConfig, task: Task, working: Path, summaries: Sequence[P
         for field, counts in done.caption_characters.items():
             characters[field].update(counts)
     train, held_out = (tuple(shard for done in summaries for shard in _shards_of(done, split)) for split in SPLITS)
+    check_shards(working, (*train, *held_out))
     trained = [sum(shard.records for shard in _shards_of(done, "train")) for done in summaries]
     copies = _copies([(working / part_name(index) / HASHES, count) for index, count in enumerate(trained)])
     return Manifest(
@@ -291,7 +347,13 @@ def _joined(config: DataConfig, task: Task, working: Path, summaries: Sequence[P
         held_out_in_train=copies.held_out_in_train,
         counted=copies.counted,
         attribution=task.attribution,
+        source=_source_of(task, [done.stamp for done in summaries]),
     )
+
+
+def _source_of(task: Task, stamps: Sequence[str]) -> str:
+    """Returns the sha256 of what a task is read from: its parts with their stamps, and the file of its predicate."""
+    return combined([task.keep, *(f"{name} {stamp}" for name, stamp in zip(task.shards, stamps, strict=True))])
 
 
 def _shards_of(done: PartSummary, split: str) -> list[Shard]:

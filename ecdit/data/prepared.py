@@ -111,9 +111,10 @@ def prepare_column(
     Raises:
       DataError: as `prepare`; or there is one of that name that something else has made.
     """
-    for component in read_composition(config).components:
-        if component.generated:
-            raise DataError(f"{component.task} is made when it is read: it has no records to compute {maker.name} of")
+    components = read_composition(config).components
+    if made := [component.task for component in components if component.generated]:
+        raise DataError(f"{made[0]} is made when it is read: it has no records to compute {maker.name} of")
+    for component in components:
         directory, manifest = task_directory(config, component.task), read_records_manifest(config, component.task)
         mine, start = shards_left(directory, manifest, maker.name, share), time.monotonic()
         if share is None:
@@ -162,7 +163,9 @@ def open_prepared(config: DataConfig) -> Prepared:
             *(column.fingerprint for column in (latents, text) if column),
         ]
     rates = [component.rate for component in composition.components]
-    fingerprint = combined([*decides, *rates, column.made_by])
+    # Before, all parts were shuffled alike: a run of that order is not to go on with this one.
+    order = ["parts are shuffled apart"] if len(stored) > 1 else []
+    fingerprint = combined([*decides, *rates, column.made_by, *order])
     return Prepared(config, composition, tokenizer, tuple(stored), fingerprint)
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import inspect
 import json
 import pickle
 import sys
@@ -18,6 +19,7 @@ from ecdit.config import require
 from ecdit.data import DataError
 from ecdit.data.config import DataConfig
 from ecdit.data.generated import GENERATED
+from ecdit.data.mixing import MAX_PERIOD, mixing
 from ecdit.data.sources.protocol import Pair, Rejected, Source, with_captions
 from ecdit.data.tensorflow import preparing
 
@@ -80,8 +82,15 @@ def find_parts(config: DataConfig) -> tuple[Part, ...]:
         known = sorted({*seqio.TaskRegistry.names(), *seqio.MixtureRegistry.names()})
         raise DataError(f"data.task = {config.task!r} is not registered in {where}; known: {', '.join(known)}")
     mixture = seqio.MixtureRegistry.get(config.task)
-    # `str` gives the rate as it was written: 0.3 is 3/10, not the nearest binary fraction.
-    return tuple(Part(task.name, Fraction(str(mixture.get_rate(task)))) for task in mixture.tasks)
+    parts = tuple(Part(task.name, _as_written(mixture.get_rate(task))) for task in mixture.tasks)
+    mixing([part.rate for part in parts])  # refuses rates before anything is prepared
+    return parts
+
+
+def _as_written(rate: float) -> Fraction:
+    """Returns a rate as its user means it: 0.3 is 3/10, and half of a third 1/6, not the nearest binary fractions."""
+    short = Fraction(rate).limit_denominator(MAX_PERIOD)
+    return short if float(short) == rate else Fraction(str(rate))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +101,7 @@ class Task:
     attribution: str
     shards: tuple[str, ...]  # names in reading order
     module: str  # sha256 of the user's file that registered it: `module_of`
+    keep: str  # sha256 of the file that defines the source's predicate; "" without one
     _task: "seqio.Task"
 
     def stamp(self, index: int) -> str:
@@ -150,7 +160,21 @@ def find_task(config: DataConfig, name: str) -> Task:
     shards = tuple(task.source.list_shards("train"))
     if not shards:
         raise DataError(f"the task {name} has nothing to read")
-    return Task(name, source.pairs.attribution if source else "", shards, module_of(config, name), task)
+    attribution, keep = (source.pairs.attribution, _file_of(source.pairs)) if source else ("", "")
+    return Task(name, attribution, shards, module_of(config, name), keep, task)
+
+
+def _file_of(source: Source) -> str:
+    """Returns the sha256 of the file that defines a source's `keep`, which may be another than `data.module`."""
+    keep = getattr(source, "keep", None)
+    while isinstance(keep, functools.partial):
+        keep = keep.func
+    if keep is None:
+        return ""
+    try:
+        return hashlib.sha256(Path(inspect.getfile(keep)).read_bytes()).hexdigest()
+    except (TypeError, OSError):  # a builtin, or an object that is called
+        return ""
 
 
 def _register(config: DataConfig) -> None:

@@ -9,7 +9,7 @@ import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import grain
 
@@ -88,18 +88,34 @@ def summary_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.json")
 
 
-def write_summary(path: Path, shard: Shard, histograms: Mapping[str, Mapping[str, int]]) -> None:
+class ShardSummary(NamedTuple):
+    """Describes a shard that is complete, of a column that is not."""
+
+    shard: Shard
+    histograms: Mapping[str, Mapping[str, int]]
+    made_of: str  # what its values were computed from, by fingerprints
+
+
+def write_summary(path: Path, summary: ShardSummary) -> None:
     """Writes the summary beside the shard at `path`, which marks the shard as complete."""
-    replace_text(summary_path(path), json.dumps([dataclasses.asdict(shard), histograms]) + "\n")
+    stored = [dataclasses.asdict(summary.shard), summary.histograms, summary.made_of]
+    replace_text(summary_path(path), json.dumps(stored) + "\n")
 
 
-def read_summary(path: Path) -> tuple[Shard, dict[str, dict[str, int]]] | None:
-    """Returns a shard's entry and its histograms, or None if the shard is incomplete."""
+def read_summary(path: Path) -> ShardSummary | None:
+    """Returns what is known of a shard, or None if the shard is incomplete.
+
+    Raises:
+      DataError: its summary is damaged, or another version of this package wrote it.
+    """
+    place = summary_path(path)
     try:
-        shard, histograms = json.loads(summary_path(path).read_text())
+        shard, histograms, made_of = json.loads(place.read_text())
+        return ShardSummary(Shard(**shard), histograms, made_of)
     except FileNotFoundError:
         return None
-    return Shard(**shard), histograms
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{place} is damaged ({error}): delete it, and {path.name} is computed again") from None
 
 
 def file_sha256(path: Path) -> str:
@@ -130,8 +146,15 @@ def check_shards(directory: Path, shards: Sequence[Shard]) -> None:
 
     found = in_threads(whole, shards)
     if missing := [shard.name for shard, is_whole in zip(shards, found, strict=True) if not is_whole]:
-        some = ", ".join(missing[:10]) + (f" and {len(missing) - 10} more" if len(missing) > 10 else "")
-        raise DataError(f"{directory} is not whole: {some} of {len(shards)} shards missing or cut; prepare again")
+        raise DataError(
+            f"{directory} is not whole: {some_of(missing)} of {len(shards)} shards missing or cut; delete {directory} "
+            "and prepare again"
+        )
+
+
+def some_of(names: Sequence[str]) -> str:
+    """Returns up to ten names, and how many more there are."""
+    return ", ".join(names[:10]) + (f" and {len(names) - 10} more" if len(names) > 10 else "")
 
 
 class ShardReader:

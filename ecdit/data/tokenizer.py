@@ -21,6 +21,7 @@ from ecdit.data import DataError
 from ecdit.data.locks import scratch_of
 from ecdit.data.shards import file_sha256
 from ecdit.data.text import EOS, PAD, load_vocabulary, read_vocabulary
+from ecdit.files import sync_tree
 from ecdit.pretrained.tokenizers import BOTH, MERGES, SPIECE, VOCABULARY, ClipTokenizer, T5Tokenizer, fit
 
 if TYPE_CHECKING:
@@ -208,4 +209,5 @@ def copy_folders(folders: Sequence[str], target: Path) -> None:
         (scratch / side).mkdir(parents=True)
         for name, path in files_of(Path(folder)).items():
             shutil.copyfile(path, scratch / side / name)
+    sync_tree(scratch)
     scratch.rename(target)

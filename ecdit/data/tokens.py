@@ -26,7 +26,7 @@ from ecdit.data.tokenizer import (
     load_tokenizer,
     tokenizer_sha256,
 )
-from ecdit.files import replace_text
+from ecdit.files import replace_text, sync
 
 _CAPTIONS = 1_000_000  # more hardly improve a vocabulary and would have to fit in memory
 _GENERATED_CAPTIONS = 4096
@@ -118,7 +118,9 @@ def _write_tokenizer(config: DataConfig, composition: Composition, path: Path) -
         words = dict.fromkeys(word for name in names for word in GENERATED[name].words)
         train_vocabulary(_captions(config, composition), config.vocab_size, scratch, list(words))
         replace_text(_trained_on_path(path), _trained_on(config, composition))
+    sync(scratch)
     scratch.rename(path)
+    sync(path.parent)
 
 
 def _trained_on_path(tokenizer: Path) -> Path:

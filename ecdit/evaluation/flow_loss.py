@@ -10,7 +10,10 @@ images), they compete with others at other times, as in training. Axes: n images
 """
 
 import dataclasses
+import itertools
 import math
+import sys
+from fractions import Fraction
 from typing import NamedTuple
 
 import jax
@@ -22,8 +25,9 @@ from jaxtyping import Array, Float64, Int
 from ecdit.components import Denoiser, Mode
 from ecdit.data import DataError
 from ecdit.data.generated import Split
-from ecdit.data.loader import augmented, row_reader
-from ecdit.data.prepared import Prepared, empty_caption
+from ecdit.data.loader import augmented, part_reader
+from ecdit.data.mixing import mixing
+from ecdit.data.prepared import Prepared, Row, StoredPart, empty_caption
 from ecdit.data.tokenizer import load_tokenizer
 from ecdit.diffusion.flow import SAMPLE_KEY_IMPL, interpolate, velocity_target
 from ecdit.encoders.autoencoder import to_unit
@@ -49,20 +53,42 @@ class LossProgram(NamedTuple):
 def fixed_rows(prepared: Prepared, count: int, split: Split = "held_out") -> Rows:
     """Returns `count` rows of a split, always the same ones, or all if there are fewer stored.
 
+    The parts of a mixture come at their rates, each until its records are used up: no record comes twice.
+
     Raises:
       DataError: there are none.
     """
-    parts = [part for part in prepared.stored if part]
-    stored = sum(p.manifest.num_held_out if split == "held_out" else p.manifest.num_records for p in parts)
-    if len(parts) == len(prepared.stored):  # nothing is generated
-        count = min(count, stored)
-    if not count:
+    sizes = [_records(part, split) for part in prepared.stored]
+    parts = [place for place, size in enumerate(sizes) if size]
+    if not parts:
         raise DataError(f"the data has no record in the split {split}: see data.prepare.held_out")
+    rates = mixing([Fraction(prepared.composition.components[place].rate) for place in parts])
+    left = [sizes[place] for place in parts]
+    chosen: dict[int, tuple[int, int]] = {}  # the part and its index by the mixture's row
+    for row in itertools.count():
+        if len(chosen) == min(count, sum(left)):
+            break
+        part, index = rates.locate(row)
+        if index < left[part]:
+            chosen[row] = part, index
+    readers = [part_reader(prepared, place, 0, split) for place in parts]
+
+    def read_row(row: int) -> Row:
+        part, index = chosen[row]
+        return readers[part](index)
+
     plain = dataclasses.replace(prepared.config, caption_dropout=0.0, flip_probability=0.0, crop_padding=0)
     empty = empty_caption(prepared) if plain.text_states else None
-    read = augmented(plain, 0, row_reader(prepared, 0, split), load_tokenizer(prepared.tokenizer), empty)
-    rows = [read(i) for i in range(count)]
+    read = augmented(plain, 0, read_row, load_tokenizer(prepared.tokenizer), empty)
+    rows = [read(row) for row in chosen]
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+def _records(part: StoredPart | None, split: Split) -> int:
+    """Returns how many records a part has in a split; generated rows have no end."""
+    if part is None:
+        return sys.maxsize
+    return part.manifest.num_held_out if split == "held_out" else part.manifest.num_records
 
 
 def make_loss_program(system: System, mesh: Mesh, about: int, mode: Mode = "sample") -> LossProgram:

@@ -326,10 +326,17 @@ def test_no_records_to_shuffle_is_an_error():
         shuffled([], 0, "emoji, held_out")
 
 
+def test_batches_may_begin_at_any_row(source):
+    """A phase of larger batches begins where smaller ones have ended."""
+    by_fours = make_loader(config(), 3, 4, 12, range(4))
+    first, second = next(by_fours), next(by_fours)
+    by_eights = next(make_loader(config(), 3, 8, 12, range(8)))
+    for name, values in by_eights.items():
+        np.testing.assert_array_equal(values, np.concatenate([first[name], second[name]]))
+
+
 def test_impossible_positions_are_refused(source):
-    with pytest.raises(DataError, match="start at row 12: it is no multiple of the batch size 8"):
-        make_loader(config(), 3, BATCH, 12, range(BATCH))
-    with pytest.raises(DataError, match="row -8"):
+    with pytest.raises(ValueError, match="row -8: rows begin at 0"):
         make_loader(config(), 3, BATCH, -8, range(BATCH))
     for rows in ([], [8], [-1]):
         with pytest.raises(ValueError, match="positions in a batch of 8"):

@@ -3,15 +3,19 @@
 import dataclasses
 import shutil
 import threading
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
 
 from ecdit.data import DataError
 from ecdit.data.columns import make_column
+from ecdit.data.loader import row_reader
 from ecdit.data.manifest import read_records_manifest, task_directory
-from ecdit.data.preparation import prepare_records
+from ecdit.data.preparation import check_sources, prepare_records, prepare_share
 from ecdit.data.prepared import open_prepared, prepare, stored_records
+from ecdit.data.registry import find_parts
+from ecdit.data.shares import Share
 from ecdit.data.verification import verify
 from tests.data.example import make_config, module
 from tests.runs import tiny
@@ -93,6 +97,100 @@ def test_records_of_another_file_of_the_user_are_refused_until_they_are_said_to_
     assert prepare(config, say=quiet).num_records == 20  # composition.json has the answer
     shutil.rmtree(task_directory(config))
     assert prepare(config, say=quiet).num_records == 40
+
+
+def test_records_of_a_source_that_has_changed_are_refused_until_they_are_said_to_be_the_same(tmp_path, monkeypatch):
+    where = module(tmp_path, "replaced", "20")
+    config, said = make_config(tmp_path / "data", module=where, task="replaced", vocab_size=300), []
+    check_sources(config, said.append, False)  # nothing is prepared
+    prepare(config, say=quiet)
+    check_sources(config, said.append, False)
+    assert said == []
+    monkeypatch.setattr("tests.data.example.Counted.stamp", lambda self, part: f"later {part}")
+    before = (task_directory(config) / "dataset.json").read_bytes()
+    with pytest.raises(DataError, match=r"the source of .*data/replaced has changed since .*--same_source"):
+        check_sources(config, said.append, False)
+    assert (task_directory(config) / "dataset.json").read_bytes() == before
+    check_sources(config, said.append, True)
+    assert said.pop().endswith("its records are kept")
+    check_sources(config, said.append, False)
+    monkeypatch.setattr("tests.data.example.Counted.parts", lambda self: ("part 0", "part 1", "part 2"))
+    with pytest.raises(DataError, match="has changed since"):
+        check_sources(config, said.append, False)
+
+    def gone(self, part):
+        raise FileNotFoundError(part)
+
+    monkeypatch.setattr("tests.data.example.Counted.stamp", gone)
+    check_sources(config, said.append, False)
+    assert "is prepared, and its source cannot be compared with it: part 0" in said.pop()
+    assert prepare(config, say=quiet).num_records == 20
+
+
+def test_a_predicate_of_another_file_belongs_to_the_source(tmp_path, monkeypatch):
+    """A predicate must be a function of a module, so it is seldom in `data.module` itself."""
+    monkeypatch.syspath_prepend(tmp_path)
+    other = tmp_path / "my_predicate.py"
+    other.write_text("def even(pair):\n    return pair.columns['number'] % 2 == 0\n")
+    keeps = """
+import dataclasses
+from typing import Any
+import my_predicate
+
+@dataclasses.dataclass(frozen=True)
+class Kept(Counted):
+    keep: Any = my_predicate.even
+
+add_task("kept", Kept(20))
+"""
+    where = module(tmp_path, "unused_kept", "1", keeps)
+    config = make_config(tmp_path / "data", module=where, task="kept", vocab_size=300)
+    prepare(config, say=quiet)
+    check_sources(config, pytest.fail, False)
+    other.write_text(other.read_text().replace("== 0", "== 1"))
+    with pytest.raises(DataError, match="has changed since"):
+        check_sources(config, pytest.fail, False)
+    shutil.rmtree(task_directory(config))
+    prepare_share(config, Share(0, 2), 1, quiet)
+    other.write_text(other.read_text().replace("== 1", "== 0"))
+    with pytest.raises(DataError, match=r"was begun with other settings or other input, or another data\.module"):
+        prepare(config, say=quiet)
+
+
+def test_rates_that_cannot_be_mixed_are_refused_before_anything_is_prepared(tmp_path):
+    more = 'add_mixture("odd", [("odd_part", 12_000_000.0), ("shapes", 5_000_001.0)])'
+    config = make_config(tmp_path / "data", module=module(tmp_path, "odd_part", "10", more), task="odd", **PLAIN)
+    with pytest.raises(DataError, match="of a mixture repeat after"):
+        prepare(config, say=quiet)
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_half_of_a_third_is_a_sixth(tmp_path):
+    """A mixture within a mixture has rates that no decimal has."""
+    more = """
+import seqio
+add_mixture("thirds", [("inner", 1), ("shapes", 2)])
+seqio.MixtureRegistry.add("nested", [("thirds", 0.5), ("shapes_textured", 0.5)])
+"""
+    config = make_config(tmp_path, module=module(tmp_path, "inner", "1", more), task="nested")
+    rates = {part.task: part.rate for part in find_parts(config)}
+    assert rates == {"inner": Fraction(1, 6), "shapes": Fraction(1, 3), "shapes_textured": Fraction(1, 2)}
+
+
+def test_parts_of_a_mixture_are_not_shuffled_alike(tmp_path):
+    """Otherwise two parts of the same images, such as alt texts and recaptions, give each image twice in a row."""
+    more = 'add_task("twin", Counted(60))\nadd_mixture("twins", [("first_twin", 0.5), ("twin", 0.5)])'
+    where = module(tmp_path, "first_twin", "60", more)
+    config = make_config(tmp_path / "data", module=where, task="twins", vocab_size=300, **PLAIN)
+    prepared = prepare(config, say=quiet)
+    read = row_reader(prepared, 5)
+    rows = [int(read(row).content[0, 0, 0]) for row in range(120)]
+    first, second = rows[::2], rows[1::2]
+    assert sorted(first) == sorted(second) == list(range(60))
+    assert sum(one == other for one, other in zip(first, second, strict=True)) < 8
+    alone = dataclasses.replace(config, task="first_twin")
+    read = row_reader(prepare(alone, say=quiet), 5)
+    assert [int(read(row).content[0, 0, 0]) for row in range(60)] == first  # as without a mixture
 
 
 def test_records_of_a_task_of_the_package_belong_to_no_file_of_the_user(tmp_path, emoji_data):

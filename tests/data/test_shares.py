@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from ecdit.data import DataError, preparation
-from ecdit.data.columns import column_directory, make_column, make_share
+from ecdit.data.columns import column_directory, make_column, make_share, read_column
 from ecdit.data.locks import locked
 from ecdit.data.manifest import read_records_manifest, task_directory
 from ecdit.data.preparation import prepare_share
@@ -124,6 +124,23 @@ def test_shares_of_other_settings_or_another_number_are_refused(whole, tmp_path)
     assert files(tmp_path) == files(Path(whole.directory))
 
 
+@pytest.mark.parametrize("last", [0, 1])
+def test_parts_that_hosts_prepared_with_other_settings_are_not_joined(whole, tmp_path, last):
+    """Each host has a settings.json of its own, of which the last copy stays; otherwise held-out keys are trained."""
+    for index in (1 - last, last):
+        prepare_ = dataclasses.replace(whole.prepare, held_out=(0.2, 0.6)[index])
+        host = dataclasses.replace(elsewhere(whole, tmp_path / f"host{index}"), prepare=prepare_)
+        prepare_share(host, Share(index, 2), 1, quiet)
+        shutil.copytree(working(host), tmp_path / "all" / working(host).name, dirs_exist_ok=True)
+    config = dataclasses.replace(elsewhere(whole, tmp_path / "all"), prepare=prepare_)
+    other = "000000" if last else "000001"
+    with pytest.raises(DataError, match=rf"\.shared\.preparing/{other} was prepared with other settings"):
+        prepare(config, say=quiet)
+    for index in range(1 - last, 7, 2):
+        shutil.rmtree(working(config) / f"{index:06d}")  # as the message says
+    assert prepare(config, say=quiet).stored[0].manifest.settings["held_out"] == (0.2, 0.6)[last]
+
+
 def test_an_input_that_differs_between_hosts_is_found_when_parts_are_joined(whole, tmp_path, monkeypatch):
     config = elsewhere(whole, tmp_path)
     prepare_share(config, Share(1, 3), 1, quiet)
@@ -216,6 +233,47 @@ def test_a_column_begun_by_other_weights_or_in_other_shares_is_not_gone_on_with(
     with pytest.raises(DataError, match=r"\.latents-keys\.preparing was begun from other records, or by another"):
         make_column(task, manifest, Keys("b"), 1, quiet)
     assert files(task) == before
+
+
+@pytest.mark.parametrize("records_differ", [False, True])
+def test_shards_that_hosts_computed_of_something_else_are_not_joined(records, tmp_path, records_differ):
+    """The copies of two hosts' disks have one `made_of`, the last one's; otherwise rows shift to other records."""
+    task, manifest = task_directory(records), read_records_manifest(records, "shared")
+    begun = column_directory(task, ".latents-keys.preparing")
+    make_share(task, manifest, Keys(), 1, quiet, Share(1, 3))
+    there = dataclasses.replace(manifest, fingerprint="others") if records_differ else manifest
+    shutil.copytree(task, tmp_path / "there", ignore=shutil.ignore_patterns("columns"))
+    make_share(tmp_path / "there", there, Keys() if records_differ else Keys("b"), 1, quiet, Share(2, 3))
+    other = column_directory(tmp_path / "there", ".latents-keys.preparing")
+    (other / "made_of").unlink()
+    shutil.copytree(other, begun, dirs_exist_ok=True)
+    with pytest.raises(DataError, match=r"000002/train\.array_record.* were computed from other records, or by anoth"):
+        make_column(task, manifest, Keys(), 1, quiet)
+    for index in (2, 5):
+        shutil.rmtree(begun / f"{index:06d}")
+    made = make_column(task, manifest, Keys(), 1, quiet)
+    shutil.rmtree(other)
+    assert made == make_column(tmp_path / "there", manifest, Keys(), 1, quiet)
+
+
+def test_a_column_without_a_row_for_each_record_is_refused(records):
+    task, manifest = task_directory(records), read_records_manifest(records, "shared")
+    make_column(task, manifest, Keys(), 1, quiet)
+    first = manifest.train[0]
+    longer = dataclasses.replace(first, records=first.records + 1)
+    for train, named in ((longer, *manifest.train[1:]), first.name), (manifest.train[1:], first.name):
+        with pytest.raises(DataError, match=f"latents-keys has not a row for each record of {named}: delete it"):
+            read_column(task, dataclasses.replace(manifest, train=train), "latents-keys", "a")
+
+
+def test_a_shard_that_was_cut_after_it_was_complete_is_found_when_a_column_is_joined(records):
+    task, manifest = task_directory(records), read_records_manifest(records, "shared")
+    make_share(task, manifest, Keys(), 1, quiet, Share(1, 3))
+    cut = column_directory(task, ".latents-keys.preparing") / "000001/train.array_record"
+    cut.write_bytes(b"")
+    with pytest.raises(DataError, match=r"\.latents-keys\.preparing is not whole: 000001/train\.array_record of "):
+        make_column(task, manifest, Keys(), 1, quiet)
+    assert not column_directory(task, "latents-keys").exists()
 
 
 def test_weights_that_change_while_they_compute_a_column_are_noticed(records):

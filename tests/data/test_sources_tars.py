@@ -67,6 +67,10 @@ def test_a_record_is_image_text_and_json(write):
         ("text", {"caption": " "}, {"caption": "text"}),
         ("text", {"caption": ["a", "b"]}, {"caption.0": "a", "caption.1": "b"}),
         (None, {"captions": ["a", "", "c"], "title": "t"}, {"captions.0": "a", "captions.2": "c", "title": "t"}),
+        ("t", {"captions": ["a", None, 3, "c"]}, {"caption": "t", "captions.0": "a", "captions.3": "c"}),
+        ("t", {"caption": [None]}, {"caption": "t"}),
+        ("t", {"caption": ["", " "]}, {"caption": "t"}),
+        ("t", {"caption": [None, "a"]}, {"caption.1": "a"}),
         (None, {"org_caption": "a", "other": "b"}, {"org_caption": "a"}),
     ],
 )

@@ -1,5 +1,7 @@
 """The loss on fixed triples, of a network whose error is known at every time."""
 
+import collections
+
 import jax
 import numpy as np
 import pytest
@@ -105,6 +107,29 @@ def test_a_split_has_no_more_rows_than_records(held_out, tmp_path):
     else:
         with pytest.raises(DataError, match="no record in the split held_out"):
             fixed_rows(prepared, 10_000)
+
+
+def test_parts_of_a_mixture_give_each_held_out_record_once(tmp_path):
+    """Nine of ten rows would be of the small part, again and again; the empty one would end the run."""
+    more = """
+add_task("grey_large", Counted(300))
+add_task("grey_tiny", Counted(1))
+add_mixture("greys", [("grey_small", 0.9), ("grey_large", 0.05), ("grey_tiny", 0.05)])
+"""
+    where = module(tmp_path, "grey_small", "30", more)
+    changes = {"prepare": {"held_out": 0.2}, "vocab_size": 400}
+    config = make_config(tmp_path / "data", module=where, task="greys", **changes)
+    prepared = prepare(config, say=lambda _: None)
+    sizes = {part.component.task: part.manifest.num_held_out for part in prepared.stored}
+    assert 0 == sizes["grey_tiny"] < sizes["grey_small"] < 10 < 50 < sizes["grey_large"]
+    rows = fixed_rows(prepared, 40)
+    counts = collections.Counter(tokens.tobytes() for tokens in rows["tokens"])
+    assert sum(counts.values()) == 40
+    assert max(counts.values()) == 2  # the captions of the small part's records are also in the large one
+    fewer = fixed_rows(prepared, 6)
+    for name, values in fewer.items():
+        np.testing.assert_array_equal(values, rows[name][:6])
+    assert len(fixed_rows(prepared, 10_000)["tokens"]) == sum(sizes.values())
 
 
 @pytest.mark.parametrize(("group", "about", "expected"), [("image", 5, 6), ("image", 6, 6), ("64", 5, 8)])

@@ -22,6 +22,10 @@ def _shares(name: str) -> tuple[str, ...]:
     return (f"tests/data/test_shares.py::{name}",)
 
 
+def _again(name: str) -> tuple[str, ...]:
+    return (f"tests/data/test_prepared_again.py::{name}",)
+
+
 def _preprocessors(name: str) -> tuple[str, ...]:
     return (f"tests/data/test_preprocessors.py::{name}",)
 
@@ -272,16 +276,62 @@ MUTANTS = (
         "every caption after it belongs to the image before",
     ),
     Mutant(
+        _COLUMNS,
+        "if one and one.made_of != key]",
+        "if one and not one.made_of]",
+        _shares("test_shards_that_hosts_computed_of_something_else_are_not_joined"),
+        "latents of other records are joined with these",
+    ),
+    Mutant(
+        _COLUMNS,
+        "if rows.get(name) != wanted.get(name)]",
+        "if name not in wanted]",
+        _shares("test_a_column_without_a_row_for_each_record_is_refused"),
+    ),
+    Mutant(
+        "ecdit/data/preparation.py",
+        "if done is not None and done.made_with != made_with:",
+        "if done is not None and not done.made_with:",
+        _shares("test_parts_that_hosts_prepared_with_other_settings_are_not_joined"),
+        "held-out keys are trained on",
+    ),
+    Mutant(
+        "ecdit/data/preparation.py",
+        'if manifest.source in ("", now):',
+        "if manifest.source:",
+        _again("test_records_of_a_source_that_has_changed_are_refused_until_they_are_said_to_be_the_same"),
+    ),
+    Mutant(
+        _LOADER,
+        "seed = seed if place == 0 else",
+        "seed = seed if place >= 0 else",
+        _again("test_parts_of_a_mixture_are_not_shuffled_alike"),
+        "each image of two parts comes twice in a batch",
+    ),
+    Mutant(
+        "ecdit/data/registry.py",
+        "    mixing([part.rate for part in parts])  # refuses rates before anything is prepared\n",
+        "",
+        _again("test_rates_that_cannot_be_mixed_are_refused_before_anything_is_prepared"),
+    ),
+    Mutant(
+        "ecdit/evaluation/flow_loss.py",
+        "        if index < left[part]:",
+        "        if left[part]:",
+        ("tests/evaluation/test_flow_loss.py::test_parts_of_a_mixture_give_each_held_out_record_once",),
+        "the held-out loss of a mixture is that of a few records",
+    ),
+    Mutant(
         _PREPARED,
-        "fingerprint = combined([*decides, *rates, column.made_by])",
-        "fingerprint = combined([*decides, *rates])",
+        "fingerprint = combined([*decides, *rates, column.made_by, *order])",
+        "fingerprint = combined([*decides, *rates, *order])",
         _preparation("test_the_fingerprint_of_a_run_s_data_follows_its_tokenizer_and_rates"),
         "a run of generated rows resumes with another tokenizer",
     ),
     Mutant(
         _PREPARED,
-        "fingerprint = combined([*decides, *rates, column.made_by])",
-        "fingerprint = combined([*decides, column.made_by])",
+        "fingerprint = combined([*decides, *rates, column.made_by, *order])",
+        "fingerprint = combined([*decides, column.made_by, *order])",
         _preparation("test_the_fingerprint_of_a_run_s_data_follows_its_tokenizer_and_rates"),
         "a run resumes on a mixture with other rates",
     ),

@@ -94,7 +94,8 @@ def split_fields(fields: Mapping[str, Any], captions: Callable[[str], bool]) -> 
 
     Args:
       fields: the record.
-      captions: returns whether a field of that name is a caption, if it is a string or a list of strings.
+      captions: returns whether a field of that name is a caption, if it is a string or a list. Of a list only the
+        strings are captions, each with its own index; others, such as null, say that there is none.
 
     Returns:
       The captions, stripped of white space and including empty ones, and the other fields that are scalars.
@@ -103,8 +104,8 @@ def split_fields(fields: Mapping[str, Any], captions: Callable[[str], bool]) -> 
     for name, value in fields.items():
         if captions(name) and isinstance(value, str):
             texts[name] = value
-        elif captions(name) and isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
-            texts |= {f"{name}.{place}": item for place, item in enumerate(value)}
+        elif captions(name) and isinstance(value, list | tuple):
+            texts |= {f"{name}.{place}": item for place, item in enumerate(value) if isinstance(item, str)}
         elif value is None or isinstance(value, int | float | str | bool):
             columns[name] = value
     return texts, columns

@@ -185,7 +185,8 @@ def _unsafe(name: str) -> str:
 def _merged(text: dict[str, str], fields: dict) -> dict:
     """Returns the JSON's fields, with the text file's caption if the JSON has none."""
     own = fields.get("caption")
-    return fields if own and isinstance(own, str | list) and str(own).strip() else {**fields, **text}
+    texts = own if isinstance(own, list) else [own]
+    return fields if any(isinstance(one, str) and one.strip() for one in texts) else {**fields, **text}
 
 
 def _bytes(file: BinaryIO, member: archive.Member) -> bytes:
