@@ -226,7 +226,7 @@ def _set_training(config: ConfigDict) -> None:
     optimizer.end_factor = 0.0  # rate after it, in learning rates
     optimizer.learning_rate_factors = {}  # of parts: {"denoiser/pairs/even/experts/router": 0.1}
     optimizer.clip_norm = 1.0  # [S]
-    optimizer.moment_dtype = "float32"  # float32 | bfloat16: half of the moments' memory [?]
+    optimizer.moment_dtype = "float32"  # float32 | bfloat16: half the memory, for decays up to 0.99 [?]
     optimizer.rmsprop_decay = 0.99  # [?]
     optimizer.rmsprop_momentum = 0.9  # [?]
     optimizer.rmsprop_eps = 1e-8  # [?]

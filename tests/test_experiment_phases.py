@@ -101,6 +101,23 @@ def test_phases_that_have_not_begun_may_change():
             resume(before, now, step)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"), [("data.directory", "moved"), ("train.accumulation", 2), ("model.attention", "plain")]
+)
+def test_what_may_change_on_a_resume_may_change_in_a_phase_that_has_begun(key, value):
+    """Data moves, and memory or hardware become other ones, also in the middle of a phase that names them."""
+
+    def phase(rate, **changes):
+        return phased({"after": 4, "changes": {"optimizer.learning_rate": rate, **changes}})
+
+    saved = Meta(FORMAT, to_dict(phase(1e-3)), 0, "data", {}, {}, "", {}, "")
+    now = phase(1e-3, **{key: value})
+    check_resume(saved, to_dict(now), changeable(now, "resume"), "data", 6)
+    other = phase(2e-3, **{key: value})
+    with pytest.raises(CheckpointError, match=r"config\.phases: saved .* now "):
+        check_resume(saved, to_dict(other), changeable(other, "resume"), "data", 6)
+
+
 def test_a_resume_with_another_value_is_told_the_phase_that_may_have_it():
     """The phase that the error shows is accepted, and no other key is in it."""
     saved = Meta(FORMAT, to_dict(tiny()), 0, "data", {}, {}, "", {}, "")

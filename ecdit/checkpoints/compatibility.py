@@ -21,12 +21,17 @@ def config_differences(
     """
     old, new = flatten(saved), flatten(now)
     for values in (old, new):
-        values["phases"] = [phase for phase in values.get("phases", []) if phase["after"] < step]
+        values["phases"] = [_fixed(phase, may_change) for phase in values.get("phases", []) if phase["after"] < step]
     return {
         key: (old.get(key), new.get(key))
         for key in sorted(old.keys() | new.keys())
         if old.get(key) != new.get(key) and key not in may_change
     }
+
+
+def _fixed(phase: Mapping[str, Any], may_change: Set[str]) -> dict[str, Any]:
+    """Returns a phase without the changes of keys that may change on a resume anyway."""
+    return {**phase, "changes": {key: value for key, value in phase["changes"].items() if key not in may_change}}
 
 
 def check_resume(

@@ -124,8 +124,7 @@ class DiT(nnx.Module):
         if mask_keys is not None and config.mask_ratio > 0:
             kept, seen = jax.vmap(lambda key: kept_tokens(key, config))(mask_keys), config.num_kept
             loss_weights = jax.vmap(lambda row: jnp.zeros(config.num_tokens).at[row].set(1.0))(kept)
-        group = config.group if mode == "train" else config.sampling_group
-        size = group_size(group, seen)
+        size = self._group_size(mode, seen)
         patches, report = self.forward(latents, time, text, size_crop, kept, size, with_gates=mode == "inspect")
         loss, metrics = jnp.float32(0.0), {}
         if report is not None and mode == "train":
@@ -179,6 +178,15 @@ class DiT(nnx.Module):
         if mode == "train":
             return self.config.num_kept, self.config.group
         return self.config.num_tokens, self.config.sampling_group
+
+    def _group_size(self, mode: Mode, seen: int) -> int:
+        """Returns the tokens of a group where the first blocks see `seen` of each image.
+
+        Where nothing is dropped in the mode "train", as for an evaluation, as many images compete as in training.
+        """
+        tokens, group = self._tokens_and_group(mode)
+        size = group_size(group, tokens)
+        return size * seen // tokens if size * seen % tokens == 0 else size
 
     def forward(
         self,

@@ -49,7 +49,13 @@ class Evaluated(NamedTuple):
 class Evaluator:
     """Evaluates a step of a run. Reads what it needs once, and compiles each part once."""
 
-    def __init__(self, experiment: Experiment, mesh: Mesh, workdir: Path):
+    def __init__(
+        self,
+        experiment: Experiment,
+        mesh: Mesh,
+        workdir: Path,
+        read_prompts: Callable[[str, str], list[str]] = prompt_lines,
+    ):
         """Raises UserError (its subclasses) where the config's evaluation does not fit the run."""
         config, data = experiment.evaluation, experiment.data
         system = make_system(experiment.system)
@@ -60,7 +66,7 @@ class Evaluator:
             self.rows = fixed_rows(open_prepared(data), config.loss_images, config.split)
             self.loss_program = make_loss_program(system, mesh, experiment.sampling.batch_size)
         if config.prompts:
-            self.prompts = prompt_lines(config.prompts, "evaluation.prompts")
+            self.prompts = read_prompts(config.prompts, "evaluation.prompts")
             for problem in check_prompts(self.tokenize, self.prompts):
                 warn(f"evaluation.prompts={config.prompts}: {problem}")
             self.prompt_sampler = make_sampler(system, self.sampling, mesh, not_finite=warn)

@@ -171,6 +171,7 @@ def run_workload(
                 return INTERRUPTED if interrupted else PREEMPTED
             if stopped:  # in the last step, which leaves no next start to evaluate it
                 run.evaluate_missed(phase, evaluator, state)
+        run.check_restored()  # where no step follows a restored checkpoint, nothing else would
         drawn = ""
         if images is not None:
             activity.enter("draw", "drawing the last images")
@@ -298,6 +299,7 @@ class _Run:
 
     def evaluate(self, evaluator: StepEvaluator, step: int, state: TrainState) -> None:
         """Evaluates the EMA weights, and reports the result."""
+        self.check_restored()
         self.lock.check_write()
         say(f"evaluating step {step}")
         found = evaluator.evaluate(sampling_params(state), step, self.lock.check_write)

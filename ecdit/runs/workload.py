@@ -26,6 +26,7 @@ from ecdit.runs.evaluator import Evaluated, Evaluator
 from ecdit.runs.inputs import check_placeholder
 from ecdit.runs.sample_grids import SampleWriter
 from ecdit.runtime import compiler_options
+from ecdit.sampling.prompts import prompt_lines
 from ecdit.storage import as_path
 from ecdit.system import Params, make_system, user_files
 from ecdit.training.optimizer import make_optimizer
@@ -108,8 +109,11 @@ def make_workload(experiment: Experiment, mesh: Mesh, init_differences: bool = F
             return None
         return SampleWriter(one.data, one.sampling, make_system(one.system), mesh, workdir)
 
+    # Once for all phases: the processes compare the file when they start, and it may change while the run goes on.
+    read_prompts = functools.cache(prompt_lines)
+
     def evaluator(phase: ResolvedPhase, workdir: Path) -> Evaluator | None:
-        return Evaluator(phase.experiment, mesh, workdir) if phase.experiment.evaluation.every else None
+        return Evaluator(phase.experiment, mesh, workdir, read_prompts) if phase.experiment.evaluation.every else None
 
     return Workload(
         abstract=abstract_state(system, optimizer, shardings),

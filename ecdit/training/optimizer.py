@@ -12,6 +12,8 @@ from jax.typing import DTypeLike
 
 from ecdit.config import PHASE, ConfigError, require
 
+_BFLOAT16_DECAY = 0.99  # the largest decay of a mean of squares that bfloat16 follows
+
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
@@ -58,6 +60,19 @@ class OptimizerConfig:
             require(0 <= getattr(self, key) < 1, key, getattr(self, key), "must be in [0, 1)")
         for key in ("rmsprop_eps", "adam_eps"):
             require(getattr(self, key) > 0, key, getattr(self, key), "must be above 0")
+        if self.moment_dtype == "bfloat16":
+            self._check_bfloat16()
+
+    def _check_bfloat16(self) -> None:
+        """Raises ConfigError if a mean of squares would fall by less than bfloat16 can tell, and so only ever rise.
+
+        A step lowers it by 1 - decay of itself at most; half a unit in bfloat16's last place is 0.2 to 0.4 % of it.
+        """
+        allowed = f"must be float32 for {self.name}, whose decay of the mean of squares goes towards 1"
+        require(self.name != "adafactor", "moment_dtype", self.moment_dtype, allowed)
+        key = "adam_b2" if self.name == "adamw" else "rmsprop_decay"
+        allowed = f"must be at most {_BFLOAT16_DECAY} where moments are bfloat16, which rounds smaller changes away"
+        require(getattr(self, key) <= _BFLOAT16_DECAY, key, getattr(self, key), allowed)
 
 
 def make_schedule(config: OptimizerConfig) -> optax.Schedule:

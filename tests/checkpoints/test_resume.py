@@ -109,6 +109,20 @@ def test_in_the_background_damage_stops_the_run_before_anything_is_saved(toy, ev
     assert toy.losses() == [(step, float(step)) for step in range(1, 10)]
 
 
+@pytest.mark.parametrize(
+    "changes", [{}, {"evaluation__every": 6, "evaluation__loss_images": 1}], ids=["draws", "evaluates"]
+)
+def test_in_the_background_damage_stops_a_run_that_has_no_step_left(toy, changes):
+    """Otherwise it would draw or evaluate the damaged weights, and say that it is done."""
+    toy.train(num_steps=6, every=2)
+    toy.drawn.clear()
+    flip_array(toy.workdir / "checkpoints/6")
+    with pytest.raises(DamagedError, match="params/denoiser/head"):
+        toy.train(num_steps=6, every=2, checkpoint__verify="background", **changes)
+    assert steps(toy) == [2, 4]
+    assert (toy.evaluated, toy.drawn) == ([], {})
+
+
 def test_in_the_background_the_only_checkpoint_stays_and_no_run_goes_on_from_it(toy):
     toy.train(num_steps=2, every=2)
     flip_array(toy.workdir / "checkpoints/2")

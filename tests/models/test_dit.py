@@ -476,6 +476,31 @@ def test_a_prediction_is_of_the_tokens_that_its_keys_keep(mode):
     assert found.auxiliary_loss == 0
 
 
+@pytest.mark.parametrize(
+    ("mask_ratio", "group", "seen"),
+    [
+        (0.5, "image", ALL),
+        (0.5, str(2 * KEPT), 2 * ALL),
+        (0.5, str(KEPT), ALL),
+        (0.5, str(KEPT // 2), ALL // 2),
+        (0.25, str(3 * ALL // 2), 2 * ALL),  # three quarters of two images' tokens
+        (0.25, str(ALL // 4), ALL // 4),  # a third of an image's, which no number of all tokens is
+    ],
+)
+def test_where_nothing_is_dropped_as_many_images_compete_as_in_training(mask_ratio, group, seen):
+    model = dit(config(group=group, mask_ratio=mask_ratio))
+    assert model(model.params)._group_size("train", ALL) == seen
+
+
+def test_the_held_out_loss_routes_all_tokens_of_as_many_images_as_training():
+    """Of two images 24 tokens are kept in training, and here all 32 are seen."""
+    values = config(ffn="expert_choice", group=str(3 * ALL // 2), mask_ratio=0.25)
+    model, data = dit(values), inputs(values, BATCH, masked=False)
+    found = jit(lambda params: model(params)(*data[:4], None, "train"))(model.params)
+    patches, _ = forward(values, 2 * ALL)(model.params, data)
+    close(patchify(found.velocity, values.patch_size), patches, 1e-5)
+
+
 def test_images_of_a_group_are_said_to_belong_together():
     for group, sampling_group, together in ((2 * KEPT, 4 * ALL, (2, 4)), ("image", ALL // 4, (1, 1))):
         model = dit(config(group=str(group), sampling_group=str(sampling_group)))

@@ -20,6 +20,13 @@ def _tuned(*names: str) -> tuple[str, ...]:
 MUTANTS = (
     Mutant(
         _DIT,
+        "return size * seen // tokens if size * seen % tokens == 0 else size",
+        "return size",
+        _dit("test_where_nothing_is_dropped_as_many_images_compete_as_in_training"),
+        "the held-out loss is of other groups than it says",
+    ),
+    Mutant(
+        _DIT,
         'self.moe_output_norm = config.moe_output_norm if sparse else "sandwich"',
         "self.moe_output_norm = config.moe_output_norm",
         _dit("test_norms_stand_behind_their_branches[none]"),

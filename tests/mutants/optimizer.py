@@ -20,6 +20,13 @@ def _rates(*names: str) -> tuple[str, ...]:
 MUTANTS = (
     Mutant(
         _OPTIMIZER,
+        "_BFLOAT16_DECAY = 0.99 ",
+        "_BFLOAT16_DECAY = 0.999 ",
+        _rates("test_impossible_values_are_refused_by_name"),
+        "means of squares never fall, and updates become small",
+    ),
+    Mutant(
+        _OPTIMIZER,
         "begin, decay = config.warmup_steps, optax",
         "begin, decay = 0, optax",
         _rates("test_cosine_by_hand"),

@@ -17,6 +17,26 @@ def _tests(file: str, *names: str) -> tuple[str, ...]:
 
 MUTANTS = (
     Mutant(
+        _RUN,
+        "        run.check_restored()  # where no step follows a restored checkpoint, nothing else would\n",
+        "",
+        _tests("checkpoints/test_resume", "test_in_the_background_damage_stops_a_run_that_has_no_step_left[draws]"),
+        "a run whose last checkpoint is damaged says that it is done",
+    ),
+    Mutant(
+        "ecdit/runs/workload.py",
+        "read_prompts = functools.cache(prompt_lines)",
+        "read_prompts = prompt_lines",
+        _tests("system/test_evaluation_in_training", "test_prompts_are_read_once_for_all_phases"),
+        "processes draw different prompts, and wait for each other",
+    ),
+    Mutant(
+        _COMPATIBLE,
+        "for key, value in phase[\"changes\"].items() if key not in may_change}}",
+        "for key, value in phase[\"changes\"].items()}}",
+        _tests("test_experiment_phases", "test_what_may_change_on_a_resume_may_change_in_a_phase_that_has_begun"),
+    ),
+    Mutant(
         _READ,
         "    if isinstance(error, _FAULTS) or (number is not None and number not in _MISSING):",
         "    if isinstance(error, _FAULTS):",

@@ -9,6 +9,7 @@ import pytest
 from ecdit.errors import UserError
 from ecdit.partitioning import make_mesh
 from ecdit.runs.evaluator import Evaluator, scalars
+from ecdit.runs.workload import make_workload
 from ecdit.system import make_system
 from launch.local import cpu_environment
 from tests import events
@@ -134,6 +135,19 @@ def test_prompts_that_are_cut_or_missing_are_said_before_the_first_step(emoji_da
     (tmp_path / "prompts.txt").unlink()
     with pytest.raises(UserError, match=r"evaluation\.prompts=.*: .*No such file"):
         Evaluator(experiment, mesh, tmp_path)
+
+
+def test_prompts_are_read_once_for_all_phases(emoji_data, tmp_path):
+    """Processes compare the file at the start alone; a phase that begins later could draw other prompts on each."""
+    (tmp_path / "prompts.txt").write_text("tiger\n")
+    asked = {"evaluation__every": 2, "evaluation__loss_images": 0, "data__directory": str(emoji_data), "mesh__data": 1}
+    phases = ({"after": 2, "changes": {"optimizer.learning_rate": 1e-3}},)
+    experiment = tiny(**asked, evaluation__prompts=str(tmp_path / "prompts.txt"), train__num_steps=4, phases=phases)
+    workload = make_workload(experiment, make_mesh(experiment.mesh, jax.devices()[:1]))
+    first, second = experiment.resolved_phases()
+    assert workload.evaluator(first, tmp_path).prompts == ["tiger"]
+    (tmp_path / "prompts.txt").write_text("red heart\ntiger\n")
+    assert workload.evaluator(second, tmp_path).prompts == ["tiger"]
 
 
 def test_an_evaluation_is_not_written_without_permission(emoji_data, tmp_path):

@@ -63,6 +63,9 @@ def test_a_schedule_that_does_not_decay_yet_is_the_constant_one_bitwise():
         ("decay_steps", 0, {"schedule": "warmup_stable_decay", "decay_begin": 30_000}),
         ("decay_begin", 3, {"schedule": "warmup_stable_decay", "decay_steps": 5, "warmup_steps": 4}),
         ("decay_begin", -1, {}),
+        ("moment_dtype", "bfloat16", {"name": "adafactor"}),
+        ("adam_b2", 0.999, {"name": "adamw", "moment_dtype": "bfloat16"}),
+        ("rmsprop_decay", 0.995, {"moment_dtype": "bfloat16"}),
         ("end_factor", 1.0, {}),
         ("end_factor", -0.1, {}),
         ("learning_rate_factors.text", -1.0, {"learning_rate_factors": {"text": -1.0}}),
@@ -75,6 +78,28 @@ def test_impossible_values_are_refused_by_name(key, value, changes):
     with pytest.raises(ConfigError) as error:
         config(**values)
     assert (error.value.key, error.value.value) == (f"optimizer.{key}", value)
+
+
+@pytest.mark.parametrize("name", ["rmsprop", "adamw"])
+def test_a_mean_of_squares_in_bfloat16_falls_with_the_gradients(name):
+    """Gradients become ten times smaller; at larger decays than are allowed the mean would stay where it was."""
+    draws = np.random.default_rng(0).normal(0, 1, (1000, 64)).astype(np.float32)
+    gradients = draws * np.where(np.arange(1000) < 200, 1, 0.1)[:, None].astype(np.float32)
+
+    def mean_of_squares(dtype):
+        changes = {"name": name, "moment_dtype": dtype, "clip_norm": 1e9}
+        optimizer, params = make_optimizer(config(**changes)), jnp.zeros(64)
+
+        def update(state, gradient):
+            return optimizer.update(gradient, state, params)[1], None
+
+        state, _ = jax.lax.scan(update, optimizer.init(params), jnp.asarray(gradients))
+        return np.asarray(optax.tree_utils.tree_get(state, "nu"), np.float32)
+
+    exact, rounded = mean_of_squares("float32"), mean_of_squares("bfloat16")
+    assert (exact < 0.02).all()
+    np.testing.assert_allclose(rounded, exact, rtol=0.25)
+    np.testing.assert_allclose(rounded.mean(), exact.mean(), rtol=0.1)
 
 
 PARTS = {"text": {"w": 1.0}, "denoiser": {"pair": {"router": 2.0, "up": 3.0}, "pairs": {"up": 4.0}}}
