@@ -16,12 +16,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import NamedTuple
-
-import numpy as np
 
 from ecdit.data import DataError
 from ecdit.data.config import DataConfig
+from ecdit.data.copies import count_copies
 from ecdit.data.generated import GENERATED
 from ecdit.data.locks import ends_with_its_parent, lock_of, locked, remove_scratch, scratch_of
 from ecdit.data.manifest import (
@@ -50,7 +48,6 @@ from ecdit.files import in_threads, replace_text, sync
 from ecdit.progress import each
 
 _SETTINGS = "settings.json"
-_COUNTED_RECORDS = 1 << 26  # records whose hashes fit in half a GB; beyond that, a share is counted
 Say = Callable[[str], None]
 
 
@@ -329,7 +326,7 @@ def _joined(config: DataConfig, task: Task, working: Path, summaries: Sequence[P
     train, held_out = (tuple(shard for done in summaries for shard in _shards_of(done, split)) for split in SPLITS)
     check_shards(working, (*train, *held_out))
     trained = [sum(shard.records for shard in _shards_of(done, "train")) for done in summaries]
-    copies = _copies([(working / part_name(index) / HASHES, count) for index, count in enumerate(trained)])
+    copies = count_copies([(working / part_name(index) / HASHES, count) for index, count in enumerate(trained)])
     return Manifest(
         format=FORMAT,
         settings=settings_of(config, task.name),
@@ -358,41 +355,6 @@ def _source_of(task: Task, stamps: Sequence[str]) -> str:
 
 def _shards_of(done: PartSummary, split: str) -> list[Shard]:
     return [shard for shard in done.shards if Path(shard.name).stem == split]
-
-
-class _Copies(NamedTuple):
-    images: int  # records that share their image
-    captions: int  # records that share their captions
-    held_out_in_train: int  # held-out records whose image training reads
-    counted: float  # share of the records from which these were scaled up
-
-
-def _copies(parts: Sequence[tuple[Path, int]]) -> _Copies:
-    """Counts copies by the file of each part's hashes, of which the first so many are of records for training.
-
-    Above `_COUNTED_RECORDS` it counts only the lowest hashes, which either have all copies of a record or none.
-    """
-    total = sum(np.load(path, mmap_mode="r").shape[0] for path, _ in parts)
-    share = min(1.0, _COUNTED_RECORDS / max(total, 1))
-    limit = np.uint64(min(int(share * 2**64), 2**64 - 1))
-
-    def kept(hashes: np.ndarray) -> np.ndarray:
-        return hashes[hashes <= limit]
-
-    def scaled(count: np.integer) -> int:
-        return round(int(count) / share)
-
-    def counted(column: int) -> tuple[int, int]:
-        """Returns how many records share a hash with another one, and how many held-out ones with one for training."""
-        loaded = ((np.load(path)[:, column], trained) for path, trained in parts)
-        found = [(kept(rows[:trained]), kept(rows[trained:])) for rows, trained in loaded]
-        train, held_out = (np.concatenate(each) for each in zip(*found, strict=True))
-        _, counts = np.unique(np.concatenate([train, held_out]), return_counts=True)
-        return scaled(counts[counts > 1].sum()), scaled(np.isin(held_out, train).sum())
-
-    images, held_out_in_train = counted(0)
-    captions, _ = counted(1)
-    return _Copies(images, captions, held_out_in_train, share)
 
 
 def summary(manifest: Manifest) -> str:

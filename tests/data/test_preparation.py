@@ -18,7 +18,7 @@ from PIL import Image
 
 from ecdit import progress
 from ecdit.config import ConfigError
-from ecdit.data import DataError, parts, preparation, prepared
+from ecdit.data import DataError, copies, parts, prepared
 from ecdit.data.columns import make_column
 from ecdit.data.config import rate_of
 from ecdit.data.emoji import Emoji, names
@@ -195,10 +195,10 @@ def test_copies_in_very_much_data_are_counted_in_a_share_of_it(tmp_path, monkeyp
     paths = [(tmp_path / f"{i}.npy", (8000, 0)[i]) for i in range(2)]
     for (path, _), column in zip(paths, rows, strict=True):
         np.save(path, np.stack([column, column], axis=1))
-    exact = preparation._copies(paths)
+    exact = copies.count_copies(paths)
     assert (exact.images, exact.captions, exact.held_out_in_train, exact.counted) == (8000, 8000, 2000, 1.0)
-    monkeypatch.setattr(preparation, "_COUNTED_RECORDS", 2000)
-    found = preparation._copies(paths)
+    monkeypatch.setattr(copies, "_COUNTED_RECORDS", 2000)
+    found = copies.count_copies(paths)
     assert found.counted == 0.2
     assert abs(found.images / 8000 - 1) < 0.1
     assert abs(found.held_out_in_train / 2000 - 1) < 0.1

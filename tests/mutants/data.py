@@ -493,7 +493,7 @@ MUTANTS = (
         "a large part is represented by its beginning",
     ),
     Mutant(
-        "ecdit/data/preparation.py",
+        "ecdit/data/copies.py",
         "found = [(kept(rows[:trained]), kept(rows[trained:]))",
         "found = [(kept(rows), kept(rows[trained:]))",
         _preparation("test_images_that_are_held_out_and_trained_on_are_counted"),

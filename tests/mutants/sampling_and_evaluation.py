@@ -285,8 +285,8 @@ MUTANTS = (
     ),
     Mutant(
         "ecdit/models/dit.py",
-        'if mode == "train" else config.sampling_group',
-        'if mode == "train" else "image"',
+        "        return self.config.num_tokens, self.config.sampling_group",
+        '        return self.config.num_tokens, "image"',
         _passes("test_a_guided_image_and_its_null_twin_are_one_batch"),
         "a model that was trained in larger groups routes by others in sampling",
     ),

@@ -106,8 +106,8 @@ MUTANTS = (
     ),
     Mutant(
         "ecdit/models/dit.py",
-        'group = config.group if mode == "train"',
-        'group = config.sampling_group if mode == "train"',
+        "size = self._group_size(mode, seen)",
+        'size = self._group_size("sample", seen)',
         ("tests/models/test_dit.py::test_a_prediction_is_of_the_tokens_that_its_keys_keep",),
     ),
     _step("else x.mean(axis=0) for name", "else x[-1] for name", f"{_BY_HAND}[halved]"),
