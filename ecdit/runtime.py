@@ -7,18 +7,23 @@ import ctypes
 import dataclasses
 import os
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from ecdit import chips
 from ecdit.config import require
+from ecdit.errors import OutageError
 from ecdit.files import is_remote
-from ecdit.storage import as_path
+from ecdit.storage import as_path, is_temporary
 
 # The only kinds of device on which an option is safe. On others, libtpu 0.0.52 warns that it may give wrong results or
 # hang, and older compilers accept it silently.
 SAFE_ON = {"xla_tpu_enable_async_collective_fusion_fuse_all_gather": ("TPU v5 lite",)}
+
+# In the RuntimeError that JAX raises if the name of the first host cannot be resolved for five minutes.
+NO_COORDINATOR = "Failed to recognize coordinator address"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +71,9 @@ def configure(config: RuntimeConfig, workdir: Path | None = None) -> None:
     A run with its `workdir` in a bucket caches compiled programs there, because a restarted host has a new disk. It
     does not if the config names no cache or another bucket. `launch.local` sets ECDIT_COORDINATOR, ECDIT_NUM_PROCESSES
     and ECDIT_PROCESS_ID, which say which processes to join.
+
+    Raises:
+      OutageError: the other processes could not be reached.
     """
     present = os.environ.get("XLA_FLAGS", "").split()
     os.environ["XLA_FLAGS"] = " ".join(present + [flag for flag in config.xla_flags if flag not in present])
@@ -75,14 +83,27 @@ def configure(config: RuntimeConfig, workdir: Path | None = None) -> None:
         jax.config.update("jax_compilation_cache_dir", _cache_directory(config.compilation_cache, workdir))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     if "ECDIT_COORDINATOR" in os.environ:
-        jax.distributed.initialize(
-            os.environ["ECDIT_COORDINATOR"],
+        _join(
+            config,
+            coordinator_address=os.environ["ECDIT_COORDINATOR"],
             num_processes=int(os.environ["ECDIT_NUM_PROCESSES"]),
             process_id=int(os.environ["ECDIT_PROCESS_ID"]),
-            heartbeat_timeout_seconds=config.heartbeat_seconds,
         )
     elif config.distributed:
-        jax.distributed.initialize(heartbeat_timeout_seconds=config.heartbeat_seconds)
+        _join(config)
+
+
+def _join(config: RuntimeConfig, **processes: Any) -> None:
+    """Joins the other processes. Launchers restart a run after an outage, and not after other errors.
+
+    Hosts of several slices on GKE find the first one by a DNS name, which may exist only minutes after they start.
+    """
+    try:
+        jax.distributed.initialize(**processes, heartbeat_timeout_seconds=config.heartbeat_seconds)
+    except RuntimeError as error:
+        if NO_COORDINATOR not in str(error) and not is_temporary(error):
+            raise
+        raise OutageError(f"the other processes of the run cannot be reached: {error}") from error
 
 
 def _cache_directory(named: str, workdir: Path | None) -> str:

@@ -1,13 +1,20 @@
-"""Tests the compiler options of a process."""
+"""Tests the compiler options of a process, and which failures to join the others restart a run."""
 
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
 from ecdit.config import ConfigError, build
-from ecdit.runtime import RuntimeConfig, TpuOptions, compiler_options
+from ecdit.errors import OutageError
+from ecdit.exit_codes import OUTAGE
+from ecdit.runtime import RuntimeConfig, TpuOptions, compiler_options, configure
 from ecdit.tuned.compiler_options import NO_TPU_OPTIONS
+from tests.runs import ROOT
 
 FUSED = "xla_tpu_enable_async_collective_fusion_fuse_all_gather"
 
@@ -54,3 +61,50 @@ def test_the_paper_s_configs_have_no_unsafe_option():
     for kind in ("TPU v4", "TPU v5", "TPU v6 lite", "TPU7x"):
         of_chips = {"v4": chosen.v4}
         assert options(*chosen.all, kind=kind, **of_chips)
+
+
+# Joins the hosts of two slices as JAX does on GKE. The name of the first host never resolves, and time passes at once.
+JOINS = """
+import itertools, socket, time
+from jax._src.clusters import cloud_tpu_cluster
+from ecdit import runtime
+from ecdit.command_line import run_command
+from ecdit.tuned.compiler_options import NO_TPU_OPTIONS
+cloud_tpu_cluster.running_in_cloud_tpu_vm = True
+def unknown(name):
+    clock = itertools.count(time.time() + 300)
+    time.time = lambda: next(clock)
+    raise socket.gaierror(-2, "Name or service not known")
+socket.gethostbyname, time.sleep = unknown, lambda seconds: None
+def main(argv):
+    runtime.configure(runtime.RuntimeConfig((), runtime.TpuOptions(**NO_TPU_OPTIONS), False, "", True, 100))
+run_command(main)
+"""
+
+
+def test_a_first_host_whose_name_does_not_exist_yet_is_an_outage_after_which_launchers_restart():
+    hosts = {"TPU_WORKER_HOSTNAMES": "slice-1-0", "TPU_WORKER_ID": "0", "MEGASCALE_NUM_SLICES": "2"}
+    environment = os.environ | hosts | {"MEGASCALE_SLICE_ID": "1", "MEGASCALE_COORDINATOR_ADDRESS": "slice-0-0"}
+    command = [sys.executable, "-c", JOINS]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    said = "the other processes of the run cannot be reached: Failed to recognize coordinator address slice-0-0"
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (OUTAGE, f"error: {said}")
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [
+        (RuntimeError("Failed to recognize coordinator address a"), OutageError),
+        (jax.errors.JaxRuntimeError("DEADLINE_EXCEEDED: no answer"), OutageError),
+        (RuntimeError("distributed.initialize should only be called once."), RuntimeError),
+        (ValueError("process_id and num_processes must be nonnegative"), ValueError),
+    ],
+)
+def test_only_processes_that_cannot_be_reached_are_an_outage(monkeypatch, raised, expected):
+    def initialize(**given):
+        raise raised
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    with pytest.raises(expected) as caught:
+        configure(RuntimeConfig((), TpuOptions(**NO_TPU_OPTIONS), False, "", True, 100))
+    assert type(caught.value) is expected
