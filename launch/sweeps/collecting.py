@@ -18,8 +18,6 @@ from typing import Any
 
 import numpy as np
 
-from ecdit.checkpoints.compatibility import config_differences
-from ecdit.config import changeable, to_dict
 from ecdit.errors import UserError
 from ecdit.files import replace_text
 from ecdit.reporting.metrics_file import read_lines
@@ -127,9 +125,8 @@ def why_left_out(point: SweepPoint, workdir: Path, steps: Sequence[int]) -> str:
     config = workdir / CONFIG_FILE
     if not config.exists():
         return f"it has no {CONFIG_FILE}"
-    allowed = changeable(point.experiment, "resume")
     try:
-        differences = config_differences(json.loads(config.read_text()), to_dict(point.experiment), allowed, max(steps))
+        differences = point.differences(json.loads(config.read_text()), max(steps))
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         return f"its {CONFIG_FILE} cannot be read: {error}"
     if differences:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float
 
-from ecdit.files import writing
+from ecdit.files import replace_bytes
 from launch.sweeps.collecting import X_NAMES, Fits, Result, by_series
 from launch.sweeps.fitting import PowerLaw
 
@@ -49,8 +49,7 @@ def _save(path: Path, draw: "Callable[[Axes], None]") -> None:
     axes.legend(fontsize="x-small")
     image = io.BytesIO()  # matplotlib writes only to disks
     figure.savefig(image, format="png")
-    with writing(path):
-        path.write_bytes(image.getvalue())
+    replace_bytes(path, image.getvalue())
 
 
 def _draw_steps(axes: "Axes", results: Sequence[Result]) -> None:

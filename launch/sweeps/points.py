@@ -15,8 +15,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ecdit.checkpoints.compatibility import config_differences
 from ecdit.command_line import parse_config
-from ecdit.config import flatten, to_dict
+from ecdit.config import changeable, flatten, to_dict
 from ecdit.errors import UserError
 from ecdit.experiment import Experiment, make_experiment
 from ecdit.planning.counts import Counts, count
@@ -24,6 +25,14 @@ from launch.job import MAX_NAME
 from launch.sweeps import hyper
 
 CONFIG_KEY, PREFIX = "config", "config."
+# Keys that name what a run reads. A resume may change them, because it compares the contents (those of
+# checkpoint.init_from it reads no more); a finished run with other values may have read something else than its point.
+INPUTS = frozenset(
+    {
+        *("checkpoint.init_from", "data.directory", "data.tokenizer", "data.second_tokenizer"),
+        *("text.weights", "text.second_weights", "vae.weights"),
+    }
+)
 DIGITS = 6  # digits of the hash in names that would be too long
 
 
@@ -41,6 +50,16 @@ class SweepPoint:
     def counts(self) -> Counts:
         """Returns its parameters and FLOPs."""
         return count(self.experiment)
+
+    def differences(self, saved: Mapping[str, Any], step: int) -> list[str]:
+        """Returns a line for each key of the config of a run after `step` that makes it another run than the point's.
+
+        A run may differ from its point in what changes how it trains, but not what: in the keys that a resume may
+        change, without INPUTS.
+        """
+        may_differ = changeable(self.experiment, "resume") - INPUTS
+        found = config_differences(saved, to_dict(self.experiment), may_differ, step)
+        return [f"config.{key}: saved {old!r}, now {new!r}" for key, (old, new) in found.items()]
 
 
 def load_points(path: str, config: str = "", overrides: Mapping[str, str] | None = None) -> list[SweepPoint]:

@@ -21,9 +21,7 @@ from typing import IO
 
 import orbax.checkpoint as ocp
 
-from ecdit.checkpoints.compatibility import config_differences
 from ecdit.checkpoints.restore import checkpoint_directory
-from ecdit.config import changeable, to_dict
 from ecdit.errors import UserError
 from ecdit.exit_codes import PREEMPTED
 from ecdit.files import check_writable
@@ -69,9 +67,7 @@ def is_done(point: SweepPoint, workdir: Path) -> bool:
     with reading(workdir):
         step = newest_step(workdir)
         if step and config.exists():
-            differences = config_differences(
-                json.loads(config.read_text()), to_dict(point.experiment), changeable(point.experiment, "resume"), step
-            )
+            differences = point.differences(json.loads(config.read_text()), step)
     if differences:
         changed = "\n  ".join(differences)
         raise SweepError(f"point {point.name}: {workdir} holds another run:\n  {changed}\nTake another --workdir.")

@@ -2,9 +2,12 @@
 
 import csv
 import dataclasses
+import errno
 import importlib.util
 import json
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,9 +15,10 @@ from PIL import Image
 
 from ecdit.config import to_dict
 from ecdit.errors import UserError
-from launch.sweeps.collecting import collect, read_result
+from launch.sweeps.collecting import collect, read_result, why_left_out
 from launch.sweeps.fitting import fit_power_law
-from launch.sweeps.points import SweepPoint
+from launch.sweeps.points import INPUTS, SweepPoint
+from launch.sweeps.running import is_done
 from tests.runs import tiny
 
 WIDTH, FFN = "config.model.width", "config.model.ffn"
@@ -108,6 +112,23 @@ def test_a_part_of_a_sweep_is_collected_with_fits_of_what_is_finished(tmp_path, 
     assert "over the last 20% of the steps" in text
 
 
+def test_a_plot_that_cannot_be_written_leaves_the_old_one(tmp_path, points, monkeypatch):
+    """A disk that is full after a few bytes."""
+
+    def fill(path, data):
+        with path.open("wb") as file:
+            file.write(data[:5])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    write_run(tmp_path, points[0], [1.0] * 10)
+    collect(points[:1], tmp_path, share=0.2)
+    before = (tmp_path / "loss_steps.png").read_bytes()
+    monkeypatch.setattr(Path, "write_bytes", fill)
+    with pytest.raises(UserError, match=r"writing .*loss_steps.png failed: .*No space left"):
+        collect(points[:1], tmp_path, share=0.2)
+    assert (tmp_path / "loss_steps.png").read_bytes() == before
+
+
 def test_runs_that_are_not_what_the_sweep_says_are_left_out_and_listed(tmp_path, points):
     """Runs of another seed, of another width, without a step, with a step twice, without a config, of no point."""
     write_run(tmp_path, points[0], [1.0] * 10)
@@ -142,6 +163,26 @@ def test_runs_that_are_not_what_the_sweep_says_are_left_out_and_listed(tmp_path,
         UserError, match="no point of this sweep has been run there\n  width-64-dense: its config differs"
     ):
         collect(points[1:2], tmp_path, share=0.2)
+
+
+@pytest.mark.parametrize("key", sorted(INPUTS))
+def test_a_run_that_read_something_else_does_not_count_as_its_points(tmp_path, points, key):
+    """Each of these keys may change on a resume, as log_every may, which changes nothing of the results."""
+    group, _, name = key.partition(".")
+    (tmp_path / "checkpoints/10").mkdir(parents=True)
+    for changed, value, expected in (("train.log_every", 7, False), (key, "elsewhere", True)):
+        saved = to_dict(points[0].experiment)
+        saved[changed.partition(".")[0]][changed.partition(".")[2]] = value
+        (tmp_path / "config.json").write_text(json.dumps(saved))
+        now = to_dict(points[0].experiment)[group][name]
+        line = f"config.{key}: saved 'elsewhere', now {now!r}"
+        left_out = why_left_out(points[0], tmp_path, range(1, 11))
+        assert left_out == (f"its config differs: {line}" if expected else "")
+        if expected:
+            with pytest.raises(UserError, match=re.escape(f"holds another run:\n  {line}\nTake another")):
+                is_done(points[0], tmp_path)
+        else:
+            assert is_done(points[0], tmp_path)
 
 
 def test_without_matplotlib_there_are_tables_and_a_word_about_plots(tmp_path, points, monkeypatch):
