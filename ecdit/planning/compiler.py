@@ -1,6 +1,7 @@
 """Compiles a run's own step with the TPU compiler, which needs no TPU."""
 
 import dataclasses
+import importlib.util
 import math
 import os
 import re
@@ -97,22 +98,24 @@ def target_devices(target: Target) -> list[Any]:
     """Returns descriptions of the target's devices.
 
     Raises:
-      UserError: the TPU compiler is not installed.
+      UserError: the TPU compiler is not installed, or does not know such slices.
     """
     from jax.experimental import topologies
 
     options: dict[str, Any] = {"num_slices": target.num_slices} if target.num_slices > 1 else {}
     if target.chip.name == "v4":
         options["chip_config_name"] = "megacore"  # both cores of a chip form one device, as on v5p
+    if target.slice.chips == 1:  # by default a host has four chips
+        options["chips_per_host_bounds"] = (1, 1, 1)
     try:
         described = topologies.get_topology_desc(
             platform="tpu", topology_name=f"{target.chip.name}:{target.slice.topology}", **options
         )
     except Exception as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"{target.name}: the TPU compiler cannot be used: {first}. Install it with pip install libtpu"
-        ) from error
+        missing = importlib.util.find_spec("libtpu") is None
+        advice = ". Install it with pip install libtpu" if missing else ""
+        raise UserError(f"{target.name}: the TPU compiler cannot be used: {first}{advice}") from error
     return list(described.devices)
 
 

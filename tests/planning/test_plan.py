@@ -1,6 +1,7 @@
 """Tests plans of small steps by the real TPU compiler, and their reading of the compiler's output."""
 
 import dataclasses
+import importlib.util
 import json
 import re
 import subprocess
@@ -255,6 +256,28 @@ def test_the_two_dies_of_a_chip_are_at_one_place():
     # The last axis is the nearest: each of its pairs is one chip.
     pairs = [torus.places[i : i + 2] for i in range(0, 8, 2)]
     assert all(a.coords == b.coords for a, b in pairs)
+
+
+@pytest.mark.parametrize("name", ["v5litepod-1", "v6e-1", "2xv6e-1"])
+def test_a_slice_may_have_one_chip(name):
+    target = find_target(name)
+    devices = target_devices(target)
+    assert [tuple(device.coords) for device in devices] == [(0, 0, 0)] * target.num_slices
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_the_advice_to_install_the_compiler_is_for_those_who_lack_it(monkeypatch, installed):
+    from jax.experimental import topologies
+
+    def refuse(**given):
+        raise RuntimeError("INVALID_ARGUMENT: no such layout\nmore")
+
+    monkeypatch.setattr(topologies, "get_topology_desc", refuse)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if installed else None)
+    with pytest.raises(UserError) as caught:
+        target_devices(find_target("v6e-1"))
+    advice = "" if installed else ". Install it with pip install libtpu"
+    assert str(caught.value) == (f"v6e-1: the TPU compiler cannot be used: INVALID_ARGUMENT: no such layout{advice}")
 
 
 @pytest.mark.parametrize("name", ["v5p:4x4x9", "v99-8", "0xv5p:4x4x8", "tpu", "0xtpu7x:4x4x4"])
