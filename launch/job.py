@@ -19,6 +19,7 @@ from launch.errors import LaunchError
 from launch.values import parse_environment
 
 ROOT = Path(__file__).parents[1]  # the checkout, which has the config files
+CODE = ("ecdit", "launch", "configs", "setup.py", "pyproject.toml")  # in the checkout; launch/Dockerfile copies these
 DATA = "data.directory"  # the key of prepared data
 MAX_NAME = 40  # characters; a pod's name adds the replicated job, indices and a suffix, and must stay below 64
 # A signal ended the process, often because another host died. INTERRUPTED is none of them: launchers and machines send
@@ -123,6 +124,18 @@ def describe(job: Job) -> list[str]:
         f"checkpoint  {job.checkpoint_bytes / 1e9:.1f} GB, {job.checkpoint_bytes / job.hosts / 1e9:.1f} GB a host",
         *([f"faster      {job.better}"] if job.better else []),
     ]
+
+
+def own_files(job: Job) -> list[str]:
+    """Returns the user's files that are not in CODE."""
+    return [path for path in job.files if Path(path).parts[0] not in CODE]
+
+
+def describe_files(job: Job) -> list[str]:
+    """Returns a line with the user's files that an image must have, besides those in the job's folders; or no line."""
+    folders = [folder for paths in job.folders.values() for folder in paths]
+    named = [path for path in own_files(job) if not any(Path(path).is_relative_to(folder) for folder in folders)]
+    return [f"hosts need  in the image, at the same paths (see launch/Dockerfile): {', '.join(named)}"] if named else []
 
 
 def describe_folders(folders: Mapping[str, tuple[str, ...]], place: Callable[[str, str], str]) -> list[str]:

@@ -7,6 +7,7 @@ VMs jax.distributed finds the workers of all slices by itself.
 """
 
 import dataclasses
+import re
 import shlex
 import stat
 from collections.abc import Sequence
@@ -17,13 +18,32 @@ from absl import flags
 
 from launch.commands import run, run_all
 from launch.errors import LaunchError
-from launch.job import ROOT, Job, describe_folders, describe_restarts, training_environment
+from launch.job import (
+    CODE,
+    ROOT,
+    Job,
+    describe_files,
+    describe_folders,
+    describe_restarts,
+    own_files,
+    training_environment,
+)
+from launch.queued_resources import (
+    ALPHA,
+    GCLOUD,
+    copy_command,
+    describe_command,
+    nodes,
+    ssh_command,
+    status_commands,
+    stop,
+    zone_flags,
+)
 from launch.values import check_characters, check_image, check_option, check_secret_names
 from launch.worker import (
     DIRECTORY,
     REFUSE_RUNNING,
     SECRETS,
-    STOP_COMMAND,
     UNIT,
     UNIT_TEXT,
     restart_loop,
@@ -31,19 +51,17 @@ from launch.worker import (
 )
 
 FLAGS: Any = flags.FLAGS  # Any, because absl types every value as optional
-GCLOUD = ["gcloud", "compute", "tpus"]
-ALPHA = ["gcloud", "alpha", "compute", "tpus"]  # only the alpha commands have --autocheckpoint-enabled
 RUNTIMES = {  # the VMs' images by `Slice.chip` (cloud.google.com/tpu/docs/runtimes); TPU7x has no queued resources
     "v4": "tpu-ubuntu2204-base",
     "v5p": "v2-alpha-tpuv5",
     "v5e": "v2-alpha-tpuv5-lite",
     "v6e": "v2-alpha-tpuv6e",
 }
-CODE = ("ecdit", "launch", "configs", "setup.py", "pyproject.toml")
 LOCK = "launch/requirements.lock"  # packages of workers and of launch/Dockerfile, with hashes
 BUILD_LOCK = "launch/build.lock"  # of the package's build, which would otherwise fetch the newest setuptools
 UV = "uv==0.13.9"
 PYTHON = "3.11"  # the images have an older version
+MAX_FAILURES = 10  # of describing a queued resource, in a row, after which the script stops waiting for it
 END_STATES = "FAILED|SUSPENDING|SUSPENDED|DELETING"  # states from which a queued resource never becomes active
 
 
@@ -106,14 +124,14 @@ def check_folders(job: Job, options: Options) -> None:
 
 
 def needs(job: Job, options: Options) -> list[str]:
-    """Returns lines that say where the workers must have the folders that they read."""
+    """Returns lines that say where the workers must have the folders and files that they read."""
 
     def place(key: str, path: str) -> str:
         if options.image:
             return "in the image, though launch/Dockerfile copies none"
         return "on every worker, where nothing is mounted or copied to" if Path(path).is_absolute() else ""
 
-    return describe_folders(job.folders, place)
+    return describe_folders(job.folders, place) + (describe_files(job) if options.image else [])
 
 
 def _check_secret_file(file: str, names: Sequence[str]) -> None:
@@ -131,11 +149,6 @@ def _check_secret_file(file: str, names: Sequence[str]) -> None:
             raise LaunchError(f"--secret-file={file}: must have one line {name}=VALUE")
 
 
-def nodes(name: str, slices: int) -> list[str]:
-    """Returns the names of the TPU VMs of a queued resource. Each TPU VM is a slice with all its workers."""
-    return [name] if slices == 1 else [f"{name}-{i}" for i in range(slices)]
-
-
 def create_command(job: Job, options: Options, autocheckpoint: bool = False) -> list[str]:
     """Returns the command that requests the TPUs; with `autocheckpoint` it uses gcloud's alpha API."""
     count = [f"--node-id={job.name}"]
@@ -149,48 +162,8 @@ def create_command(job: Job, options: Options, autocheckpoint: bool = False) -> 
         f"--accelerator-type={job.slice.accelerator}",
         f"--runtime-version={options.runtime_version or RUNTIMES[job.slice.chip]}",
         *(["--autocheckpoint-enabled"] if autocheckpoint else []),
-        *(*count, *capacity, *account, *_zone_flags(options.project, options.zone), "--quiet"),
+        *(*count, *capacity, *account, *zone_flags(options.project, options.zone), "--quiet"),
     ]
-
-
-def describe_command(name: str, project: str, zone: str) -> list[str]:
-    """Returns the command that prints the state of the queued resource."""
-    describe = ["queued-resources", "describe", name, "--format=value(state.state)"]
-    return [*GCLOUD, *describe, *_zone_flags(project, zone)]
-
-
-def ssh_command(node: str, command: str, project: str, zone: str) -> list[str]:
-    """Returns the command that runs a shell command on all workers of a TPU VM."""
-    return [
-        *GCLOUD,
-        "tpu-vm",
-        "ssh",
-        node,
-        "--worker=all",
-        f"--command={command}",
-        *_zone_flags(project, zone),
-        "--quiet",
-    ]
-
-
-def copy_command(node: str, files: Sequence[str], project: str, zone: str) -> list[str]:
-    """Returns the command that copies files to the home directory of all workers of a TPU VM."""
-    return [*GCLOUD, "tpu-vm", "scp", *files, f"{node}:", "--worker=all", *_zone_flags(project, zone), "--quiet"]
-
-
-def status_commands(name: str, slices: int, project: str, zone: str) -> list[list[str]]:
-    """Returns the commands that show the state of the queued resource, and the last line of every worker."""
-    tail = f'echo "$(hostname): $(tail -n 1 {DIRECTORY}/log)"'
-    return [
-        describe_command(name, project, zone),
-        *(ssh_command(node, tail, project, zone) for node in nodes(name, slices)),
-    ]
-
-
-def stop_commands(name: str, slices: int, project: str, zone: str) -> list[list[str]]:
-    """Returns the commands that let every worker save and end, and then release the TPUs."""
-    delete = ["queued-resources", "delete", name, "--force", *_zone_flags(project, zone), "--quiet"]
-    return [*(ssh_command(node, STOP_COMMAND, project, zone) for node in nodes(name, slices)), [*GCLOUD, *delete]]
 
 
 def script(job: Job, options: Options) -> str:
@@ -212,10 +185,7 @@ def script(job: Job, options: Options) -> str:
         "umask 077",
         *_secret_check(options),
         f"{describe} > /dev/null 2>&1 || {_create(job, options)}",
-        f'while state=$({describe}); [ "$state" != ACTIVE ]; do',
-        f'  case "$state" in {END_STATES}) echo "{job.name} is $state: stop it first" >&2; exit 1 ;; esac',
-        f'  echo "{job.name} is $state"; sleep 30',
-        "done",
+        *_wait(job.name, describe),
         "scratch=$(mktemp -d)",
         "trap 'rm -rf \"$scratch\"' EXIT",
         f'run="$scratch/{DIRECTORY}"',
@@ -258,6 +228,26 @@ def _create(job: Job, options: Options) -> str:
     return f"{shlex.join(create_command(job, options, autocheckpoint=True))} || {{ {said}; {plain}; }}"
 
 
+def _wait(name: str, describe: str) -> list[str]:
+    """Returns lines that wait until the queued resource is active, and end the script if it never will be."""
+    return [
+        "failures=0",
+        "while true; do",
+        f"  if state=$({describe}); then failures=0; else state=unknown; failures=$(( failures + 1 )); fi",
+        '  case "$state" in',
+        "    ACTIVE) break ;;",
+        f'    {END_STATES}) echo "{name} is $state: stop it first" >&2; exit 1 ;;',
+        "  esac",
+        f"  if (( failures == {MAX_FAILURES} )); then",
+        f'    echo "{name}: gcloud could not describe it {MAX_FAILURES} times in a row, see its errors above: log in '
+        'again, or if it was deleted, launch it again" >&2',
+        "    exit 1",
+        "  fi",
+        f'  echo "{name} is $state"; sleep 30',
+        "done",
+    ]
+
+
 def _secret_check(options: Options) -> list[str]:
     """Returns lines that check the file of secrets before requesting TPUs, because the script may run later."""
     if not options.secret_env:
@@ -274,7 +264,7 @@ def _setup(job: Job, options: Options) -> list[str]:
     """Returns shell commands that prepare a worker. The first one fails on a worker on which training runs."""
     unpack = f"{REFUSE_RUNNING}; tar -xzf {job.name}.tar.gz && rm {job.name}.tar.gz"
     if options.image:
-        return [unpack, f"sudo docker pull {shlex.quote(options.image)}"]
+        return [unpack, f"{_registry_login(options.image)}sudo docker pull {shlex.quote(options.image)}"]
     install = (
         f"cd {DIRECTORY} && python3 -m pip install --user --quiet {UV} "
         f"&& python3 -m uv venv --allow-existing --python {PYTHON} venv "
@@ -282,6 +272,17 @@ def _setup(job: Job, options: Options) -> list[str]:
         f"&& python3 -m uv pip install --quiet --python venv/bin/python --no-deps --no-build-isolation -e ."
     )
     return [unpack, install]
+
+
+def _registry_login(image: str) -> str:
+    """Returns the shell command, before others, with which root's docker uses the VM's account at Google's registries.
+
+    Other registries get no such credentials: an image from there must be public.
+    """
+    host = image.partition("/")[0]
+    if not re.fullmatch(r"[a-z0-9-]+-docker\.pkg\.dev|([a-z]+\.)?gcr\.io", host):
+        return ""
+    return f"sudo gcloud auth configure-docker {host} --quiet && "
 
 
 def _train_command(job: Job, options: Options) -> list[str]:
@@ -308,11 +309,7 @@ def _files(job: Job) -> list[str]:
             raise LaunchError(
                 f"{path}: must have no backslash, and no @ at its beginning: tar would look for another file"
             )
-    return [*CODE, *(path for path in job.files if path.split("/")[0] not in CODE)]
-
-
-def _zone_flags(project: str, zone: str) -> list[str]:
-    return [*([f"--project={project}"] if project else []), *([f"--zone={zone}"] if zone else [])]
+    return [*CODE, *own_files(job)]
 
 
 class TpuVm:
@@ -351,7 +348,7 @@ class TpuVm:
         return f"queued resource {job.name}, {options.capacity}; {describe_restarts(options.max_restarts)}"
 
     def needs(self, job: Job) -> list[str]:
-        """Returns a line for every place where workers need folders: at absolute paths, or in the image."""
+        """Returns a line for every place where workers need folders or files: at absolute paths, or in the image."""
         return needs(job, _options())
 
     def start(self, job: Job) -> int:
@@ -364,7 +361,7 @@ class TpuVm:
 
     def stop(self, name: str, slices: int) -> int:
         """Lets every worker save and end, and releases the TPUs."""
-        return run_all(stop_commands(name, slices, FLAGS["project"].value, FLAGS["zone"].value))
+        return stop(name, slices, FLAGS["project"].value, FLAGS["zone"].value)
 
 
 def _options() -> Options:

@@ -12,7 +12,7 @@ import subprocess
 import pytest
 
 from ecdit.exit_codes import PREEMPTED
-from launch import worker
+from launch import queued_resources, worker
 from launch.backends import tpu_vm
 from launch.errors import LaunchError
 from launch.job import RESTART_CODES
@@ -56,6 +56,7 @@ if command[1] == "scp":
         worker.mkdir(exist_ok=True)
         shutil.copy(command[2], worker)
 if command[1] == "ssh":
+    if not workers(command[2])[0].exists(): sys.exit(f"no node {command[2]}")
     text = next(flag for flag in command if flag.startswith("--command=")).removeprefix("--command=")
     codes = [subprocess.run(["bash", "-c", text], cwd=w, env=os.environ | {"HOME": str(w)}).returncode
              for w in workers(command[2])]
@@ -249,7 +250,7 @@ def test_no_value_is_read_as_code_where_the_script_runs(stand_in, monkeypatch):
     assert all((home / file).exists() for file in mine)
     assert (home / worker.SECRETS).stat().st_mode & 0o777 == 0o600
     assert not list(directory.rglob("hacked"))
-    for command in tpu_vm.stop_commands(made.name, 1, "", ""):
+    for command in queued_resources.stop_commands(made.name, 1, "", ""):
         subprocess.run(command, env=environment, check=True, timeout=120)
 
 
@@ -384,7 +385,7 @@ def test_training_goes_on_after_a_reboot_and_an_ended_run_does_not(stand_in):
     subprocess.run(boot, env=place, check=True, timeout=120)
     assert len(starts.read_text().splitlines()) == 2
     assert "ended, exit code 2" in (home / "log").read_text()
-    for command in tpu_vm.stop_commands(made.name, 1, "", ""):
+    for command in queued_resources.stop_commands(made.name, 1, "", ""):
         subprocess.run(command, env=environment, check=True, timeout=120)
 
 
@@ -424,7 +425,7 @@ def test_the_script_creates_waits_copies_and_starts_every_worker_and_stop_saves_
     assert "training runs already" in again.stdout
     assert sum(command[1] == "create" for command in commands(directory)) == 1
 
-    for command in tpu_vm.stop_commands(made.name, 2, "", ""):
+    for command in queued_resources.stop_commands(made.name, 2, "", ""):
         subprocess.run(command, env=environment, check=True, timeout=120)
     assert ["saved" in (home / "log").read_text() for home in run] == [True] * 4
     assert commands(directory)[-1][:3] == ["queued-resources", "delete", made.name]
@@ -439,13 +440,59 @@ def test_a_queued_resource_that_has_ended_is_said_to_have(stand_in):
     assert [command[1] for command in commands(directory)] == ["describe", "describe"]
 
 
+def test_a_queued_resource_that_cannot_be_described_is_not_waited_for_for_ever(stand_in):
+    directory, environment = stand_in
+    failed = ["NONE"] * (tpu_vm.MAX_FAILURES - 1)
+    (directory / "states").write_text(" ".join(["NONE", *failed, "PROVISIONING", "NONE"]))
+    made = placed("v5p-16")
+    done = run_script(tpu_vm.script(made, OPTIONS), environment)
+    assert done.returncode == 1
+    assert f"{made.name}: gcloud could not describe it 10 times in a row" in done.stderr
+    described = [command[1] for command in commands(directory) if command[1] == "describe"]
+    assert len(described) == 1 + len(failed) + 1 + tpu_vm.MAX_FAILURES
+
+
+@pytest.fixture
+def stop_here(stand_in, monkeypatch):
+    """The stand-ins' directory, where this process finds them too, with the workers of two nodes."""
+    directory, environment = stand_in
+    install(directory / "bin", "systemctl", "open('saved', 'w')")
+    for name in ("PATH", "STAND_IN"):
+        monkeypatch.setenv(name, environment[name])
+    for worker_ in ("job-0.0", "job-0.1", "job-1.0", "job-1.1"):
+        (directory / worker_).mkdir()
+    return directory
+
+
+def test_stop_keeps_the_tpus_of_workers_that_it_does_not_reach_and_says_how_to_reach_or_release_them(stop_here):
+    (stop_here / "states").write_text("ACTIVE")
+    with pytest.raises(LaunchError) as caught:
+        queued_resources.stop("job", 1, "p", "z")
+    place = "--project=p --zone=z"
+    assert f"python -m launch.stop --backend=tpu-vm --name=job {place} --slices=N" in str(caught.value)
+    assert f"gcloud compute tpus queued-resources delete job --force {place} --quiet" in str(caught.value)
+    assert [command[1] for command in commands(stop_here)] == ["describe", "ssh"]
+    assert queued_resources.stop("job", 2, "p", "z") == 0
+    assert len(list(stop_here.glob("job-*/saved"))) == 4
+    assert [command[1] for command in commands(stop_here)[2:]] == ["describe", "ssh", "ssh", "delete"]
+
+
+@pytest.mark.parametrize(
+    ("state", "done", "code"), [("SUSPENDED", ["describe", "delete"], 0), ("NONE", ["describe"], 1)]
+)
+def test_stop_deletes_a_queued_resource_without_workers_directly(stop_here, state, done, code):
+    (stop_here / "states").write_text(state)
+    assert queued_resources.stop("job", 2, "", "") == code
+    assert [command[1] for command in commands(stop_here)] == done
+
+
 def test_one_slice_is_a_node_and_several_have_a_prefix():
     one, two = (tpu_vm.create_command(placed("v5p-16", slices), OPTIONS) for slices in (1, 2))
     name = placed("v5p-16").name
     assert f"--node-id={name}" in one
     assert {"--node-count=2", f"--node-prefix={name}"} <= set(two)
-    assert tpu_vm.nodes(name, 1) == [name]
-    assert tpu_vm.nodes(name, 2) == [f"{name}-0", f"{name}-1"]
+    assert queued_resources.nodes(name, 1) == [name]
+    assert queued_resources.nodes(name, 2) == [f"{name}-0", f"{name}-1"]
 
 
 @pytest.mark.parametrize(
@@ -463,6 +510,24 @@ def test_a_container_brings_its_code():
     at = command.index(IMAGE)
     assert command[at - 2 : at + 4] == ["--env", "A=b c", IMAGE, "python", "-m", "ecdit.train"]
     assert "tar -cf" not in text
+
+
+@pytest.mark.parametrize(
+    ("host", "known"),
+    [
+        *(("us-east5-docker.pkg.dev", True), ("gcr.io", True), ("eu.gcr.io", True)),
+        *(("docker.io", False), ("localhost:5000", False), ("evil-gcr.io", False), ("gcr.io.example.com", False)),
+    ],
+)
+def test_docker_gets_the_account_of_the_vm_for_registries_of_google_alone(stand_in, host, known):
+    directory, environment = stand_in
+    for name in ("gcloud", "docker"):
+        install(directory / "bin", name, f"import sys; print({name!r}, *sys.argv[1:], file=open('seen', 'a'))")
+    image = f"{host}/project/ecdit{IMAGE[IMAGE.index('@') :]}"
+    pull = tpu_vm._setup(placed("v5p-16"), dataclasses.replace(OPTIONS, image=image))[-1]
+    assert run_script(pull, environment, directory).returncode == 0
+    login = [f"gcloud auth configure-docker {host} --quiet"] if known else []
+    assert (directory / "seen").read_text().splitlines() == [*login, f"docker pull {image}"]
 
 
 def test_workers_and_the_image_install_the_locked_packages_which_are_all_that_setup_asks_for():
@@ -533,9 +598,9 @@ def test_gcloud_knows_every_flag(tmp_path):
             for autocheckpoint in (False, True)
         ),
         tpu_vm.create_command(made, dataclasses.replace(OPTIONS, capacity="reserved")),
-        tpu_vm.copy_command("n", ["file"], *place),
-        *tpu_vm.status_commands(made.name, 2, *place),
-        *tpu_vm.stop_commands(made.name, 2, *place),
+        queued_resources.copy_command("n", ["file"], *place),
+        *queued_resources.status_commands(made.name, 2, *place),
+        *queued_resources.stop_commands(made.name, 2, *place),
     ]
     wrong = [*linted[0], "--no-such-flag"]
     file = tmp_path / "commands.json"

@@ -174,10 +174,19 @@ MUTANTS = (
         "the loop ends, and its VM with it, while training saves",
     ),
     Mutant(
-        _TPU_VM,
+        "launch/queued_resources.py",
         'return [name] if slices == 1 else [f"{name}-{i}" for i in range(slices)]',
         'return [name] if slices == 1 else [f"{name}-{i}" for i in range(1, slices + 1)]',
         _tpu_vm("test_one_slice_is_a_node_and_several_have_a_prefix"),
+    ),
+    Mutant(
+        "launch/queued_resources.py",
+        'if state == "ACTIVE" and run_all(saves):',
+        'if run_all(saves) and state != "ACTIVE":',
+        _tpu_vm(
+            "test_stop_keeps_the_tpus_of_workers_that_it_does_not_reach_and_says_how_to_reach_or_release_them",
+        ),
+        "workers lose what they have not saved",
     ),
     Mutant(
         _TPU_VM,
