@@ -109,7 +109,7 @@ def check_pod(job: Job, experiment: Experiment, config_file: str) -> None:
     for file in job.files:
         path, key = Path(file), _key_of(file, experiment, config_file)
         if path.is_absolute() or ".." in path.parts:
-            raise LaunchError(f"{key}={path}: must be a path inside the checkout, which is copied to the hosts")
+            raise LaunchError(f"{key}={path}: must be a path inside the checkout, at which the hosts have it too")
         if path.resolve() != (ROOT / path).resolve():
             raise LaunchError(
                 f"{key}={path}: is {path.resolve()} here, but the hosts get {ROOT / path}: launch from {ROOT}"

@@ -18,7 +18,15 @@ from ecdit import __version__
 from ecdit.errors import UserError
 from launch.commands import run, run_all
 from launch.errors import LaunchError
-from launch.job import DATA, RESTART_CODES, Job, describe_folders, describe_restarts, training_environment
+from launch.job import (
+    DATA,
+    RESTART_CODES,
+    Job,
+    describe_files,
+    describe_folders,
+    describe_restarts,
+    training_environment,
+)
 from launch.values import check_characters, check_image, check_secret_names, kubernetes_text
 
 FLAGS: Any = flags.FLAGS  # Any, because absl types every value as optional
@@ -241,16 +249,25 @@ def bucket_mount(data: str, host_network: bool) -> dict[str, Any]:
 
 
 def needs(job: Job, options: Options) -> list[str]:
-    """Returns lines that say where the pods must have the folders that they read."""
+    """Returns lines that say where the pods must have the folders and files that they read, and as which account."""
+    config = job.checked["config"]
+    in_phases = [phase["changes"].get(DATA) for phase in config["phases"]]  # --data does not change these
+    mounted = config["data"]["directory"]
 
     def place(key: str, path: str) -> str:
-        if options.data and key == DATA:
+        if options.data and key == DATA and path == mounted and path not in in_phases:
             return ""  # the mount takes its place
         if options.data and Path(path).is_relative_to(DATA_MOUNT):
             return f"in {options.data}, mounted at {DATA_MOUNT}"
         return "in the image, though launch/Dockerfile copies none"
 
-    return describe_folders(job.folders, place)
+    lines = describe_folders(job.folders, place) + describe_files(job)
+    if options.service_account and job.slices > 1:
+        lines.append(
+            f"hosts need  the bucket for their node pool's account, not for --service-account="
+            f"{options.service_account}: pods of several slices use the hosts' network"
+        )
+    return lines
 
 
 def _data_flag(job: Job) -> str:
@@ -339,7 +356,7 @@ class JobSet:
         )
 
     def needs(self, job: Job) -> list[str]:
-        """Returns a line for every place where pods need folders: in the bucket of --data, or in the image."""
+        """Returns a line for every place where pods need folders or files: in the bucket of --data, or the image."""
         return needs(job, _options())
 
     def start(self, job: Job) -> int:

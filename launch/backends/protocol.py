@@ -42,7 +42,7 @@ class Backend(Protocol):
         ...
 
     def needs(self, job: Job) -> list[str]:
-        """Returns a line for every place where the hosts must have folders that the launcher does not bring."""
+        """Returns a line for every place where hosts must have folders or files that the launcher does not bring."""
         ...
 
     def start(self, job: Job) -> int:

@@ -118,6 +118,40 @@ def test_pods_find_folders_in_the_mounted_bucket_or_the_image(monkeypatch, check
     ]
 
 
+def test_the_mount_takes_the_place_of_the_first_phase_s_data_alone():
+    mounted = dataclasses.replace(test_jobset.OPTIONS, data="gs://bucket/data")
+
+    def listed(*directories):
+        phases = [{"after": i, "changes": {"data.directory": path}} for i, path in enumerate(directories, 1)]
+        return "\n".join(jobset.needs(job(public(phases=phases)), mounted))
+
+    assert "data.directory" not in listed()
+    assert listed("larger").endswith(", data.tokenizer weights/clip, data.directory larger")
+    assert listed("larger", "prepared").endswith(", data.directory prepared, data.directory larger")
+    below = f"{jobset.DATA_MOUNT}/larger"
+    place = f"hosts need  in gs://bucket/data, mounted at {jobset.DATA_MOUNT}"
+    assert f"{place}: data.directory {below}" in listed(below)
+
+
+def test_files_that_only_the_image_can_bring_are_named():
+    files = ("./configs/emoji.py", "my_config.py", "mine/tasks.py", "weights/clip/vocab.json")
+    made = dataclasses.replace(job(public()), files=files)
+    line = "hosts need  in the image, at the same paths (see launch/Dockerfile): my_config.py, mine/tasks.py"
+    in_image = dataclasses.replace(test_tpu_vm.OPTIONS, image=test_jobset.IMAGE)
+    assert jobset.needs(made, test_jobset.OPTIONS)[-1] == line
+    assert tpu_vm.needs(made, in_image)[-1] == line
+    assert line not in tpu_vm.needs(made, test_tpu_vm.OPTIONS)  # they are copied
+    assert line not in jobset.needs(job(public()), test_jobset.OPTIONS)
+
+
+def test_pods_of_several_slices_do_not_get_the_service_account():
+    with_account = dataclasses.replace(test_jobset.OPTIONS, service_account="trainer")
+    says = "the bucket for their node pool's account, not for --service-account=trainer"
+    made = job(public())
+    assert says in jobset.needs(dataclasses.replace(made, slices=2), with_account)[-1]
+    assert says not in "\n".join(jobset.needs(made, with_account))
+
+
 def test_hosts_have_the_packages_of_public_tokenizers():
     """CLIP's tokenizer needs those of the extra."""
     locked = set(re.findall(r"^([a-z0-9-]+)==", (ROOT / "launch/requirements.lock").read_text(), re.MULTILINE))
