@@ -51,13 +51,13 @@ class SweepPoint:
         """Returns its parameters and FLOPs."""
         return count(self.experiment)
 
-    def differences(self, saved: Mapping[str, Any], step: int) -> list[str]:
+    def differences(self, saved: Mapping[str, Any], step: int, inputs: bool = True) -> list[str]:
         """Returns a line for each key of the config of a run after `step` that makes it another run than the point's.
 
         A run may differ from its point in what changes how it trains, but not what: in the keys that a resume may
-        change, without INPUTS.
+        change, without INPUTS. Where a run goes on, and compares what it reads by itself, `inputs` is False.
         """
-        may_differ = changeable(self.experiment, "resume") - INPUTS
+        may_differ = changeable(self.experiment, "resume") - (INPUTS if inputs else frozenset())
         found = config_differences(saved, to_dict(self.experiment), may_differ, step)
         return [f"config.{key}: saved {old!r}, now {new!r}" for key, (old, new) in found.items()]
 

@@ -66,12 +66,13 @@ def is_done(point: SweepPoint, workdir: Path) -> bool:
     config, differences = workdir / CONFIG_FILE, []
     with reading(workdir):
         step = newest_step(workdir)
+        done = step >= point.experiment.train.num_steps
         if step and config.exists():
-            differences = point.differences(json.loads(config.read_text()), step)
+            differences = point.differences(json.loads(config.read_text()), step, inputs=done)
     if differences:
         changed = "\n  ".join(differences)
         raise SweepError(f"point {point.name}: {workdir} holds another run:\n  {changed}\nTake another --workdir.")
-    return step >= point.experiment.train.num_steps
+    return done
 
 
 def run_points(

@@ -183,6 +183,8 @@ def test_a_run_that_read_something_else_does_not_count_as_its_points(tmp_path, p
                 is_done(points[0], tmp_path)
         else:
             assert is_done(points[0], tmp_path)
+    (tmp_path / "checkpoints/10").rename(tmp_path / "checkpoints/5")
+    assert not is_done(points[0], tmp_path)  # it goes on, and compares what is there then
 
 
 def test_without_matplotlib_there_are_tables_and_a_word_about_plots(tmp_path, points, monkeypatch):
