@@ -35,9 +35,15 @@ def get_config(size: str = "32px") -> ConfigDict:
     data.prepare.held_out = 0.1  # of the pairs; each name and each style keeps one to train on
     config.text.vocab_size = 2048
 
+    optimizer = config.optimizer  # its values: docs/emoji_styles.md
+    optimizer.learning_rate = 2e-4
+    optimizer.warmup_steps = 300
+    optimizer.schedule = "warmup_stable_decay"
+    optimizer.decay_begin = 4000
+    optimizer.decay_steps = 800
+
     train = config.train
-    train.num_steps = 6000
-    config.optimizer.warmup_steps = 300
+    train.num_steps = 4800
     train.ema_decay = 0.998
     train.images_every = 1000
 
