@@ -103,18 +103,21 @@ def prepare_share(config: DataConfig, share: Share, workers: int, say: Say) -> N
 def check_sources(config: DataConfig, say: Say, same_source: bool) -> None:
     """Compares the finished records of every part of `data.task` with what their sources have now.
 
-    A source that is not at hand is only told. `same_source` is that of `prepare_records`.
+    It only says so where the source, or a package that reads it, is not at hand. `same_source` is that of
+    `prepare_records`.
 
     Raises:
       DataError: a source lists other files, or files of other sizes or times, than its records were read from.
     """
-    for part in find_parts(config):
-        directory = task_directory(config, part.task)
-        if part.task in GENERATED or not _is_prepared(directory):
+    if not _composition_path(config).exists():
+        return
+    for component in read_composition(config).components:
+        directory = task_directory(config, component.task)
+        if component.generated or not _is_prepared(directory):
             continue
-        manifest = read_records_manifest(config, part.task)
+        manifest = read_records_manifest(config, component.task)
         try:
-            found = find_task(config, part.task)
+            found = find_task(config, component.task)
             now = _source_of(found, in_threads(found.stamp, range(len(found.shards))))
         except (DataError, OSError) as error:
             say(f"{directory} is prepared, and its source cannot be compared with it: {error}")

@@ -27,9 +27,10 @@ from launch.sweeps import hyper
 CONFIG_KEY, PREFIX = "config", "config."
 # Keys that name what a run reads. A resume may change them, because it compares the contents (those of
 # checkpoint.init_from it reads no more); a finished run with other values may have read something else than its point.
+# Not data.directory, where launchers mount the data elsewhere: data.task names what is in it.
 INPUTS = frozenset(
     {
-        *("checkpoint.init_from", "data.directory", "data.tokenizer", "data.second_tokenizer"),
+        *("checkpoint.init_from", "data.tokenizer", "data.second_tokenizer"),
         *("text.weights", "text.second_weights", "vae.weights"),
     }
 )

@@ -235,8 +235,8 @@ MUTANTS = (
     ),
     Mutant(
         "launch/sweeps/running.py",
-        "return step >= point.experiment.train.num_steps",
-        "return step > 0",
+        "done = step >= point.experiment.train.num_steps",
+        "done = step > 0",
         ("tests/launch/test_sweep.py::test_a_workdir_of_another_run_is_refused_before_anything_starts",),
         "killed points are never finished",
     ),
