@@ -21,7 +21,7 @@ from ecdit.data.manifest import read_records_manifest, task_directory
 from ecdit.data.preparation import prepare_share
 from ecdit.data.prepared import prepare, prepare_column
 from ecdit.data.shares import Share, parse_share, sharing
-from tests.data.example import make_config, module
+from tests.data.example import Counted, make_config, module
 from tests.data.test_preparation import files
 
 ROOT = Path(__file__).parents[2]
@@ -304,6 +304,22 @@ def test_a_killed_process_ends_the_column_with_an_error_and_the_same_command_goe
     with pytest.raises(DataError, match=r"a process that computes latents-keys was killed, .* with fewer --workers"):
         make_column(task, manifest, Killed(), 2, quiet)
     assert make_column(task, manifest, Keys(), 1, quiet).name == "latents-keys"
+
+
+class Deadly(Counted):
+    """A source whose readers are killed, as by the kernel where memory is short."""
+
+    def read(self, part):
+        os.kill(os.getpid(), signal.SIGKILL)
+        yield from super().read(part)
+
+
+def test_a_killed_process_ends_the_preparation_of_records_with_an_error(tmp_path):
+    more = 'from tests.data.test_shares import Deadly\nadd_task("deadly", Deadly(20))'
+    where = module(tmp_path, "unused_deadly", "1", more)
+    config = make_config(tmp_path / "data", module=where, task="deadly", vocab_size=300)
+    with pytest.raises(DataError, match=r"a process that prepares was killed, .* with fewer --workers takes less"):
+        prepare(config, workers=2, say=quiet)
 
 
 CONFIG = """
