@@ -1,4 +1,4 @@
-"""Prepares a config's data: `python -m ecdit.prepare --config=configs/emoji.py`. Does nothing if it is prepared.
+"""Prepares a config's data: `python -m ecdit.prepare --config=configs/emoji.py`.
 
     python -m ecdit.prepare --config=... --limit=1000      # a first look: what would be left out, and ten images
     python -m ecdit.prepare --config=... --verify          # reads all of it again and compares checksums
@@ -8,7 +8,8 @@
     python -m ecdit.prepare --config=... --what=text       # what its public text encoder makes of each caption
     python -m ecdit.prepare --config=... --share=3/16      # one of 16 processes, on as many hosts: docs/data.md
 
-It can be killed at any time. The same command then continues and ends with the same bytes.
+It can be killed at any time. The same command then continues and ends with the same bytes. Where the data is prepared,
+it only compares its source with what was read.
 """
 
 import os
@@ -76,6 +77,7 @@ def main(argv: list[str]) -> None:
     elif VOCABULARY.value:
         allowed = 'must be a .model file or "" for --vocabulary'
         require(not config.tokenizer_folders, "data.tokenizer", config.tokenizer, allowed)
+        check_sources(config, print, SAME_SOURCE.value)
         trained = make_tokenizer(config, prepare_records(config, WORKERS.value, print, SAME_SOURCE.value))
         shutil.copyfile(trained, Path(VOCABULARY.value))
         print(f"trained {VOCABULARY.value}")

@@ -156,7 +156,7 @@ def make_column(
         working.mkdir(exist_ok=True)
         replace_text(working / _MADE_OF, key)
         if not (working / COLUMN).exists():  # else an earlier call was killed just before the rename
-            _write(task, manifest, maker, workers, say)
+            _write(task, manifest, maker, key, workers, say)
             files = constants()
             if _key(manifest, maker) != key:
                 raise DataError(
@@ -194,7 +194,7 @@ def make_share(task: Path, manifest: Manifest, maker: ColumnMaker, workers: int,
             working.mkdir(exist_ok=True)
             replace_text(working / _MADE_OF, key)
             check_count(working, share)
-        _write(task, manifest, maker, workers, say, share)
+        _write(task, manifest, maker, key, workers, say, share)
 
 
 def _key(manifest: Manifest, maker: ColumnMaker) -> str:
@@ -233,19 +233,18 @@ def _working(directory: Path) -> Path:
 
 
 def _write(
-    task: Path, manifest: Manifest, maker: ColumnMaker, workers: int, say: Say, share: Share | None = None
+    task: Path, manifest: Manifest, maker: ColumnMaker, key: str, workers: int, say: Say, share: Share | None = None
 ) -> None:
     """Writes the shards that are left, of all or of a share's."""
-    _check_begun(manifest, _working(column_directory(task, maker.name)), _key(manifest, maker))
+    working = _working(column_directory(task, maker.name))
+    _check_begun(manifest, working, key)
     left = shards_left(task, manifest, maker.name, share)
     if left:
         workers, why = fitting(min(workers, len(left)), maker.process_bytes, free_bytes())
         if why:
             say(f"{maker.name}: {why}")
     with progress(maker.name, "records", sum(shard.records for shard in left)) as update:
-        _write_shards(
-            task, _working(column_directory(task, maker.name)), left, maker, _key(manifest, maker), workers, update
-        )
+        _write_shards(task, working, left, maker, key, workers, update)
 
 
 def _check_begun(manifest: Manifest, working: Path, key: str) -> None:

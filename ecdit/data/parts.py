@@ -143,7 +143,9 @@ def read_summary(place: Path) -> PartSummary | None:
     except FileNotFoundError:
         return None
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DataError(f"{place / SUMMARY} is damaged ({error}): delete {place} and prepare again") from None
+        raise DataError(
+            f"{place / SUMMARY} is damaged or of another version ({error}): delete {place} and prepare again"
+        ) from None
 
 
 def part_name(index: int) -> str:

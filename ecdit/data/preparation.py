@@ -116,13 +116,15 @@ def check_sources(config: DataConfig, say: Say, same_source: bool) -> None:
         if component.generated or not _is_prepared(directory):
             continue
         manifest = read_records_manifest(config, component.task)
+        if not manifest.source:  # prepared before it was kept
+            continue
         try:
             found = find_task(config, component.task)
             now = _source_of(found, in_threads(found.stamp, range(len(found.shards))))
         except (DataError, OSError) as error:
             say(f"{directory} is prepared, and its source cannot be compared with it: {error}")
             continue
-        if manifest.source in ("", now):  # "": records that were prepared before it was kept
+        if now == manifest.source:
             continue
         told = f"the source of {directory} has changed since it was prepared, or its files have other times"
         if not same_source:

@@ -115,7 +115,9 @@ def read_summary(path: Path) -> ShardSummary | None:
     except FileNotFoundError:
         return None
     except (ValueError, TypeError) as error:
-        raise DataError(f"{place} is damaged ({error}): delete it, and {path.name} is computed again") from None
+        raise DataError(
+            f"{place} is damaged or of another version ({error}): delete it, and {path.name} is computed again"
+        ) from None
 
 
 def file_sha256(path: Path) -> str:

@@ -10,9 +10,7 @@ images), they compete with others at other times, as in training. Axes: n images
 """
 
 import dataclasses
-import itertools
 import math
-import sys
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -26,7 +24,6 @@ from ecdit.components import Denoiser, Mode
 from ecdit.data import DataError
 from ecdit.data.generated import Split
 from ecdit.data.loader import augmented, part_reader
-from ecdit.data.mixing import mixing
 from ecdit.data.prepared import Prepared, Row, StoredPart, empty_caption
 from ecdit.data.tokenizer import load_tokenizer
 from ecdit.diffusion.flow import SAMPLE_KEY_IMPL, interpolate, velocity_target
@@ -58,36 +55,30 @@ def fixed_rows(prepared: Prepared, count: int, split: Split = "held_out") -> Row
     Raises:
       DataError: there are none.
     """
-    sizes = [_records(part, split) for part in prepared.stored]
-    parts = [place for place, size in enumerate(sizes) if size]
-    if not parts:
+    # Every part's rows with their places in an endless mixture, of which the first are taken.
+    rows_of = {
+        place: min(count, count if part is None else _records(part, split))  # generated rows have no end
+        for place, part in enumerate(prepared.stored)
+    }
+    rates = [Fraction(component.rate) for component in prepared.composition.components]
+    chosen = sorted(((i + 0.5) / rates[part], part, i) for part, rows in rows_of.items() for i in range(rows))[:count]
+    if not chosen:
         raise DataError(f"the data has no record in the split {split}: see data.prepare.held_out")
-    rates = mixing([Fraction(prepared.composition.components[place].rate) for place in parts])
-    left = [sizes[place] for place in parts]
-    chosen: dict[int, tuple[int, int]] = {}  # the part and its index by the mixture's row
-    for row in itertools.count():
-        if len(chosen) == min(count, sum(left)):
-            break
-        part, index = rates.locate(row)
-        if index < left[part]:
-            chosen[row] = part, index
-    readers = [part_reader(prepared, place, 0, split) for place in parts]
+    readers = {part: part_reader(prepared, part, 0, split) for part, rows in rows_of.items() if rows}
 
     def read_row(row: int) -> Row:
-        part, index = chosen[row]
+        _, part, index = chosen[row]
         return readers[part](index)
 
     plain = dataclasses.replace(prepared.config, caption_dropout=0.0, flip_probability=0.0, crop_padding=0)
     empty = empty_caption(prepared) if plain.text_states else None
     read = augmented(plain, 0, read_row, load_tokenizer(prepared.tokenizer), empty)
-    rows = [read(row) for row in chosen]
+    rows = [read(row) for row in range(len(chosen))]
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
 
-def _records(part: StoredPart | None, split: Split) -> int:
-    """Returns how many records a part has in a split; generated rows have no end."""
-    if part is None:
-        return sys.maxsize
+def _records(part: StoredPart, split: Split) -> int:
+    """Returns how many records a part has in a split."""
     return part.manifest.num_held_out if split == "held_out" else part.manifest.num_records
 
 

@@ -297,8 +297,8 @@ MUTANTS = (
     ),
     Mutant(
         "ecdit/data/preparation.py",
-        'if manifest.source in ("", now):',
-        "if manifest.source:",
+        "        if now == manifest.source:",
+        "        if now:",
         _again("test_records_of_a_source_that_has_changed_are_refused_until_they_are_said_to_be_the_same"),
     ),
     Mutant(
@@ -316,8 +316,8 @@ MUTANTS = (
     ),
     Mutant(
         "ecdit/evaluation/flow_loss.py",
-        "        if index < left[part]:",
-        "        if left[part]:",
+        "min(count, count if part is None else _records(part, split))",
+        "count if part is None or _records(part, split) else 0",
         ("tests/evaluation/test_flow_loss.py::test_parts_of_a_mixture_give_each_held_out_record_once",),
         "the held-out loss of a mixture is that of a few records",
     ),
