@@ -114,6 +114,11 @@ class SystemConfig:
         return self.caption_length * max(len(self.text.folders), 1)
 
     @property
+    def predicts_data(self) -> bool:
+        """Returns whether the network predicts the data; the config of a user's denoiser may not have the field."""
+        return getattr(self.model, "prediction", "velocity") == "data"
+
+    @property
     def has_images(self) -> bool:
         """Returns True if latents can be decoded to images."""
         return self.autoencoder != "latents"

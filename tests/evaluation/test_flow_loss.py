@@ -24,9 +24,9 @@ from tests.runs import tiny
 COUNT = 6  # images, in batches of four
 
 
-def computed(count, about, losses_of=losses_by_time):
+def computed(count, about, losses_of=losses_by_time, **changes):
     """The losses of `count` images by time, of a network that is wrong by 2 t, and what it was given."""
-    experiment = tiny(mesh__data=1)
+    experiment = tiny(mesh__data=1, **changes)
     system, mesh = KnowingSystem(experiment), make_mesh(experiment.mesh, jax.devices()[:1])
     program = make_loss_program(system, mesh, about, "train")
     rows = {
@@ -65,6 +65,16 @@ def test_the_loss_does_not_depend_on_the_batch():
     assert len(np.unique(found[0])) == 24 * BINS
     np.testing.assert_allclose(*found, rtol=1e-5)
     np.testing.assert_allclose(computed(24, 24)[0], found[0].mean(axis=0), rtol=1e-5)
+
+
+def test_errors_of_predicted_data_are_scaled(found):
+    """At the times below 0.05, at which training scales them too."""
+    scaled, given = computed(COUNT, 4, model__prediction="data")
+    times = np.unique(given["time"][given["time"] < 0.1])
+    assert times.min() < 0.04
+    expected = np.mean([(2 * time * min(1, time / 0.05)) ** 2 for time in times])
+    np.testing.assert_allclose(scaled[0], expected, rtol=1e-4)
+    np.testing.assert_allclose(scaled[1:], found[0][1:], rtol=1e-6)
 
 
 def test_images_of_a_batch_are_at_different_times(found):

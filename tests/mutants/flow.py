@@ -24,15 +24,27 @@ MUTANTS = (
     ),
     Mutant(
         _FILE,
+        "jnp.maximum(time.astype(jnp.float32), _LEAST_DIVISOR)",
         "jnp.maximum(time.astype(jnp.float32), LEAST_TIME)",
-        "jnp.minimum(time.astype(jnp.float32), LEAST_TIME)",
         _tests("test_the_velocity_towards_the_data_is_the_target"),
     ),
     Mutant(
         _FILE,
         "LEAST_TIME = 0.05",
         "LEAST_TIME = 0.005",
-        _tests("test_near_the_data_an_error_is_multiplied_by_twenty_at_most"),
+        _tests("test_an_error_of_predicted_data_counts_twenty_times_at_most"),
+    ),
+    Mutant(
+        "ecdit/training/step.py",
+        "(patchify(x, patch) * scale for x in",
+        "(patchify(x, patch) for x in",
+        ("tests/training/test_step_parts.py::test_near_the_data_an_error_of_predicted_data_counts_twenty_times",),
+    ),
+    Mutant(
+        "ecdit/evaluation/flow_loss.py",
+        "error *= error_scale(time, system.config.predicts_data)[:, None, None, None]",
+        "pass",
+        ("tests/evaluation/test_flow_loss.py::test_errors_of_predicted_data_are_scaled",),
     ),
     Mutant(
         "ecdit/models/dit.py",
