@@ -34,16 +34,21 @@ EVALUATIONS = {
 
 
 def choose(arguments: Sequence[str]) -> ModuleType | None:
-    """Returns the module of the first argument that is the name of an evaluation, or None."""
-    name = next((argument for argument in arguments if argument in EVALUATIONS), None)
-    return importlib.import_module(EVALUATIONS[name]) if name else None
+    """Returns the module of the evaluation that the first argument names, or None.
+
+    The name comes first, because behind flags it could as well be a flag's value.
+    """
+    name = arguments[0] if arguments else ""
+    return importlib.import_module(EVALUATIONS[name]) if name in EVALUATIONS else None
 
 
 def main(argv: list[str]) -> None:
     """Runs the evaluation that the command line names."""
     chosen = choose(argv[1:])
     if chosen is None or len(argv) > 2:
-        raise UserError(f"evaluations: {', '.join(EVALUATIONS)}; got {' '.join(argv[1:]) or 'none'}")
+        raise UserError(
+            f"evaluations: {', '.join(EVALUATIONS)}; the name comes first; got {' '.join(argv[1:]) or 'none'}"
+        )
     chosen.run(flags.FLAGS)
 
 

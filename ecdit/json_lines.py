@@ -3,7 +3,7 @@
 import contextlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,11 +97,49 @@ def is_number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
-def check_results(*paths: Path | None) -> None:
-    """Raises UserError, before work is done for nothing, where a result could not be written; None is no file."""
-    for path in paths:
-        if path is not None:
-            check_writable(path)
+def result_paths(
+    values: Any, *names: str, inputs: Sequence[str] = (), local: Sequence[str] = ()
+) -> tuple[Path | None, ...]:
+    """Returns the files that flags name for results, on a disk or in a bucket; None where a flag is not given.
+
+    Call it before the work whose results go there.
+
+    Args:
+      values: the flags.
+      names: the flags of results.
+      inputs: the flags of files that are read, or of several with commas between them.
+      local: those of `names` whose files cannot be in a bucket.
+
+    Raises:
+      UserError: a file cannot be written, is a directory, or is that of two of these flags.
+    """
+    paths: list[Path | None] = []
+    taken: dict[str, str] = {}  # flags by their files
+    for name in inputs:
+        for text in (getattr(values, name) or "").split(","):
+            taken[str(Path(text).resolve())] = name
+    for name in names:
+        text = getattr(values, name)
+        paths.append(_result_path(text, f"--{name}", name in local) if text else None)
+        if text:
+            place = text if is_remote(text) else str(Path(text).resolve())
+            if (other := taken.setdefault(place, name)) != name:
+                raise UserError(f"--{name}={text}: is the file of --{other} too, and would replace it")
+    return tuple(paths)
+
+
+def _result_path(text: str, name: str, local: bool) -> Path:
+    if "://" in text:
+        from ecdit.storage import as_path  # here: scorers need no library of buckets
+
+        if local:
+            raise UserError(f"{name}={text}: must be a file of this machine")
+        return as_path(text, name)
+    path = Path(text)
+    if path.is_dir():
+        raise UserError(f"{name}={text}: is a directory; must be a file")
+    check_writable(path)
+    return path
 
 
 def write_results(path: Path, text: str) -> None:

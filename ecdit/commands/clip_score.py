@@ -7,7 +7,7 @@ from absl import flags
 
 from ecdit.errors import UserError
 from ecdit.evaluation.clip_score import clip_scores, read_clip
-from ecdit.json_lines import at_line, check_results, json_text, read_lines, require, take, write_results
+from ecdit.json_lines import at_line, json_text, read_lines, require, result_paths, take, write_results
 from ecdit.pretrained.weights import fingerprint
 
 
@@ -25,18 +25,17 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def run(values: flags.FlagValues) -> None:
     """Scores, prints and writes the result."""
-    out = Path(values.json) if values.json else None
-    check_results(out)
+    (out,) = result_paths(values, "json", inputs=["items"])
     pairs = captioned(Path(values.images), Path(values.items) if values.items else None)
     folder = Path(values.clip)
     result = clip_scores(read_clip(folder), pairs, values.batch_size)
     result |= {"clip": values.clip, "clip_sha256": fingerprint(folder)}
-    if out:
-        write_results(out, json_text(result))
     print(
         f"{result['images']} images: mean cosine {result['cosine']:.4f}, torchmetrics' form "
         f"{result['torchmetrics']:.2f}, Hessel's form {result['hessel']:.4f}; {values.clip}"
     )
+    if out:
+        write_results(out, json_text(result))
 
 
 def captioned(folder: Path, items: Path | None) -> list[tuple[Path, str]]:

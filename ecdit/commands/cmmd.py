@@ -1,14 +1,12 @@
 """`cmmd --images=A --reference=B --clip=FOLDER` measures the CLIP maximum mean discrepancy of embeddings."""
 
-from pathlib import Path
-
 import numpy as np
 from absl import flags
 
-from ecdit.commands.feature_flags import define_feature_flags, feature_sets
+from ecdit.commands.feature_flags import both_features, define_feature_flags, feature_sets
 from ecdit.errors import UserError
 from ecdit.evaluation.kernel_distance import clip_discrepancy
-from ecdit.json_lines import check_results, json_text, write_results
+from ecdit.json_lines import json_text, result_paths, write_results
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -18,10 +16,9 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def run(values: flags.FlagValues) -> None:
     """Measures, prints and writes the result."""
-    out = Path(values.json) if values.json else None
-    check_results(out)
+    (out,) = result_paths(values, "json", inputs=["features", "reference"])
     named, said = feature_sets(values)
-    generated, real = (each.features() for each in named)
+    generated, real = both_features(named)
     check_lengths(generated, named[0].name)
     check_lengths(real, named[1].name)
     result = {
@@ -30,9 +27,9 @@ def run(values: flags.FlagValues) -> None:
         "samples": len(generated),
         "reference_samples": len(real),
     }
+    print(f"CMMD {result['cmmd']:.6g}, {result['samples']} samples against {result['reference_samples']}")
     if out:
         write_results(out, json_text(result))
-    print(f"CMMD {result['cmmd']:.6g}, {result['samples']} samples against {result['reference_samples']}")
 
 
 def check_lengths(embeddings: np.ndarray, name: str) -> None:

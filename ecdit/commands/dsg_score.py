@@ -6,7 +6,7 @@ from absl import flags
 
 from ecdit.evaluation.dsg import share, summarize
 from ecdit.evaluation.questions import read_items
-from ecdit.json_lines import check_results, json_text, write_results
+from ecdit.json_lines import json_text, result_paths, write_results
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -18,16 +18,15 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def run(values: flags.FlagValues) -> None:
     """Scores, prints and writes the result."""
-    out = Path(values.json) if values.json else None
-    check_results(out)
+    (out,) = result_paths(values, "json", inputs=["items"])
     items = [item for _, item in read_items(Path(values.items), "answer", with_tuple=False)]
     result = summarize({item.item_id: share(item) for item in items})
-    if out:
-        write_results(out, json_text(result))
     malformed = [item.item_id for item in items if any(question.parents is None for question in item.questions)]
     if malformed:
         print(f"{len(malformed)} items have a malformed dependency, so their dependencies are ignored: {malformed[:5]}")
     print_overall(result)
+    if out:
+        write_results(out, json_text(result))
 
 
 def print_overall(result: dict) -> None:

@@ -80,6 +80,11 @@ class FeatureSet:
         """Returns the name of what computed the features, or None for files of which the flags do not say it."""
         return self.extractor.name if self.extractor is not None and self.images else self.stated
 
+    @property
+    def dimensions(self) -> int:
+        """Returns those of images' features, D, and 0 where they are not known yet, as those of files."""
+        return self.extractor.dimensions if self.extractor is not None and self.images else 0
+
     def features(self) -> Float[np.ndarray, "N D"]:
         """Returns all features, in float64. Raises UserError if there are none, or a value is not finite."""
         if not self.images:
@@ -121,6 +126,17 @@ def feature_sets(values: flags.FlagValues) -> tuple[tuple[FeatureSet, FeatureSet
     if extractor is not None and "preprocessing" in values:
         said["preprocessing"] = values.preprocessing
     return (generated, real), said
+
+
+def files_first(sets: Sequence[FeatureSet]) -> list[FeatureSet]:
+    """Returns the sets with files of features first: an error in them should not cost the hours that images take."""
+    return sorted(sets, key=lambda each: len(each.images) > 0)
+
+
+def both_features(sets: Sequence[FeatureSet]) -> list[Float[np.ndarray, "N D"]]:
+    """Returns all features of each set. Raises as `FeatureSet.features`."""
+    found = {each.flag: each.features() for each in files_first(sets)}
+    return [found[each.flag] for each in sets]
 
 
 def name_extractors(generated: str | None, real: str | None) -> dict[str, str | None]:

@@ -1,15 +1,14 @@
 """`frechet --images=A --reference=B --inception=FOLDER` measures the Fréchet distance; FID with Inception."""
 
 import dataclasses
-from pathlib import Path
 
 from absl import flags
 
-from ecdit.commands.feature_flags import define_feature_flags, feature_sets, name_extractors
+from ecdit.commands.feature_flags import define_feature_flags, feature_sets, files_first, name_extractors
 from ecdit.errors import UserError
 from ecdit.evaluation.frechet import distance_of_moments
 from ecdit.evaluation.moments import Moments, write_moments
-from ecdit.json_lines import check_results, json_text, write_results
+from ecdit.json_lines import json_text, result_paths, write_results
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -22,18 +21,24 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def run(values: flags.FlagValues) -> None:
     """Measures, prints and writes the result."""
-    out, save = (Path(path) if path else None for path in (values.json, values.save))
-    check_results(out, save)
+    out, save = result_paths(values, "json", "save", inputs=["features", "reference"], local=["save"])
     if save and save.suffix != ".npz":
         raise UserError(f"--save={save}: must end in .npz")
     sets, said = feature_sets(values)
-    generated, real = (each.moments() for each in sets)
-    if not values.allow_few_samples:
-        check_samples(generated, sets[0].flag)
-        check_samples(real, sets[1].flag)
-    check_extractors(values.extractor, generated.extractor, sets[0].name)
-    ours = generated.extractor or values.extractor
-    theirs = real.extractor or sets[1].extractor_name
+    found: dict[str, Moments] = {}
+    extractors: dict[str, str | None] = {each.flag: each.extractor_name for each in sets}
+    for each in files_first(sets):
+        if each.dimensions and not values.allow_few_samples:
+            check_samples(len(each.images), each.dimensions, each.flag)
+        if each.images:
+            check_extractors(*extractors.values(), sets[1].name)
+        moments = found[each.flag] = each.moments()
+        check_extractors(extractors[each.flag], moments.extractor, each.name)
+        extractors[each.flag] = moments.extractor or extractors[each.flag]
+        if not values.allow_few_samples and moments.count is not None:
+            check_samples(moments.count, len(moments.mean), each.flag)
+    generated, real = (found[each.flag] for each in sets)
+    ours, theirs = (extractors[each.flag] for each in sets)
     check_extractors(ours, theirs, sets[1].name)
     result = {
         "frechet": distance_of_moments(generated, real),
@@ -43,11 +48,6 @@ def run(values: flags.FlagValues) -> None:
         "samples": generated.count,
         "reference_samples": real.count,
     }
-    if save:
-        save.parent.mkdir(parents=True, exist_ok=True)
-        write_moments(save, dataclasses.replace(generated, extractor=ours))
-    if out:
-        write_results(out, json_text(result))
     print(
         f"Frechet distance {result['frechet']:.6g}, {result['dimensions']} dimensions, "
         f"{result['samples'] or 'unknown'} samples against {result['reference_samples'] or 'unknown'}; "
@@ -59,6 +59,11 @@ def run(values: flags.FlagValues) -> None:
                 f"{each.name} does not say what its features are of; if another extractor or preparation made them, "
                 "the distance means nothing"
             )
+    if save:
+        save.parent.mkdir(parents=True, exist_ok=True)
+        write_moments(save, dataclasses.replace(generated, extractor=ours))
+    if out:
+        write_results(out, json_text(result))
 
 
 def check_extractors(ours: str | None, theirs: str | None, name: str) -> None:
@@ -69,9 +74,8 @@ def check_extractors(ours: str | None, theirs: str | None, name: str) -> None:
         )
 
 
-def check_samples(found: Moments, name: str) -> None:
-    """Raises UserError if a set of known size has fewer samples than dimensions."""
-    dimensions = len(found.mean)
-    if found.count is not None and found.count < dimensions:
+def check_samples(count: int, dimensions: int, name: str) -> None:
+    """Raises UserError if a set has fewer samples than dimensions."""
+    if count < dimensions:
         reason = "its covariance would cover only a few directions; --allow_few_samples compares it nevertheless"
-        raise UserError(f"--{name}: {found.count} samples, fewer than the {dimensions} dimensions: {reason}")
+        raise UserError(f"--{name}: {count} samples, fewer than the {dimensions} dimensions: {reason}")

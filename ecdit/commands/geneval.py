@@ -6,7 +6,7 @@ from absl import flags
 
 from ecdit.errors import UserError
 from ecdit.evaluation.geneval_images import look, samples, state_of
-from ecdit.json_lines import check_results
+from ecdit.json_lines import result_paths
 from ecdit.progress import each
 
 DOWNLOAD = """needs a detector, and a CLIP where prompts name colours. Download them once:
@@ -31,8 +31,8 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def run(values: flags.FlagValues) -> None:
     """Makes and writes the lines."""
-    out = Path(values.out)
-    check_results(out)
+    (out,) = result_paths(values, "out", local=["out"])
+    assert out is not None, "--out is required"
     wanted = samples(Path(values.images))
     coloured = any(sample.coloured for sample in wanted)
     for name, needed in (("detector", True), ("clip", coloured)):

@@ -5,7 +5,7 @@ from pathlib import Path
 from absl import flags
 
 from ecdit.evaluation.geneval2 import read_answers, read_benchmark, summarize
-from ecdit.json_lines import check_results, json_text, write_results
+from ecdit.json_lines import json_text, result_paths, write_results
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -18,11 +18,10 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def run(values: flags.FlagValues) -> None:
     """Scores, prints and writes the result."""
-    out = Path(values.json) if values.json else None
-    check_results(out)
+    (out,) = result_paths(values, "json", inputs=["benchmark", "answers"])
     benchmark = read_benchmark(Path(values.benchmark))
     result = summarize(benchmark, read_answers(Path(values.answers), benchmark))
-    if out:
-        write_results(out, json_text(result))
     skills = ", ".join(f"{skill} {found:.2f}" for skill, found in result["skills"].items())
     print(f"Soft-TIFA AM {result['am']:.2f}, GM {result['gm']:.2f}, {len(benchmark)} prompts; AM by skill: {skills}")
+    if out:
+        write_results(out, json_text(result))

@@ -8,7 +8,7 @@ from absl import flags
 
 from ecdit.evaluation.geneval import TASKS, summarize
 from ecdit.evaluation.geneval_lines import judge_lines
-from ecdit.json_lines import check_results, json_text, write_results
+from ecdit.json_lines import json_text, result_paths, write_results
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -22,8 +22,8 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def run(values: flags.FlagValues) -> None:
     """Scores, writes both files and prints the summary."""
-    out, summary_file = Path(values.out), Path(values.json) if values.json else None
-    check_results(out, summary_file)
+    out, summary_file = result_paths(values, "out", "json", inputs=["detections"])
+    assert out is not None, "--out is required"
     verdicts = judge_lines(Path(values.detections))
     summary = summarize(verdicts)
     write_results(out, "".join(json.dumps(dataclasses.asdict(verdict)) + "\n" for verdict in verdicts))

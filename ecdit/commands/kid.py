@@ -1,12 +1,11 @@
 """`kid --images=A --reference=B --inception=FOLDER` measures the kernel inception distance of features."""
 
-from pathlib import Path
-
 from absl import flags
 
-from ecdit.commands.feature_flags import define_feature_flags, feature_sets
+from ecdit.commands.feature_flags import both_features, define_feature_flags, feature_sets
+from ecdit.errors import UserError
 from ecdit.evaluation.kernel_distance import kernel_inception_distance
-from ecdit.json_lines import check_results, json_text, write_results
+from ecdit.json_lines import json_text, result_paths, write_results
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -19,10 +18,13 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def run(values: flags.FlagValues) -> None:
     """Measures, prints and writes the result."""
-    out = Path(values.json) if values.json else None
-    check_results(out)
+    (out,) = result_paths(values, "json", inputs=["features", "reference"])
     named, said = feature_sets(values)
-    sets = [each.features() for each in named]
+    for each in named:
+        if each.images and len(each.images) < values.subset_size:  # before their features are computed
+            count = f"{each.name} has {len(each.images)} images"
+            raise UserError(f"--subset_size={values.subset_size}: {count}; must be at most their number")
+    sets = both_features(named)
     mean, deviation = kernel_inception_distance(sets[0], sets[1], values.subsets, values.subset_size, values.seed)
     result = {
         "kid": mean,
@@ -34,6 +36,6 @@ def run(values: flags.FlagValues) -> None:
         "samples": len(sets[0]),
         "reference_samples": len(sets[1]),
     }
+    print(f"KID {mean:.6g}, standard deviation {deviation:.2g} over {values.subsets} subsets of {values.subset_size}")
     if out:
         write_results(out, json_text(result))
-    print(f"KID {mean:.6g}, standard deviation {deviation:.2g} over {values.subsets} subsets of {values.subset_size}")

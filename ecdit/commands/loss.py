@@ -12,7 +12,7 @@ from ecdit.components import Mode
 from ecdit.data.generated import Split
 from ecdit.data.manifest import SPLITS
 from ecdit.evaluation.flow_loss import BINS, SEED, fixed_rows, losses_by_time, make_loss_program
-from ecdit.json_lines import check_results, json_text, write_results
+from ecdit.json_lines import json_text, result_paths, write_results
 from ecdit.runs.trained_run import open_data, open_run
 from ecdit.sampling.prompts import DATA_PLACES, check_changes
 from ecdit.storage import as_path
@@ -33,8 +33,7 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def run(values: flags.FlagValues) -> None:
     """Evaluates, prints the result and writes it."""
-    out = Path(values.json) if values.json else None
-    check_results(out)
+    (out,) = result_paths(values, "json")
     check_changes(values.set, DATA_PLACES, sampling=False)
     result = loss(as_path(values.workdir), values.step, values.images, values.split, values.batch_size, values.set)
     if out:

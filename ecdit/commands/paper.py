@@ -8,6 +8,7 @@ by a third party. What other programs must judge (detectors, question answerers)
 import dataclasses
 import json
 import math
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,14 @@ from ecdit.errors import UserError
 from ecdit.evaluation.clip_score import clip_scores, read_clip
 from ecdit.evaluation.geneval import TASKS
 from ecdit.files import is_remote
-from ecdit.json_lines import check_results, json_text, write_results
+from ecdit.json_lines import json_text, result_paths, write_results
+from ecdit.pretrained.inception import FEATURES
+from ecdit.runs.kept_tokenizer import open_tokenizer
 from ecdit.runs.sample_folder import describe_source, draw_folder
 from ecdit.runs.trained_run import open_run, saved_experiment
 from ecdit.sampling.layouts import plan_images
 from ecdit.sampling.prompt_files import choose, read_prompt_file
+from ecdit.sampling.prompts import check_prompts
 from ecdit.storage import as_path
 
 # Of the largest model, M-64E: the number, and where we have it from.
@@ -62,6 +66,14 @@ def _missing_tasks(found: Mapping[str, Any]) -> str:
     return f"does not compare: there are no images of {', '.join(missing)}" if missing else ""
 
 
+def _fid_note(found: Mapping[str, Any]) -> str:
+    extractors = [found["extractor"], found.get("reference_extractor", found["extractor"])]
+    alike = "the paper's number, crop and implementation are not known to us"
+    if found.get("dimensions", FEATURES) != FEATURES or len(set(extractors)) > 1 or None in extractors:
+        alike = f"is no FID: {found.get('dimensions')} dimensions, of {' and '.join(map(str, extractors))}"
+    return f"{found['samples'] or 'unknown'} samples, {found['extractor']}; {alike}"
+
+
 READ = (
     *(
         Read(
@@ -90,10 +102,7 @@ READ = (
         "fid.json",
         lambda found: found["frechet"],
         f"{_SAMPLE}captions_val2014.json --num_prompts=30000, {_SCORE}frechet --images=... --json=fid.json",
-        lambda found: (
-            f"{found['samples']} samples, {found['extractor']}; the paper's number, crop and implementation "
-            "are not known to us"
-        ),
+        lambda found: _fid_note(found),
     ),
     Read(
         "GenEval 2, Soft-TIFA AM",
@@ -139,8 +148,7 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def run(values: flags.FlagValues) -> None:
     """Evaluates, prints the table and writes it."""
-    out = Path(values.json) if values.json else None
-    check_results(out)
+    (out,) = result_paths(values, "json")
     workdir = as_path(values.workdir)
     results = Path(values.results) if values.results else workdir / "paper"
     if is_remote(results):
@@ -167,7 +175,8 @@ def read_results(folder: Path) -> list[Row]:
         if file.exists():
             try:
                 found = json.loads(file.read_text())
-                ours, missing = one.value(found), one.note(found)
+                ours, written = one.value(found), time.strftime("%Y-%m-%d", time.localtime(file.stat().st_mtime))
+                missing = "; ".join(filter(None, [one.note(found), f"{file} of {written}"]))
                 if ours is None:
                     missing = f"{file} has none"
                 else:
@@ -199,9 +208,12 @@ def coco(workdir: Path, results: Path, captions: str | None, clip: str | None, c
     out = results / f"coco_{run.step:08d}_{len(planned)}"
     source = {"workdir": str(workdir)} | describe_source(run, [], "coco")
     try:
+        warnings = check_prompts(open_tokenizer(workdir, run.experiment.data), [one.prompt for one in planned])
+        for warning in warnings:
+            print(f"warning: {warning}", flush=True)
         draw_folder(run, out, planned, source)
     except UserError as error:
-        return Row(name, paper, None, str(error))
+        return Row(name, paper, None, f"{out}: {error}")
     found = clip_scores(scorer, [(out / one.file, one.prompt) for one in planned], 32)
     return Row(name, paper, found["torchmetrics"], f"{found['images']} images by {clip}; the paper's CLIP is ViT-bigG")
 
@@ -224,7 +236,8 @@ def own(workdir: Path, captions: int) -> list[Row]:
     else:
         try:
             found = retrieval(workdir, None, captions)
-            rows.append(Row("retrieval, R@1, %", "none", 100 * found["r_at_1"], "fit to the training captions"))
+            note = f"fit to the training captions, {found['num_captions']} of them"
+            rows.append(Row("retrieval, R@1, %", "none", 100 * found["r_at_1"], note))
         except UserError as error:
             rows.append(Row("retrieval, R@1, %", "none", None, str(error)))
     return rows

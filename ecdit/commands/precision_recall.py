@@ -1,12 +1,10 @@
 """`precision-recall --images=A --reference=B --inception=FOLDER` measures precision and recall of features."""
 
-from pathlib import Path
-
 from absl import flags
 
-from ecdit.commands.feature_flags import define_feature_flags, feature_sets
+from ecdit.commands.feature_flags import both_features, define_feature_flags, feature_sets
 from ecdit.evaluation.precision_recall import NEIGHBOURS, precision_recall
-from ecdit.json_lines import check_results, json_text, write_results
+from ecdit.json_lines import json_text, result_paths, write_results
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -17,10 +15,9 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def run(values: flags.FlagValues) -> None:
     """Measures, prints and writes the result."""
-    out = Path(values.json) if values.json else None
-    check_results(out)
+    (out,) = result_paths(values, "json", inputs=["features", "reference"])
     named, said = feature_sets(values)
-    sets = [each.features() for each in named]
+    sets = both_features(named)
     precision, recall = precision_recall(sets[0], sets[1], values.neighbours)
     result = {
         "precision": precision,
@@ -30,6 +27,6 @@ def run(values: flags.FlagValues) -> None:
         "samples": len(sets[0]),
         "reference_samples": len(sets[1]),
     }
+    print(f"precision {precision:.4f}, recall {recall:.4f}, {values.neighbours} neighbours")
     if out:
         write_results(out, json_text(result))
-    print(f"precision {precision:.4f}, recall {recall:.4f}, {values.neighbours} neighbours")

@@ -21,12 +21,12 @@ from ecdit.evaluation.retrieval import (
     target_ranks,
 )
 from ecdit.evaluation.run_scores import load_retrieval
-from ecdit.json_lines import check_results, json_text, write_results
+from ecdit.json_lines import json_text, result_paths, write_results
 from ecdit.runs.trained_run import each_image_alone, open_data, open_run, sample_run
 from ecdit.sampling.grids import save_grid
 from ecdit.sampling.prompts import DATA_PLACES
 from ecdit.sampling.sampler import SamplingConfig
-from ecdit.storage import as_path
+from ecdit.storage import as_path, make_directory
 
 _DRAWN = 8
 
@@ -48,15 +48,9 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def run(values: flags.FlagValues) -> None:
     """Evaluates, prints the result and writes it."""
-    out = Path(values.json) if values.json else None
-    grid = Path(values.grid) if values.grid else None
-    check_results(out, grid)
+    out, grid = result_paths(values, "json", "grid")
     check_protocol_changes(values.set, DATA_PLACES)
-    result = retrieval(
-        as_path(values.workdir), values.step, values.captions, values.split, values.seed, grid, values.set
-    )
-    if out:
-        write_results(out, json_text(result))
+    retrieval(as_path(values.workdir), values.step, values.captions, values.split, values.seed, grid, values.set, out)
 
 
 def retrieval(
@@ -67,11 +61,13 @@ def retrieval(
     seed: int = 0,
     grid: Path | None = None,
     changes: Sequence[str] = (),
+    out: Path | None = None,
 ) -> dict:
     """Samples `count` captions of a split (0: all); prints and returns how often the true image is the nearest.
 
     Samples of training captions are compared with the training images. Samples of held-out captions are compared with
-    all images, and with those of their style. `grid` is a PNG file for some samples beside their true images.
+    all images, and with those of their style. `grid` is a PNG file for some samples beside their true images, and `out`
+    a file for the result.
 
     Raises:
       DataError: the run's data has no stored record in the split, or has changed since training.
@@ -103,9 +99,11 @@ def retrieval(
         trained = np.arange(len(images)) >= loaded.num_targets
         result |= compared(samples, images, chosen, loaded.keys, trained)
     result["seconds"] = round(time.monotonic() - start, 1)
+    _say(result, sampling)
+    if out:
+        write_results(out, json_text(result))
     if grid:
         _draw(samples, images[chosen], loaded.captions, grid)
-    _say(result, sampling)
     return result
 
 
@@ -114,7 +112,8 @@ def compared(
 ) -> dict:
     """Returns recall among all images and among those of the sample's style, with two baselines.
 
-    The baselines are chance, and a copy of the nearest training image with the same name in another style.
+    The baselines are chance, and a copy of the nearest training image with the same name in another style; captions
+    of names that have none do not count for the latter.
 
     Args:
       samples: samples of the captions of `chosen`, uint8[n, h, w, 3].
@@ -128,21 +127,20 @@ def compared(
     if None in known:
         return {"of_all": _recalls(samples, images, chosen, every)}
     styles, names = (np.unique([one[part] for one in known if one], return_inverse=True)[1] for part in range(2))
-    copied = nearest_other_styles(images, chosen, names, trained)
-    others = every.copy()
-    others[np.arange(len(chosen)), copied] = False  # a copy would find itself first
     of_style = styles[chosen][:, None] == styles[None]
-    copies = images[copied]
-    return {
-        "of_all": {
-            **_recalls(samples, images, chosen, every),
-            "other_style": _both(target_ranks(copies, images, chosen, others)),
-        },
-        "of_style": {
-            **_recalls(samples, images, chosen, of_style),
-            "other_style": _both(target_ranks(copies, images, chosen, of_style & others)),
-        },
+    result = {
+        "of_all": _recalls(samples, images, chosen, every),
+        "of_style": _recalls(samples, images, chosen, of_style),
     }
+    known_otherwise = np.isin(names[chosen], names[trained])
+    asked = chosen[known_otherwise]
+    if len(asked):
+        copied = nearest_other_styles(images, asked, names, trained)
+        others = every[known_otherwise]
+        others[np.arange(len(asked)), copied] = False  # a copy would find itself first
+        for key, among in (("of_all", others), ("of_style", of_style[known_otherwise] & others)):
+            result[key]["other_style"] = _both(target_ranks(images[copied], images, asked, among))
+    return result
 
 
 def _recalls(samples: np.ndarray, images: np.ndarray, chosen: np.ndarray, candidates: np.ndarray) -> dict:
@@ -159,6 +157,7 @@ def _draw(samples: np.ndarray, images: np.ndarray, captions: Sequence[str], path
     """Writes a grid of a few evenly spaced samples, each with its true image to its right."""
     some = np.linspace(0, len(samples) - 1, min(_DRAWN, len(samples))).astype(int)
     pairs = np.stack([samples[some], images[some]], axis=1).reshape(-1, *samples.shape[1:])
+    make_directory(path.parent)
     save_grid(pairs, [text for i in some for text in (str(captions[i]), "true image")], path, columns=8)
 
 

@@ -12,7 +12,7 @@ from ecdit.data.generated import Split
 from ecdit.data.manifest import SPLITS
 from ecdit.evaluation.retrieval import check_protocol_changes, protocol
 from ecdit.evaluation.run_scores import score_shapes
-from ecdit.json_lines import check_results, json_text, write_results
+from ecdit.json_lines import json_text, result_paths, write_results
 from ecdit.runs.trained_run import each_image_alone, open_run, sample_run
 from ecdit.sampling.prompts import PLACES
 from ecdit.storage import as_path
@@ -34,8 +34,7 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def run(values: flags.FlagValues) -> None:
     """Evaluates, prints the result and writes it."""
-    out = Path(values.json) if values.json else None
-    check_results(out)
+    (out,) = result_paths(values, "json")
     check_protocol_changes(values.set, PLACES)
     result = shapes(as_path(values.workdir), values.step, values.captions, values.split, values.seed, values.set)
     if out:

@@ -18,10 +18,10 @@ def shard_paths(text: str, name: str) -> list[Path]:
     """
     paths = []
     for part in map(Path, text.split(",")):
-        paths += sorted(part.glob("*.npy")) if part.is_dir() else [part]
-    wrong = [path for path in paths if path.suffix != ".npy" or not path.is_file()]
-    if wrong or not paths:
-        raise UserError(f"{name}={text}: {wrong[0] if wrong else 'the directory'} is or has no .npy file of features")
+        found = sorted(part.glob("*.npy")) if part.is_dir() else [part]
+        if not found or any(path.suffix != ".npy" or not path.is_file() for path in found):
+            raise UserError(f"{name}={text}: {part} is or has no .npy file of features")
+        paths += found
     return paths
 
 
@@ -29,13 +29,15 @@ def read_shards(paths: list[Path]) -> Iterator[Float[np.ndarray, "n D"]]:
     """Yields the array of each file, mapped and not read into memory.
 
     Raises:
-      UserError: a file is damaged, or holds no array of numbers.
+      UserError: a file is damaged, or holds no array of numbers, or no rows.
     """
     for path in paths:
         try:
             found = np.load(path, mmap_mode="r", allow_pickle=False)
         except (ValueError, EOFError) as error:
             raise UserError(f"{path} is no .npy file of numbers: {error}") from None
+        if not found.shape or not len(found):
+            raise UserError(f"{path} has no rows")
         yield found
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Float32
 from PIL import Image
 
+from ecdit.errors import UserError
 from ecdit.evaluation.clip_score import Clip, centre_square
 from ecdit.evaluation.geneval import COLOURS, MAX_OBJECTS
 from ecdit.evaluation.geneval_images import Classifier
@@ -20,7 +21,10 @@ BACKGROUND = "#999"
 
 
 def colour_classifier(clip: Clip) -> Classifier:
-    """Returns a function that names the colours of at most MAX_OBJECTS objects of a class."""
+    """Returns a function that names the colours of at most MAX_OBJECTS objects of a class.
+
+    The function raises UserError for an embedding that is not finite.
+    """
     known: dict[str, np.ndarray] = {}
 
     def classify(
@@ -32,6 +36,8 @@ def colour_classifier(clip: Clip) -> Classifier:
         prepared = np.stack([centre_square(crop, clip.image_size) for crop in crops])
         filled = prepared[np.arange(MAX_OBJECTS) % len(prepared)]  # one size of batch is compiled
         similar = normalised(np.asarray(clip.see(filled)))[: len(prepared)] @ known[name].T
+        if not np.isfinite(similar).all():  # the largest of NaN would be the first colour
+            raise UserError(f"the embedding of a {name} by --clip is not finite; its weights may be damaged")
         return [COLOURS[place] for place in similar.argmax(axis=1).tolist()]
 
     return classify

@@ -91,7 +91,12 @@ def line_of(sample: Sample, image: Image.Image, found: Instances, classify: Clas
     """Returns the scorer's line of an image.
 
     Colours are those of the boxes that can count, by the scorer's own rule; the others have null.
+
+    Raises:
+      UserError: a network's numbers are not finite.
     """
+    if not np.isfinite(found.boxes).all():
+        raise UserError("a score or box by --detector is not finite; its weights may be damaged")
     detections, colours = {}, {}
     for place in np.unique(found.classes).tolist():
         of_class = np.flatnonzero(found.classes == place)
@@ -129,7 +134,8 @@ def look(
       out: the file.
 
     Raises:
-      UserError: an image cannot be read, or the .part file is another detector's. Lines that are done are kept.
+      UserError: an image cannot be read, a network's numbers on it are not finite, or the .part file is another
+        detector's. Lines that are done are kept.
     """
     part = out.with_name(f"{out.name}.part")
     done = _resumed(part, made_by)
@@ -137,7 +143,10 @@ def look(
         for sample in wanted:
             if sample.filename not in done:
                 image = read_upright(sample.path)
-                line = line_of(sample, image, detect(np.asarray(image)), classify)
+                try:
+                    line = line_of(sample, image, detect(np.asarray(image)), classify)
+                except UserError as error:
+                    raise UserError(f"{sample.path}: {error}") from error
                 done[sample.filename] = json.dumps(line, allow_nan=False)
                 file.write(done[sample.filename] + "\n")
                 file.flush()

@@ -35,6 +35,7 @@ def image_of(values: dict[str, Any]) -> DetectedImage:
       UserError: a key is missing, or has a value that is not allowed.
     """
     metadata = take(values, "metadata", dict)
+    _refuse_unknown("metadata.", metadata, ("tag", "include", "exclude", "prompt"))
     include = _clauses(metadata, "include", ("class", "count", "color", "position"))
     exclude = _clauses(metadata, "exclude", ("class", "count")) if "exclude" in metadata else ()
     require(bool(include or exclude), "metadata.include", [], "must ask for something")
@@ -62,8 +63,7 @@ def _clauses(metadata: dict[str, Any], key: str, known: tuple[str, ...]) -> tupl
     for i, values in enumerate(take(metadata, key, list, "metadata.")):
         name = f"metadata.{key}[{i}]"
         require(isinstance(values, dict), name, values, "must be an object")
-        for unknown in set(values) - set(known):  # it would be ignored, and the image pass
-            raise UserError(f"{name}.{unknown} = {values[unknown]!r}: unknown key; there are {', '.join(known)}")
+        _refuse_unknown(f"{name}.", values, known)
         _require_class(f"{name}.class", take(values, "class", str, f"{name}."))
         count = take(values, "count", int, f"{name}.")
         require(count >= 1, f"{name}.count", count, "must be 1 or more")
@@ -74,6 +74,11 @@ def _clauses(metadata: dict[str, Any], key: str, known: tuple[str, ...]) -> tupl
             relation, target = _position(f"{name}.position", values["position"], i)
         clauses.append(Clause(values["class"], count, colour, relation, target))
     return tuple(clauses)
+
+
+def _refuse_unknown(inside: str, values: dict[str, Any], known: tuple[str, ...]) -> None:
+    for key in values:  # a claim that is misspelt would be ignored, and the image pass
+        require(key in known, f"{inside}{key}", values[key], f"unknown key; there are {', '.join(known)}")
 
 
 def _position(name: str, value: Any, index: int) -> tuple[str, int]:

@@ -16,7 +16,7 @@ from ecdit.errors import UserError
 from ecdit.evaluation.clip_score import read_image_encoder
 from ecdit.evaluation.image_files import read_image
 from ecdit.evaluation.preparation import VARIANTS
-from ecdit.pretrained.inception import INCEPTION_LAYOUT, Inception, InceptionConfig
+from ecdit.pretrained.inception import FEATURES, INCEPTION_LAYOUT, Inception, InceptionConfig
 from ecdit.pretrained.safetensors_folder import SafetensorsFolder
 from ecdit.pretrained.weights import load_folder, tensors_fingerprint
 from ecdit.progress import each
@@ -29,6 +29,7 @@ class Extractor(NamedTuple):
     prepare: Callable[[np.ndarray], np.ndarray]  # uint8[h, w, 3] -> an array, of the same shape for each image
     # [B, ...] of prepared images -> [B, D], compiled for each B
     features: Callable[[np.ndarray], Float[np.ndarray, "B D"]]
+    dimensions: int = 0  # D, where it is known before an image is read
 
 
 def inception_extractor(folder: Path, variant: str) -> Extractor:
@@ -47,7 +48,7 @@ def inception_extractor(folder: Path, variant: str) -> Extractor:
         return nnx.merge(graphdef, nnx.State(params))(images)[0]
 
     name = f"Inception pool3, {variant}, {_weights(folder)}"
-    return Extractor(name, VARIANTS[variant], lambda images: np.asarray(features(params, images)))
+    return Extractor(name, VARIANTS[variant], lambda images: np.asarray(features(params, images)), FEATURES)
 
 
 def clip_extractor(folder: Path) -> Extractor:

@@ -1,7 +1,8 @@
 """Finds and reads the image files of a folder."""
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +26,23 @@ def image_files(folder: Path, name: str) -> list[Path]:
     if not folder.is_dir():
         raise UserError(f"{name}={folder}: is no directory")
     check_finished(folder, name)
-    if manifest := _manifest(folder):  # grids and maps of experts stand beside the samples
-        return sorted(folder / row["file"] for row in manifest["images"])
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    if rows := _manifest(folder).get("images"):  # grids and maps of experts stand beside the samples
+        return sorted(folder / row["file"] for row in rows)
+    found = sorted(path for path in _below(folder) if path.suffix.lower() in SUFFIXES and path.is_file())
     if not found:
         raise UserError(f"{name}={folder}: has no images; their names end in {', '.join(SUFFIXES)}")
     return found
+
+
+def _below(folder: Path) -> Iterator[Path]:
+    """Yields all files in a folder and below it, also in folders that are links; each folder once."""
+    seen = set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(place)) in seen:
+            folders.clear()
+        else:
+            seen.add(real)
+            yield from (Path(place, name) for name in files)
 
 
 def check_finished(folder: Path, name: str) -> None:
@@ -46,7 +58,10 @@ def _manifest(folder: Path) -> dict[str, Any]:
         found = json.loads((folder / "manifest.json").read_text())
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) and {"images", "finished"} <= set(found) else {}
+    if not isinstance(found, dict) or "finished" not in found or not isinstance(found.get("images"), list):
+        return {}
+    ours = all(isinstance(row, dict) and isinstance(row.get("file"), str) for row in found["images"])
+    return found if ours else {}
 
 
 def read_image(path: Path) -> UInt8[np.ndarray, "h w 3"]:
@@ -66,16 +81,17 @@ def read_upright(path: Path) -> Image.Image:
 def _opened(path: Path) -> Image.Image:
     try:
         with Image.open(path) as image:
+            _check_mode(path, image)  # first: the raw mode is gone once the image is loaded
             image.load()
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # SyntaxError: a broken PNG
         raise UserError(f"{path}: cannot be read as an image: {error}") from None
-    _check_mode(path, image)
     return image
 
 
 def _check_mode(path: Path, image: Image.Image) -> None:
-    if image.mode in _CLIPPED_MODES:
-        raise UserError(f"{path}: has mode {image.mode}, of more than 8 bits; convert it to 8 bits a channel before")
+    raw = str(image.tile[0][3]) if image.tile else ""  # such as RGB;16B, of which Pillow would drop the lower bytes
+    if image.mode in _CLIPPED_MODES or ";16" in raw:
+        raise UserError(f"{path}: has mode {raw or image.mode}, of more than 8 bits; convert it to 8 bits a channel")
 
 
 def check_sizes(files: Sequence[Path], name: str) -> None:

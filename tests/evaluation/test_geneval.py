@@ -281,6 +281,7 @@ def changed(path, value):
         ("metadata.include.0.color", "mauve", r"include\[0\].color = 'mauve': must be one of red, orange"),
         ("metadata.include.0.position", ["above", 0], r"position = \['above', 0\]: must be .* earlier clause"),
         ("metadata.include.0.position", ["over", 0], r"relations: left of, right of, above, below"),
+        ("metadata.exlude", [{"class": "dog", "count": 1}], r"metadata\.exlude = .*: unknown key; there are tag, incl"),
         ("metadata.exclude", [{"class": "dog", "count": 2, "color": "red"}], r"exclude\[0\].color = 'red': unknown"),
         ("detections.mouse", [], "detections = 'mouse': unknown class"),
         ("detections.dog", {}, "detections.dog = {}: must be a list"),

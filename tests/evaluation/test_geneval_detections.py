@@ -1,6 +1,7 @@
 """Tests GenEval's detections around the network by hand: boxes, scores, crops, colours, and files to files."""
 
 import contextlib
+import dataclasses
 import importlib
 import json
 import types
@@ -377,3 +378,14 @@ def test_folders_of_other_detectors_and_pickles_are_refused(tmp_path, labels, mo
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(WeightsError, match=said):
         read_detector(tmp_path, "cpu")
+
+
+def test_numbers_that_are_not_finite_are_named_by_their_image_and_network(folder, tmp_path):
+    """NaN would be the first colour, red, and so a right answer."""
+    clip, out = FakeClip(), tmp_path / "detections.jsonl"
+    clip.see = lambda images: np.full((len(images), 3), np.nan)
+    with pytest.raises(UserError, match=r"00000/samples/0000\.png: the embedding of a car by --clip is not finite"):
+        list(look(samples(folder), lambda image: EVERYWHERE, colour_classifier(clip), {}, out))
+    broken = dataclasses.replace(EVERYWHERE, boxes=np.full((3, 5), np.nan, np.float32))
+    with pytest.raises(UserError, match=r"00000/samples/0000\.png: a score or box by --detector is not finite"):
+        list(look(samples(folder), lambda image: broken, colour_classifier(FakeClip()), {}, out))

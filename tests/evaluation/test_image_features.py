@@ -1,6 +1,8 @@
 """Tests the way from image files to features: preparations by hand, batches, and errors that name the file."""
 
 import json
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -269,3 +271,55 @@ def test_images_of_other_kinds_are_refused_by_the_commands(commands, folder, tmp
         path.unlink()
     with pytest.raises(UserError, match="--images: 2 samples, fewer than the 3 dimensions"):
         commands("frechet", "--mixed_sizes")
+
+
+def test_what_is_known_to_be_refused_is_refused_before_the_network_runs(commands, monkeypatch, tmp_path):
+    ran = []
+    extractor = MEANS._replace(
+        name="means, now", dimensions=2048, features=lambda images: ran.append(0) or images.mean(axis=(1, 2))
+    )
+    monkeypatch.setattr(module, "inception_extractor", lambda folder, variant: extractor)
+    with pytest.raises(UserError, match="--images: 7 samples, fewer than the 2048 dimensions"):
+        commands("frechet")
+    with pytest.raises(UserError, match="--subset_size=1000: --images has 7 images"):
+        commands("kid")
+    np.savez(tmp_path / "before.npz", mu=np.zeros(3), sigma=np.eye(3), extractor="means, before")
+    with pytest.raises(UserError, match=r"its features are of 'means, before', .*'means, now'"):
+        commands("frechet", "--allow_few_samples", reference=tmp_path / "before.npz")
+    np.save(tmp_path / "bad.npy", np.full((9, 3), np.nan))
+    with pytest.raises(UserError, match="must be finite"):
+        commands("precision-recall", reference=tmp_path / "bad.npy")
+    assert not ran
+
+
+def test_images_in_linked_folders_count_and_a_link_upwards_ends(folder, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    Image.new("RGB", (6, 4)).save(tmp_path / "elsewhere/8.png")
+    for name, target in (("linked", tmp_path / "elsewhere"), ("again", tmp_path / "elsewhere"), ("below/up", folder)):
+        (folder / name).symlink_to(target)
+    found = image_files(folder, "--images")
+    assert sorted(path.name for path in found) == [f"{number}.png" for number in (*range(7), 8)]
+
+
+@pytest.mark.parametrize(("kind", "channels"), [(2, 3), (6, 4)], ids=["RGB", "RGBA"])
+def test_sixteen_bits_a_colour_are_refused_although_pillow_takes_them_for_eight(tmp_path, kind, channels):
+    """Such a PNG, 1 x 1, by hand: Pillow writes none."""
+    pixel = b"".join(value.to_bytes(2, "big") for value in (300, 70, 5000, 65535)[:channels])
+    header = struct.pack(">IIBBBBB", 1, 1, 16, kind, 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(b"\0" + pixel)), (b"IEND", b""))
+    written = b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
+    )
+    (tmp_path / "deep.png").write_bytes(b"\x89PNG\r\n\x1a\n" + written)
+    with Image.open(tmp_path / "deep.png") as image:
+        assert image.mode in ("RGB", "RGBA")
+        image.load()
+    for read in (read_image, read_upright, lambda path: check_sizes([path], "--images")):
+        with pytest.raises(UserError, match=r"deep\.png: has mode RGBA?;16B, of more than 8 bits"):
+            read(tmp_path / "deep.png")
+
+
+@pytest.mark.parametrize("images", [["0.png"], [], [{"path": "0.png"}], {"0.png": {}}])
+def test_another_program_s_manifest_is_none(folder, images):
+    (folder / "manifest.json").write_text(json.dumps({"finished": True, "images": images}))
+    assert len(image_files(folder, "--images")) == 7

@@ -1,9 +1,11 @@
 """Tests strict reading of input: misleading values are refused with their line."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from ecdit.errors import UserError
-from ecdit.json_lines import is_number, json_text, read_lines, shown, take, write_results
+from ecdit.json_lines import is_number, json_text, read_lines, result_paths, shown, take, write_results
 
 
 @pytest.fixture
@@ -74,3 +76,33 @@ def test_the_directory_of_a_result_is_made(tmp_path):
     write_results(tmp_path / "a/b/result.json", json_text({"a": None}))
     assert (tmp_path / "a/b/result.json").read_text() == '{\n  "a": null\n}\n'
     assert [path.name for path in (tmp_path / "a/b").iterdir()] == ["result.json"]
+
+
+def paths_of(*names, inputs=(), local=(), **values):
+    return result_paths(SimpleNamespace(**values), *names, inputs=inputs, local=local)
+
+
+def test_results_are_files_of_this_machine_or_objects_of_a_bucket(tmp_path):
+    pytest.importorskip("gcsfs", reason="the extra gcs is not installed")
+    found = paths_of("json", "save", "grid", json="gs://bucket/a/b.json", save=str(tmp_path / "new/b.npz"), grid=None)
+    assert [None if path is None else str(path) for path in found] == [
+        "gs://bucket/a/b.json",
+        str(tmp_path / "new/b.npz"),
+        None,
+    ]
+    with pytest.raises(UserError, match="--save=gs://bucket/b: must be a file of this machine"):
+        paths_of("json", "save", json=None, save="gs://bucket/b", local=["save"])
+
+
+def test_a_result_that_would_replace_a_file_of_the_command_is_refused(tmp_path, monkeypatch):
+    """Under any name of it: answers of hours would be gone."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "items.jsonl").write_text("{}")
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "items.jsonl")
+    for items, json_file in (("items.jsonl", f"{tmp_path}/items.jsonl"), ("a,link.jsonl", "./items.jsonl")):
+        with pytest.raises(UserError, match=rf"--json={json_file}: is the file of --items too"):
+            paths_of("json", json=json_file, items=items, inputs=["items"])
+    with pytest.raises(UserError, match="--json=a: is the file of --out too, and would replace it"):
+        paths_of("out", "json", out="a", json="a")
+    with pytest.raises(UserError, match=r"--json=.*: is a directory; must be a file"):
+        paths_of("json", json=str(tmp_path))

@@ -1,6 +1,8 @@
 """The table of the paper's numbers beside ours: what is read, and what is said of what is missing."""
 
 import json
+import os
+import time
 
 import pytest
 
@@ -18,7 +20,10 @@ def test_results_stand_beside_the_paper_s_numbers(tmp_path):
     (tmp_path / "dsg.json").write_text('{"overall": 0.7, "items": {}}')
     (tmp_path / "fid.json").write_text('{"frechet": 12.5, "samples": 5000, "extractor": "Inception, clean-fid"}')
     rows = {row.name: row for row in read_results(tmp_path)}
-    assert rows["GenEval, overall, %"] == Row("GenEval, overall, %", "71.68 (abstract)", 50.0, "")
+    os.utime(tmp_path / "geneval.json", (86_400 * 20_000,) * 2)
+    rows = {row.name: row for row in read_results(tmp_path)}
+    of = f"{tmp_path}/geneval.json of {time.strftime('%Y-%m-%d', time.localtime(86_400 * 20_000))}"
+    assert rows["GenEval, overall, %"] == Row("GenEval, overall, %", "71.68 (abstract)", 50.0, of)
     ours = [rows[f"GenEval, {name}, %"].ours for name in ("two objects", "colour attribution", "position")]
     assert ours == [25.0, 12.5, 75.0]
     assert rows["DSG, %"].ours == pytest.approx(70)
@@ -36,8 +41,23 @@ def test_what_a_result_lacks_is_said_and_the_rest_of_it_read(tmp_path):
     assert (rows["GenEval, two objects, %"].ours, rows["GenEval, position, %"].ours) == (50.0, None)
     assert rows["GenEval, position, %"].missing == f"{tmp_path / 'geneval.json'} has none"
     missing = "single_object, counting, colors, position, color_attr"
-    assert rows["GenEval, overall, %"].missing == f"does not compare: there are no images of {missing}"
+    assert rows["GenEval, overall, %"].missing.startswith(f"does not compare: there are no images of {missing}; ")
     assert (rows["DSG, %"].ours, rows["DSG, %"].missing) == (None, f"{tmp_path / 'dsg.json'} has none")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"dimensions": 64}, "is no FID: 64 dimensions, of Inception"),
+        ({"reference_extractor": "other"}, "is no FID: 2048 dimensions, of Inception and other"),
+        ({"extractor": None, "samples": None}, "unknown samples, None; is no FID"),
+        ({}, "9 samples, Inception; the paper's number"),
+    ],
+)
+def test_a_distance_of_other_features_is_said_to_be_no_fid(tmp_path, changes, said):
+    found = {"frechet": 3.5, "samples": 9, "dimensions": 2048, "extractor": "Inception"} | changes
+    (tmp_path / "fid.json").write_text(json.dumps(found))
+    assert said in next(row for row in read_results(tmp_path) if row.name == "FID, COCO-30K").missing
 
 
 @pytest.mark.parametrize(
@@ -63,10 +83,10 @@ def test_the_run_s_own_scores_are_computed_or_said_to_be_missing(monkeypatch, tm
 
     monkeypatch.setattr(paper, "saved_experiment", lambda workdir: tiny())
     monkeypatch.setattr(paper, "loss", no_loss)
-    monkeypatch.setattr(paper, "retrieval", lambda workdir, step, captions: {"r_at_1": captions / 100})
+    monkeypatch.setattr(paper, "retrieval", lambda workdir, step, n: {"r_at_1": n / 100, "num_captions": n})
     loss, retrieval = paper.own(tmp_path, 20)
     assert (loss.ours, loss.missing) == (None, "the data has no record in the split held_out")
-    assert (retrieval.name, retrieval.ours) == ("retrieval, R@1, %", 20.0)
+    assert retrieval == Row("retrieval, R@1, %", "none", 20.0, "fit to the training captions, 20 of them")
 
 
 def test_shapes_that_cannot_be_drawn_are_a_row_and_not_the_end_of_the_table(monkeypatch, tmp_path):

@@ -214,6 +214,26 @@ def test_features_that_are_none_are_refused_with_their_file(name, content, said,
         compare(name, features="broken.npy")
 
 
+def test_a_part_of_the_features_is_not_left_out_in_silence(compare, directory):
+    (directory / "none").mkdir()
+    np.save(directory / "rowless.npy", np.zeros((0, 4), np.float32))
+    for part, said in (("none", "/none is or has no .npy file"), ("rowless.npy", "/rowless.npy has no rows")):
+        for name in ("frechet", "kid"):
+            with pytest.raises(UserError, match=said):
+                compare(name, features=f"features.npy,{directory}/{part}")
+
+
+@pytest.mark.parametrize("name", ["dsg-score", "dpg-score", "geneval2-score"])
+def test_answers_are_not_replaced_by_their_score(name, directory):
+    before = {path: path.read_bytes() for path in directory.iterdir()}
+    options = given(directory, FILES[name][0])
+    for option in options:
+        flag, _, file = option.partition("=")
+        with pytest.raises(UserError, match=f"is the file of {flag} too"):
+            run(name, *options, f"--json={file}")
+    assert {path: path.read_bytes() for path in directory.iterdir()} == before
+
+
 def test_every_evaluation_has_flags_and_a_run():
     for module in map(importlib.import_module, evaluate.EVALUATIONS.values()):
         assert callable(module.define_flags)
@@ -247,6 +267,7 @@ def test_the_command_scores_without_jax(directory):
         (["fid", "--features=a.npy"], "evaluations: .*; got fid"),
         (["dsg-score"], "--items must have a value"),
         (["dsg-score", "--items=missing.jsonl"], "missing.jsonl"),
+        (["--json", "dsg-score", "dpg-score", "--items=missing.jsonl"], "evaluations: .*; the name comes first"),
         (["dsg-score", "dpg-score", "--items=missing.jsonl"], "evaluations: .*; got dsg-score dpg-score"),
     ],
 )

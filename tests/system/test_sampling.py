@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from ecdit.commands.retrieval import compared
 from ecdit.data.prepared import prompt_tokens
 from ecdit.diffusion.flow import sample_keys, sample_noise
 from ecdit.diffusion.guidance import GuidanceConfig
@@ -240,6 +241,18 @@ def test_the_nearest_other_style_is_a_usable_image_of_the_name():
     images = np.array([10, 11, 14, 40, 10], np.uint8).reshape(5, 1, 1, 1)
     names, usable = np.array([0, 0, 0, 0, 1]), np.array([False, False, True, True, True])
     np.testing.assert_array_equal(nearest_other_styles(images, np.array([0, 1]), names, usable), [2, 2])
+
+
+def test_a_name_that_training_has_in_no_other_style_does_not_count_for_the_copy():
+    """Of two held-out pairs, the name of the second is in no training image; the copy of the first is a perfect one."""
+    images = np.array([10, 90, 10, 40], np.uint8).reshape(4, 1, 1, 1)
+    keys = ["noto/owl", "noto/fox", "twemoji/owl", "twemoji/cat"]
+    trained, held_out = np.array([False, False, True, True]), np.array([0, 1])
+    found = compared(images[held_out], images, held_out, keys, trained)
+    assert found["of_all"]["samples"] == {"r_at_1": 1.0, "r_at_5": 1.0}
+    assert found["of_all"]["other_style"] == {"r_at_1": 1.0, "r_at_5": 1.0}
+    alone = compared(images[held_out[1:]], images, held_out[1:], keys, trained)
+    assert [sorted(values) for values in alone.values()] == [["chance", "samples"]] * 2
 
 
 def test_the_fixed_choice_is_fixed_and_spread():
