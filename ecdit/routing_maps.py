@@ -23,9 +23,10 @@ from ecdit.sampling.image_folder import alone_in_empty, check_empty
 from ecdit.sampling.layouts import plan_images
 from ecdit.sampling.prompt_files import Prompt
 from ecdit.sampling.prompts import check_changes, check_prompts, prompt_lines
-from ecdit.sampling.routing_maps import draw_layers, spread_steps, step_starts
+from ecdit.sampling.routing_maps import draw_layers, spread_steps
 from ecdit.sampling.routing_page import render_page
 from ecdit.sampling.routing_tables import busiest_share, counts_of, coverage, coverage_csv, layer_table, takings
+from ecdit.sampling.sampler import network_times
 from ecdit.storage import as_path
 from ecdit.system import make_system
 
@@ -65,7 +66,7 @@ def main(argv: list[str]) -> None:
         def write() -> None:
             about = f"Step {run.step} of {WORKDIR.value}, EMA weights, seed {run.experiment.sampling.seed}."
             named = [f"{p} ({r})" for p, r in zip(prompts, repeats, strict=True)] if max(repeats) else prompts
-            print(write_all(out, named, images, gates, about, run.experiment.sampling.time_shift))
+            print(write_all(out, named, images, gates, about, network_times(run.experiment.sampling)))
 
         on_first(write)
 
@@ -76,18 +77,18 @@ def write_all(
     images: UInt8[np.ndarray, "n h w 3"],
     gates: Float[np.ndarray, "n steps P N E"],
     about: str,
-    shift: float,
+    times: Float[np.ndarray, " steps"],
 ) -> str:
-    """Writes all files into `out`; returns the text to print."""
+    """Writes all files into `out`; returns the text to print. `times` are those at which steps call the network."""
     num_steps, num_experts = gates.shape[1], gates.shape[4]
-    times, last = step_starts(num_steps, shift), min(LAST_STEPS.value, num_steps)
+    last = min(LAST_STEPS.value, num_steps)
     counts = counts_of(gates)
     shares, busiest, found = coverage(counts), busiest_share(counts, num_experts), takings(images, gates, last)
     when = f"in the last {last} of {num_steps} steps"
     shown, steps = min(PAGE_IMAGES.value, len(prompts)), spread_steps(num_steps, PAGE_TIMES.value)
     for i, image in enumerate(images):
         save_png(image, out / f"{i:05d}.png")
-        write_png(draw_layers(image, prompts[i], counts[i], shift), out / f"{i:05d}_experts.png")
+        write_png(draw_layers(image, prompts[i], counts[i], times), out / f"{i:05d}_experts.png")
     arrays: dict[str, Any] = {
         "prompts": np.array(prompts),
         "images": images,

@@ -12,6 +12,7 @@ import numpy as np
 from absl import flags
 
 from ecdit.command_line import run_command
+from ecdit.data.sources.protocol import is_unicode
 from ecdit.errors import UserError
 from ecdit.files import check_writable, is_remote
 from ecdit.multihost import on_first
@@ -25,6 +26,7 @@ from ecdit.sampling.layouts import REPEATS, Planned, plan_images, write_after, w
 from ecdit.sampling.prompt_files import KINDS, Kind, Prompt, choose, read_prompt_file
 from ecdit.sampling.prompts import check_changes, check_prompts
 from ecdit.sampling.routing_maps import MAX_ROWS, draw_maps
+from ecdit.sampling.sampler import network_times
 from ecdit.storage import as_path
 from ecdit.system import make_system
 
@@ -63,6 +65,8 @@ def read_prompts(prompt: str | None, file: str | None, kind: str = "auto") -> tu
     if prompt is not None:
         if not prompt.strip():
             raise UserError(f"--prompt={prompt!r} is empty")
+        if not is_unicode(prompt):
+            raise UserError(f"--prompt={prompt!r}: is no Unicode text")
         return "lines", [Prompt(prompt)]
     assert file is not None  # as one of them is given
     return read_prompt_file(Path(file), kind)
@@ -137,7 +141,7 @@ def draw_experts(run: Run, planned: Sequence[Planned]) -> Any:
     chosen = np.linspace(0, len(planned) - 1, min(len(planned), MAX_ROWS)).round().astype(int)
     prompts, repeats = [planned[i].prompt for i in chosen], [planned[i].repeat for i in chosen]
     images, counts = sample_run(run, prompts, repeats, with_experts=True)
-    return draw_maps(images, prompts, counts, run.experiment.sampling.time_shift)
+    return draw_maps(images, prompts, counts, network_times(run.experiment.sampling))
 
 
 if __name__ == "__main__":

@@ -50,6 +50,11 @@ def step_times(num_steps: int, shift: float = 1.0) -> Float64[np.ndarray, " time
     return shift * uniform / (1 + (shift - 1) * uniform)
 
 
+def call_times(num_steps: int, shift: float = 1.0, churn: float = 0.0) -> Float64[np.ndarray, " steps"]:
+    """Returns the time at which each step first calls the network: later than it starts where `churn` adds noise."""
+    return _raised(step_times(num_steps, shift)[:-1], _growth(num_steps, churn))
+
+
 def euler(
     velocity: Velocity, x: Float[Array, "B ..."], num_steps: int, has_aux: bool = False, shift: float = 1.0
 ) -> Any:
@@ -122,7 +127,7 @@ def stochastic_heun(
       keys: of each example, for the noise; needed where churn is above 0.
     """
     times, call = step_times(num_steps, shift), _with_aux(velocity, has_aux)
-    gamma = min(churn / num_steps, MOST_CHURN)
+    gamma = _growth(num_steps, churn)
     if gamma > 0 and keys is None:
         raise ValueError(f"churn = {churn}: needs keys to draw noise")
 
@@ -147,11 +152,20 @@ def add_noise(
 
     so that x' is distributed as x_t' is. At t = 1, which is noise alone, nothing changes.
     """
-    later = (1 + gamma) * time / (1 + gamma * time)
+    later = _raised(time, gamma)
     t = time.reshape(time.shape + (1,) * (x.ndim - 1))
     raised = (x + t * math.sqrt(gamma * (2 + gamma)) * noise) / (1 + gamma * t)
     unchanged = t == 1
     return jnp.where(unchanged, x, raised), later
+
+
+def _growth(num_steps: int, churn: float) -> float:
+    return min(churn / num_steps, MOST_CHURN)
+
+
+def _raised(time: Any, gamma: float) -> Any:
+    """Returns the times at which the noise level is 1 + gamma times as high."""
+    return (1 + gamma) * time / (1 + gamma * time)
 
 
 def _with_aux(velocity: Callable[..., Any], has_aux: bool) -> Callable[[Array, Array], tuple[Array, Any]]:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import ecdit
+from ecdit.errors import UserError
 from ecdit.experiment import Experiment
 from ecdit.interop.pytorch_parts import denoiser_values, torch_weights, tower_values
 from ecdit.interop.weights import flat_names, new_folder, write_arrays, write_files
@@ -65,10 +66,16 @@ def export_diffusers(run: Run, folder: Path, shard_bytes: int, card: str, with_t
       with_towers: whether to copy public text encoders and autoencoders.
 
     Raises:
-      UserError: the denoiser is the user's own, the folder holds something, or cannot be written.
+      UserError: the denoiser is the user's own or joins more than two images in a group, or the folder holds
+        something or cannot be written.
     """
     system = run.experiment.system
     transformer, towers = denoiser_values(system), public_towers(run.experiment)
+    if (images := run.system.parts.denoiser.images_together("sample")) > 2:
+        raise UserError(
+            f"model.sampling_group = {system.model.sampling_group!r}: joins {images} images, which the pipeline "
+            'would have to draw together; must be "image", or join the two passes of guidance. Resume the run with it'
+        )
     metadata = {"ecdit": ecdit.__version__, "step": str(run.step), "checkpoint": run.checkpoint}
     files = {f"{FOLDER}/{name}": data for name, data in run.tokenizer.items()} | {
         "README.md": card.encode(),

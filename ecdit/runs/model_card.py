@@ -5,6 +5,7 @@ It says what the run, its data and its evaluations say themselves; what cannot b
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import ecdit
 from ecdit.data import DataError
 from ecdit.data.generated import GENERATED
 from ecdit.data.prepared import open_prepared
+from ecdit.errors import UserError
 from ecdit.experiment import Experiment
 from ecdit.interop.pytorch_parts import denoiser_values
 from ecdit.pretrained.safetensors_folder import variant_of
@@ -179,9 +181,15 @@ def _data(run: Run) -> list[str]:
 
 def _scores(workdir: Path, step: int) -> str:
     """Returns the scores of the last evaluation up to a step, without the losses by time."""
-    found = [path for path in children(workdir / EVALUATIONS) if path.suffix == ".json"]
-    records = [json.loads(path.read_text()) for path in sorted(found)]
-    records = [record for record in records if record["step"] <= step]
+    found = [path for path in children(workdir / EVALUATIONS) if re.fullmatch(r"step_\d+\.json", path.name)]
+    records = []
+    for path in sorted(found):
+        try:
+            record = json.loads(path.read_text())
+            if record["step"] <= step:
+                records.append(record)
+        except (ValueError, LookupError, TypeError) as error:
+            raise UserError(f"{path}: is damaged: {type(error).__name__}: {error}") from None
     if not records:
         return "The run has no evaluation up to this step."
     rows = {name: f"{value:.4g}" for name, value in scalars(records[-1]).items() if "/t_" not in name}

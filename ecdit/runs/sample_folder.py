@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Bool
 
 import ecdit
-from ecdit.config import to_dict
+from ecdit.config import flatten, to_dict
 from ecdit.errors import UserError
 from ecdit.files import in_threads
 from ecdit.multihost import from_first, host_differences, on_first, together, wait_for_all
@@ -28,6 +28,7 @@ from ecdit.sampling.image_folder import NOT_COMPARED, alone_in, begin_folder, fi
 from ecdit.sampling.layouts import Planned
 from ecdit.sampling.many import Drawn, draw_images, make_programs
 from ecdit.sampling.prompt_files import Kind
+from ecdit.sampling.prompts import PLACES
 from ecdit.system import user_files
 
 
@@ -126,11 +127,12 @@ def whole_batches(left: Bool[np.ndarray, " n"], size: int) -> Bool[np.ndarray, "
 
 def describe_source(run: Run, changes: Sequence[str], kind: Kind) -> dict[str, Any]:
     """Returns all that the images follow from beside prompts and repeats, for the manifest."""
+    model = flatten(to_dict(run.experiment.system))
     return {
         "step": run.step,
         "checkpoint": run.checkpoint,
         "weights": "ema",
-        "model": config_hash(to_dict(run.experiment.system)),
+        "model": config_hash({key: value for key, value in model.items() if key not in PLACES}),
         "public_weights": run.experiment.fingerprints(),
         "files": user_files(run.experiment.denoiser),
         "seed": run.experiment.sampling.seed,

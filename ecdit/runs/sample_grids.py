@@ -14,7 +14,7 @@ from ecdit.files import writing
 from ecdit.multihost import on_first
 from ecdit.sampling.grids import save_grid, write_png
 from ecdit.sampling.routing_maps import draw_maps
-from ecdit.sampling.sampler import SamplingConfig, make_sampler, sample_images, warn
+from ecdit.sampling.sampler import SamplingConfig, make_sampler, network_times, sample_images, warn
 from ecdit.storage import make_directory
 from ecdit.system import Params, System
 
@@ -61,7 +61,7 @@ class SampleWriter:
                 cells, captions, columns = beside_targets(images, prompts, self.targets)
                 save_grid(cells, captions, files["samples"], columns)
                 if counts is not None:
-                    write_png(draw_maps(images, prompts, counts, self.sampling.time_shift), files["experts"])
+                    write_png(draw_maps(images, prompts, counts, network_times(self.sampling)), files["experts"])
 
         on_first(save)
         return files

@@ -113,8 +113,7 @@ def prepare_to_open(experiment: Experiment, draw: bool, join: bool) -> tuple[Sys
     if draw:
         images, name = experiment.system.has_images, experiment.autoencoder
         require(images, "autoencoder", name, "the run has latents alone: it cannot draw images")
-    distributed = join and experiment.runtime.distributed
-    runtime.configure(dataclasses.replace(experiment.runtime, distributed=distributed))
+    runtime.configure(dataclasses.replace(experiment.runtime, distributed=join))  # however many hosts trained it
     system = make_system(experiment.system)
     return system, mesh_of_devices(experiment, system, draw)
 

@@ -15,13 +15,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ecdit.config import flatten
 from ecdit.errors import UserError
 from ecdit.files import in_threads, replace_text
 from ecdit.sampling.grids import save_grid
-from ecdit.sampling.layouts import Planned, read_image
+from ecdit.sampling.layouts import Planned, read_alike
 from ecdit.sampling.prompts import shortened
 
 MANIFEST = "manifest.json"
@@ -151,7 +149,7 @@ def finish_folder(out: Path, planned: Sequence[Planned]) -> None:
         if not (out / one.file).exists():
             raise UserError(f"{out / one.file} is missing: all processes must see the same --out={out}")
     first = planned[:GRID_IMAGES]
-    save_grid(np.stack([read_image(out / one.file) for one in first]), [one.prompt for one in first], out / "grid.png")
+    save_grid(read_alike([out / one.file for one in first]), [one.prompt for one in first], out / "grid.png")
     _write(out, json.loads((out / MANIFEST).read_text()) | {"finished": True})
 
 

@@ -91,10 +91,20 @@ def write_after(out: Path, kind: Kind, planned: Sequence[Planned]) -> None:
 
 def _two_by_two(files: Sequence[Path]) -> UInt8[np.ndarray, "h w 3"]:
     """Returns one image, or four: the first two above the others."""
-    images = [read_image(file) for file in files]
+    images = read_alike(files)
     side = 1 if len(images) == 1 else 2
     rows = [np.concatenate(images[side * row : side * (row + 1)], axis=1) for row in range(side)]
     return np.concatenate(rows)
+
+
+def read_alike(files: Sequence[Path]) -> UInt8[np.ndarray, "n h w 3"]:
+    """Returns images of one size. Raises UserError if one cannot be read, or has another size."""
+    images = [read_image(file) for file in files]
+    for file, image in zip(files, images, strict=True):
+        if image.shape != images[0].shape:
+            sizes = f"is {image.shape[1]} x {image.shape[0]}, {files[0]} is {images[0].shape[1]} x {images[0].shape[0]}"
+            raise UserError(f"{file}: {sizes} px: delete the one that is wrong, and it will be drawn again")
+    return np.stack(images)
 
 
 def read_image(file: Path) -> np.ndarray:

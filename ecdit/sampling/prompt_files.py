@@ -17,6 +17,7 @@ from typing import Any, Literal, cast, get_args
 
 import numpy as np
 
+from ecdit.data.sources.protocol import is_unicode
 from ecdit.errors import UserError
 from ecdit.json_lines import read_lines
 from ecdit.sampling.prompts import prompt_lines
@@ -60,7 +61,7 @@ def read_prompt_file(path: Path, kind: str = "auto") -> tuple[Kind, list[Prompt]
     for number, prompt in enumerate(prompts, 1):
         if not prompt.text.strip():
             raise UserError(f"--prompts={path}: prompt {number} is empty")
-        if any("\ud800" <= character <= "\udfff" for character in prompt.text):  # JSON can have halves of characters
+        if not is_unicode(prompt.text):  # JSON can have halves of characters
             raise UserError(f"--prompts={path}: prompt {number} = {prompt.text!r}: is no Unicode text")
     if found == "dpg":
         _check_names(path, prompts)
@@ -114,13 +115,15 @@ def _coco(path: Path) -> Iterator[Prompt]:
     try:
         values = json.loads(path.read_text(encoding="utf-8-sig"))
         rows = [(row["image_id"], row["caption"]) for row in values["annotations"]]
-    except (ValueError, LookupError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
         wanted = 'must be {"annotations": [{"image_id", "caption"}, ...]}'
         raise UserError(f"--prompts={path}: {wanted}; {type(error).__name__}: {error}") from None
     first: dict[Any, str] = {}
     for image, caption in rows:
         if not isinstance(caption, str):
             raise UserError(f"--prompts={path}: a caption of image {image} = {caption!r}: must be a string")
+        if type(image) not in (int, str):
+            raise UserError(f"--prompts={path}: image_id = {image!r}: must be a number or a string")
         first.setdefault(image, caption)
     for image, caption in first.items():
         yield Prompt(" ".join(caption.split()), str(image))
@@ -133,7 +136,10 @@ def _benchmark(kind: Kind, path: Path) -> Iterator[Prompt]:
                 raise UserError(f"--prompts={path}, line {number}: {key} is missing; there is {', '.join(values)}")
         if not isinstance(values["prompt"], str):
             raise UserError(f"--prompts={path}, line {number}: prompt = {values['prompt']!r}: must be a string")
-        yield Prompt(values["prompt"], str(values.get("item_id", "")), values if kind == "geneval" else {})
+        name = values.get("item_id", "")
+        if type(name) not in (int, str):
+            raise UserError(f"--prompts={path}, line {number}: item_id = {name!r}: must be a string or an integer")
+        yield Prompt(values["prompt"], str(name), values if kind == "geneval" else {})
 
 
 def _dpg(path: Path) -> Iterator[Prompt]:

@@ -6,15 +6,13 @@ Axes: n images, P sparse layers, N tokens in raster order, g patches along a sid
 """
 
 import math
-import textwrap
 from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-from ecdit.diffusion.solvers import step_times
-from ecdit.sampling.grids import CAPTION_LINES, CELL_WIDTH, LINE_HEIGHT
+from ecdit.sampling.grids import CAPTION_LINES, CELL_WIDTH, LINE_HEIGHT, caption_font, wrapped
 
 MAX_ROWS = 8
 STAGES = {"early": 0.9, "middle": 0.5, "late": 0.1}  # noise times
@@ -27,18 +25,9 @@ _GAP, _LEGEND = 8, (256, 14)  # pixels: between cells; width and height of the c
 _TIME_WIDTH = 52  # pixels: of a row's time
 
 
-def step_starts(num_steps: int, shift: float = 1.0) -> Float[np.ndarray, " steps"]:
-    """Returns the time at which each solver step starts, where the network is called: step i at 1 - i / num_steps.
-
-    `shift` is the sampling's time_shift, which moves the times.
-    """
-    return step_times(num_steps, shift)[:-1]
-
-
-def stage_steps(num_steps: int, shift: float = 1.0) -> dict[str, int]:
-    """Returns the solver step that starts nearest to each of STAGES."""
-    starts = step_starts(num_steps, shift)
-    return {name: int(np.abs(starts - time).argmin()) for name, time in STAGES.items()}
+def stage_steps(times: Float[np.ndarray, " steps"]) -> dict[str, int]:
+    """Returns the solver step whose time is nearest to each of STAGES."""
+    return {name: int(np.abs(times - time).argmin()) for name, time in STAGES.items()}
 
 
 def spread_steps(num_steps: int, count: int) -> list[int]:
@@ -46,14 +35,14 @@ def spread_steps(num_steps: int, count: int) -> list[int]:
     return np.linspace(0, num_steps - 1, min(num_steps, count)).round().astype(int).tolist()
 
 
-def summaries(counts: Int[np.ndarray, "n steps P N"], shift: float = 1.0) -> dict[str, Float[np.ndarray, "n N"]]:
+def summaries(
+    counts: Int[np.ndarray, "n steps P N"], times: Float[np.ndarray, " steps"]
+) -> dict[str, Float[np.ndarray, "n N"]]:
     """Returns maps by label: each layer's mean over the solver steps, then the mean over layers at each stage."""
-    num_steps, num_layers = counts.shape[1:3]
-    starts = step_starts(num_steps, shift)
-    layers = {f"layer {i + 1}\nall steps": counts[:, :, i].mean(axis=1) for i in range(num_layers)}
+    layers = {f"layer {i + 1}\nall steps": counts[:, :, i].mean(axis=1) for i in range(counts.shape[2])}
     stages = {
-        f"all layers\n{name}, t = {starts[step]:.2f}": counts[:, step].mean(axis=1)
-        for name, step in stage_steps(num_steps, shift).items()
+        f"all layers\n{name}, t = {times[step]:.2f}": counts[:, step].mean(axis=1)
+        for name, step in stage_steps(times).items()
     }
     return layers | stages
 
@@ -69,7 +58,7 @@ def draw_maps(
     images: UInt8[np.ndarray, "n h w 3"],
     captions: Sequence[str],
     counts: Int[np.ndarray, "n steps P N"],
-    shift: float = 1.0,
+    times: Float[np.ndarray, " steps"],
 ) -> Image.Image:
     """Draws a row for each image, at most MAX_ROWS: the image above its caption, then its maps.
 
@@ -77,10 +66,10 @@ def draw_maps(
       images: square images.
       captions: of the images.
       counts: experts per token, as a sampler returns them.
-      shift: of the times of the solver's steps, the sampling's time_shift.
+      times: at which each solver step calls the network (see `solvers.call_times`).
     """
     chosen = np.linspace(0, len(images) - 1, min(len(images), MAX_ROWS)).round().astype(int)
-    maps = summaries(counts[chosen], shift)
+    maps = summaries(counts[chosen], times)
     top = max(1.0, max(float(values.max()) for values in maps.values()))
     side, grid = images.shape[1], math.isqrt(counts.shape[-1])
     shown = max(side, CELL_WIDTH // side * side)
@@ -98,21 +87,23 @@ def draw_maps(
         for column, cell in enumerate(cells):
             enlarged = Image.fromarray(cell).resize((shown, shown), Image.Resampling.NEAREST)
             page.paste(enlarged, (_GAP + column * step, y))
-        lines = textwrap.wrap(captions[int(record)], max(8, shown // 6))[:CAPTION_LINES]
-        draw.multiline_text((_GAP, y + shown + 1), "\n".join(lines), fill="black", font=font, spacing=1)
+        _draw_caption(draw, (_GAP, y + shown + 1), captions[int(record)], shown)
     _draw_legend(page, header + len(chosen) * row_height, top)
     return page
 
 
 def draw_layers(
-    image: UInt8[np.ndarray, "h w 3"], caption: str, counts: Int[np.ndarray, "steps P N"], shift: float = 1.0
+    image: UInt8[np.ndarray, "h w 3"],
+    caption: str,
+    counts: Int[np.ndarray, "steps P N"],
+    times: Float[np.ndarray, " steps"],
 ) -> Image.Image:
     """Draws one image above its caption, and beside it a map for each layer (a column) and time (a row).
 
     There is a row for each solver step, or for MAX_ROWS of them that are evenly spread. This is how the paper
     (arXiv 2410.02098) shows where experts go.
     """
-    steps, times = spread_steps(len(counts), MAX_ROWS), step_starts(len(counts), shift)
+    steps = spread_steps(len(counts), MAX_ROWS)
     top, num_layers = max(1.0, float(counts[steps].max())), counts.shape[1]
     side, grid = len(image), math.isqrt(counts.shape[2])
     shown = max(side, CELL_WIDTH // side * side)
@@ -124,8 +115,7 @@ def draw_layers(
     draw, font = ImageDraw.Draw(page), ImageFont.load_default(11)
 
     page.paste(Image.fromarray(image).resize((shown, shown), Image.Resampling.NEAREST), (_GAP, header))
-    lines = textwrap.wrap(caption, max(8, shown // 6))[:CAPTION_LINES]
-    draw.multiline_text((_GAP, header + shown + 1), "\n".join(lines), fill="black", font=font, spacing=1)
+    _draw_caption(draw, (_GAP, header + shown + 1), caption, shown)
     for column in range(num_layers):
         draw.text((left + column * (cell + _GAP), 2), f"layer {column + 1}", fill="black", font=font)
     for row, step in enumerate(steps):
@@ -136,6 +126,15 @@ def draw_layers(
             page.paste(colours.resize((cell, cell), Image.Resampling.NEAREST), (left + column * (cell + _GAP), y))
     _draw_legend(page, below, top)
     return page
+
+
+def _draw_caption(draw: ImageDraw.ImageDraw, place: tuple[int, int], caption: str, width: int) -> None:
+    """Draws a caption in a font that has its letters; without one it says so."""
+    font = caption_font(caption)
+    if font is None:
+        caption, font = "(no font has this caption's letters)", ImageFont.load_default(11)
+    lines = wrapped(caption, font, width, CAPTION_LINES)
+    draw.multiline_text(place, "\n".join(lines), fill="black", font=font, spacing=1)
 
 
 def _draw_legend(page: Image.Image, y: int, top: float) -> None:

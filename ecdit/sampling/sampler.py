@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import field
 from typing import Any, Literal
@@ -12,13 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh
-from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key
+from jaxtyping import Array, ArrayLike, Bool, Float, Float64, Int, Key
 
 from ecdit.components import Denoiser, TextStates
 from ecdit.config import PHASE, require
+from ecdit.data.memory import free_bytes
 from ecdit.diffusion.flow import SAMPLE_KEY_IMPL, sample_keys, sample_noise
 from ecdit.diffusion.guidance import GuidanceConfig, combine
-from ecdit.diffusion.solvers import SOLVERS
+from ecdit.diffusion.solvers import SOLVERS, call_times
 from ecdit.encoders.autoencoder import to_bytes
 from ecdit.errors import UserError
 from ecdit.multihost import say, together
@@ -48,10 +48,16 @@ class SamplingConfig:
     def __post_init__(self):
         for key in ("num_steps", "original_size", "batch_size", "num_grid"):
             require(getattr(self, key) >= 1, key, getattr(self, key), "must be 1 or more")
-        require(0 < self.time_shift < math.inf, "time_shift", self.time_shift, "must be positive and finite")
+        # Beyond these, times of neighbouring steps would be equal.
+        require(1e-3 <= self.time_shift <= 1e3, "time_shift", self.time_shift, "must be in [0.001, 1000]")
         fits = self.churn == 0 or (self.solver == "stochastic_heun" and 0 < self.churn < math.inf)
         require(fits, "churn", self.churn, f"must be 0 for {self.solver}: stochastic_heun alone adds noise, 0 or more")
         require(0 <= self.seed < 2**32, "seed", self.seed, "must be in 0 .. 2**32 - 1")
+
+
+def network_times(config: SamplingConfig) -> Float64[np.ndarray, " steps"]:
+    """Returns the time at which each solver step first calls the network."""
+    return call_times(config.num_steps, config.time_shift, config.churn)
 
 
 def check_sampling(config: SamplingConfig, denoiser: Denoiser, mesh: Mesh | AbstractMesh) -> None:
@@ -237,9 +243,9 @@ def sample_images(
     """
     keys = sample_keys(config.seed, prompts, repeats)
     tokens, null_tokens = tokenize(prompts), tokenize([""])
-    # The last batch is filled up with the first rows, whose second images are dropped.
+    # The last batch is filled up with its last row, as in `many`: the others may compete with it for experts.
     count = math.ceil(len(prompts) / config.batch_size) * config.batch_size
-    filled = np.arange(count) % len(prompts)
+    filled = np.minimum(np.arange(count), len(prompts) - 1)
     batches, fetched, first = filled.reshape(-1, config.batch_size), [], jax.process_index() == 0
     for rows in each(batches, "sampling", "batches", len(batches), shown=first):
         fetched.append(jax.tree.map(_fetch, sampler(params, tokens[rows], null_tokens, keys[rows])))
@@ -251,12 +257,11 @@ def sample_images(
 
 def _check_memory(size: int, batches: int) -> None:
     """Raises UserError if `batches` of `size` bytes do not fit in memory, where the end would be a kill hours later."""
-    needed = 2 * size * batches  # with their copy when they are joined
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > memory:
+    needed, free = 2 * size * batches, free_bytes()  # with their copy when they are joined
+    if needed > free:
         raise UserError(
-            f"{batches} batches of {size / 1e9:.3g} GB need {needed / 1e9:.0f} GB of memory, and this machine has "
-            f"{memory / 1e9:.0f} GB: take fewer prompts, repeats or steps"
+            f"{batches} batches of {size / 1e9:.3g} GB need {needed / 1e9:.0f} GB of memory, and {free / 1e9:.0f} GB "
+            "are free here: take fewer prompts, repeats or steps"
         )
 
 

@@ -45,6 +45,11 @@ def test_prompts_that_are_none_are_refused(tmp_path, content, said):
     assert str(path) in str(error.value)
 
 
+def test_a_prompt_of_bytes_that_are_no_text_is_refused():
+    with pytest.raises(UserError, match=r"--prompt='a\\udcff': is no Unicode text"):
+        read_prompts("a\udcff", None)
+
+
 @pytest.mark.parametrize("key", ["seed", "sampling.seed"])
 @pytest.mark.parametrize("value", [-1, 2**32, 2**40])
 def test_seeds_that_are_no_uint32_are_refused_and_not_cut_to_32_bits(key, value):

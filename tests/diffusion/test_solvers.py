@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from ecdit.diffusion.flow import interpolate, sample_keys, sample_noise, velocity_target
-from ecdit.diffusion.solvers import CALLS, SOLVERS, add_noise, euler, multistep, step_times, stochastic_heun
+from ecdit.diffusion.solvers import CALLS, SOLVERS, add_noise, call_times, euler, multistep, step_times, stochastic_heun
 
 MEAN, STD = 0.7, 0.4
 NOISE = jax.random.normal(jax.random.key(0), (8, 3))
@@ -192,3 +192,12 @@ def test_noise_is_never_more_than_doubled_in_its_square():
     keys = sample_keys(0, list("abcdefgh"), range(8))
     drawn = [stochastic_heun(gaussian_velocity, NOISE, 4, churn=churn, keys=keys) for churn in (2.0, 1e6)]
     np.testing.assert_array_equal(*drawn)  # 2 / 4 is above sqrt(2) - 1 already
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("churn", [0.0, 5.0])
+def test_call_times_are_those_at_which_a_step_first_calls_the_network(solver, churn):
+    more = {"churn": churn, "keys": sample_keys(0, ["a"] * 8, range(8))} if solver == "stochastic_heun" else {}
+    velocity = lambda x, time: (gaussian_velocity(x, time), time[0])  # noqa: E731
+    _, times = SOLVERS[solver](velocity, NOISE, 10, has_aux=True, shift=2.0, **more)
+    np.testing.assert_allclose(call_times(10, 2.0, churn if more else 0.0), times, rtol=1e-6)

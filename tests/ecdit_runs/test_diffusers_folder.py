@@ -142,6 +142,20 @@ def test_an_error_in_the_middle_leaves_no_folder_and_one_that_holds_something_is
     assert [path.name for path in tmp_path.rglob("*")] == ["full", "notes"]
 
 
+def test_a_group_of_more_images_than_a_pipeline_draws_is_refused(opened, tmp_path):
+    tokens = opened.experiment.model.num_tokens
+    for images in (2, 4):
+        model = dataclasses.replace(opened.experiment.model, sampling_group=str(images * tokens))
+        experiment = dataclasses.replace(opened.experiment, model=model)
+        run = dataclasses.replace(opened, experiment=experiment, system=make_system(experiment.system))
+        if images == 2:
+            export(run, tmp_path / "two")
+            continue
+        with pytest.raises(UserError, match=r"model\.sampling_group = '\d+': joins 4 images"):
+            export(run, tmp_path / "four")
+    assert [path.name for path in tmp_path.iterdir()] == ["two"]
+
+
 def test_what_the_pytorch_file_does_not_know_is_refused_by_name(opened):
     system = opened.experiment.system
     fields = {field.name for field in dataclasses.fields(DiTConfig)}
@@ -219,6 +233,7 @@ def test_the_card_has_the_run_s_scores_and_says_what_is_not_at_hand(opened, work
     for step, overall in ((4, 0.25), (7, 0.5), (9, 1.0)):  # the last one is of a later checkpoint
         record = {"step": step, "loss": {"mean": 0.125, "by_time": [0.5]}, "shapes": {"overall": overall, "kinds": {}}}
         (workdir / f"evaluations/step_{step:08d}.json").write_text(json.dumps(record))
+    (workdir / "evaluations/loss.json").write_text("{")  # of another program
     card = model_card(opened, workdir, "Tiny", with_towers=False)
     assert card.startswith("# Tiny\n")
     scores = card.split("## Scores")[1]

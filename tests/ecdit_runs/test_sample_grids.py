@@ -14,7 +14,7 @@ from ecdit.runs import evaluator as evaluations
 from ecdit.runs import sample_grids as samples
 from ecdit.runs.evaluator import Evaluator
 from ecdit.runs.sample_grids import SampleWriter, beside_targets
-from ecdit.sampling.sampler import warn
+from ecdit.sampling.sampler import network_times, warn
 from ecdit.system import make_system
 from tests.runs import tiny
 
@@ -41,7 +41,8 @@ def test_each_caption_stands_under_the_image_that_was_drawn_of_it(ffn, tmp_path,
     def save_grid(images, captions, path, columns):
         written[path.name] = images[:, 0, 0, 0].tolist(), list(captions), columns
 
-    def draw_maps(images, captions, counts, time_shift):
+    def draw_maps(images, captions, counts, times):
+        np.testing.assert_array_equal(times, network_times(experiment.sampling))
         written["maps"] = images[:, 0, 0, 0].tolist(), list(captions), counts[:, 0, 0, 0].tolist()
         return Image.new("RGB", (1, 1))
 

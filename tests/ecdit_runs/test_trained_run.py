@@ -17,7 +17,8 @@ from ecdit.checkpoints.restore import CheckpointError, Meta
 from ecdit.config import ConfigError, changeable, flatten, to_dict
 from ecdit.errors import UserError
 from ecdit.partitioning import make_mesh
-from ecdit.runs.trained_run import mesh_of_devices, open_run, saved_experiment
+from ecdit.runs import trained_run
+from ecdit.runs.trained_run import mesh_of_devices, open_run, prepare_to_open, saved_experiment
 from ecdit.runs.training_run import train
 from ecdit.system import make_system
 from tests.checkpoints.damage import flip_array
@@ -177,6 +178,15 @@ def test_a_run_of_a_pod_opens_on_the_devices_that_are_here(saved, tmp_path):
     assert dict(opened.mesh.shape) == {"slices": 1, "data": 1, "fsdp": 8, "expert": 1, "tensor": 1}
     jax.tree.map(np.testing.assert_array_equal, opened.params, ema)
     assert len(opened.checkpoint) == 64
+
+
+@pytest.mark.parametrize("trained", [False, True])
+@pytest.mark.parametrize("join", [False, True])
+def test_processes_join_where_they_are_told_to_however_the_run_was_trained(monkeypatch, trained, join):
+    configured = []
+    monkeypatch.setattr(trained_run.runtime, "configure", configured.append)
+    prepare_to_open(tiny(runtime__distributed=trained), draw=True, join=join)
+    assert [runtime.distributed for runtime in configured] == [join]
 
 
 def test_a_run_keeps_its_mesh_where_it_fits_and_takes_another_where_it_does_not():

@@ -443,4 +443,66 @@ MUTANTS = (
         ("tests/data/test_generated.py::test_the_shapes_config_cuts_no_caption",),
         "another row's image stands beside a sample",
     ),
+    Mutant(
+        "ecdit/json_lines.py",
+        "str(Path(text).resolve())",
+        "text",
+        ("tests/evaluation/test_json_lines.py::test_a_result_that_would_replace_a_file_of_the_command_is_refused",),
+        "a judge's answers are replaced by their score",
+    ),
+    Mutant(
+        "ecdit/evaluation/image_files.py",
+        "os.walk(folder, followlinks=True)",
+        "os.walk(folder)",
+        ("tests/evaluation/test_image_features.py::test_images_in_linked_folders_count_and_a_link_upwards_ends",),
+        "a part of the images is left out in silence",
+    ),
+    Mutant(
+        "ecdit/evaluation/image_files.py",
+        ' or ";16" in raw',
+        "",
+        (
+            "tests/evaluation/test_image_features.py"
+            "::test_sixteen_bits_a_colour_are_refused_although_pillow_takes_them_for_eight",
+        ),
+    ),
+    Mutant(
+        "ecdit/evaluation/feature_files.py",
+        "        if not found.shape or not len(found):",
+        "        if False:",
+        ("tests/evaluation/test_scorer_commands.py::test_a_part_of_the_features_is_not_left_out_in_silence",),
+    ),
+    Mutant(
+        "ecdit/evaluation/geneval_colours.py",
+        "if not np.isfinite(similar).all():",
+        "if False:",
+        (
+            "tests/evaluation/test_geneval_detections.py"
+            "::test_numbers_that_are_not_finite_are_named_by_their_image_and_network",
+        ),
+        "every object is red",
+    ),
+    Mutant(
+        "ecdit/commands/retrieval.py",
+        "asked = chosen[known_otherwise]",
+        "asked = chosen",
+        ("tests/system/test_sampling.py::test_a_name_that_training_has_in_no_other_style_does_not_count_for_the_copy",),
+    ),
+    Mutant(
+        "ecdit/diffusion/solvers.py",
+        "return _raised(step_times(num_steps, shift)[:-1], _growth(num_steps, churn))",
+        "return step_times(num_steps, shift)[:-1]",
+        ("tests/diffusion/test_solvers.py::test_call_times_are_those_at_which_a_step_first_calls_the_network",),
+        "maps name times at which the network was not called",
+    ),
+    Mutant(
+        "ecdit/runs/trained_run.py",
+        "dataclasses.replace(experiment.runtime, distributed=join)",
+        "dataclasses.replace(experiment.runtime, distributed=join and experiment.runtime.distributed)",
+        (
+            "tests/ecdit_runs/test_trained_run.py"
+            "::test_processes_join_where_they_are_told_to_however_the_run_was_trained",
+        ),
+        "each host of a pod draws all images of a run of one host",
+    ),
 )

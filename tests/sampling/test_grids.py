@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ecdit.diffusion.solvers import call_times
 from ecdit.sampling import grids
 from ecdit.sampling.grids import save_grid, save_png, wrapped
 from ecdit.sampling.image_folder import begin_folder, finish_folder
@@ -71,9 +72,9 @@ def test_every_row_of_the_maps_has_its_own_image_counts_and_caption():
     """A page of seven has the rows of seven pages of one; the largest count, which sets the colours, is in each."""
     counts = np.random.default_rng(1).integers(0, 4, (7, 2, 2, 4))
     counts[:, :, :, 0] = 5
-    page = np.asarray(draw_maps(IMAGES, CAPTIONS, counts))
+    page = np.asarray(draw_maps(IMAGES, CAPTIONS, counts, call_times(2)))
     for i in range(7):
-        alone = np.asarray(draw_maps(IMAGES[i : i + 1], CAPTIONS[i : i + 1], counts[i : i + 1]))
+        alone = np.asarray(draw_maps(IMAGES[i : i + 1], CAPTIONS[i : i + 1], counts[i : i + 1], call_times(2)))
         np.testing.assert_array_equal(page[32 + 160 * i :][:160], alone[32:][:160], err_msg=f"row {i}")
 
 

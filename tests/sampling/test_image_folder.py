@@ -158,6 +158,14 @@ def test_what_a_killed_process_was_writing_is_removed(tmp_path):
     assert not scratch.exists()
 
 
+def test_an_image_of_another_size_is_named_with_both_sizes(tmp_path):
+    begin_folder(tmp_path / "out", planned("a", "b"), SOURCE, MACHINE)
+    save_png(np.zeros((8, 8, 3), np.uint8), tmp_path / "out" / "00000.png")
+    save_png(np.zeros((4, 5, 3), np.uint8), tmp_path / "out" / "00001.png")
+    with pytest.raises(UserError, match=r"00001\.png: is 5 x 4, .*00000\.png is 8 x 8 px: delete the one"):
+        finish_folder(tmp_path / "out", planned("a", "b"))
+
+
 def test_a_folder_that_lacks_an_image_is_not_finished(tmp_path):
     begin_folder(tmp_path / "out", planned("a", "b"), SOURCE, MACHINE)
     save_png(np.zeros((8, 8, 3), np.uint8), tmp_path / "out" / "00000.png")

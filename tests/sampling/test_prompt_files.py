@@ -69,6 +69,9 @@ def test_dpg_s_folder_of_texts_is_read_by_name(tmp_path):
         ("a.jsonl", '{"item_id": "1", "prompt": "a"}\n{"item_id": "1", "prompt": "b"}', "'1' stands there twice"),
         ("a.jsonl", '{"item_id": "1", "prompt": " "}', "prompt 1 is empty"),
         ("a.jsonl", '{"item_id": "1", "prompt": 3}', "prompt = 3: must be a string"),
+        ("a.jsonl", '{"item_id": null, "prompt": "a"}', "line 1: item_id = None: must be a string or an integer"),
+        ("a.json", '{"annotations": [{"image_id": [1], "caption": "a"}]}', r"image_id = \[1\]: must be a number"),
+        ("a.json", "[" * 100_000, "annotations.*RecursionError"),
     ],
 )
 def test_files_of_other_kinds_are_refused(tmp_path, name, content, said):

@@ -2,7 +2,10 @@
 
 import numpy as np
 import pytest
+from PIL import ImageFont
 
+from ecdit.diffusion.solvers import call_times
+from ecdit.sampling import routing_maps
 from ecdit.sampling.routing_maps import VIRIDIS, colour, draw_layers, draw_maps, spread_steps, stage_steps, summaries
 
 
@@ -11,13 +14,13 @@ from ecdit.sampling.routing_maps import VIRIDIS, colour, draw_layers, draw_maps,
 )
 def test_stages_are_the_steps_that_start_nearest_to_their_times(num_steps, steps):
     """Step i of 50 starts at time 1 - i / 50: 0.9 is step 5."""
-    assert tuple(stage_steps(num_steps).values()) == steps
+    assert tuple(stage_steps(call_times(num_steps)).values()) == steps
 
 
 def test_means_by_hand():
     """One image, ten steps, two layers, four tokens; layer 2 has thrice layer 1's counts, which are the step's."""
     counts = np.arange(10)[None, :, None, None] * np.array([1, 3])[None, None, :, None] * np.ones((1, 1, 1, 4), int)
-    means = {label: values[0, 0] for label, values in summaries(counts).items()}
+    means = {label: values[0, 0] for label, values in summaries(counts, call_times(10)).items()}
     assert means == {
         "layer 1\nall steps": 4.5,
         "layer 2\nall steps": 13.5,
@@ -47,7 +50,7 @@ def test_a_token_is_a_square_at_its_place_under_its_layer():
     images = np.full((11, 32, 32, 3), 200, np.uint8)
     counts = np.zeros((11, 10, 2, 4), int)
     counts[:, :, 1, 1] = 6  # in layer 2 alone
-    page = np.asarray(draw_maps(images, ["a caption"] * 11, counts))
+    page = np.asarray(draw_maps(images, ["a caption"] * 11, counts, call_times(10)))
     assert page.shape == (32 + 8 * (128 + 32) + 14 + 26 + 8, 8 + 6 * (128 + 8), 3)
     for row in range(8):
         cells = [page[32 + row * 160 :, 8 + column * 136 :][:128, :128] for column in range(6)]
@@ -76,7 +79,7 @@ def test_one_image_s_maps_stand_in_the_row_of_their_time_and_the_column_of_their
     counts = np.zeros((12, 3, 4), int)
     counts[11, 1, 1] = 5
     image = np.full((32, 32, 3), 200, np.uint8)
-    page = np.asarray(draw_layers(image, "a caption", counts))
+    page = np.asarray(draw_layers(image, "a caption", counts, call_times(12)))
     assert (page[19 : 19 + 128, 8 : 8 + 128] == 200).all()
     left, step = 8 + 128 + 8 + 52, 64 + 8
     for row in range(8):
@@ -88,3 +91,16 @@ def test_one_image_s_maps_stand_in_the_row_of_their_time_and_the_column_of_their
             np.testing.assert_array_equal(cell, expected, err_msg=f"{row} {column}")
         assert (page[19 + row * step :, left - 52 : left][:13] < 128).any(), "the row's time"
     assert (page[147:173, :136] < 128).any(), "the caption"
+
+
+def test_captions_are_drawn_in_a_font_that_has_their_letters(monkeypatch):
+    """Two captions of letters that no font has look alike, and otherwise than a box for each letter would."""
+    image, counts, times = np.full((32, 32, 3), 200, np.uint8), np.zeros((2, 1, 4), int), call_times(2)
+    pages = {text: np.asarray(draw_layers(image, text, counts, times)) for text in ("\uffff", "\uffff\uffff", "a", "b")}
+    assert (pages["a"] != pages["b"]).any()
+    np.testing.assert_array_equal(pages["\uffff"], pages["\uffff\uffff"])
+    asked = []
+    monkeypatch.setattr(routing_maps, "caption_font", lambda text: asked.append(text) or ImageFont.load_default(11))
+    draw_maps(image[None], ["кот"], counts[None], times)
+    draw_layers(image, "кот", counts, times)
+    assert asked == ["кот", "кот"]

@@ -6,15 +6,17 @@ set and else of this test's own.
 
 import os
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
+from ecdit.diffusion.solvers import call_times
 from ecdit.errors import UserError
 from ecdit.sampling import routing_page
-from ecdit.sampling.routing_maps import VIRIDIS, colour, step_starts
+from ecdit.sampling.routing_maps import VIRIDIS, colour
 from ecdit.sampling.routing_page import quantise, render_page
 from ecdit.sampling.routing_tables import counts_of, takings
 from tests.browser import CHROMIUM, Browser
@@ -55,7 +57,7 @@ SPOT = "#prompt=1&step=2&layer=1&token=6"
 def render(gates=GATES, num_images=3, steps=range(STEPS)):
     images, found = draw_images(), takings(draw_images(), gates, 2)
     when = "in the last 2 of 4 steps"
-    return render_page(PROMPTS, images, gates, step_starts(STEPS), found, "Made up.", when, num_images, list(steps))
+    return render_page(PROMPTS, images, gates, call_times(STEPS), found, "Made up.", when, num_images, list(steps))
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +122,19 @@ def test_fewer_images_and_times_make_a_smaller_page():
 
 def test_no_prompt_ends_the_page_s_data():
     assert "</script><b>" not in render()
+
+
+@needs_chromium
+def test_long_words_and_other_directions_keep_the_page_s_width_and_numbers(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "PROMPTS", ["x" * 3000, "قطة حمراء كبيرة", "a blue bar"])
+    (tmp_path / "page.html").write_text(render(), encoding="utf-8")
+    with Browser() as browser:
+        browser.open((tmp_path / "page.html").as_uri(), READY)
+        browser.evaluate("change({expert: 1})")
+        assert browser.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+        caption = "document.querySelectorAll('#gallery figcaption')[1]"
+        assert browser.evaluate(f"{caption}.firstChild.outerHTML") == "<bdi>قطة حمراء كبيرة</bdi>"
+        assert browser.evaluate(f"{caption}.textContent").endswith("of 16 patches")
 
 
 @needs_chromium
