@@ -437,8 +437,8 @@ MUTANTS = (
     ),
     Mutant(
         "ecdit/runs/trained_run.py",
-        "distributed = join and experiment.runtime.distributed",
-        "distributed = experiment.runtime.distributed",
+        "experiment.runtime, distributed=join)",
+        "experiment.runtime)",
         ("tests/ecdit_runs/test_trained_run.py::test_a_run_of_a_pod_opens_on_the_devices_that_are_here",),
         "a pod's run waits for its hosts when it is sampled from",
     ),

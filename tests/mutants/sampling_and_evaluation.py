@@ -224,7 +224,7 @@ MUTANTS = (
     ),
     Mutant(
         _SAMPLING,
-        "if needed > memory:",
+        "if needed > free:",
         "if needed < 0:",
         ("tests/sampling/test_sampler.py::test_arrays_that_cannot_be_held_are_refused_after_the_first_batch",),
         "routing maps of too many prompts are killed after hours",
@@ -366,8 +366,8 @@ MUTANTS = (
     ),
     Mutant(
         _MAPS,
-        "return step_times(num_steps, shift)[:-1]",
-        "return step_times(num_steps, shift)[:0:-1]",
+        "int(np.abs(times - time).argmin())",
+        "int(np.abs(times[::-1] - time).argmin())",
         _maps("test_stages_are_the_steps_that_start_nearest_to_their_times"),
         "early and late change places",
     ),

@@ -212,8 +212,8 @@ MUTANTS = (
     ),
     Mutant(
         "ecdit/sampling/routing_maps.py",
-        "textwrap.wrap(captions[int(record)], ",
-        "textwrap.wrap(captions[record - 1], ",
+        "captions[int(record)], shown)",
+        "captions[record - 1], shown)",
         (f"{_IMAGES}::test_every_row_of_the_maps_has_its_own_image_counts_and_caption",),
     ),
     Mutant(
