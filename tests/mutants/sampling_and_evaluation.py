@@ -373,8 +373,8 @@ MUTANTS = (
     ),
     Mutant(
         _MAPS,
-        "counts[:, :, i].mean(axis=1) for i in range(num_layers)",
-        "counts[:, i].mean(axis=1) for i in range(num_layers)",
+        "counts[:, :, i].mean(axis=1) for i in range(counts.shape[2])",
+        "counts[:, i].mean(axis=1) for i in range(counts.shape[2])",
         _maps("test_means_by_hand"),
     ),
     Mutant(
@@ -445,8 +445,8 @@ MUTANTS = (
     ),
     Mutant(
         "ecdit/json_lines.py",
-        "str(Path(text).resolve())",
-        "text",
+        "place = text if is_remote(text) else str(Path(text).resolve())",
+        "place = text",
         ("tests/evaluation/test_json_lines.py::test_a_result_that_would_replace_a_file_of_the_command_is_refused",),
         "a judge's answers are replaced by their score",
     ),
