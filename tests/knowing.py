@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ecdit.components import Prediction, TextStates
+from ecdit.diffusion.flow import LEAST_TIME
 from ecdit.models.dit import kept_tokens
 from ecdit.models.moe import RoutingReport
 from ecdit.models.routing_metrics import coverage, routing_losses
@@ -23,6 +24,8 @@ DATA = PIXEL / 127.5 - 1
 
 class KnowingSystem(System):
     """Predicts the velocity (x_t - DATA) / t, which is noise - DATA exactly if the time it is told is that of x_t.
+
+    With predicted data it divides by 0.05 below that time, as the model does.
 
     To the velocity of kept tokens it adds `error` t, to that of dropped ones 2 `error` t; `error` is its parameter.
     The experts of a token are the integer part of 5 t; its report's balance loss, drop rate and z-loss are the means of
@@ -65,7 +68,8 @@ class KnowingSystem(System):
         given = {"latents": latents, "time": time, "size_crop": size_crop, "dropped": dropped}
         jax.debug.callback(lambda **arrays: self.given.append(jax.tree.map(np.asarray, arrays)), **given)
         assert (side, channels) == (model.latent_size, model.latent_channels)
-        velocity = (latents - DATA) / time[:, None, None, None]
+        least = LEAST_TIME if model.prediction == "data" else 0.0
+        velocity = (latents - DATA) / jnp.maximum(time, least)[:, None, None, None]
         wrong = params["denoiser"]["error"] * time[:, None] * (1 + dropped)
         wrong = wrong.reshape(batch, model.grid, model.grid)
         wrong = wrong.repeat(model.patch_size, axis=1).repeat(model.patch_size, axis=2)

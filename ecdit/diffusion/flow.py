@@ -35,8 +35,7 @@ from ecdit.config import PHASE, require
 
 # Threefry is named, because numbers of the `rbg` generator under vmap depend on the rest of the batch.
 SAMPLE_KEY_IMPL = "threefry2x32"
-LEAST_TIME = 0.05  # below it, errors of predicted data count no more: see `error_scale`
-_LEAST_DIVISOR = 1e-3  # of `velocity_towards`
+LEAST_TIME = 0.05  # the smallest divisor of `velocity_towards`
 
 # (x_t, t) -> velocity, the only view of a network in guidance and solvers.
 Velocity: TypeAlias = Callable[[Float[Array, "B ..."], Float[Array, " B"]], Float[Array, "B ..."]]
@@ -81,19 +80,20 @@ def velocity_towards(
 ) -> Float32[Array, "B ..."]:
     """Returns the velocity (x_t - data) / t that belongs to a prediction of the data, equations (1) and (2).
 
-    With it an Euler step down to t = 0 ends in the data that is predicted. Times below 0.001 count as that, and at
-    t = 0 it is of no use: a solver must not call it there.
+    Times below `LEAST_TIME` count as that, because 1 / t would multiply errors of the prediction (arXiv 2511.13720,
+    which clips there too). So down there it is too small, as is the target that `target_scale` gives the loss. At t = 0
+    it is of no use: a solver must not call it there.
     """
-    time = jnp.maximum(time.astype(jnp.float32), _LEAST_DIVISOR)
+    time = jnp.maximum(time.astype(jnp.float32), LEAST_TIME)
     time = time.reshape(time.shape + (1,) * (data.ndim - time.ndim))
     return (noisy.astype(jnp.float32) - data.astype(jnp.float32)) / time
 
 
-def error_scale(time: Float[Array, " B"], predicts_data: bool) -> Float32[Array, " B"]:
-    """Returns by what the loss multiplies errors of the velocity: 1, or t / max(t, 0.05) where the data is predicted.
+def target_scale(time: Float[Array, " B"], predicts_data: bool) -> Float32[Array, " B"]:
+    """Returns what the true velocity is multiplied by in the loss: 1, or t / max(t, 0.05) where the data is predicted.
 
-    An error of the data, which is t times that of the velocity, thus counts 1 / t times, but at most 20 times
-    (arXiv 2511.13720, which divides by max(t, 0.05) for predicted and true velocities alike).
+    Then right data has no loss at any time, and an error of the data counts 1 / max(t, 0.05) times, as in
+    arXiv 2511.13720, which divides by max(t, 0.05) for predicted and true velocities alike.
     """
     time = time.astype(jnp.float32)
     return time / jnp.maximum(time, LEAST_TIME) if predicts_data else jnp.ones_like(time)

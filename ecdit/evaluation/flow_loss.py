@@ -26,7 +26,7 @@ from ecdit.data.generated import Split
 from ecdit.data.loader import augmented, part_reader
 from ecdit.data.prepared import Prepared, Row, StoredPart, empty_caption
 from ecdit.data.tokenizer import load_tokenizer
-from ecdit.diffusion.flow import SAMPLE_KEY_IMPL, error_scale, interpolate, velocity_target
+from ecdit.diffusion.flow import SAMPLE_KEY_IMPL, interpolate, target_scale, velocity_target
 from ecdit.encoders.autoencoder import to_unit
 from ecdit.partitioning import batch_sharding, batch_shards, place_rows, replicated
 from ecdit.progress import each
@@ -111,8 +111,8 @@ def make_loss_program(system: System, mesh: Mesh, about: int, mode: Mode = "samp
         noisy = interpolate(latents, noise, time)
         text = text_states(model.text, batch, system.config.text.dtype)
         found = model.denoiser(noisy, time, text, batch["size_crop"], None, mode)
-        error = found.velocity.astype(jnp.float32) - velocity_target(latents, noise)
-        error *= error_scale(time, system.config.predicts_data)[:, None, None, None]
+        scale = target_scale(time, system.config.predicts_data)[:, None, None, None]
+        error = found.velocity.astype(jnp.float32) - velocity_target(latents, noise) * scale
         return jnp.mean(jnp.square(error), axis=(1, 2, 3))
 
     jitted = jax.jit(

@@ -17,11 +17,11 @@ from ecdit.components import Metrics, TextStates
 from ecdit.diffusion.flow import (
     ExampleKeys,
     FlowConfig,
-    error_scale,
     example_keys,
     interpolate,
     loss_per_example,
     sample_time,
+    target_scale,
     velocity_target,
 )
 from ecdit.encoders.autoencoder import to_unit
@@ -117,8 +117,8 @@ def _loss(
 
     tokens = predicted.loss_weights.shape[1]
     patch = latents.shape[1] // round(tokens**0.5)
-    scale = error_scale(time, system.config.predicts_data)[:, None, None]
-    velocity, target = (patchify(x, patch) * scale for x in (predicted.velocity, velocity_target(latents, noise)))
+    target = velocity_target(latents, noise) * target_scale(time, system.config.predicts_data)[:, None, None, None]
+    velocity, target = (patchify(x, patch) for x in (predicted.velocity, target))
     flow_loss = loss_per_example(velocity, target, predicted.loss_weights, flow.dropped_token_weight).mean()
     return flow_loss + predicted.auxiliary_loss, {"flow_loss": flow_loss, **predicted.metrics}
 

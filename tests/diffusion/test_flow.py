@@ -65,21 +65,29 @@ def test_derivative_of_the_path_is_the_velocity_target():
 
 
 def test_the_velocity_towards_the_data_is_the_target():
-    """x_t - data = t (noise - data), at any time but 0."""
-    data, noise, time = normal(0, (3, 4, 2)), normal(1, (3, 4, 2)), jnp.array([0.002, 0.3, 1.0])
+    """x_t - data = t (noise - data), at any time from which the division starts."""
+    data, noise, time = normal(0, (3, 4, 2)), normal(1, (3, 4, 2)), jnp.array([flow.LEAST_TIME, 0.3, 1.0])
     velocity = flow.velocity_towards(data, flow.interpolate(data, noise, time), time)
-    np.testing.assert_allclose(velocity, flow.velocity_target(data, noise), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(velocity, flow.velocity_target(data, noise), rtol=1e-4, atol=1e-5)
 
 
-def test_an_error_of_predicted_data_counts_twenty_times_at_most():
-    """And is finite at t = 0. An error of a predicted velocity counts once."""
-    time = jnp.array([0.0, 1e-4, 0.01, 0.05, 0.1, 1.0])
-    wrong, noisy = jnp.ones((6, 2)), jnp.zeros((6, 2), jnp.bfloat16)  # where the data is x_t
-    velocity = flow.velocity_towards(wrong, noisy, time)
+def test_near_the_data_an_error_is_multiplied_by_twenty_at_most():
+    data, noisy = jnp.zeros((3, 2)), jnp.ones((3, 2), jnp.bfloat16)
+    velocity = flow.velocity_towards(data, noisy, jnp.array([0.0, 0.01, 0.1]))
     assert velocity.dtype == jnp.float32
-    counted = -velocity[:, 0] * flow.error_scale(time, predicts_data=True)
-    np.testing.assert_allclose(counted, [0, 2, 20, 20, 10, 1], rtol=1e-6)
-    np.testing.assert_array_equal(flow.error_scale(time, predicts_data=False), np.ones(6))
+    np.testing.assert_allclose(velocity[:, 0], [20, 20, 10], rtol=1e-6)
+
+
+def test_right_data_has_no_loss_at_any_time_and_an_error_counts_twenty_times_at_most():
+    """The target of predicted data is as much too small near t = 0 as the velocity; that of velocities is untouched."""
+    time = jnp.array([0.0, 1e-4, 0.01, 0.05, 0.1, 1.0])
+    data, noise = normal(0, (6, 4, 2)), normal(1, (6, 4, 2))
+    noisy, scale = flow.interpolate(data, noise, time), flow.target_scale(time, predicts_data=True)
+    target = flow.velocity_target(data, noise) * scale[:, None, None]
+    np.testing.assert_allclose(flow.velocity_towards(data, noisy, time), target, rtol=1e-4, atol=1e-5)
+    wrong = flow.velocity_towards(data + 1, noisy, time) - target
+    np.testing.assert_allclose(wrong[:, 0, 0], [-20, -20, -20, -20, -10, -1], rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(flow.target_scale(time, predicts_data=False), np.ones(6))
 
 
 def test_path_and_target_are_float32_whatever_comes_in():

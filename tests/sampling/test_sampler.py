@@ -108,12 +108,12 @@ def test_arrays_that_cannot_be_held_are_refused_after_the_first_batch():
 
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_with_predicted_data_a_solver_is_refused_where_it_would_leave_noise(solver):
-    """Of a network that knows the data."""
+    """Of a network that knows the data; ten steps, so that no divided time is clipped before t = 0."""
     data, noise = np.full((2, 3), 0.5, np.float32), np.ones((2, 3), np.float32)
-    x = SOLVERS[solver](lambda x, time: velocity_towards(data, x, time), noise, 100)
+    x = SOLVERS[solver](lambda x, time: velocity_towards(data, x, time), noise, 10)
     experiment = tiny(model__prediction="data", sampling__solver=solver)
     denoiser, mesh = make_system(experiment.system).parts.denoiser, make_mesh(experiment.mesh, jax.devices())
-    if np.abs(x - data).max() < 1e-5:
+    if np.abs(x - data).max() < 1e-6:
         check_sampling(experiment.sampling, denoiser, mesh)
         return
     with pytest.raises(ConfigError, match=rf"sampling.solver = '{solver}': must be \"euler\" or \"multistep\""):

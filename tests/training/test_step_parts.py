@@ -111,21 +111,21 @@ def test_a_bad_step_changes_nothing_but_its_counters(changes, bad_leaf):
     assert (metrics["bad_leaf"], metrics["bad_steps"], metrics["bad_in_row"]) == (bad_leaf, 8, 3)
 
 
-def test_near_the_data_an_error_of_predicted_data_counts_twenty_times():
-    """A network whose velocities are wrong by 2 t, its data by 2 t^2; most of the times are below 0.05."""
+def test_near_the_data_the_loss_is_of_the_network_s_error_alone():
+    """The network is wrong by 2 t; most times are below 0.05, where velocities of predicted data are too small."""
     keys = jax.vmap(example_keys, in_axes=(None, None, 0))(jax.random.key(1), 0, jnp.arange(16))
     batch = {
         "image": np.full((16, 32, 32, 3), PIXEL, np.uint8),
         "tokens": np.ones((16, 16), np.int32),
         "size_crop": np.zeros((16, 4), np.float32),
     }
-    for prediction, least in (("velocity", 0.0), ("data", 0.05)):
+    for prediction in ("velocity", "data"):
         system = KnowingSystem(tiny(model__prediction=prediction, model__mask_ratio=0.0, mesh__data=1))
         flow = FlowConfig(time_mean=-3.5, time_std=1.0, dropped_token_weight=0.0)
         loss, _ = step._loss(system.params(error=2.0), {}, flow, system, batch, keys)
         times = system.taken()["time"].astype(np.float64)
         assert 8 < (times < 0.05).sum() < 16
-        np.testing.assert_allclose(loss, np.mean((2 * times**2 / np.maximum(times, least)) ** 2), rtol=1e-4)
+        np.testing.assert_allclose(loss, np.mean((2 * times) ** 2), rtol=1e-3)
 
 
 def test_a_step_packs_the_captions_of_a_frozen_tower():

@@ -174,8 +174,8 @@ class Denoiser(nn.Module):
         shift, scale = self.head_modulation(condition).float().unflatten(-1, (2, c.width)).unbind(1)
         x = modulate(norm(x.float()), shift, scale)  # float32, because guidance takes differences of velocities
         x = unpatchify(self.head(x), c.patch_size, c.latent_channels)
-        if c.prediction == "data":  # v = (x_t - data) / t, with which a last Euler step ends in the data
-            x = (latents.float() - x) / time.float().clamp(min=1e-3)[:, None, None, None]
+        if c.prediction == "data":  # v = (x_t - data) / t; near t = 0 the division would multiply errors
+            x = (latents.float() - x) / time.float().clamp(min=0.05)[:, None, None, None]
         return x
 
 
