@@ -31,7 +31,7 @@ def run(values: flags.FlagValues) -> None:
         if each.dimensions and not values.allow_few_samples:
             check_samples(len(each.images), each.dimensions, each.flag)
         if each.images:
-            check_extractors(*extractors.values(), sets[1].name)
+            check_extractors(extractors[sets[0].flag], extractors[sets[1].flag], sets[1].name)
         moments = found[each.flag] = each.moments()
         check_extractors(extractors[each.flag], moments.extractor, each.name)
         extractors[each.flag] = moments.extractor or extractors[each.flag]

@@ -89,7 +89,8 @@ def _opened(path: Path) -> Image.Image:
 
 
 def _check_mode(path: Path, image: Image.Image) -> None:
-    raw = str(image.tile[0][3]) if image.tile else ""  # such as RGB;16B, of which Pillow would drop the lower bytes
+    tile = getattr(image, "tile", None)  # of an image that is not loaded yet
+    raw = str(tile[0][3]) if tile else ""  # such as RGB;16B, of which Pillow would drop the lower bytes
     if image.mode in _CLIPPED_MODES or ";16" in raw:
         raise UserError(f"{path}: has mode {raw or image.mode}, of more than 8 bits; convert it to 8 bits a channel")
 

@@ -73,7 +73,7 @@ def export_diffusers(run: Run, folder: Path, shard_bytes: int, card: str, with_t
     transformer, towers = denoiser_values(system), public_towers(run.experiment)
     if (images := run.system.parts.denoiser.images_together("sample")) > 2:
         raise UserError(
-            f"model.sampling_group = {system.model.sampling_group!r}: joins {images} images, which the pipeline "
+            f"model.sampling_group = {transformer['sampling_group']!r}: joins {images} images, which the pipeline "
             'would have to draw together; must be "image", or join the two passes of guidance. Resume the run with it'
         )
     metadata = {"ecdit": ecdit.__version__, "step": str(run.step), "checkpoint": run.checkpoint}
