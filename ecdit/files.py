@@ -29,6 +29,13 @@ def check_writable(path: Path) -> None:
         raise UserError(f"{path} cannot be written: {existing} is no writable directory")
 
 
+def check_file_writable(path: Path) -> None:
+    """Raises UserError if `path` is a directory, or cannot be created or written. Call it like `check_writable`."""
+    if path.is_dir():
+        raise UserError(f"{path} cannot be written: it is a directory, and must be a file")
+    check_writable(path)
+
+
 def is_remote(path: str | os.PathLike) -> bool:
     """Returns whether a path is in a bucket (see `storage`)."""
     return os.fspath(path).startswith("gs://")

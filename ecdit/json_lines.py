@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ecdit.errors import UserError
-from ecdit.files import check_writable, is_remote, replace_text
+from ecdit.files import check_file_writable, is_remote, replace_text
 
 _KINDS = {str: "a string", list: "a list", dict: "an object", int: "an integer"}
 
@@ -116,7 +116,7 @@ def result_paths(
     paths: list[Path | None] = []
     taken: dict[str, str] = {}  # flags by their files
     for name in inputs:
-        for text in (getattr(values, name) or "").split(","):
+        for text in filter(None, (getattr(values, name) or "").split(",")):
             taken[str(Path(text).resolve())] = name
     for name in names:
         text = getattr(values, name)
@@ -135,11 +135,8 @@ def _result_path(text: str, name: str, local: bool) -> Path:
         if local:
             raise UserError(f"{name}={text}: must be a file of this machine")
         return as_path(text, name)
-    path = Path(text)
-    if path.is_dir():
-        raise UserError(f"{name}={text}: is a directory; must be a file")
-    check_writable(path)
-    return path
+    check_file_writable(Path(text))
+    return Path(text)
 
 
 def write_results(path: Path, text: str) -> None:

@@ -21,7 +21,7 @@ from absl import flags
 from ecdit.command_line import config_origin, config_values, define_config_flag, run_command
 from ecdit.errors import UserError
 from ecdit.experiment import make_experiment
-from ecdit.files import check_writable, replace_text
+from ecdit.files import check_file_writable, replace_text
 from ecdit.planning.cache import cached_plan, largest, longest, plan_phases
 from ecdit.planning.compiler import DoesNotFit, find_target, use_compiler
 from ecdit.planning.counts import count, report, table_params
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> None:
     experiment = make_experiment(config_values(CONFIG))
     target = find_target(TOPOLOGY.value) if TOPOLOGY.value else None
     if JSON.value:
-        check_writable(Path(JSON.value))
+        check_file_writable(Path(JSON.value))
     if TABLE_PARITY.value:
         total = table_params(experiment.system)
         write({"total_params": total, "counted": "as the paper's Table 1"})

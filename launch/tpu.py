@@ -18,7 +18,7 @@ from absl import flags
 from ecdit.command_line import config_origin, config_values, define_config_flag, run_command
 from ecdit.errors import UserError
 from ecdit.experiment import make_experiment
-from ecdit.files import check_writable, replace_text
+from ecdit.files import check_file_writable, replace_text
 from ecdit.topology import find_slice
 from launch.flags import define_location_flags
 from launch.starting import checked_job, description
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
     if not OUT.value:
         print(backend.text(job), end="")
         return
-    check_writable(Path(OUT.value))
+    check_file_writable(Path(OUT.value))
     replace_text(Path(OUT.value), backend.text(job))
     print(f"dry run: wrote {OUT.value}")
 

@@ -102,7 +102,7 @@ READ = (
         "fid.json",
         lambda found: found["frechet"],
         f"{_SAMPLE}captions_val2014.json --num_prompts=30000, {_SCORE}frechet --images=... --json=fid.json",
-        lambda found: _fid_note(found),
+        _fid_note,
     ),
     Read(
         "GenEval 2, Soft-TIFA AM",
