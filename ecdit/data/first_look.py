@@ -10,9 +10,9 @@ import numpy as np
 
 from ecdit.data import DataError
 from ecdit.data.config import DataConfig
+from ecdit.data.fitting import record_of
 from ecdit.data.generated import GENERATED
 from ecdit.data.images import decode_stored
-from ecdit.data.parts import record_of
 from ecdit.data.record import encode_record
 from ecdit.data.registry import Task, find_parts, find_task
 from ecdit.data.sources.protocol import Pair, Rejected

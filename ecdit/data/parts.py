@@ -13,14 +13,13 @@ from typing import Any
 import numpy as np
 
 from ecdit.config import to_dict
-from ecdit.data import DataError, images
+from ecdit.data import DataError
 from ecdit.data.config import DataConfig, field_group
-from ecdit.data.filters import Filters, caption_reason, column_reason, size_reason
-from ecdit.data.images import ImageRejected
+from ecdit.data.fitting import records_of
 from ecdit.data.locks import scratch_of
 from ecdit.data.manifest import QUARANTINE, SPLITS
 from ecdit.data.quarantine import Quarantine
-from ecdit.data.record import Record, encode_record
+from ecdit.data.record import encode_record
 from ecdit.data.shards import Shard, ShardWriter
 from ecdit.data.sources.protocol import Pair, Rejected
 from ecdit.data.splits import split_of
@@ -42,39 +41,6 @@ class PartSummary:
     caption_fields: dict[str, int]
 
 
-def record_of(pair: Pair, config: DataConfig, part: str) -> Record | Rejected:
-    """Returns the record of a pair, with the image checked, resized, cropped and encoded, or why it is rejected."""
-    name = f"{part}:{pair.key}"
-    prepare = config.prepare
-    if reason := column_reason(prepare.filters, pair.columns):
-        return Rejected(name, reason, "")
-    captions, reason = _kept_captions(pair.captions, prepare.filters)
-    if reason:
-        return Rejected(name, reason, ", ".join(pair.captions))
-    try:
-        if isinstance(pair.image, bytes):
-            image = images.decode(pair.image, prepare.background, prepare.max_pixels)
-        else:
-            image = pair.image
-        if (image.dtype, image.ndim, image.shape[2:]) != (np.uint8, 3, (3,)):
-            raise ImageRejected("colour mode", f"{image.dtype}{list(image.shape)}, not uint8[height, width, 3]")
-        if reason := size_reason(prepare.filters, image.shape[0], image.shape[1]):
-            return Rejected(name, reason, f"{image.shape[1]} x {image.shape[0]} px")
-        fitted, crop = images.fit_square(image, config.image_size)
-    except ImageRejected as error:
-        return Rejected(name, error.reason, error.detail)
-    encoded = images.encode(fitted, prepare.image_format, prepare.quality)
-    return Record(pair.key, encoded, np.array(image.shape[:2], np.int32), crop, captions)
-
-
-def _kept_captions(captions: Mapping[str, str], filters: Filters) -> tuple[dict[str, str], str | None]:
-    """Returns the captions that pass the filters; if none does, also the reason for the first one."""
-    # A source of the user may not have come through `with_captions`, which drops blank ones.
-    reasons = {f: caption_reason(filters, text) if text.strip() else "empty caption" for f, text in captions.items()}
-    kept = {field: text for field, text in captions.items() if not reasons[field]}
-    return kept, None if kept else next(iter(reasons.values()), "no caption")
-
-
 def write_part(
     config: DataConfig, pairs: Iterable[Pair | Rejected], part: str, stamp: str, place: Path, made_with: str = ""
 ) -> None:
@@ -86,12 +52,12 @@ def write_part(
     lengths: dict[str, Counter[int]] = collections.defaultdict(Counter)
     writers = {split: ShardWriter(scratch / f"{split}.array_record") for split in SPLITS}
     with Quarantine(scratch / QUARANTINE) as quarantine:
-        for pair in pairs:
-            record = pair if isinstance(pair, Rejected) else record_of(pair, config, part)
-            if isinstance(record, Rejected):
-                quarantine.add(record)
+        for made in records_of(pairs, config, part):
+            if isinstance(made, Rejected):
+                quarantine.add(made)
                 continue
-            split = (pair.split if isinstance(pair, Pair) else None) or split_of(record.key, config.prepare)
+            pair, record = made
+            split = pair.split or split_of(record.key, config.prepare)
             writers[split].write(encode_record(record))
             hashes[split].append((_hash(record.image), _hash(repr(sorted(record.captions.items())).encode())))
             fields[tuple(record.captions)] += 1

@@ -70,7 +70,8 @@ def write_tars(directory: Path, count: int, side: int, per_tar: int) -> str:
                 caption = " ".join(f"word{number}" for number in random.integers(0, 200, 12))
                 for name, data in ((f"{i:09d}.jpg", image.getvalue()), (f"{i:09d}.txt", caption.encode())):
                     member = tarfile.TarInfo(name)
-                    member.size = len(data)
+                    # webdataset's writer, which img2dataset uses, stores fractions of a second, in a PAX header.
+                    member.size, member.mtime = len(data), 1.7e9 + 0.25  # pyright: ignore[reportAttributeAccessIssue]
                     tar.addfile(member, io.BytesIO(data))
     return str(directory / "*.tar")
 

@@ -3,6 +3,7 @@
 from tests.mutants.mutant import Mutant
 
 _LOADER, _TEXT, _PARTS, _PREPARED = (f"ecdit/data/{name}.py" for name in ("loader", "text", "parts", "prepared"))
+_FITTING, _ARCHIVE = "ecdit/data/fitting.py", "ecdit/data/sources/archive.py"
 _SHARDS, _COLUMNS, _MIXING = (f"ecdit/data/{name}.py" for name in ("shards", "columns", "mixing"))
 
 
@@ -230,16 +231,44 @@ MUTANTS = (
         "training reads what it should be measured on",
     ),
     Mutant(
-        _PARTS,
+        _FITTING,
         "if reason := column_reason(prepare.filters, pair.columns):",
         "if False:",
         _preparation("test_filters_leave_out_by_size_caption_and_column"),
     ),
     Mutant(
         _PARTS,
-        "quarantine.add(record)",
+        "quarantine.add(made)",
         "pass",
         _preparation("test_what_is_left_out_is_counted_and_named"),
+    ),
+    Mutant(
+        _FITTING,
+        "        if len(run) == longest or total >= _RUN_BYTES:",
+        "        if len(run) == longest:",
+        ("tests/data/test_fitting.py::test_a_run_is_bounded_by_the_bytes_of_its_images",),
+        "256 large photographs are in memory at once",
+    ),
+    Mutant(
+        _FITTING,
+        "    if run:\n        yield run",
+        "    if len(run) == longest:\n        yield run",
+        ("tests/data/test_fitting.py::test_records_in_runs_are_those_of_each_pair_alone",),
+        "the last pairs of each part are lost",
+    ),
+    Mutant(
+        _ARCHIVE,
+        "!= int(stored, 8):",
+        "< 0:",
+        ("tests/data/test_archive.py::test_the_fast_reading_of_headers_agrees_with_tarfile",),
+        "a damaged header is believed",
+    ),
+    Mutant(
+        _ARCHIVE,
+        "(?:[0-7]{7}\\0|\\0{8}){2}\\0.{166}",
+        "(?:[0-7]{7}\\0|\\0{8}){2}.{167}",
+        ("tests/data/test_archive.py::test_the_fast_reading_of_headers_agrees_with_tarfile",),
+        "long names lose their folder",
     ),
     Mutant(
         _SHARDS,
@@ -383,7 +412,7 @@ MUTANTS = (
         "one PNG without its palette ends a preparation of a billion pairs",
     ),
     Mutant(
-        _PARTS,
+        _FITTING,
         "captions, reason = _kept_captions(pair.captions, prepare.filters)",
         'captions, reason = _kept_captions(config.__dict__.setdefault("first", pair.captions), prepare.filters)',
         _fuzz("test_a_thousand_damaged_tars"),

@@ -5,6 +5,7 @@ not change, because a resumed preparation finds them by name.
 """
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, Protocol
@@ -117,19 +118,20 @@ def with_captions(key: str, image: bytes | np.ndarray, texts: Texts, columns: Co
     if not kept:
         reason = "empty caption" if texts else "no caption"
         return Rejected(name, reason, f"fields: {', '.join([*texts, *columns]) or 'none'}")
-    for field, text in [*kept.items(), *columns.items(), *((f"name {field!r}", field) for field in [*kept, *columns])]:
+    for field, text in itertools.chain(kept.items(), columns.items()):
         if isinstance(text, str) and not is_unicode(text):
             return Rejected(name, "not UTF-8", f"lone surrogates in {field}")
+        if not is_unicode(field):
+            return Rejected(name, "not UTF-8", f"lone surrogates in name {field!r}")
     return Pair(key, image, kept, columns)
 
 
 def is_unicode(text: str) -> bool:
     """Returns whether UTF-8 can encode `text`. It cannot encode lone surrogates, which JSON and bad bytes may leave."""
     try:
-        text.encode()
+        return text.isascii() or bool(text.encode())
     except UnicodeEncodeError:
         return False
-    return True
 
 
 def parse_object(text: str) -> dict[str, Any]:

@@ -124,20 +124,20 @@ def _index(file: BinaryIO, tar: str, max_bytes: int) -> tuple[dict[str, _Sample]
     rejected = []
     for found in archive.scan(file):
         name = found.member if isinstance(found, archive.Damage) else found.name
+        key, role = _key_and_role(name)
         if isinstance(found, archive.Damage):
             detail = f"bytes {found.start} to {found.end}: {found.detail}"
-            if not name or _unsafe(name):
+            if not name or _unsafe(name, key):
                 rejected.append(Rejected(f"{tar}:{name}" if name else tar, "damaged tar", detail))
                 continue
             problem = ("damaged tar", detail)
         elif found.kind == tarfile.DIRTYPE:
             continue
-        elif unsafe := _unsafe(name):
+        elif unsafe := _unsafe(name, key):
             rejected.append(Rejected(f"{tar}:{name}", "unsafe name", unsafe))
             continue
         else:
             problem = None
-        key, role = _key_and_role(name)
         sample = samples.setdefault(key, _Sample())
         if isinstance(found, archive.Member) and problem is None:
             problem = _problem(found, role, sample, max_bytes)
@@ -166,20 +166,22 @@ def _problem(member: archive.Member, role: str | None, sample: _Sample, max_byte
 
 def _key_and_role(name: str) -> tuple[str, str | None]:
     """Returns the key of a member's name, without a leading "./", and its role in the record, or None."""
-    folder, slash, last = str(PurePosixPath(name)).rpartition("/")
+    if "//" in name or "./" in name or "/." in name or name.endswith("/"):  # it may have an empty part or a "."
+        name = str(PurePosixPath(name))
+    folder, slash, last = name.rpartition("/")
     stem, _, extension = last.partition(".")
     return folder + slash + stem, _ROLES.get(extension.lower())
 
 
-def _unsafe(name: str) -> str:
-    """Returns why a member's name is unsafe, or ''."""
+def _unsafe(name: str, key: str) -> str:
+    """Returns why a member's name is unsafe, or ''. `key` is that of the name."""
     if not is_unicode(name):
         return "not UTF-8"
     if name.startswith("/"):
         return "absolute"
     if ".." in name.split("/"):
         return "leaves its folder"
-    return "" if _key_and_role(name)[0].rpartition("/")[2] else "no key before its first dot"
+    return "" if key.rpartition("/")[2] else "no key before its first dot"
 
 
 def _merged(text: dict[str, str], fields: dict) -> dict:

@@ -1,0 +1,72 @@
+"""Tests records of pairs: their order in runs, and that what cannot be used is rejected with its reason."""
+
+import numpy as np
+import pytest
+
+from ecdit.data.fitting import record_of, records_of
+from ecdit.data.record import encode_record
+from ecdit.data.sources.protocol import Pair, Rejected
+from tests.data.broken import encoded, noise
+from tests.data.example import make_config
+
+
+@pytest.mark.parametrize(
+    ("image", "reason"),
+    [
+        (np.zeros((0, 5, 3), np.uint8), "zero-sized"),
+        (np.zeros((5, 0, 3), np.uint8), "zero-sized"),
+        (np.zeros((5, 5, 1), np.uint8), "colour mode"),
+        (np.zeros((5, 5), np.uint8), "colour mode"),
+        (np.array(7, np.uint8), "colour mode"),
+        (np.zeros((5, 5, 3), np.float32), "colour mode"),
+    ],
+)
+def test_an_array_that_is_no_image_is_rejected(image, reason):
+    found = record_of(Pair("a", image, {"caption": "cat"}, {}), make_config(), "part")
+    assert isinstance(found, Rejected)
+    assert (found.name, found.reason) == ("part:a", reason)
+
+
+def test_blank_captions_of_a_source_that_keeps_them_are_left_out():
+    image = np.zeros((5, 5, 3), np.uint8)
+    found = record_of(Pair("a", image, {"a": " ", "b": "cat"}, {}), make_config(), "part")
+    assert found.captions == {"b": "cat"}
+    assert record_of(Pair("a", image, {"a": " "}, {}), make_config(), "part").reason == "empty caption"
+
+
+def test_records_in_runs_are_those_of_each_pair_alone():
+    config = make_config()
+    image, large = encoded(noise(9, 7)), noise(900, 700)
+    pairs = []
+    for index in range(600):  # several runs of 256 pairs and of 64 images
+        kind = index % 10
+        if kind == 3:
+            pairs.append(Rejected(f"{index}", "no image", ""))
+        else:
+            found = {4: b"no image", 5: np.zeros((0, 5, 3), np.uint8)}.get(kind, large if index % 97 == 1 else image)
+            pairs.append(Pair(f"{index}", found, {"caption": " " if kind == 6 else f"caption {index}"}, {}))
+    made = list(records_of(iter(pairs), config, "part"))
+    assert len(made) == len(pairs)
+    for pair, one in zip(pairs, made, strict=True):
+        alone = pair if isinstance(pair, Rejected) else record_of(pair, config, "part")
+        if isinstance(alone, Rejected):
+            assert one == alone
+        else:
+            assert one[0] is pair
+            assert encode_record(one[1]) == encode_record(alone)
+
+
+@pytest.mark.parametrize("form", ["array", "png"])
+def test_a_run_is_bounded_by_the_bytes_of_its_images(form):
+    pixels, read = noise(700, 700), []
+    image = pixels if form == "array" else encoded(pixels, "png")  # 1.5 MB either way
+
+    def pairs():
+        for index in range(20):
+            read.append(index)
+            yield Pair(f"{index}", image, {"caption": "noise"}, {})
+
+    for count, (pair, _) in enumerate(records_of(pairs(), make_config(), "part"), 1):
+        assert pair.key == f"{count - 1}"
+        assert count <= len(read) < count + 3  # a run ends at 4 MiB
+    assert len(read) == 20
