@@ -7,6 +7,7 @@ step ends in a rename, so that a directory with its final name is complete.
 import collections
 import dataclasses
 import functools
+import gc
 import json
 import multiprocessing
 import os
@@ -301,6 +302,7 @@ _SOURCE: list[Source | None] = []  # of a worker process, which gets it once: it
 def _begin_worker(parent: int, source: Source | None) -> None:
     ends_with_its_parent(parent)
     _SOURCE.append(source)
+    gc.freeze()  # so that garbage collection does not look through all objects of the libraries again and again
 
 
 def _write_one(config: DataConfig, task: str, index: int, shard: str, place: Path, made_with: str) -> None:

@@ -11,6 +11,7 @@ encoding them alone. `resume`: seconds and memory until the first batch at row 0
 import argparse
 import dataclasses
 import functools
+import gc
 import importlib.util
 import io
 import itertools
@@ -184,6 +185,7 @@ def preparation(place: Path, count: int) -> dict[str, Any]:
             images.encode(fitted, "jpeg", 90)
         seconds["alone"].append(time.process_time() - start)
 
+    gc.freeze()  # as processes that prepare do
     for index in range(len(task.shards)):
         alone(index)
         start = time.process_time()
@@ -230,7 +232,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--records", type=int, default=20_000, help="small images that are prepared; a tenth is read")
     parser.add_argument("--tiny", action="store_true", help="few records: to try it, not to time it")
-    arguments = timing.parse(parser, rounds=5, calls=10)
+    arguments = timing.parse(parser, rounds=7, calls=8)  # a turn reads two whole tars
     if arguments.child:
         with tempfile.TemporaryDirectory() as scratch:
             Path(arguments.child).write_text(json.dumps(measure(arguments, Path(scratch))))
