@@ -138,7 +138,7 @@ def augmented(
         if _random(seed, row, "caption").random() < config.caption_dropout:
             caption = text(tokenizer.empty if empty is None else empty)
         else:
-            field = draw_field(config.captions, list(found.tokens), _random(seed, row, "field").random())
+            field = draw_field(config.captions, list(found.tokens), lambda: _random(seed, row, "field").random())
             caption = text(found.tokens[field])
         content, crop = found.content, found.crop
         if config.latent_channels:
@@ -156,8 +156,8 @@ def augmented(
     return read
 
 
-def draw_field(captions: Mapping[str, Any], fields: Sequence[str], chance: float) -> str:
-    """Returns one of a row's caption fields at the rates of `data.captions`; `chance` is uniform in [0, 1).
+def draw_field(captions: Mapping[str, Any], fields: Sequence[str], chance: Callable[[], float]) -> str:
+    """Returns one of a row's caption fields at the rates of `data.captions`; `chance` draws uniformly from [0, 1).
 
     Raises:
       DataError: none of the row's fields has a rate.
@@ -170,10 +170,13 @@ def draw_field(captions: Mapping[str, Any], fields: Sequence[str], chance: float
         wanted = ", ".join(captions)
         raise DataError(f"data.captions has rates for {wanted}, and a record has captions {', '.join(fields)} alone")
     names = sorted(groups)
+    if len(names) == 1 and len(groups[names[0]]) == 1:
+        return groups[names[0]][0]  # without a draw, which takes as long as reading the record
+    drawn = chance()
     ends = np.cumsum([captions[name] for name in names])
-    place = min(int(np.searchsorted(ends, chance * ends[-1], side="right")), len(names) - 1)
+    place = min(int(np.searchsorted(ends, drawn * ends[-1], side="right")), len(names) - 1)
     rate, chosen = captions[names[place]], groups[names[place]]
-    within = (chance * ends[-1] - (ends[place] - rate)) / rate
+    within = (drawn * ends[-1] - (ends[place] - rate)) / rate
     return chosen[min(max(int(within * len(chosen)), 0), len(chosen) - 1)]
 
 

@@ -188,7 +188,7 @@ def test_a_field_is_drawn_from_those_that_a_record_has():
     chances = (np.arange(10_000) + 0.5) / 10_000
 
     def shares(fields):
-        drawn = [draw_field(rates, fields, chance) for chance in chances]
+        drawn = [draw_field(rates, fields, lambda chance=chance: chance) for chance in chances]
         return {field: drawn.count(field) for field in sorted(set(drawn))}
 
     assert shares(["caption"]) == {"caption": 10_000}
@@ -202,7 +202,7 @@ def test_a_field_is_drawn_from_those_that_a_record_has():
         "re_caption": 3500,
     }
     with pytest.raises(DataError, match="has rates for caption, re_caption, captions, off, and a record"):
-        draw_field(rates, ["off", "unknown"], 0.5)
+        draw_field(rates, ["off", "unknown"], lambda: 0.5)
 
 
 def test_images_flip_at_their_rate_and_by_row(source):
