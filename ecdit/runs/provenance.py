@@ -95,6 +95,19 @@ def recorded_starts(workdir: Path) -> list[dict[str, Any]]:
     return starts
 
 
+def recorded_files(workdir: Path) -> dict[str, str]:
+    """Returns the sha256 by path of the user's files that the run read at its last start; older versions noted none.
+
+    Raises:
+      UserError: overrides.json is damaged.
+    """
+    *_, last = recorded_starts(workdir) or [{}]
+    files = last.get("files", {})
+    if not isinstance(files, dict):
+        raise UserError(f"{workdir / OVERRIDES_FILE} is damaged (files is no object): move it away")
+    return files
+
+
 def record_start(config: dict[str, Any], workdir: Path, step: int, origin: dict[str, Any]) -> None:
     """Writes config.json, and adds a start to the list in overrides.json. Only the first process writes.
 
@@ -102,7 +115,8 @@ def record_start(config: dict[str, Any], workdir: Path, step: int, origin: dict[
       config: the resolved experiment, as `config.to_dict` gives it.
       workdir: of the run.
       step: steps done at this start.
-      origin: the config file and what the command line changed in it, as `command_line.config_origin` gives it.
+      origin: the config file and what the command line changed in it, as `command_line.config_origin` gives it, and
+        `files`, the sha256 by path of the user's files.
 
     Raises:
       UserError: one of them cannot be written, or overrides.json is damaged.

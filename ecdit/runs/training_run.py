@@ -138,7 +138,7 @@ def run_workload(
         def open_records() -> Reporter:
             lock.check_write()  # restoring may have taken longer than a lease
             activity.ledger.open(workdir, start)
-            record_start(config, workdir, start, origin)
+            record_start(config, workdir, start, {**origin, "files": full["files"]})
             if jax.process_index() == 0:
                 keep_tokenizer(tokenizer, workdir)
                 drop_later(workdir, start)

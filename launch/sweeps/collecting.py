@@ -1,8 +1,8 @@
 """Collects the results of a sweep's runs: a table as CSV and markdown, power laws, and plots if matplotlib is there.
 
 The loss is `flow_loss`, so that the balance loss of token choice does not count. A run's final loss is its mean over
-the last share of the run's steps; an unfinished run has none, and is in no fit. A run with another config than its
-point's, or whose metrics lack a step, is left out and listed with the reason.
+the last share of the run's steps; an unfinished run has none, and is in no fit. A run with another config or
+other user's files than its point's, or whose metrics lack a step, is left out and listed with the reason.
 """
 
 import csv
@@ -21,6 +21,7 @@ import numpy as np
 from ecdit.errors import UserError
 from ecdit.files import replace_text
 from ecdit.reporting.metrics_file import read_lines
+from ecdit.runs.provenance import recorded_files
 from ecdit.runs.trained_run import CONFIG_FILE
 from ecdit.storage import children, reading
 from launch.sweeps.fitting import MIN_SIZES, PowerLaw, fit_power_law
@@ -131,6 +132,12 @@ def why_left_out(point: SweepPoint, workdir: Path, steps: Sequence[int]) -> str:
         return f"its {CONFIG_FILE} cannot be read: {error}"
     if differences:
         return f"its config differs: {'; '.join(differences)}"
+    try:
+        differences = point.file_differences(recorded_files(workdir))
+    except UserError as error:
+        return str(error)
+    if differences:
+        return f"it read other files: {'; '.join(differences)}"
     wrong = next((at for at, step in enumerate(steps, 1) if step != at), None)
     return "" if wrong is None else f"its metrics have step {steps[wrong - 1]} instead of step {wrong}"
 

@@ -62,6 +62,18 @@ class SweepPoint:
         found = config_differences(saved, to_dict(self.experiment), may_differ, step)
         return [f"config.{key}: saved {old!r}, now {new!r}" for key, (old, new) in found.items()]
 
+    def file_differences(self, saved: Mapping[str, str]) -> list[str]:
+        """Returns a line for each of the user's files, such as data.module, that is not what a run read of it.
+
+        Args:
+          saved: the sha256 by path that the run noted; what it did not note is not compared.
+        """
+        return [
+            f"{path}: its sha256 was {saved[path][:12]}, and is {digest[:12]}"
+            for path, digest in self.experiment.user_files().items()
+            if saved.get(path, digest) != digest
+        ]
+
 
 def load_points(path: str, config: str = "", overrides: Mapping[str, str] | None = None) -> list[SweepPoint]:
     """Returns the points of a sweep file, in its order.

@@ -25,6 +25,7 @@ from ecdit.checkpoints.restore import checkpoint_directory
 from ecdit.errors import UserError
 from ecdit.exit_codes import PREEMPTED
 from ecdit.files import check_writable
+from ecdit.runs.provenance import recorded_files
 from ecdit.runs.trained_run import CONFIG_FILE
 from ecdit.storage import reading
 from launch.local import collect_signals
@@ -69,6 +70,7 @@ def is_done(point: SweepPoint, workdir: Path) -> bool:
         done = step >= point.experiment.train.num_steps
         if step and config.exists():
             differences = point.differences(json.loads(config.read_text()), step, inputs=done)
+            differences += point.file_differences(recorded_files(workdir)) if done else []
     if differences:
         changed = "\n  ".join(differences)
         raise SweepError(f"point {point.name}: {workdir} holds another run:\n  {changed}\nTake another --workdir.")

@@ -2,9 +2,10 @@
 
     python -m tests.benchmarks.scorers [--rows=30000] [--dimensions=2048] [--images=2212] [--json=FILE]
 
-`frechet` compares float32 features, as of COCO-30K, with a file of moments and with as many features; `geneval-score`
-judges images of all six tasks, each with a hundred boxes. It prints seconds of the clock and of the processors, and the
-largest memory, with the start of Python.
+`frechet` compares float32 features, as of COCO-30K, with a file of moments, with as many features, and with as many
+where both covariances are singular because half of the dimensions copy the others; `geneval-score` judges images of all
+six tasks, each with a hundred boxes. It prints seconds of the clock and of the processors, and the largest memory, with
+the start of Python.
 """
 
 import argparse
@@ -27,13 +28,14 @@ from tests.runs import ROOT
 SHARDS, BOXES = 6, 100
 
 
-def write_features(folder: Path, seed: int, rows: int, dimensions: int) -> None:
-    """Features with a spread that falls by dimension, in several files."""
+def write_features(folder: Path, seed: int, rows: int, dimensions: int, rank: int) -> None:
+    """Features with a spread that falls by dimension, in several files; those behind `rank` copy the first ones."""
     folder.mkdir()
     spread = np.exp(-4 * np.arange(dimensions, dtype=np.float32) / dimensions)
     random = np.random.default_rng(seed)
     for shard, part in enumerate(np.array_split(np.arange(rows), SHARDS)):
         values = random.standard_normal((len(part), dimensions), np.float32) * spread[None]
+        values[:, rank:] = values[:, : dimensions - rank]
         np.save(folder / f"{shard}.npy", values + np.float32(0.4))
 
 
@@ -81,17 +83,20 @@ def measure(rows: int, dimensions: int, images: int) -> dict[str, dict[str, floa
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
         for seed, name in enumerate(("a", "b")):
-            write_features(place / name, seed, rows, dimensions)
+            write_features(place / name, seed, rows, dimensions, dimensions)
+            write_features(place / f"singular_{name}", seed, rows, dimensions, dimensions - dimensions // 2)
         with (place / "detections.jsonl").open("w") as file:
             file.writelines(json.dumps(line) + "\n" for line in geneval_lines(images))
         options = ["--allow_few_samples"] if rows < dimensions else []
         two = command("frechet", f"--features={place}/b", f"--reference={place}/a", f"--save={place}/b.npz", *options)
         one = command("frechet", f"--features={place}/a", f"--reference={place}/b.npz", *options)
+        singular = command("frechet", f"--features={place}/singular_b", f"--reference={place}/singular_a", *options)
         score = command("geneval-score", f"--detections={place}/detections.jsonl", f"--out={place}/results.jsonl")
     size = f"{rows} x {dimensions}"
     return {
         f"frechet, {size} against moments": one,
         f"frechet, {size} against {size}": two,
+        f"frechet, {size} against {size}, both singular": singular,
         f"geneval-score, {images} images": score,
     }
 

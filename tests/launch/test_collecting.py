@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import errno
+import hashlib
 import importlib.util
 import json
 import math
@@ -15,6 +16,7 @@ from PIL import Image
 
 from ecdit.config import to_dict
 from ecdit.errors import UserError
+from ecdit.runs.provenance import record_start
 from launch.sweeps.collecting import collect, read_result, why_left_out
 from launch.sweeps.fitting import fit_power_law
 from launch.sweeps.points import INPUTS, SweepPoint
@@ -185,6 +187,30 @@ def test_a_run_that_read_something_else_does_not_count_as_its_points(tmp_path, p
             assert is_done(points[0], tmp_path)
     (tmp_path / "checkpoints/10").rename(tmp_path / "checkpoints/5")
     assert not is_done(points[0], tmp_path)  # it goes on, and compares what is there then
+
+
+def test_a_run_that_read_another_version_of_a_user_s_file_does_not_count(tmp_path, points):
+    module, workdir = tmp_path / "my_tasks.py", tmp_path / "run"
+    module.write_text("version = 1\n")
+    experiment = tiny(data__module=str(module), train__num_steps=10)
+    point = dataclasses.replace(points[0], experiment=experiment)
+    (workdir / "checkpoints/10").mkdir(parents=True)
+    config = to_dict(experiment)
+    (workdir / "config.json").write_text(json.dumps(config))
+    assert is_done(point, workdir)  # an older version noted no files
+    record_start(config, workdir, 0, {"files": experiment.user_files()})
+    assert is_done(point, workdir)
+    assert why_left_out(point, workdir, range(1, 11)) == ""
+    module.write_text("version = 2\n")
+    before = hashlib.sha256(b"version = 1\n").hexdigest()
+    line = f"{module}: its sha256 was {before[:12]}, and is"
+    assert why_left_out(point, workdir, range(1, 11)).startswith(f"it read other files: {line}")
+    with pytest.raises(UserError, match=re.escape(f"holds another run:\n  {line}")):
+        is_done(point, workdir)
+    (workdir / "checkpoints/10").rename(workdir / "checkpoints/5")
+    assert not is_done(point, workdir)  # it goes on, and compares the files then
+    (workdir / "overrides.json").write_text("[{")
+    assert "overrides.json is damaged" in why_left_out(point, workdir, range(1, 6))
 
 
 def test_without_matplotlib_there_are_tables_and_a_word_about_plots(tmp_path, points, monkeypatch):

@@ -5,6 +5,7 @@ from tests.mutants.mutant import Mutant
 _JOB, _LOCAL, _CHECK, _STARTING = (f"launch/{name}.py" for name in ("job", "local", "check", "starting"))
 _VALUES, _WORKER = "launch/values.py", "launch/worker.py"
 _COLLECTING = "tests/launch/test_collecting.py::test_runs_that_are_not_what_the_sweep_says_are_left_out_and_listed"
+_OTHER_FILES = "tests/launch/test_collecting.py::test_a_run_that_read_another_version_of_a_user_s_file_does_not_count"
 _JOBSET, _TPU_VM, _LOCAL_BACKEND = (f"launch/backends/{name}.py" for name in ("jobset", "tpu_vm", "local"))
 
 
@@ -232,6 +233,20 @@ MUTANTS = (
         'return bool(state) and not state.startswith("Z")',
         ("tests/launch/test_local_backend.py::test_a_process_that_got_the_number_of_an_ended_one_is_left_alone",),
         "stop ends a stranger's process",
+    ),
+    Mutant(
+        "launch/sweeps/running.py",
+        "differences += point.file_differences(recorded_files(workdir)) if done else []",
+        "differences += []",
+        (_OTHER_FILES,),
+        "points that were trained on other data count as done",
+    ),
+    Mutant(
+        "launch/sweeps/collecting.py",
+        "differences = point.file_differences(recorded_files(workdir))",
+        "differences = []",
+        (_OTHER_FILES,),
+        "points that were trained on other data are in the fits",
     ),
     Mutant(
         "launch/sweeps/running.py",
