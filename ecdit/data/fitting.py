@@ -26,9 +26,11 @@ class _Decoded(NamedTuple):
 
 
 class _Fitted(NamedTuple):
-    """The same with its image resized and cropped."""
+    """The same with its image resized and cropped, and without the pixels that it had."""
 
-    decoded: _Decoded
+    pair: Pair
+    captions: dict[str, str]
+    original_size: np.ndarray
     square: images.Pixels
     crop: np.ndarray
 
@@ -48,6 +50,7 @@ def records_of(
         made = []
         for few in _runs(decoded, _RUN_IMAGES, lambda one: one.image.nbytes):
             fitted = [one if isinstance(one, Rejected) else _fit(one, config, part) for one in few]
+            few.clear()  # frees the pixels before the next ones are decoded
             made += [one if isinstance(one, Rejected) else _encode(one, config) for one in fitted]
         yield from made
 
@@ -101,15 +104,17 @@ def _decode(pair: Pair, config: DataConfig, part: str) -> _Decoded | Rejected:
 
 def _fit(decoded: _Decoded, config: DataConfig, part: str) -> _Fitted | Rejected:
     try:
-        return _Fitted(decoded, *images.fit_square(decoded.image, config.image_size))
+        square, crop = images.fit_square(decoded.image, config.image_size)
     except ImageRejected as error:
         return Rejected(_name(decoded.pair, part), error.reason, error.detail)
+    size = np.array(decoded.image.shape[:2], np.int32)
+    return _Fitted(decoded.pair, decoded.captions, size, square, crop)
 
 
 def _encode(fitted: _Fitted, config: DataConfig) -> tuple[Pair, Record]:
-    (pair, image, captions), square, crop = fitted
+    pair, captions, size, square, crop = fitted
     encoded = images.encode(square, config.prepare.image_format, config.prepare.quality)
-    return pair, Record(pair.key, encoded, np.array(image.shape[:2], np.int32), crop, captions)
+    return pair, Record(pair.key, encoded, size, crop, captions)
 
 
 def _name(pair: Pair, part: str) -> str:
