@@ -69,6 +69,7 @@ def _runs(
     for item in items:
         run.append(item)
         total += 0 if isinstance(item, Rejected) else size(item)
+        del item  # so that it is freed with its run, before the next one is read
         if len(run) == longest or total >= _RUN_BYTES:
             yield run
             run, total = [], 0

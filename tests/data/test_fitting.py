@@ -1,5 +1,7 @@
 """Tests records of pairs: their order in runs, and that what cannot be used is rejected with its reason."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -70,3 +72,14 @@ def test_a_run_is_bounded_by_the_bytes_of_its_images(form):
         assert pair.key == f"{count - 1}"
         assert count <= len(read) < count + 3  # a run ends at 4 MiB
     assert len(read) == 20
+
+
+def test_a_large_image_is_freed_before_the_next_one_is_decoded():
+    """Decoding takes twice the pixels for a moment."""
+    image, pixels = encoded(np.full((2000, 2000, 3), 7, np.uint8), "png"), 2000 * 2000 * 3
+    pairs = [Pair(f"{index}", image, {"caption": "grey"}, {}) for index in range(4)]
+    tracemalloc.start()
+    assert len(list(records_of(pairs, make_config(), "part"))) == 4
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2.2 * pixels
