@@ -42,17 +42,17 @@ def records_of(
 
     Each step takes a run of pairs at a time: reading, decoding, resizing, encoding, and what the caller does. If each
     pair went through all steps alone, those besides the image would take two to three times as long, because the code
-    of a decoder and an encoder pushes theirs out of the processor's caches. A run has at most 256 pairs, and ends
-    when it has 4 MiB of images.
+    of a decoder and an encoder pushes theirs out of the processor's caches. A run ends at 256 pairs or about 4 MiB, and
+    at 64 images or 4 MiB of pixels, before or after resizing.
     """
-    for run in _runs(pairs, _RUN_PAIRS, lambda pair: _size(pair.image)):
+    square = 3 * config.image_size**2  # bytes
+    for run in _runs(pairs, _RUN_PAIRS, _pair_bytes):
         decoded = (pair if isinstance(pair, Rejected) else _decode(pair, config, part) for pair in run)
-        made = []
-        for few in _runs(decoded, _RUN_IMAGES, lambda one: one.image.nbytes):
+        for few in _runs(decoded, _RUN_IMAGES, lambda one: max(one.image.nbytes, square)):
             fitted = [one if isinstance(one, Rejected) else _fit(one, config, part) for one in few]
             few.clear()  # frees the pixels before the next ones are decoded
-            made += [one if isinstance(one, Rejected) else _encode(one, config) for one in fitted]
-        yield from made
+            yield from [one if isinstance(one, Rejected) else _encode(one, config) for one in fitted]
+        run.clear()
 
 
 def record_of(pair: Pair, config: DataConfig, part: str) -> Record | Rejected:
@@ -68,7 +68,7 @@ def _runs(
     run, total = [], 0
     for item in items:
         run.append(item)
-        total += 0 if isinstance(item, Rejected) else size(item)
+        total += len(item.detail) if isinstance(item, Rejected) else size(item)
         del item  # so that it is freed with its run, before the next one is read
         if len(run) == longest or total >= _RUN_BYTES:
             yield run
@@ -77,8 +77,12 @@ def _runs(
         yield run
 
 
-def _size(image: bytes | np.ndarray) -> int:
-    return len(image) if isinstance(image, bytes) else image.nbytes
+def _pair_bytes(pair: Pair) -> int:
+    """Returns about how many bytes a pair holds; one with an array ends its run, as a source may fill it anew."""
+    if not isinstance(pair.image, bytes):
+        return _RUN_BYTES
+    texts = (*pair.captions.values(), *pair.columns.values())
+    return len(pair.image) + sum(len(text) for text in texts if isinstance(text, str))
 
 
 def _decode(pair: Pair, config: DataConfig, part: str) -> _Decoded | Rejected:

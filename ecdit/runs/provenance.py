@@ -103,8 +103,8 @@ def recorded_files(workdir: Path) -> dict[str, str]:
     """
     *_, last = recorded_starts(workdir) or [{}]
     files = last.get("files", {})
-    if not isinstance(files, dict):
-        raise UserError(f"{workdir / OVERRIDES_FILE} is damaged (files is no object): move it away")
+    if not isinstance(files, dict) or not all(isinstance(digest, str) for digest in files.values()):
+        raise UserError(f"{workdir / OVERRIDES_FILE} is damaged (files are no hashes): move it away")
     return files
 
 

@@ -67,10 +67,14 @@ class SweepPoint:
 
         Args:
           saved: the sha256 by path that the run noted; what it did not note is not compared.
+
+        Raises:
+          ConfigError: a file is not there.
         """
+        now = self.experiment.user_files() if saved else {}
         return [
             f"{path}: its sha256 was {saved[path][:12]}, and is {digest[:12]}"
-            for path, digest in self.experiment.user_files().items()
+            for path, digest in now.items()
             if saved.get(path, digest) != digest
         ]
 

@@ -70,7 +70,11 @@ def is_done(point: SweepPoint, workdir: Path) -> bool:
         done = step >= point.experiment.train.num_steps
         if step and config.exists():
             differences = point.differences(json.loads(config.read_text()), step, inputs=done)
-            differences += point.file_differences(recorded_files(workdir)) if done else []
+        if done and config.exists():
+            try:
+                differences += point.file_differences(recorded_files(workdir))
+            except UserError as error:
+                raise SweepError(f"point {point.name}: {error}") from None
     if differences:
         changed = "\n  ".join(differences)
         raise SweepError(f"point {point.name}: {workdir} holds another run:\n  {changed}\nTake another --workdir.")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from ecdit.data.fitting import record_of, records_of
+from ecdit.data.images import decode_stored
 from ecdit.data.record import encode_record
 from ecdit.data.sources.protocol import Pair, Rejected
 from tests.data.broken import encoded, noise
@@ -58,20 +59,46 @@ def test_records_in_runs_are_those_of_each_pair_alone():
             assert encode_record(one[1]) == encode_record(alone)
 
 
-@pytest.mark.parametrize("form", ["array", "png"])
-def test_a_run_is_bounded_by_the_bytes_of_its_images(form):
-    pixels, read = noise(700, 700), []
-    image = pixels if form == "array" else encoded(pixels, "png")  # 1.5 MB either way
+@pytest.mark.parametrize("large", ["image", "caption", "column", "rejection"])
+def test_a_run_is_bounded_by_its_bytes(large):
+    image, text, read = encoded(noise(700, 700), "png"), "x" * 1_500_000, []  # 1.5 MB either way
 
     def pairs():
         for index in range(20):
             read.append(index)
-            yield Pair(f"{index}", image, {"caption": "noise"}, {})
+            if large == "rejection":
+                yield Rejected(f"{index}", "no image", text)
+            elif large == "image":
+                yield Pair(f"{index}", image, {"caption": "noise"}, {})
+            else:
+                caption, column = (text, "") if large == "caption" else ("noise", text)
+                yield Pair(f"{index}", encoded(noise(9, 7)), {"caption": caption}, {"column": column})
 
-    for count, (pair, _) in enumerate(records_of(pairs(), make_config(), "part"), 1):
-        assert pair.key == f"{count - 1}"
+    for count, _ in enumerate(records_of(pairs(), make_config(), "part"), 1):
         assert count <= len(read) < count + 3  # a run ends at 4 MiB
     assert len(read) == 20
+
+
+def test_a_source_may_fill_one_array_again_and_again():
+    image = np.zeros((9, 9, 3), np.uint8)
+
+    def pairs():
+        for value in (0, 100, 200):
+            image[:] = value
+            yield Pair(f"{value}", image, {"caption": "grey"}, {})
+
+    for pair, record in records_of(pairs(), make_config(), "part"):
+        np.testing.assert_array_equal(decode_stored(record.image), int(pair.key))
+
+
+def test_small_images_that_become_large_are_few_at_a_time():
+    pairs = [Pair(f"{index}", encoded(noise(9, 9)), {"caption": "noise"}, {}) for index in range(12)]
+    tracemalloc.start()
+    for _ in records_of(pairs, make_config(image_size=1024), "part"):
+        pass
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 24 << 20  # all of them take 36 MiB, and as much encoded
 
 
 def test_a_large_image_is_freed_before_the_next_one_is_decoded():

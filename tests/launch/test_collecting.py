@@ -207,10 +207,21 @@ def test_a_run_that_read_another_version_of_a_user_s_file_does_not_count(tmp_pat
     assert why_left_out(point, workdir, range(1, 11)).startswith(f"it read other files: {line}")
     with pytest.raises(UserError, match=re.escape(f"holds another run:\n  {line}")):
         is_done(point, workdir)
+    for damaged in ("[{", '[{"files": {"a": 1}}]', '[{"files": []}]'):
+        (workdir / "overrides.json").write_text(damaged)
+        assert "overrides.json is damaged" in why_left_out(point, workdir, range(1, 11))
+        with pytest.raises(UserError, match=f"point {point.name}: .*overrides.json is damaged"):
+            is_done(point, workdir)
+    (workdir / "overrides.json").unlink()
+    module.unlink()
+    assert is_done(point, workdir)  # nothing was noted, so nothing is read
+    assert why_left_out(point, workdir, range(1, 11)) == ""
+    record_start(config, workdir, 0, {"files": {str(module): before}})
+    with pytest.raises(UserError, match=f"point {point.name}: .*there is no such file"):
+        is_done(point, workdir)
+    assert "there is no such file" in why_left_out(point, workdir, range(1, 11))
     (workdir / "checkpoints/10").rename(workdir / "checkpoints/5")
     assert not is_done(point, workdir)  # it goes on, and compares the files then
-    (workdir / "overrides.json").write_text("[{")
-    assert "overrides.json is damaged" in why_left_out(point, workdir, range(1, 6))
 
 
 def test_without_matplotlib_there_are_tables_and_a_word_about_plots(tmp_path, points, monkeypatch):

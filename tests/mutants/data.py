@@ -246,7 +246,7 @@ MUTANTS = (
         _FITTING,
         "        if len(run) == longest or total >= _RUN_BYTES:",
         "        if len(run) == longest:",
-        ("tests/data/test_fitting.py::test_a_run_is_bounded_by_the_bytes_of_its_images",),
+        ("tests/data/test_fitting.py::test_a_run_is_bounded_by_its_bytes",),
         "256 large photographs are in memory at once",
     ),
     Mutant(

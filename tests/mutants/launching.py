@@ -236,7 +236,7 @@ MUTANTS = (
     ),
     Mutant(
         "launch/sweeps/running.py",
-        "differences += point.file_differences(recorded_files(workdir)) if done else []",
+        "differences += point.file_differences(recorded_files(workdir))",
         "differences += []",
         (_OTHER_FILES,),
         "points that were trained on other data count as done",

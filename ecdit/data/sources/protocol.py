@@ -121,6 +121,7 @@ def with_captions(key: str, image: bytes | np.ndarray, texts: Texts, columns: Co
     for field, text in itertools.chain(kept.items(), columns.items()):
         if isinstance(text, str) and not is_unicode(text):
             return Rejected(name, "not UTF-8", f"lone surrogates in {field}")
+    for field in itertools.chain(kept, columns):
         if not is_unicode(field):
             return Rejected(name, "not UTF-8", f"lone surrogates in name {field!r}")
     return Pair(key, image, kept, columns)
