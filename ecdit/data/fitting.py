@@ -12,7 +12,7 @@ from ecdit.data.images import ImageRejected
 from ecdit.data.record import Record
 from ecdit.data.sources.protocol import Pair, Rejected
 
-_RUN_PAIRS, _RUN_IMAGES, _RUN_BYTES = 256, 64, 4 << 20  # larger runs are no faster
+_RUN_PAIRS, _RUN_IMAGES, _RUN_BYTES = 256, 64, 4 << 20  # larger runs are hardly faster
 
 Item = TypeVar("Item")
 
@@ -52,7 +52,7 @@ def records_of(
             fitted = [one if isinstance(one, Rejected) else _fit(one, config, part) for one in few]
             few.clear()  # frees the pixels before the next ones are decoded
             yield from [one if isinstance(one, Rejected) else _encode(one, config) for one in fitted]
-        run.clear()
+        run.clear()  # frees its pairs before the next ones are read
 
 
 def record_of(pair: Pair, config: DataConfig, part: str) -> Record | Rejected:

@@ -37,7 +37,7 @@ from ecdit.pretrained.weights import (
 
 @dataclasses.dataclass(frozen=True)
 class _Told:
-    """What the first process has told the others of a folder."""
+    """Holds what the first process has told the others of a folder."""
 
     fingerprint: str
     sums: Mapping[str, int]  # by tensor

@@ -94,7 +94,7 @@ class _Parameter(NamedTuple):
 
 
 class _Reading(NamedTuple):
-    """What a process notes of the tensors that it reads, by their names in the files."""
+    """Holds what a process notes of the tensors that it reads, by their names in the files."""
 
     not_numbers: dict[str, int]
     slices: dict[str, dict[Bounds, Slice]] | None  # None: no sums are wanted

@@ -1,8 +1,9 @@
 """Collects the results of a sweep's runs: a table as CSV and markdown, power laws, and plots if matplotlib is there.
 
 The loss is `flow_loss`, so that the balance loss of token choice does not count. A run's final loss is its mean over
-the last share of the run's steps; an unfinished run has none, and is in no fit. A run with another config or
-other user's files than its point's, or whose metrics lack a step, is left out and listed with the reason.
+the last share of the run's steps; an unfinished run has none, and is in no fit. A run is left out,
+and listed with the reason, if its config is not its point's, if it read another version of a user's file, or if its
+metrics lack a step.
 """
 
 import csv
@@ -23,7 +24,7 @@ from ecdit.files import replace_text
 from ecdit.reporting.metrics_file import read_lines
 from ecdit.runs.provenance import recorded_files
 from ecdit.runs.trained_run import CONFIG_FILE
-from ecdit.storage import children, reading
+from ecdit.storage import children, is_outage, reading
 from launch.sweeps.fitting import MIN_SIZES, PowerLaw, fit_power_law
 from launch.sweeps.points import SweepPoint
 
@@ -120,6 +121,9 @@ def why_left_out(point: SweepPoint, workdir: Path, steps: Sequence[int]) -> str:
       point: the point.
       workdir: workdir of the run.
       steps: steps of its lines of metrics, in order.
+
+    Raises:
+      UserError: its bucket cannot be read.
     """
     if not steps:
         return ""  # the run has not started
@@ -135,6 +139,8 @@ def why_left_out(point: SweepPoint, workdir: Path, steps: Sequence[int]) -> str:
     try:
         differences = point.file_differences(recorded_files(workdir))
     except UserError as error:
+        if is_outage(error):
+            raise  # otherwise a moment without network would leave good runs out of the fits
         return str(error)
     if differences:
         return f"it read other files: {'; '.join(differences)}"

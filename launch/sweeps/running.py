@@ -70,9 +70,8 @@ def is_done(point: SweepPoint, workdir: Path) -> bool:
         done = step >= point.experiment.train.num_steps
         if step and config.exists():
             differences = point.differences(json.loads(config.read_text()), step, inputs=done)
-        if done and config.exists():
             try:
-                differences += point.file_differences(recorded_files(workdir))
+                differences += point.file_differences(recorded_files(workdir)) if done else []
             except UserError as error:
                 raise SweepError(f"point {point.name}: {error}") from None
     if differences:

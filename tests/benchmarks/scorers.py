@@ -29,7 +29,7 @@ SHARDS, BOXES = 6, 100
 
 
 def write_features(folder: Path, seed: int, rows: int, dimensions: int, rank: int) -> None:
-    """Features with a spread that falls by dimension, in several files; those behind `rank` copy the first ones."""
+    """Writes features, whose spread falls by dimension, to several files; those behind `rank` copy the first ones."""
     folder.mkdir()
     spread = np.exp(-4 * np.arange(dimensions, dtype=np.float32) / dimensions)
     random = np.random.default_rng(seed)

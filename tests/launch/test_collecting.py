@@ -224,6 +224,22 @@ def test_a_run_that_read_another_version_of_a_user_s_file_does_not_count(tmp_pat
     assert not is_done(point, workdir)  # it goes on, and compares the files then
 
 
+def test_an_outage_leaves_no_run_out(tmp_path, points, monkeypatch):
+    config = to_dict(points[0].experiment)
+    record_start(config, tmp_path, 0, {"files": {}})
+    assert why_left_out(points[0], tmp_path, range(1, 11)) == ""
+    read_text = Path.read_text
+
+    def read(path, *arguments, **options):
+        if path.name == "overrides.json":
+            raise ConnectionError("no route to host")
+        return read_text(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "read_text", read)
+    with pytest.raises(UserError, match=r"overrides\.json cannot be read: .*no route to host"):
+        why_left_out(points[0], tmp_path, range(1, 11))
+
+
 def test_without_matplotlib_there_are_tables_and_a_word_about_plots(tmp_path, points, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     write_run(tmp_path, points[0], [1.0] * 10)

@@ -236,7 +236,7 @@ MUTANTS = (
     ),
     Mutant(
         "launch/sweeps/running.py",
-        "differences += point.file_differences(recorded_files(workdir))",
+        "differences += point.file_differences(recorded_files(workdir)) if done else []",
         "differences += []",
         (_OTHER_FILES,),
         "points that were trained on other data count as done",
@@ -247,6 +247,13 @@ MUTANTS = (
         "differences = []",
         (_OTHER_FILES,),
         "points that were trained on other data are in the fits",
+    ),
+    Mutant(
+        "launch/sweeps/collecting.py",
+        "        if is_outage(error):",
+        "        if False:",
+        ("tests/launch/test_collecting.py::test_an_outage_leaves_no_run_out",),
+        "a moment without network changes the fits",
     ),
     Mutant(
         "launch/sweeps/running.py",

@@ -26,7 +26,7 @@ _USUAL = re.compile(
 
 
 class Header(NamedTuple):
-    """What a scan needs of a header whose checksum is valid."""
+    """Holds what a scan needs of a header whose checksum is valid."""
 
     name: str
     kind: bytes  # a type flag of tarfile
